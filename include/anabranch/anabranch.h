@@ -1,0 +1,15 @@
+#pragma once
+
+// The whole library, in the order of its story.
+#include <anabranch/options.h>
+#include <anabranch/router.h>
+#include <anabranch/expert_placement.h>
+#include <anabranch/communicator.h>
+#include <anabranch/exchange.h>
+#include <anabranch/grouped_gemm.h>
+#include <anabranch/experts.h>
+#include <anabranch/moe_layer.h>
+#include <anabranch/parameters.h>
+#include <anabranch/gradients.h>
+#include <anabranch/checkpoint.h>
+#include <anabranch/error.h>

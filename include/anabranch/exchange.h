@@ -1,0 +1,72 @@
+#pragma once
+
+#include <anabranch/communicator.h>
+#include <anabranch/expert_placement.h>
+#include <anabranch/router.h>
+
+#include <memory>
+#include <vector>
+
+namespace anabranch {
+
+/// Who sends which rows to whom in one step: made once, used by forward and backward.
+///
+/// T tokens here, W ranks, S rows sent (one per token and destination rank), R rows received,
+/// P assignments of this rank's experts. Index tensors are int64 on the tokens' device.
+struct ExchangePlan {
+  int64_t tokens = 0;                  ///< T
+  int64_t top_k = 0;
+  std::vector<int64_t> send_rows;      ///< [W] rows to each rank, Σ = S
+  std::vector<int64_t> receive_rows;   ///< [W] rows from each rank, Σ = R
+  std::vector<int64_t> send_assignments;     ///< [W], Σ = T·top_k
+  std::vector<int64_t> receive_assignments;  ///< [W], Σ = P
+  std::vector<int64_t> expert_counts;  ///< [local experts] assignments of each, Σ = P
+
+  // Source side. Sent rows are ordered by (destination, token).
+  torch::Tensor send_tokens;       ///< [S] token of each sent row
+  torch::Tensor token_offsets;     ///< [T+1] into token_rows
+  torch::Tensor token_rows;        ///< [S] the sent rows of each token, ascending
+  torch::Tensor send_order;        ///< [T·top_k] flat (token, slot) of assignments by (expert, token)
+
+  // Expert side. Assignments are expert-major: by (expert, source rank, token), which is the order
+  // of a single rank holding the ranks' tokens one after another.
+  torch::Tensor received_order;    ///< [P] place of each assignment in the order of arrival
+  torch::Tensor assignment_rows;   ///< [P] received row of each assignment
+  torch::Tensor row_offsets;       ///< [R+1] into row_assignments
+  torch::Tensor row_assignments;   ///< [P] assignments of each received row, ascending
+
+  int64_t rows() const { return row_offsets.size(0) - 1; }          ///< R
+  int64_t assignments() const { return assignment_rows.size(0); }   ///< P
+};
+
+/// What travels: rows and, where wanted, one value per assignment.
+struct Payload {
+  torch::Tensor rows;    ///< [T, h] at the source, [R, h] at the experts
+  torch::Tensor values;  ///< [T, top_k] at the source, [P] at the experts; may be undefined
+};
+
+/// Moves tokens to the ranks of their experts and back. Each token crosses to a rank once, however
+/// many of its experts live there.
+class Exchange {
+ public:
+  Exchange(std::shared_ptr<Communicator> communicator, int64_t num_experts);
+
+  /// The one place where the host learns counts. Collective. Invalid routing (expert ids out of
+  /// range or twice in a token, a gate that is not finite) on any rank is an InputError on that rank
+  /// and a CommunicationError naming it on the others; nothing else has been exchanged by then.
+  ExchangePlan plan(const Routing& routing) const;
+
+  /// Source → experts. Collective.
+  Payload dispatch(const Payload& tokens, const ExchangePlan& plan) const;
+  /// Experts → source, rows of a token summed in fp32 (fp64): the adjoint of dispatch. Collective.
+  Payload combine(const Payload& results, const ExchangePlan& plan) const;
+
+  const ExpertPlacement& placement() const { return placement_; }
+  Communicator& communicator() const { return *communicator_; }
+
+ private:
+  std::shared_ptr<Communicator> communicator_;
+  ExpertPlacement placement_;
+};
+
+}  // namespace anabranch

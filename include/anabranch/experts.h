@@ -1,0 +1,32 @@
+#pragma once
+
+#include <anabranch/expert_placement.h>
+#include <anabranch/options.h>
+#include <torch/nn/module.h>
+#include <torch/nn/pimpl.h>
+
+namespace anabranch {
+
+/// The parameters of the experts that live on this rank. Biases are undefined without
+/// `options.bias`. With `glu`, rows 0..n−1 of an up-projection are the gate, n..2n−1 the up part.
+class ExpertsImpl : public torch::nn::Module {
+ public:
+  ExpertsImpl(const MoEOptions& options, const ExpertPlacement& placement, int64_t rank);
+
+  /// Global number of this rank's first expert.
+  int64_t first_expert() const { return first_expert_; }
+  /// Experts over all ranks.
+  int64_t num_experts() const { return num_experts_; }
+
+  torch::Tensor up_weight;    ///< [local_experts, n or 2n, h]
+  torch::Tensor up_bias;      ///< [local_experts, n or 2n]
+  torch::Tensor down_weight;  ///< [local_experts, h, n]
+  torch::Tensor down_bias;    ///< [local_experts, h]
+
+ private:
+  int64_t first_expert_;
+  int64_t num_experts_;
+};
+TORCH_MODULE(Experts);
+
+}  // namespace anabranch

@@ -1,0 +1,54 @@
+#pragma once
+
+#include <anabranch/exchange.h>
+#include <anabranch/experts.h>
+#include <anabranch/grouped_gemm.h>
+#include <anabranch/router.h>
+
+#include <memory>
+
+namespace anabranch {
+
+struct MoEOutput {
+  torch::Tensor output;  ///< the input's shape and type
+  /// Auxiliary losses of the group's whole batch: equal on every rank, and meant to be added to each
+  /// rank's loss with the same coefficient. Undefined when the routing was handed in.
+  torch::Tensor balance_loss;  ///< [] E · Σ_e f_e · P_e (Switch, arXiv:2101.03961, eq. 4; GShard)
+  torch::Tensor z_loss;        ///< [] mean_t logsumexp(logits[t])² (ST-MoE, arXiv:2202.08906, eq. 5)
+  /// [E] int64: assignments of each expert over all ranks of the group.
+  torch::Tensor expert_load;
+};
+
+/// Fullest expert's assignments over the mean: 1 is perfect balance.
+double imbalance(const torch::Tensor& expert_load);
+
+/// A Mixture-of-Experts feed-forward layer whose experts are spread over a communicator's ranks.
+///
+/// Construction is collective: it checks that every rank was given the same options and throws
+/// CommunicationError naming the rank and the field that differ. So are forward and backward:
+/// every rank takes part in each, also with zero tokens.
+class MoELayerImpl : public torch::nn::Module {
+ public:
+  /// `communicator`: the expert-parallel group; none for a single process.
+  explicit MoELayerImpl(const MoEOptions& options,
+                        std::shared_ptr<Communicator> communicator = nullptr);
+
+  /// `x`: [..., h] of the layer's type and device; leading sizes may differ between ranks and be 0.
+  MoEOutput forward(const torch::Tensor& x);
+  /// The same with routing from outside, for the tokens of `x` in row-major order.
+  MoEOutput forward(const torch::Tensor& x, const Routing& routing);
+
+  const MoEOptions& options() const { return options_; }
+  const Exchange& exchange() const { return exchange_; }
+
+ private:
+  MoEOptions options_;
+  Exchange exchange_;
+  std::shared_ptr<GroupedGemmEngine> engine_;
+  Router router_{nullptr};
+  Experts experts_{nullptr};
+  Experts shared_expert_{nullptr};
+};
+TORCH_MODULE(MoELayer);
+
+}  // namespace anabranch

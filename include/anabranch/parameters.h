@@ -1,0 +1,36 @@
+#pragma once
+
+#include <anabranch/communicator.h>
+#include <torch/nn/module.h>
+
+#include <string>
+#include <vector>
+
+namespace anabranch {
+
+/// A model parameter and how it lies over the ranks.
+struct ParallelParameter {
+  std::string name;       ///< dotted path within the model
+  torch::Tensor tensor;   ///< the parameter; an expert's has this rank's experts along dimension 0
+  bool is_expert = false;   ///< sharded over the expert-parallel group; otherwise replicated
+  int64_t first_expert = 0;  ///< global number of this rank's first expert
+  int64_t num_experts = 0;   ///< experts over all ranks
+};
+
+/// Every parameter of `model`, in registration order; those of `Experts` modules that are sharded
+/// are marked (a shared expert is replicated).
+std::vector<ParallelParameter> parallel_parameters(const torch::nn::Module& model);
+
+/// Expert parallelism inside data parallelism: the world's ranks in groups of `expert_parallel_size`
+/// consecutive ranks, each group holding all experts once.
+struct ParallelGroups {
+  std::shared_ptr<Communicator> world;
+  std::shared_ptr<Communicator> expert_parallel;  ///< ranks that share one set of experts
+  std::shared_ptr<Communicator> expert_replicas;  ///< ranks that hold the same experts as this one
+};
+
+/// Collective over `world`. `expert_parallel_size` must divide its size; 0 means all of it.
+ParallelGroups make_parallel_groups(std::shared_ptr<Communicator> world,
+                                    int64_t expert_parallel_size = 0);
+
+}  // namespace anabranch

@@ -1,0 +1,102 @@
+#pragma once
+
+#include <anabranch/options.h>
+#include <torch/types.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace anabranch {
+
+/// What one rank's tokens send where. [T, k] routing, E experts, W ranks; all int64.
+struct SendPlan {
+  torch::Tensor expert_counts;    ///< [E] assignments per expert
+  torch::Tensor rank_rows;        ///< [W] distinct tokens per rank
+  torch::Tensor send_tokens;      ///< [≥ S] tokens by (rank, token); S = Σ rank_rows
+  torch::Tensor token_offsets;    ///< [T+1]
+  torch::Tensor token_rows;       ///< [≥ S] rows of each token in send_tokens, ascending
+  torch::Tensor send_order;       ///< [T·k] flat (token, slot), by (expert, token)
+  torch::Tensor segment_rows;     ///< [T·k] int32, row of each, within its rank's segment
+};
+
+/// Offsets [groups+1] and members [P] of a grouping; members ascend within a group.
+struct Csr {
+  torch::Tensor offsets;
+  torch::Tensor members;
+};
+
+struct RouteResult {
+  torch::Tensor expert_ids;             ///< [T, k] int64, largest probability first
+  torch::Tensor weights;                ///< [T, k]
+  torch::Tensor probabilities;          ///< [T, E]
+  torch::Tensor logsumexp;              ///< [T]
+  torch::Tensor counts;                 ///< [E] int64
+  torch::Tensor first_nonfinite_token;  ///< [] int64, -1 if none
+};
+
+/// What a device computes for the stages: everything but the GEMMs. Index tensors are int64 unless
+/// said otherwise, value tensors fp32, fp64, bf16 or fp16; sums are taken in fp32 (fp64 for fp64) in
+/// a fixed order. Arguments are trusted: the stages check them.
+class Kernels {
+ public:
+  virtual ~Kernels() = default;
+
+  // routing: logits [T, E] fp32 or fp64
+  virtual RouteResult route(const torch::Tensor& logits, int64_t top_k,
+                            bool renormalize) const = 0;
+  /// dlogits [T, E] from the gradients of the weights [T, k], of the probability sum [E] and of the
+  /// sum of squared logsumexp [].
+  virtual torch::Tensor route_backward(const RouteResult& routed, bool renormalize,
+                                       const torch::Tensor& dweights,
+                                       const torch::Tensor& dprobability_sum,
+                                       const torch::Tensor& dsquared_logsumexp_sum) const = 0;
+
+  // plan
+  /// [] int64: first token with an id outside [0, num_experts) or twice, or -1.
+  virtual torch::Tensor first_invalid_token(const torch::Tensor& expert_ids,
+                                            int64_t num_experts) const = 0;
+  /// `first_expert` [W+1]: rank r owns experts first_expert[r] .. first_expert[r+1]−1.
+  /// Ids are valid, or (on an asynchronous device) the result is discarded: no access out of bounds.
+  virtual SendPlan plan_send(const torch::Tensor& expert_ids,
+                             const std::vector<int64_t>& first_expert) const = 0;
+  /// Groups positions 0..P−1 of `group_of` [P] by their value in [0, groups).
+  virtual Csr group(const torch::Tensor& group_of, int64_t groups) const = 0;
+
+  // rows
+  /// out[i] = rows[index[i]]; rows [N, h], index [M] → [M, h]. `rows` may also be a vector [N].
+  virtual torch::Tensor gather_rows(const torch::Tensor& rows,
+                                    const torch::Tensor& index) const = 0;
+  /// out[g] = Σ_{p in group g} weights[p] · rows[p], in ascending p; weights [P] may be undefined.
+  virtual torch::Tensor sum_rows(const torch::Tensor& rows, const Csr& groups,
+                                 const torch::Tensor& weights) const = 0;
+
+  // experts; `counts` [experts] are the rows of each, expert-major
+  /// rows[p] += bias[expert of p]; bias [experts, m].
+  virtual void add_bias(torch::Tensor& rows, const torch::Tensor& bias,
+                        const std::vector<int64_t>& counts) const = 0;
+  /// [experts, m]: Σ over an expert's rows of weights[p] · rows[p]; weights may be undefined.
+  virtual torch::Tensor bias_gradient(const torch::Tensor& rows, const torch::Tensor& weights,
+                                      const std::vector<int64_t>& counts) const = 0;
+  /// hidden [P, n] (glu: [P, 2n], gate then up) → [P, n].
+  virtual torch::Tensor activate(const torch::Tensor& hidden, Activation activation,
+                                 bool glu) const = 0;
+  struct ActivationGradient {
+    torch::Tensor dhidden;   ///< [P, n or 2n], scaled by the weight
+    torch::Tensor weighted;  ///< [P, n] weight · activation(hidden)
+    torch::Tensor dweights;  ///< [P] ⟨dactivated, activation(hidden)⟩
+  };
+  /// `dactivated` [P, n] is the gradient at the activation before the routing weight is applied.
+  /// `weights` [P] undefined means 1. `dactivated` may be overwritten.
+  virtual ActivationGradient activate_backward(const torch::Tensor& dactivated,
+                                               const torch::Tensor& hidden,
+                                               const torch::Tensor& weights, Activation activation,
+                                               bool glu) const = 0;
+};
+
+const Kernels& cpu_kernels();
+/// Throws std::runtime_error in a build without CUDA.
+const Kernels& cuda_kernels();
+/// The kernels of a device; InputError for a device that has none.
+const Kernels& kernels_for(torch::Device device);
+
+}  // namespace anabranch
