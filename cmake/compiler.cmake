@@ -1,0 +1,52 @@
+# How the project's own code is compiled. `anabranch_options` is linked PRIVATE by every target of
+# the project and never exported: who uses the library keeps their own flags.
+
+option(ANABRANCH_WERROR "Warnings are errors in the project's own code" ON)
+set(ANABRANCH_SANITIZE "" CACHE STRING "Sanitizers: \"address,undefined\", \"thread\", or nothing")
+
+add_library(anabranch_options INTERFACE)
+target_compile_features(anabranch_options INTERFACE cxx_std_20)
+target_compile_options(
+  anabranch_options
+  INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wpedantic>
+            $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<BOOL:${ANABRANCH_WERROR}>>:-Werror>
+            # One flag for libraries and executables, so that they share the precompiled header.
+            -fPIC)
+
+if(ANABRANCH_SANITIZE)
+  target_compile_options(anabranch_options INTERFACE -fsanitize=${ANABRANCH_SANITIZE}
+                                                     -fno-omit-frame-pointer)
+  target_link_options(anabranch_options INTERFACE -fsanitize=${ANABRANCH_SANITIZE})
+  if(ANABRANCH_SANITIZE MATCHES "undefined")
+    # vptr needs type information that LibTorch does not export for every class.
+    target_compile_options(anabranch_options INTERFACE -fno-sanitize=vptr
+                                                       -fno-sanitize-recover=undefined)
+  endif()
+endif()
+
+# A file that includes all of LibTorch costs a core 14 s. It is parsed once, here; the project's
+# targets take the result.
+add_library(anabranch_pch OBJECT "${CMAKE_CURRENT_LIST_DIR}/pch.cpp")
+target_link_libraries(anabranch_pch PRIVATE anabranch_options LibTorch::CPU)
+target_precompile_headers(anabranch_pch PRIVATE <torch/torch.h>)
+
+# What every target of the project has in common.
+function(anabranch_own_target target)
+  target_link_libraries(${target} PRIVATE anabranch_options)
+  target_include_directories(${target} PRIVATE "${PROJECT_SOURCE_DIR}/src")
+  target_precompile_headers(${target} REUSE_FROM anabranch_pch)
+endfunction()
+
+# ccache, where there is one, and what it has to know of gcc's precompiled headers.
+find_program(ANABRANCH_CCACHE ccache DOC "ccache, to speed up clean builds; empty: none")
+mark_as_advanced(ANABRANCH_CCACHE)
+if(ANABRANCH_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
+  set_property(
+    TARGET anabranch_pch
+    PROPERTY CXX_COMPILER_LAUNCHER)
+  set(CMAKE_CXX_COMPILER_LAUNCHER
+      "${CMAKE_COMMAND}" -E env CCACHE_SLOPPINESS=pch_defines,time_macros "${ANABRANCH_CCACHE}")
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    target_compile_options(anabranch_options INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fpch-preprocess>)
+  endif()
+endif()

@@ -1,0 +1,37 @@
+# What the library is built on: LibTorch, MPI, CUDA. Sets ANABRANCH_WITH_CUDA.
+
+set(ANABRANCH_MINIMAL_LIBTORCH 2.6)
+
+# The environment that launch/setup.sh makes, unless another Python or LibTorch is named.
+if(NOT LibTorch_PYTHON AND NOT DEFINED ENV{VIRTUAL_ENV} AND EXISTS
+                                                            "${PROJECT_SOURCE_DIR}/.venv/bin/python")
+  set(LibTorch_PYTHON "${PROJECT_SOURCE_DIR}/.venv/bin/python" CACHE FILEPATH "" FORCE)
+endif()
+find_package(LibTorch ${ANABRANCH_MINIMAL_LIBTORCH} REQUIRED)
+
+if(ANABRANCH_MPI)
+  find_package(MPI 3.0 REQUIRED COMPONENTS CXX)
+endif()
+
+set(ANABRANCH_WITH_CUDA OFF)
+if(ANABRANCH_CUDA)
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER AND LibTorch_CUDA_FOUND)
+    set(ANABRANCH_WITH_CUDA ON)
+  elseif(NOT ANABRANCH_CUDA STREQUAL "AUTO")
+    message(FATAL_ERROR "ANABRANCH_CUDA is ${ANABRANCH_CUDA}, but there is no CUDA compiler "
+                        "(${CMAKE_CUDA_COMPILER}) or LibTorch in ${LibTorch_INCLUDE_DIR} has no CUDA")
+  endif()
+endif()
+if(ANABRANCH_WITH_CUDA)
+  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES 90 CACHE STRING "GPU architectures to compile for")
+  endif()
+  enable_language(CUDA)
+  find_package(CUDAToolkit REQUIRED)
+endif()
+
+message(STATUS "LibTorch ${LibTorch_VERSION} (CUDA: ${LibTorch_CUDA_FOUND}, C++11 ABI: "
+               "${LibTorch_CXX11_ABI}): ${LibTorch_CPU_LIBRARY}")
+message(STATUS "anabranch: MPI ${ANABRANCH_MPI}, CUDA ${ANABRANCH_WITH_CUDA}")

@@ -1,0 +1,1 @@
+// Has no content: it carries the precompiled header of the project (see compiler.cmake).

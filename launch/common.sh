@@ -1,0 +1,55 @@
+# shellcheck shell=bash
+# Sourced by the scripts of this folder: paths, messages, cores, and mpirun's flags.
+
+project_root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+venv=$project_root/.venv
+readonly project_root venv
+
+say() { printf '\n==> %s\n' "$*"; }
+note() { printf '    %s\n' "$*"; }
+warn() { printf 'warning: %s\n' "$*" >&2; }
+die() {
+  printf 'error: %s\n' "$*" >&2
+  exit 1
+}
+
+# The comment block at the top of a script, without the #: its help text.
+print_header_of() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$1"; }
+
+# Cores this process may use (a scheduler may have given fewer than the machine has).
+cores() { nproc 2>/dev/null || getconf _NPROCESSORS_ONLN; }
+
+# Jobs for a build: one per core, but no more than memory allows at about 2 GB a compiler.
+build_jobs() {
+  local jobs memory_kb by_memory
+  jobs=$(cores)
+  memory_kb=$(awk '/^MemAvailable:/ { print $2 }' /proc/meminfo 2>/dev/null || true)
+  if [[ -n $memory_kb ]]; then
+    by_memory=$((memory_kb / 2000000))
+    if ((by_memory < 1)); then by_memory=1; fi
+    if ((by_memory < jobs)); then jobs=$by_memory; fi
+  fi
+  echo "$jobs"
+}
+
+# Configures PRESET and builds TARGETS of it (all when none is named). Configuring again is cheap
+# and picks up a new source list; the build is quiet when there is nothing to do.
+build() {
+  local preset=$1
+  shift
+  local target_arguments=()
+  if (($#)); then target_arguments=(--target "$@"); fi
+  say "Building (preset $preset)"
+  (
+    cd "$project_root"
+    "$venv/bin/cmake" --preset "$preset" | sed 's/^/    /'
+    "$venv/bin/cmake" --build --preset "$preset" --parallel "$(build_jobs)" "${target_arguments[@]}"
+  )
+}
+
+# OpenMPI refuses to run as root unless told twice; in a container, root is the only user there is.
+allow_mpirun_as_root() {
+  if [[ $(id -u) -eq 0 ]]; then
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+  fi
+}
