@@ -11,12 +11,16 @@ namespace anabranch {
 /// `options.bias`. With `glu`, rows 0..n−1 of an up-projection are the gate, n..2n−1 the up part.
 class ExpertsImpl : public torch::nn::Module {
  public:
-  ExpertsImpl(const MoEOptions& options, const ExpertPlacement& placement, int64_t rank);
+  /// `sharded` false: a shared expert, which every rank holds whole (`placement` of 1 rank).
+  ExpertsImpl(const MoEOptions& options, const ExpertPlacement& placement, int64_t rank,
+              bool sharded = true);
 
   /// Global number of this rank's first expert.
   int64_t first_expert() const { return first_expert_; }
   /// Experts over all ranks.
   int64_t num_experts() const { return num_experts_; }
+  /// Spread over the expert-parallel group, in however many ranks; otherwise replicated.
+  bool sharded() const { return sharded_; }
 
   torch::Tensor up_weight;    ///< [local_experts, n or 2n, h]
   torch::Tensor up_bias;      ///< [local_experts, n or 2n]
@@ -26,6 +30,7 @@ class ExpertsImpl : public torch::nn::Module {
  private:
   int64_t first_expert_;
   int64_t num_experts_;
+  bool sharded_;
 };
 TORCH_MODULE(Experts);
 
