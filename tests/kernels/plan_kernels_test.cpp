@@ -1,0 +1,162 @@
+#include <limits>
+#include <set>
+
+#include "kernels/kernels_fixture.h"
+#include "support/random_routing.h"
+
+namespace anabranch::test {
+namespace {
+
+class PlanKernelsTest : public KernelsTest {};
+ANABRANCH_FOR_EACH_DEVICE(PlanKernelsTest);
+
+// Blocks of experts, possibly empty: [W+1].
+std::vector<int64_t> random_blocks(Random& random, int64_t num_experts, int64_t ranks) {
+  std::vector<int64_t> first = {0, num_experts};
+  for (int64_t r = 1; r < ranks; ++r) {
+    first.push_back(random.integer(0, num_experts));
+  }
+  std::sort(first.begin(), first.end());
+  return first;
+}
+
+TEST_P(PlanKernelsTest, PlanSendEqualsTheDefinition) {
+  for (int64_t i = 0; i < effort(60); ++i) {
+    const auto num_experts = random_.pick<int64_t>({1, 2, 5, 16, 70, 300});
+    const auto top_k = random_.integer(1, std::min<int64_t>(num_experts, 10));
+    const auto tokens = random_.pick<int64_t>({0, 1, 3, 40, 1000});
+    const auto ranks = random_.integer(1, 9);
+    const auto first = random_blocks(random_, num_experts, ranks);
+    const auto ids =
+        random_expert_ids(random_, tokens, num_experts, top_k, random_.pick(all_skews()));
+    SCOPED_TRACE(c10::str("T ", tokens, " k ", top_k, " blocks ", c10::Join(",", first)));
+    const auto plan = kernels_.plan_send(on_device(ids), first);
+
+    const auto flat = numbers(ids);
+    std::vector<int64_t> rank_rows, send_tokens, token_offsets, token_rows, send_order, row_in_rank;
+    std::vector<std::vector<int64_t>> rows_of_token(tokens);
+    std::vector<std::vector<int64_t>> row_within(ranks, std::vector<int64_t>(tokens, -1));
+    for (int64_t r = 0; r < ranks; ++r) {
+      rank_rows.push_back(0);
+      for (int64_t t = 0; t < tokens; ++t) {
+        const bool goes = std::any_of(
+            flat.begin() + t * top_k, flat.begin() + (t + 1) * top_k,
+            [&](int64_t e) { return e >= first[r] && e < first[r + 1]; });
+        if (goes) {
+          rows_of_token[t].push_back(static_cast<int64_t>(send_tokens.size()));
+          send_tokens.push_back(t);
+          row_within[r][t] = rank_rows.back()++;
+        }
+      }
+    }
+    token_offsets.push_back(0);
+    for (const auto& rows : rows_of_token) {
+      token_rows.insert(token_rows.end(), rows.begin(), rows.end());
+      token_offsets.push_back(static_cast<int64_t>(token_rows.size()));
+    }
+    std::vector<int64_t> expert_counts(num_experts, 0);
+    for (int64_t e = 0; e < num_experts; ++e) {
+      const auto owner = std::upper_bound(first.begin(), first.end(), e) - first.begin() - 1;
+      for (int64_t j = 0; j < tokens * top_k; ++j) {
+        if (flat[j] == e) {
+          send_order.push_back(j);
+          row_in_rank.push_back(row_within[owner][j / top_k]);
+          ++expert_counts[e];
+        }
+      }
+    }
+    const auto sent = static_cast<int64_t>(send_tokens.size());
+    EXPECT_EQ(numbers(plan.expert_counts), expert_counts);
+    EXPECT_EQ(numbers(plan.rank_rows), rank_rows);
+    EXPECT_EQ(numbers(plan.send_tokens.narrow(0, 0, sent)), send_tokens);
+    EXPECT_EQ(numbers(plan.token_offsets), token_offsets);
+    EXPECT_EQ(numbers(plan.token_rows.narrow(0, 0, sent)), token_rows);
+    EXPECT_EQ(numbers(plan.send_order), send_order);
+    EXPECT_EQ(plan.segment_rows.scalar_type(), torch::kInt32);
+    EXPECT_EQ(numbers(plan.segment_rows), row_in_rank);
+  }
+}
+
+TEST_P(PlanKernelsTest, OrderArrivalsBringsExpertsTogether) {
+  for (int64_t i = 0; i < effort(40); ++i) {
+    const auto ranks = random_.integer(1, 6);
+    const auto experts = random_.integer(0, 9);
+    auto counts = (random_.uniform({ranks, experts}) * random_.pick<double>({1, 3, 40}))
+                      .floor()
+                      .to(torch::kInt64);
+    auto rows = (random_.uniform({ranks}) * 50).floor().to(torch::kInt64) + 1;
+    const auto total = counts.sum().item<int64_t>();
+    const auto count = counts.accessor<int64_t, 2>();
+    // Arrivals by (source, expert), each with a row of its source's segment.
+    std::vector<int64_t> segment_rows;
+    std::vector<std::pair<int64_t, int64_t>> source_and_expert;
+    for (int64_t r = 0; r < ranks; ++r) {
+      for (int64_t e = 0; e < experts; ++e) {
+        for (int64_t j = 0; j < count[r][e]; ++j) {
+          segment_rows.push_back(random_.integer(0, rows[r].item<int64_t>() - 1));
+          source_and_expert.emplace_back(r, e);
+        }
+      }
+    }
+    std::vector<int64_t> received_order, assignment_rows;
+    for (int64_t e = 0; e < experts; ++e) {
+      for (int64_t j = 0; j < total; ++j) {
+        const auto [source, expert] = source_and_expert[j];
+        if (expert == e) {
+          received_order.push_back(j);
+          assignment_rows.push_back(rows.slice(0, 0, source).sum().item<int64_t>() +
+                                    segment_rows[j]);
+        }
+      }
+    }
+    const auto order =
+        kernels_.order_arrivals(on_device(torch::tensor(segment_rows, torch::kInt32)),
+                                on_device(rows), on_device(counts));
+    EXPECT_EQ(numbers(order.received_order), received_order) << counts;
+    EXPECT_EQ(numbers(order.assignment_rows), assignment_rows) << counts;
+  }
+}
+
+TEST_P(PlanKernelsTest, GroupListsMembersInOrder) {
+  for (const int64_t size : {0, 1, 7, 1000, 5000}) {
+    for (const int64_t groups : {1, 2, 33, 4000}) {
+      const auto group_of = (random_.uniform({size}) * static_cast<double>(groups))
+                                .floor()
+                                .to(torch::kInt64);
+      const auto csr = kernels_.group(on_device(group_of), groups);
+      EXPECT_EQ(numbers(csr.members),
+                numbers(std::get<1>(group_of.sort(/*stable=*/true, 0, false))));
+      const auto counts = group_of.bincount({}, groups);
+      EXPECT_EQ(numbers(csr.offsets), numbers(torch::cat({torch::zeros({1}, torch::kInt64),
+                                                          counts.cumsum(0)})));
+    }
+  }
+}
+
+TEST_P(PlanKernelsTest, GroupWithoutGroups) {
+  const auto csr = kernels_.group(on_device(torch::empty({0}, torch::kInt64)), 0);
+  EXPECT_EQ(numbers(csr.offsets), std::vector<int64_t>{0});
+}
+
+TEST_P(PlanKernelsTest, FindsTheFirstInvalidToken) {
+  const auto first_invalid = [&](const torch::Tensor& ids) {
+    return kernels_.first_invalid_token(on_device(ids), 20).item<int64_t>();
+  };
+  const auto good = random_expert_ids(random_, 600, 20, 4, Skew::kUniform);
+  EXPECT_EQ(first_invalid(good), -1);
+  EXPECT_EQ(first_invalid(torch::empty({0, 4}, torch::kInt64)), -1);
+  for (const int64_t value : {int64_t{20}, int64_t{-1}, std::numeric_limits<int64_t>::min(),
+                              std::numeric_limits<int64_t>::max(), (int64_t{1} << 32) + 1}) {
+    auto bad = good.clone();
+    bad[599][3] = value;
+    EXPECT_EQ(first_invalid(bad), 599) << value;
+    bad[17][0] = value;
+    EXPECT_EQ(first_invalid(bad), 17) << value;
+  }
+  auto twice = good.clone();
+  twice[42][3] = twice[42][1];
+  EXPECT_EQ(first_invalid(twice), 42);
+}
+
+}  // namespace
+}  // namespace anabranch::test
