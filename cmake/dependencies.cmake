@@ -13,6 +13,8 @@ if(ANABRANCH_MPI)
   find_package(MPI 3.0 REQUIRED COMPONENTS CXX)
 endif()
 
+find_package(ZLIB REQUIRED) # checksums of checkpoints
+
 set(ANABRANCH_WITH_CUDA OFF)
 if(ANABRANCH_CUDA)
   include(CheckLanguage)

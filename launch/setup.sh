@@ -63,6 +63,7 @@ readonly system_needs=(
   "MPI (mpicxx, mpirun)|has_mpi|openmpi-bin libopenmpi-dev|required|module load openmpi"
   "GoogleTest|has_header gtest/gtest.h|libgtest-dev libgmock-dev|required|install it under a prefix, and name that in CMAKE_PREFIX_PATH"
   "JSON for Modern C++|has_header nlohmann/json.hpp|nlohmann-json3-dev|required|a header: put nlohmann/json.hpp under a prefix in CMAKE_PREFIX_PATH"
+  "zlib|has_header zlib.h|zlib1g-dev|required|a header and a library: put them under a prefix in CMAKE_PREFIX_PATH"
   "CLI11|has_header CLI/CLI.hpp|libcli11-dev|required|headers: put CLI/*.hpp under a prefix in CMAKE_PREFIX_PATH"
   "Google Benchmark|has_header benchmark/benchmark.h|libbenchmark-dev|optional|without it no benchmarks are built"
   "ccache|has_command ccache|ccache|optional|without it a second clean build takes as long as the first"

@@ -17,10 +17,6 @@ struct ParallelParameter {
   int64_t num_experts = 0;   ///< experts over all ranks
 };
 
-/// Every parameter of `model`, in registration order; those of `Experts` modules that are sharded
-/// are marked (a shared expert is replicated).
-std::vector<ParallelParameter> parallel_parameters(const torch::nn::Module& model);
-
 /// Expert parallelism inside data parallelism: the world's ranks in groups of `expert_parallel_size`
 /// consecutive ranks, each group holding all experts once.
 struct ParallelGroups {
@@ -30,7 +26,17 @@ struct ParallelGroups {
 };
 
 /// Collective over `world`. `expert_parallel_size` must divide its size; 0 means all of it.
+/// Throws InputError, and CommunicationError where ranks ask for different sizes.
 ParallelGroups make_parallel_groups(std::shared_ptr<Communicator> world,
                                     int64_t expert_parallel_size = 0);
+
+/// Every parameter of `model`, in registration order; those of `Experts` modules that are sharded
+/// are marked (a shared expert is replicated). A tensor registered under several names is listed
+/// once, under the first.
+std::vector<ParallelParameter> parallel_parameters(const torch::nn::Module& model);
+
+/// The same. Throws InputError if this rank's experts are not those that `groups` gives it.
+std::vector<ParallelParameter> parallel_parameters(const torch::nn::Module& model,
+                                                   const ParallelGroups& groups);
 
 }  // namespace anabranch

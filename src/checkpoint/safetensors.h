@@ -1,0 +1,59 @@
+#pragma once
+
+#include <torch/types.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "checkpoint/file.h"
+
+namespace anabranch {
+
+// The safetensors format (https://huggingface.co/docs/safetensors): the header's length as 8 bytes,
+// little-endian; the header in JSON; then the tensors' bytes without a gap.
+
+struct NamedTensor {
+  std::string name;
+  torch::Tensor tensor;
+};
+
+/// Writes `tensors` (any device) to a new file and syncs it. Returns the CRC-32 of each tensor's
+/// bytes.
+std::map<std::string, uint32_t> write_safetensors(const std::filesystem::path& path,
+                                                  std::vector<NamedTensor> tensors);
+
+/// A safetensors file whose header was found to be whole and to agree with the file's size;
+/// anything else is a CheckpointError.
+class SafetensorsReader {
+ public:
+  struct Entry {
+    torch::Dtype dtype;
+    std::vector<int64_t> shape;
+    int64_t offset;  ///< in the file
+    int64_t bytes;
+  };
+
+  explicit SafetensorsReader(const std::filesystem::path& path);
+
+  const std::map<std::string, Entry>& entries() const { return entries_; }
+  int64_t file_bytes() const { return file_bytes_; }
+  /// The tensor, on the CPU.
+  torch::Tensor read(const std::string& name) const;
+
+ private:
+  std::string path_;
+  File file_;
+  int64_t file_bytes_;
+  std::map<std::string, Entry> entries_;
+};
+
+/// CRC-32 of the bytes of a contiguous tensor on the CPU.
+uint32_t checksum(const torch::Tensor& tensor);
+
+/// "F32", "BF16", ...; throws CheckpointError for a type that the format does not have.
+std::string safetensors_dtype(torch::Dtype dtype);
+
+}  // namespace anabranch

@@ -1,0 +1,224 @@
+#include "checkpoint/save.h"
+
+#include <ATen/ATen.h>
+#include <anabranch/error.h>
+#include <anabranch/expert_placement.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <regex>
+
+#include "checkpoint/collective.h"
+#include "checkpoint/file.h"
+#include "checkpoint/optimizer_state.h"
+#include "checkpoint/safetensors.h"
+#include "checkpoint/state.h"
+#include "communicator/agreement.h"
+
+namespace anabranch {
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::json;
+
+std::string file_name(const std::string& tag, const Communicator& world) {
+  char ranks[64];
+  std::snprintf(ranks, sizeof(ranks), "rank%05d-of-%05d", world.rank(), world.size());
+  return "model-" + tag + "-" + ranks + ".safetensors";
+}
+
+std::string aside_name(const std::string& tag) { return kIndexName + ("." + tag); }
+
+/// 16 hexadecimal digits, another 16 each time.
+std::string random_tag() {
+  std::random_device device;
+  char text[17];
+  std::snprintf(text, sizeof(text), "%08x%08x", device(), device());
+  return text;
+}
+
+std::vector<ParallelParameter> tensors_to_save(const torch::nn::Module& model,
+                                               const torch::optim::Optimizer* optimizer,
+                                               const ParallelGroups& groups) {
+  auto tensors = model_tensors(model, groups);
+  if (optimizer == nullptr) return tensors;
+  const auto& reader = state_of(*optimizer);
+  for (const auto& [parameter, options] : optimized_parameters(*optimizer, model)) {
+    const auto state = optimizer->state().find(parameter.tensor.unsafeGetTensorImpl());
+    if (state == optimizer->state().end()) continue;
+    for (auto& [slot, tensor] : reader.read(*state->second)) {
+      tensors.push_back(optimizer_tensor(slot, parameter, tensor));
+    }
+  }
+  return tensors;
+}
+
+/// What must be the same on every rank for the shares to make one checkpoint.
+void check_same_tensors(const std::vector<ParallelParameter>& tensors, Communicator& world) {
+  std::vector<std::pair<std::string, std::string>> fields;
+  for (const auto& [name, tensor, is_expert, first_expert, num_experts] : tensors) {
+    auto shape = tensor.sizes().vec();
+    if (is_expert) shape.front() = num_experts;
+    std::string text = c10::str(tensor.scalar_type(), " ", at::IntArrayRef(shape));
+    // Scalars that count: the optimizer's steps.
+    if (tensor.dim() == 0 && is_optimizer_tensor(name)) {
+      text += c10::str(" ", tensor.item<int64_t>());
+    }
+    fields.emplace_back(name, text);
+  }
+  check_agreement(world, fields);
+}
+
+/// This rank's part: in the first group of expert-parallel ranks its experts, one by one; and
+/// replicated tensors, each with the rank that has least to write so far.
+std::vector<NamedTensor> share_of(const std::vector<ParallelParameter>& tensors,
+                                  const ParallelGroups& groups) {
+  const int64_t rank = groups.world->rank();
+  const int64_t expert_ranks = groups.expert_parallel->size();
+  std::vector<int64_t> load(groups.world->size());
+  std::vector<NamedTensor> share;
+  for (const auto& [name, tensor, is_expert, first_expert, num_experts] : tensors) {
+    if (!is_expert) continue;
+    const ExpertPlacement placement{num_experts, expert_ranks};
+    const auto elements = c10::multiply_integers(tensor.sizes().slice(1));
+    for (int64_t owner = 0; owner < expert_ranks; ++owner) {
+      load[owner] += placement.local_experts(owner) * elements * tensor.element_size();
+    }
+    if (rank >= expert_ranks) continue;
+    for (int64_t local = 0; local < tensor.size(0); ++local) {
+      share.push_back({expert_name(name, first_expert + local), tensor[local]});
+    }
+  }
+  for (const auto& [name, tensor, is_expert, first_expert, num_experts] : tensors) {
+    if (is_expert) continue;
+    const auto owner = std::min_element(load.begin(), load.end()) - load.begin();
+    load[owner] += static_cast<int64_t>(tensor.nbytes());
+    if (rank == owner) share.push_back({name, tensor});
+  }
+  return share;
+}
+
+/// Writes the share, durably, and describes it in JSON; a rank without a share has no file.
+std::string write_share(const fs::path& path, std::vector<NamedTensor> share) {
+  if (share.empty()) return "{}";
+  const auto checksums = write_safetensors(path, std::move(share));
+  sync_directory(path.parent_path());
+  const Json report{
+      {"file", path.filename().string()}, {"bytes", fs::file_size(path)}, {"crc32", checksums}};
+  return report.dump();
+}
+
+void add_share(CheckpointIndex& index, const std::string& report) {
+  const Json json = Json::parse(report);
+  if (json.empty()) return;
+  const auto file = json.at("file").get<std::string>();
+  index.file_bytes.emplace(file, json.at("bytes").get<int64_t>());
+  for (const auto& [name, checksum] : json.at("crc32").items()) {
+    const CheckpointIndex::StoredTensor stored{file, checksum.get<uint32_t>()};
+    if (!index.tensors.emplace(name, stored).second) {
+      throw CheckpointError("two tensors of the model are stored as '" + name + "'");
+    }
+  }
+}
+
+/// Files of saves that were replaced, or that never came to their end. The new checkpoint stands:
+/// one that cannot be removed is worth a warning, and is tried again by the next save.
+void remove_stale_files(const fs::path& directory, const CheckpointIndex& index) {
+  static const std::regex ours(
+      "model-[0-9a-f]{16}-rank[0-9]{5,}-of-[0-9]{5,}\\.safetensors|"
+      "checkpoint\\.index\\.json\\.[0-9a-f]{16}");
+  std::vector<fs::path> stale;
+  for (const auto& entry : fs::directory_iterator(directory)) {
+    const auto name = entry.path().filename().string();
+    if (std::regex_match(name, ours) && !index.file_bytes.contains(name)) {
+      stale.push_back(entry.path());
+    }
+  }
+  for (const auto& path : stale) {
+    std::error_code error;
+    if (!fs::remove(path, error) && error)
+      TORCH_WARN("remove ", path.string(), ": ", error.message());
+  }
+}
+
+/// Every rank may see another file system: what rank 0 does not see is not in the checkpoint.
+void check_files_visible(const fs::path& directory, const CheckpointIndex& index) {
+  for (const auto& [name, bytes] : index.file_bytes) {
+    std::error_code error;
+    const auto found = fs::file_size(directory / name, error);
+    if (error || static_cast<int64_t>(found) != bytes) {
+      throw CheckpointError("rank 0 does not see " + (directory / name).string() +
+                            ": the directory must be shared by all ranks");
+    }
+  }
+}
+
+void make_directory(const fs::path& directory) {
+  fs::create_directories(directory);
+  sync_directory(fs::absolute(directory).lexically_normal().parent_path());
+}
+
+}  // namespace
+
+CheckpointIndex write_files(const fs::path& directory, const std::string& tag,
+                            const torch::nn::Module& model,
+                            const torch::optim::Optimizer* optimizer,
+                            const CheckpointMetadata& metadata, const ParallelGroups& groups) {
+  const at::NoGradGuard no_grad;
+  auto& world = *groups.world;
+  std::vector<ParallelParameter> tensors;
+  do_together(world, [&] {
+    tensors = tensors_to_save(model, optimizer, groups);
+    if (world.rank() == 0) make_directory(directory);
+  });
+  check_same_tensors(tensors, world);
+
+  const auto path = directory / file_name(tag, world);
+  try {
+    std::string report;
+    do_together(world, [&] { report = write_share(path, share_of(tensors, groups)); });
+    CheckpointIndex index{
+        metadata, optimizer == nullptr ? "" : state_of(*optimizer).kind(), {}, {}};
+    for (const auto& share : all_gather_strings(world, report)) add_share(index, share);
+    return index;
+  } catch (...) {
+    std::error_code ignored;  // the first error is the one to report
+    fs::remove(path, ignored);
+    throw;
+  }
+}
+
+void commit(const fs::path& directory, const std::string& tag, const CheckpointIndex& index) {
+  const auto aside = directory / aside_name(tag);
+  try {
+    check_files_visible(directory, index);
+    const auto text = to_json(index);
+    File file = File::create(aside);
+    file.write(text.data(), static_cast<int64_t>(text.size()));
+    file.sync();
+    sync_directory(directory);
+    rename_file(aside, directory / kIndexName);
+  } catch (...) {
+    std::error_code ignored;  // the first error is the one to report
+    fs::remove(aside, ignored);
+    for (const auto& [name, bytes] : index.file_bytes) fs::remove(directory / name, ignored);
+    throw;
+  }
+  sync_directory(directory);
+  remove_stale_files(directory, index);
+}
+
+void save_checkpoint(const fs::path& directory, const torch::nn::Module& model,
+                     const torch::optim::Optimizer* optimizer, const CheckpointMetadata& metadata,
+                     const ParallelGroups& groups) {
+  auto& world = *groups.world;
+  const auto tag = broadcast_string(world, world.rank() == 0 ? random_tag() : "");
+  const auto index = write_files(directory, tag, model, optimizer, metadata, groups);
+  do_together(world, [&] {
+    if (world.rank() == 0) commit(directory, tag, index);
+  });
+}
+
+}  // namespace anabranch
