@@ -10,10 +10,18 @@ endif()
 find_package(LibTorch ${ANABRANCH_MINIMAL_LIBTORCH} REQUIRED)
 
 if(ANABRANCH_MPI)
+  set(MPI_CXX_SKIP_MPICXX ON) # MPI's C interface is all there is in MPI 4
   find_package(MPI 3.0 REQUIRED COMPONENTS CXX)
 endif()
 
 find_package(ZLIB REQUIRED) # checksums of checkpoints
+
+# JSON for Modern C++: headers only, and in none of the public ones.
+find_path(NLOHMANN_JSON_INCLUDE_DIR nlohmann/json.hpp REQUIRED
+          DOC "JSON for Modern C++ (Debian: nlohmann-json3-dev)")
+mark_as_advanced(NLOHMANN_JSON_INCLUDE_DIR)
+add_library(anabranch_json INTERFACE)
+target_include_directories(anabranch_json SYSTEM INTERFACE "${NLOHMANN_JSON_INCLUDE_DIR}")
 
 set(ANABRANCH_WITH_CUDA OFF)
 if(ANABRANCH_CUDA)

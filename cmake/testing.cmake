@@ -1,0 +1,104 @@
+# Tests, as CTest sees them.
+#
+#   anabranch_test(NAME SOURCES file... [RANKS n...] [LABELS label...] [TIMEOUT seconds])
+#     Builds one GoogleTest program of the files, with the project's own main, and runs all of it on
+#     each number of ranks (default 1 2 3 4): CTest's NAME.np1, NAME.np2, ...
+#
+#   anabranch_script_test(NAME COMMAND argument... [LABELS label...] [TIMEOUT seconds]
+#                         [ENVIRONMENT variable=value...])
+#     Runs a command from the project's folder.
+
+find_package(GTest QUIET)
+if(NOT GTest_FOUND OR NOT LibTorch_CXX11_ABI)
+  # Debian's sources of GoogleTest: also the way to have it with the std::string of an older torch.
+  set(ANABRANCH_GTEST_SOURCE /usr/src/googletest CACHE PATH "Sources of GoogleTest")
+  if(NOT EXISTS "${ANABRANCH_GTEST_SOURCE}/CMakeLists.txt")
+    message(FATAL_ERROR "GoogleTest is missing (Debian: libgtest-dev libgmock-dev); name its prefix "
+                        "in CMAKE_PREFIX_PATH, its sources in ANABRANCH_GTEST_SOURCE, or build with "
+                        "-D ANABRANCH_TESTS=OFF")
+  endif()
+  set(INSTALL_GTEST OFF)
+  if(NOT LibTorch_CXX11_ABI)
+    add_compile_definitions(_GLIBCXX_USE_CXX11_ABI=0)
+  endif()
+  add_subdirectory("${ANABRANCH_GTEST_SOURCE}" "${CMAKE_BINARY_DIR}/googletest" EXCLUDE_FROM_ALL)
+  foreach(library gtest gmock)
+    if(NOT TARGET GTest::${library})
+      add_library(GTest::${library} ALIAS ${library})
+    endif()
+  endforeach()
+endif()
+
+cmake_host_system_information(RESULT ANABRANCH_CORES QUERY NUMBER_OF_LOGICAL_CORES)
+
+# How ranks are started here. More ranks than cores, and bound to none: several tests run at once.
+set(ANABRANCH_MPIEXEC_FLAGS "" CACHE STRING "Flags of mpiexec in the tests (default: as it needs)")
+set(mpiexec_flags ${ANABRANCH_MPIEXEC_FLAGS})
+set(test_environment
+    OMP_NUM_THREADS=1
+    "LSAN_OPTIONS=suppressions=${PROJECT_SOURCE_DIR}/tests/sanitizers/leaks.txt:print_suppressions=0"
+    "UBSAN_OPTIONS=print_stacktrace=1"
+    "TSAN_OPTIONS=suppressions=${PROJECT_SOURCE_DIR}/tests/sanitizers/threads.txt")
+if(ANABRANCH_MPI)
+  execute_process(COMMAND "${MPIEXEC_EXECUTABLE}" --version OUTPUT_VARIABLE version ERROR_QUIET)
+  if(version MATCHES "Open MPI|OpenRTE")
+    if(NOT mpiexec_flags)
+      set(mpiexec_flags --oversubscribe --bind-to none)
+    endif()
+    # Ranks that wait give their core to those that work. Reading each other's memory needs a right
+    # that containers withhold.
+    list(APPEND test_environment OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+         OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_btl_vader_single_copy_mechanism=none)
+  endif()
+endif()
+
+function(anabranch_test name)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "TIMEOUT" "SOURCES;RANKS;LABELS")
+  if(arg_UNPARSED_ARGUMENTS OR NOT arg_SOURCES)
+    message(FATAL_ERROR "anabranch_test(${name}): no SOURCES, or unknown: ${arg_UNPARSED_ARGUMENTS}")
+  endif()
+  if(NOT arg_RANKS)
+    set(arg_RANKS 1 2 3 4)
+  endif()
+  if(NOT arg_TIMEOUT)
+    set(arg_TIMEOUT 300)
+  endif()
+
+  add_executable(${name} ${arg_SOURCES})
+  anabranch_own_target(${name})
+  target_link_libraries(${name} PRIVATE anabranch_test_support)
+
+  foreach(ranks IN LISTS arg_RANKS)
+    if(ANABRANCH_MPI)
+      set(command "${MPIEXEC_EXECUTABLE}" ${mpiexec_flags} ${MPIEXEC_NUMPROC_FLAG} ${ranks}
+                  $<TARGET_FILE:${name}>)
+    elseif(ranks EQUAL 1)
+      set(command ${name})
+    else()
+      continue()
+    endif()
+    set(processors ${ranks})
+    if(processors GREATER ANABRANCH_CORES)
+      set(processors ${ANABRANCH_CORES})
+    endif()
+    add_test(NAME ${name}.np${ranks} COMMAND ${command})
+    set_tests_properties(
+      ${name}.np${ranks}
+      PROPERTIES ENVIRONMENT "${test_environment}" PROCESSORS ${processors} TIMEOUT ${arg_TIMEOUT}
+                 LABELS "np${ranks};${arg_LABELS}")
+  endforeach()
+endfunction()
+
+function(anabranch_script_test name)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "TIMEOUT" "COMMAND;LABELS;ENVIRONMENT")
+  if(arg_UNPARSED_ARGUMENTS OR NOT arg_COMMAND)
+    message(FATAL_ERROR "anabranch_script_test(${name}): no COMMAND, or unknown: "
+                        "${arg_UNPARSED_ARGUMENTS}")
+  endif()
+  if(NOT arg_TIMEOUT)
+    set(arg_TIMEOUT 600)
+  endif()
+  add_test(NAME ${name} COMMAND ${arg_COMMAND} WORKING_DIRECTORY "${PROJECT_SOURCE_DIR}")
+  set_tests_properties(${name} PROPERTIES ENVIRONMENT "${test_environment};${arg_ENVIRONMENT}"
+                                          TIMEOUT ${arg_TIMEOUT} LABELS "script;${arg_LABELS}")
+endfunction()
