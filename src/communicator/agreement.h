@@ -1,0 +1,19 @@
+#pragma once
+
+#include <anabranch/communicator.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace anabranch {
+
+/// Every rank's text, in rank order; lengths may differ. Collective.
+std::vector<std::string> all_gather_strings(Communicator& communicator, const std::string& text);
+
+/// Compares named values over the ranks. Where any differ from rank 0's, every rank throws a
+/// CommunicationError that names the ranks, the fields and both values. Collective.
+void check_agreement(Communicator& communicator,
+                     const std::vector<std::pair<std::string, std::string>>& fields);
+
+}  // namespace anabranch

@@ -1,0 +1,23 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace anabranch {
+
+/// Ranks that communicate, by their number in MPI_COMM_WORLD: the "world rank" of messages.
+struct Group {
+  Group(int32_t id, std::vector<int> members, int world_size);
+
+  int32_t id;  ///< differs between groups that share a rank
+  std::vector<int> members;
+  bool is_world;  ///< members[r] = r for all ranks of the world
+
+  /// "rank 2", "ranks 2, 3"; "world rank 2" in a group whose own numbers are others.
+  std::string describe(const std::vector<int>& world_ranks) const;
+  /// Numbers within the group of those that belong to it.
+  std::vector<int> ranks_of(const std::vector<int>& world_ranks) const;
+};
+
+}  // namespace anabranch

@@ -1,0 +1,99 @@
+#include "communicator/mpi_messages.h"
+
+#include <c10/util/StringUtil.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace anabranch {
+
+Messages::Messages(MpiRuntime& runtime, std::vector<at::Tensor> buffers)
+    : runtime_(runtime), buffers_(std::move(buffers)) {}
+
+Messages::~Messages() {
+  if (outstanding_ > 0) {
+    runtime_.abandon(std::move(requests_), std::move(buffers_));
+  }
+}
+
+void Messages::post(const std::vector<Parcel>& parcels, int tag, int64_t piece_bytes) {
+  const std::lock_guard lock(runtime_.mutex());
+  for (const Direction direction : {Direction::kIncoming, Direction::kOutgoing}) {
+    for (const Parcel& parcel : parcels) {
+      const int64_t length =
+          direction == Direction::kIncoming ? parcel.receive_bytes : parcel.send_bytes;
+      for (int64_t offset = 0; offset < length; offset += piece_bytes) {
+        const auto bytes = static_cast<int>(std::min(piece_bytes, length - offset));
+        start(parcel, {parcel.peer, bytes, direction}, offset, tag);
+      }
+    }
+  }
+  indices_.resize(requests_.size());
+  statuses_.resize(requests_.size());
+}
+
+void Messages::start(const Parcel& parcel, const Piece& piece, int64_t offset, int tag) {
+  MPI_Request request = MPI_REQUEST_NULL;
+  try {
+    if (piece.direction == Direction::kIncoming) {
+      ANABRANCH_CHECK_MPI(MPI_Irecv(parcel.receive + offset, piece.bytes, MPI_BYTE, piece.peer, tag,
+                                    runtime_.comm(), &request));
+    } else {
+      ANABRANCH_CHECK_MPI(MPI_Isend(parcel.send + offset, piece.bytes, MPI_BYTE, piece.peer, tag,
+                                    runtime_.comm(), &request));
+    }
+  } catch (const MpiError& error) {
+    throw PeerError(piece.peer, error.what());
+  }
+  pieces_.push_back(piece);
+  requests_.push_back(request);
+  ++outstanding_;
+}
+
+bool Messages::poll() {
+  if (outstanding_ == 0) {
+    return true;
+  }
+  const std::lock_guard lock(runtime_.mutex());
+  int completed = 0;
+  const int code = MPI_Testsome(static_cast<int>(requests_.size()), requests_.data(), &completed,
+                                indices_.data(), statuses_.data());
+  if (code != MPI_ERR_IN_STATUS) {
+    ANABRANCH_CHECK_MPI(code);
+  }
+  for (int i = 0; i < completed; ++i) {
+    check_piece(pieces_[indices_[i]], statuses_[i], code == MPI_ERR_IN_STATUS);
+  }
+  outstanding_ -= completed;
+  return outstanding_ == 0;
+}
+
+void Messages::check_piece(const Piece& piece, const MPI_Status& status, bool failed) const {
+  try {
+    ANABRANCH_CHECK_MPI(failed ? status.MPI_ERROR : MPI_SUCCESS);
+  } catch (const MpiError& error) {
+    throw PeerError(piece.peer, error.what());
+  }
+  if (piece.direction == Direction::kIncoming) {
+    int bytes = 0;
+    ANABRANCH_CHECK_MPI(MPI_Get_count(&status, MPI_BYTE, &bytes));
+    if (bytes != piece.bytes) {
+      throw PeerError(piece.peer, c10::str("received ", bytes, " bytes where ", piece.bytes,
+                                           " were expected: the ranks' arguments do not fit"));
+    }
+  }
+}
+
+std::vector<int> Messages::pending() const {
+  std::vector<int> ranks;
+  for (size_t i = 0; i < requests_.size(); ++i) {
+    if (requests_[i] != MPI_REQUEST_NULL) {
+      ranks.push_back(pieces_[i].peer);
+    }
+  }
+  std::sort(ranks.begin(), ranks.end());
+  ranks.erase(std::unique(ranks.begin(), ranks.end()), ranks.end());
+  return ranks;
+}
+
+}  // namespace anabranch

@@ -1,0 +1,130 @@
+#include "communicator/mpi_runtime.h"
+
+#include <anabranch/error.h>
+#include <c10/util/StringUtil.h>
+#include <stdlib.h>  // on_exit
+
+#include <memory>
+#include <thread>
+
+#include "communicator/mpi_watch.h"
+
+namespace anabranch {
+namespace {
+
+MpiRuntime* running = nullptr;
+
+/// Ends MPI at exit. `finalise` is not null if that is ours to do.
+void leave(int status, void* finalise) {
+  int finalised = 0;
+  const bool usable = MPI_Finalized(&finalised) == MPI_SUCCESS && finalised == 0;
+  if (!usable || running == nullptr || running->failure()) {
+    return;
+  }
+  if (status != 0) {
+    const int rank = running->rank();
+    announce_failure(*running,
+                     {c10::str("rank ", rank, " has exited with status ", status), {rank}});
+  } else if (finalise != nullptr) {
+    MPI_Finalize();
+  }
+}
+
+void initialise() {
+  int initialised = 0;
+  ANABRANCH_CHECK_MPI(MPI_Initialized(&initialised));
+  int level = MPI_THREAD_SINGLE;
+  if (initialised != 0) {
+    ANABRANCH_CHECK_MPI(MPI_Query_thread(&level));
+  } else {
+    ANABRANCH_CHECK_MPI(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &level));
+  }
+  static int ours = 0;
+  if (on_exit(leave, initialised != 0 ? nullptr : &ours) != 0) {
+    throw std::runtime_error("on_exit refused the handler that ends MPI");
+  }
+  if (level < MPI_THREAD_SERIALIZED) {
+    throw std::runtime_error(
+        "MPI runs below MPI_THREAD_SERIALIZED, but backward may communicate from another thread: "
+        "initialise it by MPI_Init_thread with MPI_THREAD_MULTIPLE, or leave that to anabranch");
+  }
+}
+
+}  // namespace
+
+void check_mpi(int code, const char* call, const char* file, int line) {
+  if (code == MPI_SUCCESS) [[likely]] {
+    return;
+  }
+  char text[MPI_MAX_ERROR_STRING] = {};
+  int length = 0;
+  if (MPI_Error_string(code, text, &length) != MPI_SUCCESS) {
+    length = 0;
+  }
+  throw MpiError(c10::str(call, " failed: ", std::string(text, length), " (code ", code, ") at ",
+                          file, ":", line));
+}
+
+MpiRuntime& MpiRuntime::get(std::chrono::milliseconds deadline) {
+  static std::mutex once;
+  const std::lock_guard lock(once);
+  if (running == nullptr) {
+    // Never destroyed: communicators may outlive static objects, and MPI may still write into what
+    // was abandoned.
+    running = new MpiRuntime(deadline);
+  }
+  return *running;
+}
+
+MpiRuntime::MpiRuntime(std::chrono::milliseconds deadline) {
+  initialise();
+  duplicate_world(deadline);
+  ANABRANCH_CHECK_MPI(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN));
+  ANABRANCH_CHECK_MPI(MPI_Comm_rank(comm_, &rank_));
+  ANABRANCH_CHECK_MPI(MPI_Comm_size(comm_, &size_));
+  int* limit = nullptr;
+  int found = 0;
+  ANABRANCH_CHECK_MPI(MPI_Comm_get_attr(comm_, MPI_TAG_UB, static_cast<void*>(&limit), &found));
+  if (found == 0) {
+    throw MpiError("MPI_Comm_get_attr knows no MPI_TAG_UB");
+  }
+  tag_limit_ = *limit;
+}
+
+void MpiRuntime::duplicate_world(std::chrono::milliseconds deadline) {
+  // The result lands in memory that outlives a failure, should MPI write it late.
+  static MPI_Comm duplicate = MPI_COMM_NULL;
+  MPI_Request request = MPI_REQUEST_NULL;
+  ANABRANCH_CHECK_MPI(MPI_Comm_idup(MPI_COMM_WORLD, &duplicate, &request));
+  WaitingTime waiting;
+  int done = 0;
+  while (done == 0) {
+    ANABRANCH_CHECK_MPI(MPI_Test(&request, &done, MPI_STATUS_IGNORE));
+    if (waiting.so_far() >= deadline) {
+      throw CommunicationError(c10::str("make_mpi_communicator waited ", in_seconds(deadline),
+                                        " for other ranks (dead, stalled, or not calling it)"),
+                               {});
+    }
+    std::this_thread::yield();
+  }
+  comm_ = duplicate;
+}
+
+std::optional<Failure> MpiRuntime::failure() {
+  const std::lock_guard lock(failure_mutex_);
+  return failure_;
+}
+
+void MpiRuntime::set_failure(const Failure& failure) {
+  const std::lock_guard lock(failure_mutex_);
+  if (!failure_) {
+    failure_ = failure;
+  }
+}
+
+void MpiRuntime::abandon(std::vector<MPI_Request> requests, std::vector<at::Tensor> buffers) {
+  const std::lock_guard lock(failure_mutex_);
+  abandoned_.push_back({std::move(requests), std::move(buffers)});
+}
+
+}  // namespace anabranch

@@ -1,0 +1,88 @@
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "communicator/mpi_group.h"
+#include "communicator/mpi_runtime.h"
+
+namespace anabranch {
+
+enum class Call : int32_t { kAllToAllV, kAllReduce, kAllGather, kBroadcast, kBarrier, kSplit };
+
+/// One collective call: the `sequence`th of a group.
+struct CallId {
+  int32_t group = 0;
+  Call call = Call::kBarrier;
+  int64_t sequence = 0;
+  bool operator==(const CallId&) const = default;
+};
+
+/// Time spent waiting, as this process lived it: a stretch in which it was stopped, suspended or
+/// without a core counts as a moment, so that nobody is blamed for it.
+class WaitingTime {
+ public:
+  /// Up to now; to be called often.
+  std::chrono::nanoseconds so_far();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point last_ = Clock::now();
+  std::chrono::nanoseconds waited_{0};
+};
+
+/// "5.0 s"
+std::string in_seconds(std::chrono::milliseconds duration);
+
+/// Marks the runtime as failed and tells every other rank, without waiting for those that do not
+/// listen.
+void announce_failure(MpiRuntime& runtime, const Failure& failure) noexcept;
+
+/// Throws what a call of `group` on `rank` (of MPI_COMM_WORLD) ends in after a failure elsewhere.
+[[noreturn]] void refuse_after(const Failure& failure, const Group& group, int rank, Call call);
+
+/// Finds out whom a waiting rank waits for in the end.
+///
+/// A rank may wait for a live one that itself waits for a dead one. So, shortly before its
+/// deadline, a rank asks those it waits for, and those they wait for. Whoever waits answers;
+/// whoever does not answer is to blame. A rank that gives up tells all others, which end at once
+/// and blame the same.
+class Watch {
+ public:
+  Watch(MpiRuntime& runtime, const Group& group, CallId call, std::chrono::milliseconds deadline);
+
+  const CallId& call() const noexcept { return call_; }
+
+  /// Called again and again while messages from or to the `pending` ranks are outstanding; throws
+  /// CommunicationError when waiting for them has become vain.
+  void keep_waiting(const std::function<std::vector<int>()>& pending);
+
+  /// Ends this and every later call, here and on the other ranks. `culprits`: of MPI_COMM_WORLD.
+  [[noreturn]] void fail(const std::string& reason, const std::vector<int>& culprits);
+
+ private:
+  struct Answer {
+    CallId call;
+    std::vector<int> waits_for;
+  };
+
+  void listen(const std::vector<int>& pending);
+  void ask(const std::vector<int>& ranks);
+  [[noreturn]] void give_up(const std::vector<int>& pending);
+
+  MpiRuntime& runtime_;
+  const Group& group_;
+  CallId call_;
+  std::chrono::milliseconds deadline_;
+  WaitingTime waiting_;
+  int32_t question_;
+  std::set<int> asked_;
+  std::map<int, Answer> answers_;
+};
+
+}  // namespace anabranch

@@ -1,0 +1,12 @@
+#include <anabranch/communicator.h>
+
+#include <stdexcept>
+
+// Built in the place of mpi.cpp where there is no MPI.
+namespace anabranch {
+
+std::shared_ptr<Communicator> make_mpi_communicator(const CommunicatorOptions& /*options*/) {
+  throw std::runtime_error("make_mpi_communicator: this build of anabranch has no MPI");
+}
+
+}  // namespace anabranch
