@@ -1,0 +1,13 @@
+#pragma once
+
+#include <anabranch/grouped_gemm.h>
+
+namespace anabranch {
+
+constexpr int kMostCublasStreams = 8;
+
+/// cublasGemmEx expert by expert over 1 to 8 side streams, which fork from the current stream and
+/// join it; largest expert first. Engines of one device share the streams and their handles.
+std::shared_ptr<GroupedGemmEngine> make_cublas_loop_engine(torch::Device device, int streams);
+
+}  // namespace anabranch

@@ -1,0 +1,47 @@
+#pragma once
+
+#include <cublas_v2.h>
+#include <torch/types.h>
+
+#include <vector>
+
+namespace anabranch {
+
+/// One expert's product in cuBLAS's column-major terms: c [m, n] = op(a) [m, k] · op(b) [k, n].
+struct CublasProduct {
+  const void* a;
+  const void* b;
+  void* c;
+  int64_t m;
+  int64_t n;
+  int64_t k;
+};
+
+/// What the products of a grouped GEMM have in common, and those of them that have work to do.
+struct CublasProducts {
+  cudaDataType_t type;
+  cublasComputeType_t compute;
+  cublasOperation_t a_operation;
+  cublasOperation_t b_operation;
+  int64_t lda;
+  int64_t ldb;
+  int64_t ldc;
+  std::vector<CublasProduct> products;
+
+  /// 1 and 0 in the type of `compute`.
+  const void* one() const;
+  const void* zero() const;
+};
+
+// Arguments are those of GroupedGemmEngine. Outputs that are sums of nothing are zeroed on `stream`.
+CublasProducts forward_products(const torch::Tensor& x, const torch::Tensor& weight,
+                                const std::vector<int64_t>& counts, torch::Tensor& y,
+                                cudaStream_t stream);
+CublasProducts dgrad_products(const torch::Tensor& dy, const torch::Tensor& weight,
+                              const std::vector<int64_t>& counts, torch::Tensor& dx,
+                              cudaStream_t stream);
+CublasProducts wgrad_products(const torch::Tensor& dy, const torch::Tensor& x,
+                              const std::vector<int64_t>& counts, torch::Tensor& dweight,
+                              cudaStream_t stream);
+
+}  // namespace anabranch

@@ -1,0 +1,53 @@
+#include <ATen/ops/empty_like.h>
+
+#include "kernels/cuda/cuda_kernels.h"
+#include "kernels/cuda/tensors.h"
+
+namespace anabranch {
+namespace {
+
+cuda::ActivationKind kind_of(Activation activation) {
+  switch (activation) {
+    case Activation::kGeluTanh:
+      return cuda::ActivationKind::kGeluTanh;
+    case Activation::kGelu:
+      return cuda::ActivationKind::kGelu;
+    case Activation::kRelu:
+      return cuda::ActivationKind::kRelu;
+    case Activation::kSilu:
+      return cuda::ActivationKind::kSilu;
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown activation");
+}
+
+}  // namespace
+
+torch::Tensor CudaKernels::activate(const torch::Tensor& hidden, Activation activation,
+                                    bool glu) const {
+  const OnDevice stream(hidden);
+  const int64_t rows = hidden.size(0);
+  const int64_t n = glu ? hidden.size(1) / 2 : hidden.size(1);
+  torch::Tensor activated = at::empty({rows, n}, hidden.options());
+  cuda::launch_activate({cuda::scalar_of(hidden), kind_of(activation), glu, rows, n},
+                        hidden.const_data_ptr(), activated.data_ptr(), stream);
+  return activated;
+}
+
+Kernels::ActivationGradient CudaKernels::activate_backward(const torch::Tensor& dactivated,
+                                                           const torch::Tensor& hidden,
+                                                           const torch::Tensor& weights,
+                                                           Activation activation, bool glu) const {
+  const OnDevice stream(hidden);
+  const int64_t rows = dactivated.size(0);
+  // `weighted` takes the place of `dactivated`.
+  ActivationGradient gradient{at::empty_like(hidden), dactivated,
+                              at::empty({rows}, cuda::accumulate_options(hidden))};
+  cuda::launch_activate_backward(
+      {cuda::scalar_of(hidden), kind_of(activation), glu, rows, dactivated.size(1)},
+      dactivated.const_data_ptr(), hidden.const_data_ptr(), cuda::address_or_null(weights),
+      gradient.dhidden.data_ptr(), gradient.weighted.data_ptr(), gradient.dweights.data_ptr(),
+      stream);
+  return gradient;
+}
+
+}  // namespace anabranch

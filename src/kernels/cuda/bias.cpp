@@ -1,0 +1,61 @@
+#include <numeric>
+
+#include "kernels/cuda/cuda_kernels.h"
+#include "kernels/cuda/tensors.h"
+
+namespace anabranch {
+namespace {
+
+/// {a, b, c} → {0, a, a+b, a+b+c}
+std::vector<int64_t> offsets_of(const std::vector<int64_t>& counts) {
+  std::vector<int64_t> offsets(counts.size() + 1, 0);
+  std::partial_sum(counts.begin(), counts.end(), offsets.begin() + 1);
+  return offsets;
+}
+
+}  // namespace
+
+void CudaKernels::add_bias(torch::Tensor& rows, const torch::Tensor& bias,
+                           const std::vector<int64_t>& counts) const {
+  const OnDevice stream(rows);
+  const torch::Tensor offsets = upload(offsets_of(counts), rows.device());
+  cuda::launch_add_bias(cuda::scalar_of(rows), rows.data_ptr(), bias.const_data_ptr(),
+                        offsets.const_data_ptr<int64_t>(), bias.size(0), rows.size(0), rows.size(1),
+                        stream);
+}
+
+torch::Tensor CudaKernels::bias_gradient(const torch::Tensor& rows, const torch::Tensor& weights,
+                                         const std::vector<int64_t>& counts) const {
+  const OnDevice stream(rows);
+  const auto experts = static_cast<int64_t>(counts.size());
+  std::vector<int64_t> chunk_counts;
+  for (const int64_t count : counts) {
+    chunk_counts.push_back((count + cuda::kBiasChunk - 1) / cuda::kBiasChunk);
+  }
+  std::vector<int64_t> table = offsets_of(counts);
+  const std::vector<int64_t> chunks = offsets_of(chunk_counts);
+  table.insert(table.end(), chunks.begin(), chunks.end());
+  const torch::Tensor device_table = upload(table, rows.device());
+  const int64_t* offsets = device_table.const_data_ptr<int64_t>();
+  const torch::Tensor partial =
+      at::empty({chunks.back(), rows.size(1)}, cuda::accumulate_options(rows));
+  torch::Tensor out = at::empty({experts, rows.size(1)}, rows.options());
+  cuda::launch_bias_gradient(cuda::scalar_of(rows), rows.const_data_ptr(),
+                             cuda::address_or_null(weights), offsets, offsets + experts + 1,
+                             chunks.back(), experts, rows.size(1), partial.data_ptr(),
+                             out.data_ptr(), stream);
+  return out;
+}
+
+torch::Tensor CudaKernels::bias_dot(const torch::Tensor& rows, const torch::Tensor& bias,
+                                    const std::vector<int64_t>& counts) const {
+  const OnDevice stream(rows);
+  const torch::Tensor offsets = upload(offsets_of(counts), rows.device());
+  torch::Tensor out = at::empty({rows.size(0)}, cuda::accumulate_options(rows));
+  cuda::launch_bias_dot(cuda::scalar_of(rows), rows.const_data_ptr(), bias.const_data_ptr(),
+                        offsets.const_data_ptr<int64_t>(), bias.size(0), rows.size(0), rows.size(1),
+                        out.data_ptr(), stream);
+  return out;
+}
+
+}  // namespace anabranch

@@ -1,0 +1,207 @@
+#include "kernels/cuda/device.cuh"
+
+namespace anabranch::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+
+__device__ __forceinline__ int64_t row_of_warp() {
+  return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+}
+
+/// A warp per row.
+template <typename scalar_t, int kSize>
+__global__ void __launch_bounds__(kThreads)
+    add_bias_kernel(scalar_t* __restrict__ rows, const scalar_t* __restrict__ bias,
+                    const int64_t* __restrict__ offsets, int64_t experts, int64_t count,
+                    int64_t width) {
+  using acc_t = accumulate_t<scalar_t>;
+  using pack_t = Pack<scalar_t, kSize>;
+  const int64_t row = row_of_warp();
+  if (row >= count) {
+    return;
+  }
+  auto* target = reinterpret_cast<pack_t*>(rows + row * width);
+  const auto* addend =
+      reinterpret_cast<const pack_t*>(bias + owner_of(offsets, experts, row) * width);
+#pragma unroll 4
+  for (int64_t i = threadIdx.x % kWarp; i < width / kSize; i += kWarp) {
+    acc_t a[kSize];
+    acc_t b[kSize];
+    unpack(target[i], a);
+    unpack(addend[i], b);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      a[j] += b[j];
+    }
+    target[i] = pack_of<scalar_t>(a);
+  }
+}
+
+/// A warp per row.
+template <typename scalar_t, int kSize>
+__global__ void __launch_bounds__(kThreads)
+    bias_dot_kernel(const scalar_t* __restrict__ rows, const scalar_t* __restrict__ bias,
+                    const int64_t* __restrict__ offsets, int64_t experts, int64_t count,
+                    int64_t width, accumulate_t<scalar_t>* __restrict__ out) {
+  using acc_t = accumulate_t<scalar_t>;
+  using pack_t = Pack<scalar_t, kSize>;
+  const int64_t row = row_of_warp();
+  if (row >= count) {
+    return;
+  }
+  const auto* left = reinterpret_cast<const pack_t*>(rows + row * width);
+  const auto* right =
+      reinterpret_cast<const pack_t*>(bias + owner_of(offsets, experts, row) * width);
+  acc_t sum = 0;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x % kWarp; i < width / kSize; i += kWarp) {
+    acc_t a[kSize];
+    acc_t b[kSize];
+    unpack(left[i], a);
+    unpack(right[i], b);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      sum += a[j] * b[j];
+    }
+  }
+  sum = warp_sum(sum);
+  if (threadIdx.x % kWarp == 0) {
+    out[row] = sum;
+  }
+}
+
+/// A block sums one chunk of rows over one strip of 32 packs of columns. Each warp takes every
+/// kWarps-th row; the warps' sums are added in order.
+template <typename scalar_t, int kSize>
+__global__ void __launch_bounds__(kThreads)
+    sum_chunks_kernel(const scalar_t* __restrict__ rows,
+                      const accumulate_t<scalar_t>* __restrict__ weights,
+                      const int64_t* __restrict__ offsets, const int64_t* __restrict__ chunks,
+                      int64_t experts, int64_t width,
+                      accumulate_t<scalar_t>* __restrict__ partial) {
+  using acc_t = accumulate_t<scalar_t>;
+  using pack_t = Pack<scalar_t, kSize>;
+  __shared__ acc_t sums[kWarps][kSize][kWarp];
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const int64_t chunk = blockIdx.x;
+  const int64_t expert = owner_of(chunks, experts, chunk);
+  const int64_t begin = offsets[expert] + (chunk - chunks[expert]) * kBiasChunk;
+  const int64_t end = min(begin + kBiasChunk, offsets[expert + 1]);
+  const int64_t column = (static_cast<int64_t>(blockIdx.y) * kWarp + lane) * kSize;
+  acc_t sum[kSize] = {};
+  if (column < width) {
+#pragma unroll 4
+    for (int64_t row = begin + warp; row < end; row += kWarps) {
+      const acc_t weight = weights != nullptr ? weights[row] : acc_t{1};
+      acc_t values[kSize];
+      unpack(*reinterpret_cast<const pack_t*>(rows + row * width + column), values);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        sum[i] += weight * values[i];
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    sums[warp][i][lane] = sum[i];
+  }
+  __syncthreads();
+  for (int i = warp; i < kSize && column < width; i += kWarps) {
+    acc_t total = 0;
+    for (int w = 0; w < kWarps; ++w) {
+      total += sums[w][i][lane];
+    }
+    partial[chunk * width + column + i] = total;
+  }
+}
+
+/// A thread adds the partial sums of one expert's column.
+template <typename scalar_t>
+__global__ void __launch_bounds__(kThreads)
+    add_chunks_kernel(const accumulate_t<scalar_t>* __restrict__ partial,
+                      const int64_t* __restrict__ chunks, int64_t width,
+                      scalar_t* __restrict__ out) {
+  const int64_t expert = blockIdx.x;
+  const int64_t column = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
+  if (column >= width) {
+    return;
+  }
+  accumulate_t<scalar_t> sum = 0;
+#pragma unroll 8
+  for (int64_t chunk = chunks[expert]; chunk < chunks[expert + 1]; ++chunk) {
+    sum += partial[chunk * width + column];
+  }
+  out[expert * width + column] = static_cast<scalar_t>(sum);
+}
+
+}  // namespace
+
+void launch_add_bias(Scalar scalar, void* rows, const void* bias, const int64_t* offsets,
+                     int64_t experts, int64_t count, int64_t width, cudaStream_t stream) {
+  if (count == 0 || width == 0) {
+    return;
+  }
+  dispatch(scalar, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(scalar_t));
+    dispatch_pack<scalar_t>(aligned_rows(row_bytes, rows, bias), [&](auto pack_size) {
+      constexpr int kSize = decltype(pack_size)::value;
+      add_bias_kernel<scalar_t, kSize><<<grid_size(divide_up(count, kWarps)), kThreads, 0, stream>>>(
+          static_cast<scalar_t*>(rows), static_cast<const scalar_t*>(bias), offsets, experts, count,
+          width);
+      check_launch("add_bias");
+    });
+  });
+}
+
+void launch_bias_dot(Scalar scalar, const void* rows, const void* bias, const int64_t* offsets,
+                     int64_t experts, int64_t count, int64_t width, void* out,
+                     cudaStream_t stream) {
+  if (count == 0) {
+    return;
+  }
+  dispatch(scalar, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(scalar_t));
+    dispatch_pack<scalar_t>(aligned_rows(row_bytes, rows, bias), [&](auto pack_size) {
+      constexpr int kSize = decltype(pack_size)::value;
+      bias_dot_kernel<scalar_t, kSize><<<grid_size(divide_up(count, kWarps)), kThreads, 0, stream>>>(
+          static_cast<const scalar_t*>(rows), static_cast<const scalar_t*>(bias), offsets, experts,
+          count, width, static_cast<accumulate_t<scalar_t>*>(out));
+      check_launch("bias_dot");
+    });
+  });
+}
+
+void launch_bias_gradient(Scalar scalar, const void* rows, const void* weights,
+                          const int64_t* offsets, const int64_t* chunks, int64_t num_chunks,
+                          int64_t experts, int64_t width, void* partial, void* out,
+                          cudaStream_t stream) {
+  if (experts == 0 || width == 0) {
+    return;
+  }
+  dispatch(scalar, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    using acc_t = accumulate_t<scalar_t>;
+    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(scalar_t));
+    if (num_chunks > 0) {
+      dispatch_pack<scalar_t>(aligned_rows(row_bytes, rows), [&](auto pack_size) {
+        constexpr int kSize = decltype(pack_size)::value;
+        const dim3 grid(grid_size(num_chunks), grid_size(divide_up(width, kWarp * kSize), 65535));
+        sum_chunks_kernel<scalar_t, kSize><<<grid, kThreads, 0, stream>>>(
+            static_cast<const scalar_t*>(rows), static_cast<const acc_t*>(weights), offsets, chunks,
+            experts, width, static_cast<acc_t*>(partial));
+        check_launch("bias_gradient");
+      });
+    }
+    const dim3 grid(grid_size(experts), grid_size(divide_up(width, kThreads), 65535));
+    add_chunks_kernel<scalar_t><<<grid, kThreads, 0, stream>>>(
+        static_cast<const acc_t*>(partial), chunks, width, static_cast<scalar_t*>(out));
+    check_launch("bias_gradient");
+  });
+}
+
+}  // namespace anabranch::cuda

@@ -1,0 +1,121 @@
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cumsum.h>
+#include <ATen/ops/diff.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+
+#include "kernels/cuda/cuda_kernels.h"
+#include "kernels/cuda/tensors.h"
+
+namespace anabranch {
+namespace {
+
+/// The part of a send plan that is about rows: everything but the order of assignments.
+void plan_rows(const torch::Tensor& expert_ids, const std::vector<int64_t>& first_expert,
+               SendPlan& plan, cudaStream_t stream) {
+  const int64_t tokens = expert_ids.size(0);
+  const int64_t top_k = expert_ids.size(1);
+  const int64_t assignments = tokens * top_k;
+  const auto ranks = static_cast<int64_t>(first_expert.size()) - 1;
+  const auto index = expert_ids.options();
+  const torch::Tensor first = at::empty({assignments}, index);
+  const torch::Tensor key = at::empty({assignments}, index);
+  const torch::Tensor rows_of_token = at::empty({tokens}, index);
+  const cuda::TokenRanks pairs{first.data_ptr<int64_t>(), key.data_ptr<int64_t>(),
+                               rows_of_token.data_ptr<int64_t>()};
+  cuda::launch_token_ranks(expert_ids.const_data_ptr<int64_t>(), tokens, top_k,
+                           upload(first_expert, expert_ids.device()).const_data_ptr<int64_t>(),
+                           ranks, pairs, stream);
+  // Assignments that are not the first of their (token, rank) go last, behind all sent rows.
+  const Csr sent = cuda_kernels().group(key, ranks + 1);
+  plan.rank_rows = sent.offsets.diff().narrow(0, 0, ranks).contiguous();
+  const torch::Tensor row_of = at::empty({assignments}, index);
+  plan.send_tokens = at::empty({assignments}, index);
+  cuda::launch_send_tokens(sent.members.const_data_ptr<int64_t>(), assignments, top_k,
+                           plan.send_tokens.data_ptr<int64_t>(), row_of.data_ptr<int64_t>(),
+                           stream);
+  plan.token_offsets = at::zeros({tokens + 1}, index);
+  auto token_ends = plan.token_offsets.narrow(0, 1, tokens);
+  at::cumsum_out(token_ends, rows_of_token, 0);
+  plan.token_rows = at::empty({assignments}, index);
+  cuda::launch_token_rows(pairs, row_of.const_data_ptr<int64_t>(),
+                          plan.token_offsets.const_data_ptr<int64_t>(), tokens, top_k, ranks,
+                          plan.token_rows.data_ptr<int64_t>(), stream);
+  cuda::launch_segment_rows(plan.send_order.const_data_ptr<int64_t>(), assignments, pairs,
+                            row_of.const_data_ptr<int64_t>(),
+                            sent.offsets.const_data_ptr<int64_t>(),
+                            plan.segment_rows.data_ptr<int32_t>(), stream);
+}
+
+/// One rank: every token is sent once, to this rank.
+void plan_rows_of_one_rank(const torch::Tensor& expert_ids, SendPlan& plan) {
+  const int64_t tokens = expert_ids.size(0);
+  const auto index = expert_ids.options();
+  plan.rank_rows = at::full({1}, tokens, index);
+  plan.token_offsets = at::arange(tokens + 1, index);
+  plan.send_tokens = plan.token_offsets.narrow(0, 0, tokens);
+  plan.token_rows = plan.send_tokens;
+  plan.segment_rows.copy_(plan.send_order.div(expert_ids.size(1), "trunc"));
+}
+
+}  // namespace
+
+torch::Tensor CudaKernels::first_invalid_token(const torch::Tensor& expert_ids,
+                                               int64_t num_experts) const {
+  const OnDevice stream(expert_ids);
+  torch::Tensor token = at::full({}, -1, expert_ids.options());
+  cuda::launch_first_invalid_token(expert_ids.const_data_ptr<int64_t>(), expert_ids.size(0),
+                                   expert_ids.size(1), num_experts, token.data_ptr<int64_t>(),
+                                   stream);
+  return token;
+}
+
+SendPlan CudaKernels::plan_send(const torch::Tensor& expert_ids,
+                                const std::vector<int64_t>& first_expert) const {
+  const OnDevice stream(expert_ids);
+  SendPlan plan;
+  const Csr by_expert = group(expert_ids.flatten(), first_expert.back());
+  plan.expert_counts = by_expert.offsets.diff();
+  plan.send_order = by_expert.members;
+  plan.segment_rows = at::empty({expert_ids.numel()}, expert_ids.options().dtype(torch::kInt32));
+  if (first_expert.size() == 2) {
+    plan_rows_of_one_rank(expert_ids, plan);
+  } else {
+    plan_rows(expert_ids, first_expert, plan, stream);
+  }
+  return plan;
+}
+
+ArrivalOrder CudaKernels::order_arrivals(const torch::Tensor& segment_rows,
+                                         const torch::Tensor& rows,
+                                         const torch::Tensor& counts) const {
+  const OnDevice stream(segment_rows);
+  const int64_t ranks = counts.size(0);
+  const int64_t experts = counts.size(1);
+  const torch::Tensor source_ends = counts.flatten().cumsum(0);
+  const torch::Tensor expert_ends = counts.t().flatten().cumsum(0);
+  const torch::Tensor row_ends = rows.cumsum(0);
+  ArrivalOrder order{at::empty({segment_rows.size(0)}, counts.options()),
+                     at::empty({segment_rows.size(0)}, counts.options())};
+  cuda::launch_order_arrivals(
+      segment_rows.const_data_ptr<int32_t>(), segment_rows.size(0),
+      source_ends.const_data_ptr<int64_t>(), expert_ends.const_data_ptr<int64_t>(),
+      row_ends.const_data_ptr<int64_t>(), ranks, experts, order.received_order.data_ptr<int64_t>(),
+      order.assignment_rows.data_ptr<int64_t>(), stream);
+  return order;
+}
+
+Csr CudaKernels::group(const torch::Tensor& group_of, int64_t groups) const {
+  const OnDevice stream(group_of);
+  const int64_t count = group_of.size(0);
+  Csr result{at::empty({groups + 1}, group_of.options()), at::empty_like(group_of)};
+  const torch::Tensor scratch =
+      at::empty({cuda::group_scratch(count, groups)}, group_of.options());
+  cuda::launch_group(group_of.const_data_ptr<int64_t>(), count, groups, scratch.data_ptr<int64_t>(),
+                     result.offsets.data_ptr<int64_t>(), result.members.data_ptr<int64_t>(),
+                     stream);
+  return result;
+}
+
+}  // namespace anabranch

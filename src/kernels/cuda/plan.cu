@@ -1,0 +1,413 @@
+#include "kernels/cuda/device.cuh"
+
+// Integers only, and integer atomics only where the result does not depend on their order: the plan
+// is the same in every run.
+
+namespace anabranch::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+
+__device__ __forceinline__ int64_t thread_index() {
+  return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+}
+
+unsigned grid_for(int64_t threads) { return grid_size(divide_up(threads, kThreads)); }
+
+/// A warp per token.
+__global__ void __launch_bounds__(kThreads)
+    first_invalid_token_kernel(const int64_t* __restrict__ expert_ids, int64_t tokens,
+                               int64_t top_k, int64_t num_experts, unsigned long long* first) {
+  const int64_t token = thread_index() / kWarp;
+  if (token >= tokens) {
+    return;
+  }
+  const int64_t* ids = expert_ids + token * top_k;
+  bool valid = true;
+  for (int64_t slot = threadIdx.x % kWarp; slot < top_k; slot += kWarp) {
+    const int64_t id = ids[slot];
+    valid = valid && id >= 0 && id < num_experts;
+    for (int64_t other = 0; other < slot; ++other) {
+      valid = valid && ids[other] != id;
+    }
+  }
+  if (!valid) {
+    atomicMin(first, static_cast<unsigned long long>(token));
+  }
+}
+
+// --- group: a stable radix sort of positions by key -------------------------------------------
+
+constexpr int kMostDigitBits = 10;
+constexpr int kItems = 8;                       // of a thread
+constexpr int kTile = kThreads * kItems;        // of a block
+constexpr int kMostDigits = 1 << kMostDigitBits;
+
+/// One pass: by the digit (key >> shift) & (digits − 1).
+struct DigitPass {
+  const int64_t* keys;
+  const int64_t* members;  // null: positions themselves
+  int64_t count;
+  int64_t largest_key;
+  int shift;
+  int digits;
+  int64_t blocks;
+
+  __device__ int64_t key(int64_t i) const { return min(max(keys[i], int64_t{0}), largest_key); }
+  __device__ int digit(int64_t key) const {
+    return static_cast<int>(key >> shift) & (digits - 1);
+  }
+};
+
+/// histogram [digits, blocks]
+__global__ void __launch_bounds__(kThreads)
+    count_digits_kernel(DigitPass pass, int64_t* __restrict__ histogram) {
+  __shared__ int counts[kMostDigits];
+  for (int digit = threadIdx.x; digit < pass.digits; digit += kThreads) {
+    counts[digit] = 0;
+  }
+  __syncthreads();
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kTile;
+  const int64_t end = min(begin + kTile, pass.count);
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+    atomicAdd(&counts[pass.digit(pass.key(i))], 1);
+  }
+  __syncthreads();
+  for (int digit = threadIdx.x; digit < pass.digits; digit += kThreads) {
+    histogram[digit * pass.blocks + blockIdx.x] = counts[digit];
+  }
+}
+
+/// Exclusive running sum over the block's threads; `total` is the sum of all.
+__device__ int64_t block_exclusive_sum(int64_t value, int64_t& total) {
+  __shared__ int64_t warp_totals[kWarps];
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  int64_t inclusive = value;
+#pragma unroll
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const int64_t below = __shfl_up_sync(kFullMask, inclusive, offset);
+    inclusive += lane >= offset ? below : 0;
+  }
+  __syncthreads();  // of an earlier call's readers
+  if (lane == kWarp - 1) {
+    warp_totals[warp] = inclusive;
+  }
+  __syncthreads();
+  int64_t before = 0;
+  total = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    before += w < warp ? warp_totals[w] : 0;
+    total += warp_totals[w];
+  }
+  return before + inclusive - value;
+}
+
+/// A block per digit: its counts per block become an exclusive running sum, `totals` their sum.
+__global__ void __launch_bounds__(kThreads)
+    scan_digits_kernel(int64_t blocks, int64_t* __restrict__ histogram,
+                       int64_t* __restrict__ totals) {
+  int64_t* counts = histogram + blockIdx.x * blocks;
+  int64_t carry = 0;
+  for (int64_t base = 0; base < blocks; base += kThreads) {
+    const int64_t i = base + threadIdx.x;
+    int64_t total;
+    const int64_t before = block_exclusive_sum(i < blocks ? counts[i] : 0, total);
+    if (i < blocks) {
+      counts[i] = carry + before;
+    }
+    carry += total;
+  }
+  if (threadIdx.x == 0) {
+    totals[blockIdx.x] = carry;
+  }
+}
+
+/// Where each digit's elements of this block begin, into `first` [digits] of shared memory.
+__device__ void find_first_places(const DigitPass& pass, const int64_t* histogram,
+                                  const int64_t* totals, int64_t* first) {
+  int64_t carry = 0;
+  for (int base = 0; base < pass.digits; base += kThreads) {
+    const int digit = base + threadIdx.x;
+    const bool exists = digit < pass.digits;
+    int64_t total;
+    const int64_t smaller = block_exclusive_sum(exists ? totals[digit] : 0, total);
+    if (exists) {
+      first[digit] = carry + smaller + histogram[digit * pass.blocks + blockIdx.x];
+    }
+    carry += total;
+  }
+}
+
+/// Each warp takes kItems · 32 consecutive elements in order.
+__global__ void __launch_bounds__(kThreads)
+    place_kernel(DigitPass pass, const int64_t* __restrict__ histogram,
+                 const int64_t* __restrict__ totals, int64_t* __restrict__ keys_out,
+                 int64_t* __restrict__ members_out) {
+  __shared__ int64_t first[kMostDigits];
+  extern __shared__ int seen[];  // [kWarps, digits]: of each digit, by each warp
+  for (int i = threadIdx.x; i < kWarps * pass.digits; i += kThreads) {
+    seen[i] = 0;
+  }
+  find_first_places(pass, histogram, totals, first);
+  __syncthreads();
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  int* own_seen = seen + warp * pass.digits;
+  const int64_t begin =
+      static_cast<int64_t>(blockIdx.x) * kTile + warp * kItems * kWarp + lane;
+  int64_t keys[kItems];
+  int rank[kItems];  // among the warp's elements of the same digit
+#pragma unroll
+  for (int item = 0; item < kItems; ++item) {
+    const int64_t i = begin + item * kWarp;
+    const unsigned active = __ballot_sync(kFullMask, i < pass.count);
+    if (i < pass.count) {
+      keys[item] = pass.key(i);
+      const int digit = pass.digit(keys[item]);
+      const unsigned peers = __match_any_sync(active, digit);
+      const unsigned before = peers & ((1u << lane) - 1);
+      rank[item] = own_seen[digit] + __popc(before);
+      __syncwarp(active);
+      if (before == 0) {
+        own_seen[digit] += __popc(peers);
+      }
+    }
+    __syncwarp();
+  }
+  __syncthreads();
+  for (int digit = threadIdx.x; digit < pass.digits; digit += kThreads) {
+    int sum = 0;
+    for (int w = 0; w < kWarps; ++w) {
+      const int count = seen[w * pass.digits + digit];
+      seen[w * pass.digits + digit] = sum;
+      sum += count;
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int item = 0; item < kItems; ++item) {
+    const int64_t i = begin + item * kWarp;
+    if (i < pass.count) {
+      const int digit = pass.digit(keys[item]);
+      const int64_t place = first[digit] + own_seen[digit] + rank[item];
+      keys_out[place] = keys[item];
+      members_out[place] = pass.members != nullptr ? pass.members[i] : i;
+    }
+  }
+}
+
+/// offsets[g] is the number of keys below g.
+__global__ void __launch_bounds__(kThreads)
+    find_offsets_kernel(const int64_t* __restrict__ sorted_keys, int64_t count, int64_t groups,
+                        int64_t* __restrict__ offsets) {
+  const int64_t group = thread_index();
+  if (group <= groups) {
+    offsets[group] = group == groups ? count : upper_bound(sorted_keys, count, group - 1);
+  }
+}
+
+int bits_of(int64_t groups) {
+  int bits = 0;
+  while (groups - 1 >> bits > 0) {
+    ++bits;
+  }
+  return std::max(bits, 1);
+}
+
+// --- send plan and arrivals ---------------------------------------------------------------------
+
+/// A thread per token; top_k is small.
+__global__ void __launch_bounds__(kThreads)
+    token_ranks_kernel(const int64_t* __restrict__ expert_ids, int64_t tokens, int64_t top_k,
+                       const int64_t* __restrict__ first_expert, int64_t ranks, TokenRanks pairs) {
+  const int64_t token = thread_index();
+  if (token >= tokens) {
+    return;
+  }
+  const int64_t begin = token * top_k;
+  int64_t distinct = 0;
+  for (int64_t i = begin; i < begin + top_k; ++i) {
+    // An expert beyond the last counts as the last rank's, a negative one as the first's.
+    const int64_t rank = min(upper_bound(first_expert + 1, ranks, expert_ids[i]), ranks - 1);
+    int64_t first = begin;
+    while (first < i && pairs.key[first] != rank) {
+      ++first;
+    }
+    pairs.first[i] = first;
+    pairs.key[i] = first == i ? rank : ranks;
+    distinct += first == i;
+  }
+  pairs.ranks[token] = distinct;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    send_tokens_kernel(const int64_t* __restrict__ sent, int64_t count, int64_t top_k,
+                       int64_t* __restrict__ send_tokens, int64_t* __restrict__ row_of) {
+  const int64_t i = thread_index();
+  if (i < count) {
+    send_tokens[i] = sent[i] / top_k;
+    row_of[sent[i]] = i;
+  }
+}
+
+/// A thread per token: its rows in the order of their ranks.
+__global__ void __launch_bounds__(kThreads)
+    token_rows_kernel(TokenRanks pairs, const int64_t* __restrict__ row_of,
+                      const int64_t* __restrict__ token_offsets, int64_t tokens, int64_t top_k,
+                      int64_t ranks, int64_t* __restrict__ token_rows) {
+  const int64_t token = thread_index();
+  if (token >= tokens) {
+    return;
+  }
+  const int64_t* key = pairs.key + token * top_k;
+  for (int64_t slot = 0; slot < top_k; ++slot) {
+    if (key[slot] == ranks) {
+      continue;
+    }
+    int64_t lower = 0;
+    for (int64_t other = 0; other < top_k; ++other) {
+      lower += key[other] < key[slot];
+    }
+    token_rows[token_offsets[token] + lower] = row_of[token * top_k + slot];
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    segment_rows_kernel(const int64_t* __restrict__ send_order, int64_t count, TokenRanks pairs,
+                        const int64_t* __restrict__ row_of, const int64_t* __restrict__ segments,
+                        int32_t* __restrict__ segment_rows) {
+  const int64_t i = thread_index();
+  if (i < count) {
+    const int64_t first = pairs.first[send_order[i]];
+    segment_rows[i] = static_cast<int32_t>(row_of[first] - segments[pairs.key[first]]);
+  }
+}
+
+/// A thread per assignment in expert-major order.
+__global__ void __launch_bounds__(kThreads)
+    order_arrivals_kernel(const int32_t* __restrict__ segment_rows, int64_t count,
+                          const int64_t* __restrict__ source_ends,
+                          const int64_t* __restrict__ expert_ends,
+                          const int64_t* __restrict__ row_ends, int64_t ranks, int64_t experts,
+                          int64_t* __restrict__ received_order,
+                          int64_t* __restrict__ assignment_rows) {
+  const int64_t p = thread_index();
+  if (p >= count) {
+    return;
+  }
+  const int64_t piece = upper_bound(expert_ends, experts * ranks, p);
+  const int64_t expert = piece / ranks;
+  const int64_t rank = piece % ranks;
+  const int64_t source_piece = rank * experts + expert;
+  const int64_t within = p - (piece > 0 ? expert_ends[piece - 1] : 0);
+  const int64_t arrived = within + (source_piece > 0 ? source_ends[source_piece - 1] : 0);
+  received_order[p] = arrived;
+  assignment_rows[p] = segment_rows[arrived] + (rank > 0 ? row_ends[rank - 1] : 0);
+}
+
+}  // namespace
+
+void launch_first_invalid_token(const int64_t* expert_ids, int64_t tokens, int64_t top_k,
+                                int64_t num_experts, int64_t* token, cudaStream_t stream) {
+  if (tokens == 0) {
+    return;
+  }
+  first_invalid_token_kernel<<<grid_for(tokens * kWarp), kThreads, 0, stream>>>(
+      expert_ids, tokens, top_k, num_experts, reinterpret_cast<unsigned long long*>(token));
+  check_launch("first_invalid_token");
+}
+
+int64_t group_scratch(int64_t count, int64_t groups) {
+  const int64_t digits = int64_t{1} << std::min(bits_of(groups), kMostDigitBits);
+  return 3 * count + digits * divide_up(count, kTile) + digits;
+}
+
+void launch_group(const int64_t* keys, int64_t count, int64_t groups, int64_t* scratch,
+                  int64_t* offsets, int64_t* members, cudaStream_t stream) {
+  // Two buffers of keys and, beside `members`, one of members take turns.
+  int64_t* const sorted_keys[2] = {scratch, scratch + count};
+  int64_t* const spare_members = scratch + 2 * count;
+  int64_t* const histogram = scratch + 3 * count;
+  const int64_t blocks = divide_up(count, kTile);
+  const int bits = bits_of(groups);
+  const int passes = static_cast<int>(divide_up(bits, kMostDigitBits));
+  const int digit_bits = static_cast<int>(divide_up(bits, passes));
+  const int digits = 1 << digit_bits;
+  int64_t* const totals = histogram + digits * blocks;
+  DigitPass pass{keys, nullptr, count, groups - 1, 0, digits, blocks};
+  for (int i = 0; i < passes && count > 0; ++i, pass.shift += digit_bits) {
+    int64_t* const target = (passes - i) % 2 == 1 ? members : spare_members;
+    count_digits_kernel<<<grid_size(blocks), kThreads, 0, stream>>>(pass, histogram);
+    check_launch("count_digits");
+    scan_digits_kernel<<<digits, kThreads, 0, stream>>>(blocks, histogram, totals);
+    check_launch("scan_digits");
+    place_kernel<<<grid_size(blocks), kThreads, kWarps * digits * sizeof(int), stream>>>(
+        pass, histogram, totals, sorted_keys[i % 2], target);
+    check_launch("place");
+    pass.keys = sorted_keys[i % 2];
+    pass.members = target;
+  }
+  find_offsets_kernel<<<grid_for(groups + 1), kThreads, 0, stream>>>(pass.keys, count, groups,
+                                                                     offsets);
+  check_launch("find_offsets");
+}
+
+void launch_token_ranks(const int64_t* expert_ids, int64_t tokens, int64_t top_k,
+                        const int64_t* first_expert, int64_t ranks, const TokenRanks& pairs,
+                        cudaStream_t stream) {
+  if (tokens == 0) {
+    return;
+  }
+  token_ranks_kernel<<<grid_for(tokens), kThreads, 0, stream>>>(expert_ids, tokens, top_k,
+                                                                first_expert, ranks, pairs);
+  check_launch("token_ranks");
+}
+
+void launch_send_tokens(const int64_t* sent, int64_t count, int64_t top_k, int64_t* send_tokens,
+                        int64_t* row_of, cudaStream_t stream) {
+  if (count == 0) {
+    return;
+  }
+  send_tokens_kernel<<<grid_for(count), kThreads, 0, stream>>>(sent, count, top_k, send_tokens,
+                                                               row_of);
+  check_launch("send_tokens");
+}
+
+void launch_token_rows(const TokenRanks& pairs, const int64_t* row_of, const int64_t* token_offsets,
+                       int64_t tokens, int64_t top_k, int64_t ranks, int64_t* token_rows,
+                       cudaStream_t stream) {
+  if (tokens == 0) {
+    return;
+  }
+  token_rows_kernel<<<grid_for(tokens), kThreads, 0, stream>>>(pairs, row_of, token_offsets, tokens,
+                                                               top_k, ranks, token_rows);
+  check_launch("token_rows");
+}
+
+void launch_segment_rows(const int64_t* send_order, int64_t count, const TokenRanks& pairs,
+                         const int64_t* row_of, const int64_t* segments, int32_t* segment_rows,
+                         cudaStream_t stream) {
+  if (count == 0) {
+    return;
+  }
+  segment_rows_kernel<<<grid_for(count), kThreads, 0, stream>>>(send_order, count, pairs, row_of,
+                                                                segments, segment_rows);
+  check_launch("segment_rows");
+}
+
+void launch_order_arrivals(const int32_t* segment_rows, int64_t count, const int64_t* source_ends,
+                           const int64_t* expert_ends, const int64_t* row_ends, int64_t ranks,
+                           int64_t experts, int64_t* received_order, int64_t* assignment_rows,
+                           cudaStream_t stream) {
+  if (count == 0) {
+    return;
+  }
+  order_arrivals_kernel<<<grid_for(count), kThreads, 0, stream>>>(
+      segment_rows, count, source_ends, expert_ends, row_ends, ranks, experts, received_order,
+      assignment_rows);
+  check_launch("order_arrivals");
+}
+
+}  // namespace anabranch::cuda

@@ -1,0 +1,159 @@
+#include "kernels/cuda/device.cuh"
+
+namespace anabranch::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+/// `kLanes` neighbouring threads copy one row of `width` units.
+template <typename unit_t, int kLanes>
+__global__ void __launch_bounds__(kThreads)
+    gather_rows_kernel(const unit_t* __restrict__ rows, const int64_t* __restrict__ index,
+                       int64_t count, int64_t width, unit_t* __restrict__ out) {
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
+  if (row >= count) {
+    return;
+  }
+  const unit_t* source = rows + index[row] * width;
+  unit_t* target = out + row * width;
+  constexpr int kUnroll = 4;  // loads in flight
+  int64_t i = threadIdx.x % kLanes;
+  for (; i + (kUnroll - 1) * kLanes < width; i += kUnroll * kLanes) {
+    unit_t unit[kUnroll];
+#pragma unroll
+    for (int j = 0; j < kUnroll; ++j) {
+      unit[j] = source[i + j * kLanes];
+    }
+#pragma unroll
+    for (int j = 0; j < kUnroll; ++j) {
+      target[i + j * kLanes] = unit[j];
+    }
+  }
+  for (; i < width; i += kLanes) {
+    target[i] = source[i];
+  }
+}
+
+template <typename unit_t, int kLanes>
+void gather(const void* rows, const int64_t* index, int64_t count, int64_t width, void* out,
+            cudaStream_t stream) {
+  const unsigned blocks = grid_size(divide_up(count, kThreads / kLanes));
+  gather_rows_kernel<unit_t, kLanes><<<blocks, kThreads, 0, stream>>>(
+      static_cast<const unit_t*>(rows), index, count, width, static_cast<unit_t*>(out));
+  check_launch("gather_rows");
+}
+
+template <typename unit_t>
+void gather_units(const void* rows, const int64_t* index, int64_t count, int64_t row_bytes,
+                  void* out, cudaStream_t stream) {
+  const int64_t width = row_bytes / static_cast<int64_t>(sizeof(unit_t));
+  if (width >= 32) {
+    gather<unit_t, 32>(rows, index, count, width, out, stream);
+  } else if (width >= 8) {
+    gather<unit_t, 8>(rows, index, count, width, out, stream);
+  } else {
+    gather<unit_t, 1>(rows, index, count, width, out, stream);
+  }
+}
+
+/// A warp sums `kPacks` · 32 packs of columns of one group; blockIdx.y counts these strips.
+template <typename scalar_t, int kSize, int kPacks>
+__global__ void __launch_bounds__(kThreads)
+    sum_rows_kernel(const scalar_t* __restrict__ rows, const int64_t* __restrict__ offsets,
+                    const int64_t* __restrict__ members,
+                    const accumulate_t<scalar_t>* __restrict__ weights, int64_t groups,
+                    int64_t width, scalar_t* __restrict__ out) {
+  using acc_t = accumulate_t<scalar_t>;
+  using pack_t = Pack<scalar_t, kSize>;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t group =
+      static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  if (group >= groups) {
+    return;
+  }
+  const int64_t first_column = (static_cast<int64_t>(blockIdx.y) * kPacks * kWarp + lane) * kSize;
+  acc_t sum[kPacks][kSize] = {};
+  const int64_t end = offsets[group + 1];
+  for (int64_t base = offsets[group]; base < end; base += kWarp) {
+    // A lane looks up one member; all lanes then walk through them in order.
+    const int64_t member = base + lane < end ? members[base + lane] : 0;
+    const acc_t weight = weights != nullptr && base + lane < end ? weights[member] : acc_t{1};
+    const int count = static_cast<int>(min(end - base, static_cast<int64_t>(kWarp)));
+#pragma unroll 2
+    for (int j = 0; j < count; ++j) {
+      const scalar_t* row = rows + __shfl_sync(kFullMask, member, j) * width + first_column;
+      const acc_t scale = __shfl_sync(kFullMask, weight, j);
+      pack_t packs[kPacks];
+#pragma unroll
+      for (int c = 0; c < kPacks; ++c) {
+        if (first_column + c * kWarp * kSize < width) {
+          packs[c] = *reinterpret_cast<const pack_t*>(row + c * kWarp * kSize);
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < kPacks; ++c) {
+        acc_t values[kSize];
+        unpack(packs[c], values);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          sum[c][i] += scale * values[i];
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < kPacks; ++c) {
+    const int64_t column = first_column + c * kWarp * kSize;
+    if (column < width) {
+      *reinterpret_cast<pack_t*>(out + group * width + column) = pack_of<scalar_t>(sum[c]);
+    }
+  }
+}
+
+}  // namespace
+
+void launch_gather_rows(const void* rows, const int64_t* index, int64_t count, int64_t row_bytes,
+                        void* out, cudaStream_t stream) {
+  if (count == 0 || row_bytes == 0) {
+    return;
+  }
+  // The largest unit that divides every row's address.
+  const auto address = reinterpret_cast<uintptr_t>(rows) | reinterpret_cast<uintptr_t>(out) |
+                       static_cast<uintptr_t>(row_bytes);
+  if (address % 16 == 0) {
+    gather_units<uint4>(rows, index, count, row_bytes, out, stream);
+  } else if (address % 8 == 0) {
+    gather_units<uint2>(rows, index, count, row_bytes, out, stream);
+  } else if (address % 4 == 0) {
+    gather_units<uint32_t>(rows, index, count, row_bytes, out, stream);
+  } else if (address % 2 == 0) {
+    gather_units<uint16_t>(rows, index, count, row_bytes, out, stream);
+  } else {
+    gather_units<uint8_t>(rows, index, count, row_bytes, out, stream);
+  }
+}
+
+void launch_sum_rows(Scalar scalar, const void* rows, const int64_t* offsets,
+                     const int64_t* members, const void* weights, int64_t groups, int64_t width,
+                     void* out, cudaStream_t stream) {
+  if (groups == 0 || width == 0) {
+    return;
+  }
+  dispatch(scalar, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(scalar_t));
+    dispatch_pack<scalar_t>(aligned_rows(row_bytes, rows, out), [&](auto pack_size) {
+      constexpr int kSize = decltype(pack_size)::value;
+      constexpr int kPacks = 4;
+      const dim3 grid(grid_size(divide_up(groups, kThreads / kWarp)),
+                      grid_size(divide_up(width, kPacks * kWarp * kSize), 65535));
+      sum_rows_kernel<scalar_t, kSize, kPacks><<<grid, kThreads, 0, stream>>>(
+          static_cast<const scalar_t*>(rows), offsets, members,
+          static_cast<const accumulate_t<scalar_t>*>(weights), groups, width,
+          static_cast<scalar_t*>(out));
+      check_launch("sum_rows");
+    });
+  });
+}
+
+}  // namespace anabranch::cuda
