@@ -38,15 +38,18 @@ function(anabranch_own_target target)
   target_precompile_headers(${target} REUSE_FROM anabranch_pch)
 endfunction()
 
-# ccache, where there is one, told what it must know of gcc's precompiled headers. The precompiled
-# header itself is too large for it.
+# ccache, where there is one. gcc writes other bytes each time it makes the same precompiled header:
+# what it was made from stands for it (the .sum file). The header itself is too large to be cached.
 find_program(ANABRANCH_CCACHE ccache DOC "ccache, to speed up clean builds")
 mark_as_advanced(ANABRANCH_CCACHE)
 if(ANABRANCH_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
   set(CMAKE_CXX_COMPILER_LAUNCHER
       "${CMAKE_COMMAND}" -E env CCACHE_SLOPPINESS=pch_defines,time_macros CCACHE_DEPEND=1
-      "${ANABRANCH_CCACHE}")
+      CCACHE_PCH_EXTSUM=1 "CCACHE_BASEDIR=${PROJECT_SOURCE_DIR}" "${ANABRANCH_CCACHE}")
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     target_compile_options(anabranch_options INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fpch-preprocess>)
+    get_target_property(headers anabranch_pch PRECOMPILE_HEADERS)
+    file(CONFIGURE OUTPUT "${CMAKE_BINARY_DIR}/CMakeFiles/anabranch_pch.dir/cmake_pch.hxx.gch.sum"
+         CONTENT "${CMAKE_CXX_COMPILER_VERSION} LibTorch ${LibTorch_VERSION} ${headers}\n")
   endif()
 endif()

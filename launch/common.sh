@@ -41,7 +41,7 @@ build() {
   if (($#)); then target_arguments=(--target "$@"); fi
   say "Building (preset $preset)"
   (
-    cd "$project_root"
+    cd "$project_root" || exit
     "$venv/bin/cmake" --preset "$preset" | sed 's/^/    /'
     "$venv/bin/cmake" --build --preset "$preset" --parallel "$(build_jobs)" "${target_arguments[@]}"
   )

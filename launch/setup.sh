@@ -55,6 +55,8 @@ has_cxx20() {
     "${CXX:-c++}" -std=c++20 -E -x c++ - >/dev/null 2>&1
 }
 
+has_venv() { "${ANABRANCH_PYTHON:-python3}" -c 'import ensurepip, venv' 2>/dev/null; }
+
 has_mpi() { has_command mpirun && has_command mpicxx; }
 
 # One line each: what | is it there? | Debian's packages | required or optional | without root
@@ -66,6 +68,7 @@ readonly system_needs=(
   "zlib|has_header zlib.h|zlib1g-dev|required|a header and a library: put them under a prefix in CMAKE_PREFIX_PATH"
   "CLI11|has_header CLI/CLI.hpp|libcli11-dev|required|headers: put CLI/*.hpp under a prefix in CMAKE_PREFIX_PATH"
   "Google Benchmark|has_header benchmark/benchmark.h|libbenchmark-dev|optional|without it no benchmarks are built"
+  "Python's venv module|has_venv|python3 python3-venv|required|module load python, or ANABRANCH_PYTHON=/path/to/python3"
   "ccache|has_command ccache|ccache|optional|without it a second clean build takes as long as the first"
   "King James text (bible)|has_command bible|bible-kjv|optional|without it launch/train.sh needs --data FILE"
 )
@@ -122,71 +125,80 @@ fi
 
 # --- python -------------------------------------------------------------------------------------
 
-# Prints PYTHON's torch version without importing it (an import takes seconds); fails if none.
+# Prints PYTHON's version of torch without importing it (an import takes seconds); fails if none.
 torch_version_of() {
-  "$1" - 2>/dev/null <<'PYTHON'
-import importlib.metadata
-print(importlib.metadata.version("torch").split("+")[0])
-PYTHON
+  "$1" -c 'import importlib.metadata as m; print(m.version("torch").split("+")[0])' 2>/dev/null
 }
 
 # Whether version $1 is at least version $2.
 at_least() { [[ $(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1) == "$2" ]]; }
 
-# What the environment was made from. A change of any of it makes it anew.
-describe_environment() {
-  printf 'python %s\ntorch %s\n' "$1" "$2"
-  cat "$requirements"
-}
-
+# Whether .venv holds what is pinned now, on the Python that was asked for, if one was. The stamp has
+# that Python on its first line, and below it the requirements.
 environment_is_ready() {
-  [[ -f $stamp ]] && [[ $(<"$stamp") == "$1" ]] &&
+  [[ -f $stamp ]] && [[ $(tail -n +2 "$stamp") == "$(<"$requirements")" ]] &&
+    { [[ -z ${ANABRANCH_PYTHON:-} ]] || [[ $(head -n 1 "$stamp") == "$python" ]]; } &&
     "$venv/bin/cmake" --version >/dev/null 2>&1 &&
     "$venv/bin/ninja" --version >/dev/null 2>&1 &&
     torch_version_of "$venv/bin/python" >/dev/null
 }
 
+# Installs what launch/requirements.txt pins; with an existing torch, all but torch.
+install_requirements() {
+  local skip='^$'
+  if [[ $torch_source == existing* ]]; then skip='^torch=='; fi
+  grep -v -e "$skip" "$requirements" |
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --requirement /dev/stdin
+}
+
+# Lets .venv see the packages of PYTHON behind its own: also when that is a virtual environment.
+see_packages_of() {
+  local site
+  site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  "$1" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
+    >"$site/existing-torch.pth"
+}
+
+describe_result() {
+  note "ready: torch $(torch_version_of "$venv/bin/python"), $("$venv/bin/cmake" --version | head -n 1)"
+}
+
 say "Python environment"
-base_python=$(command -v "${ANABRANCH_PYTHON:-python3}") ||
-  die "no Python at '${ANABRANCH_PYTHON:-python3}': load a module, or set ANABRANCH_PYTHON"
-# An activated .venv must not be built upon itself.
-base_python=$("$base_python" -c 'import os, sys; print(os.path.realpath(sys.executable) if sys.prefix == sys.base_prefix or os.environ.get("ANABRANCH_PYTHON") else os.path.join(sys.base_prefix, "bin", "python3"))')
+python=${ANABRANCH_PYTHON:-python3}
+python=$(command -v -- "$python") || die "no Python at '$python': load a module, or set ANABRANCH_PYTHON"
+# .venv cannot be built on itself, where it is the active one: on what it was built on, then.
+if [[ $("$python" -c 'import sys; print(sys.prefix)') == "$venv" ]]; then
+  unset ANABRANCH_PYTHON
+  python=$("$python" -c 'import os, sys; print(os.path.join(sys.base_prefix, "bin", "python3"))')
+fi
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+  die "$python is $("$python" --version); 3.10 or newer is needed: load a module, or set ANABRANCH_PYTHON"
 
 torch_source=wheel
-if [[ -n ${ANABRANCH_PYTHON:-} ]] && existing_torch=$(torch_version_of "$base_python"); then
-  if at_least "$existing_torch" "$minimal_torch"; then
-    torch_source="existing $existing_torch"
+if [[ -n ${ANABRANCH_PYTHON:-} ]] && existing=$(torch_version_of "$python"); then
+  if at_least "$existing" "$minimal_torch"; then
+    torch_source="existing $existing"
   else
-    warn "$base_python has torch $existing_torch; at least $minimal_torch is needed: installing another"
+    warn "$python has torch $existing; at least $minimal_torch is needed: installing another"
   fi
 fi
-environment=$(describe_environment "$base_python" "$torch_source")
 
-if environment_is_ready "$environment"; then
-  note "ready: torch $(torch_version_of "$venv/bin/python"), $("$venv/bin/cmake" --version | head -n 1)"
+if environment_is_ready; then
+  describe_result
 elif $check_only; then
-  note "missing or not up to date: launch/setup.sh makes it (torch: $torch_source)"
+  note "missing or not up to date: launch/setup.sh makes it (python: $python, torch: $torch_source)"
   required_missing=true
 else
-  venv_flags=()
-  wanted=$requirements
-  note "making .venv on $base_python (torch: $torch_source)"
-  rm -f "$stamp"
-  if [[ $torch_source != wheel ]]; then
-    venv_flags+=(--system-site-packages)
-    wanted=$(mktemp)
-    trap 'rm -f "$wanted"' EXIT
-    grep -v '^torch==' "$requirements" >"$wanted"
-  fi
-  "$base_python" -m venv --clear "${venv_flags[@]}" "$venv" ||
-    die "$base_python cannot make a virtual environment (Debian: apt-get install python3-venv)"
-  note "installing launch/requirements.txt (the first time: about 5 GB, a minute or more)"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-warn-script-location \
-    --requirement "$wanted" ||
-    die "pip could not install launch/requirements.txt. Without a network: set ANABRANCH_PYTHON to a" \
-      "Python that has torch, and pip's PIP_FIND_LINKS and PIP_NO_INDEX to a folder of the other wheels."
-  printf '%s\n' "$environment" >"$stamp"
-  note "ready: torch $(torch_version_of "$venv/bin/python"), $("$venv/bin/cmake" --version | head -n 1)"
+  note "making .venv (python: $python, torch: $torch_source)"
+  "$python" -m venv --clear "$venv" ||
+    die "$python cannot make a virtual environment (Debian: apt-get install python3-venv)"
+  if [[ $torch_source == existing* ]]; then see_packages_of "$python"; fi
+  note "installing launch/requirements.txt (with torch's wheel: about 5 GB, a minute or more)"
+  install_requirements ||
+    die "pip could not install launch/requirements.txt. Without a network, set ANABRANCH_PYTHON to a" \
+      "Python that has torch, and PIP_NO_INDEX=1 and PIP_FIND_LINKS to a folder of the other wheels."
+  printf '%s\n' "$python" "$(<"$requirements")" >"$stamp"
+  describe_result
 fi
 
 if $check_only && $required_missing; then
