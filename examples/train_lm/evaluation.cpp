@@ -1,0 +1,35 @@
+#include "evaluation.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <numbers>
+
+namespace train_lm {
+
+torch::Tensor summed_loss(const torch::Tensor& logits, const torch::Tensor& targets) {
+  return at::cross_entropy_loss(logits.flatten(0, 1), targets.flatten(), /*weight=*/{},
+                                at::Reduction::Sum);
+}
+
+double validation_bits_per_byte(LanguageModel& model, const Text& text, const Options& options,
+                                anabranch::Communicator& world) {
+  const torch::NoGradGuard no_grad;
+  model->eval();
+  const int64_t sequences = options.validation_sequences;
+  const int64_t length = options.training.sequence_length;
+  torch::Tensor sum = at::zeros({}, at::kDouble);
+  // Every rank takes part in every piece, also where its share of it is empty.
+  for (int64_t first = 0; first < sequences; first += options.training.batch_size) {
+    const int64_t piece = std::min(options.training.batch_size, sequences - first);
+    Share share = share_of(piece, world.rank(), world.size());
+    share.first += first;
+    const Batch batch = validation_batch(text, sequences, length, share);
+    sum += summed_loss(model(batch.inputs).logits, batch.targets).to(at::kDouble);
+  }
+  world.all_reduce(sum);
+  model->train();
+  return sum.item<double>() / static_cast<double>(sequences * length) / std::numbers::ln2;
+}
+
+}  // namespace train_lm

@@ -1,0 +1,146 @@
+// Trains a Mixture-of-Experts language model on any text: data parallel over all ranks, its experts
+// spread over them.  mpirun -n 2 train_lm --data FILE   (--help tells all)
+
+#include <anabranch/communicator.h>
+#include <anabranch/error.h>
+
+#include <chrono>
+#include <fstream>
+#include <iostream>
+
+#include "agreement.h"
+#include "data.h"
+#include "interrupt.h"
+#include "model.h"
+#include "optimizer.h"
+#include "options.h"
+#include "progress.h"
+#include "run_directory.h"
+#include "sample.h"
+#include "trainer.h"
+
+namespace train_lm {
+namespace {
+
+constexpr int kFailed = 1;
+constexpr int kRefused = 2;
+constexpr int kSignalBase = 128;
+
+std::shared_ptr<anabranch::Communicator> make_world(const Options& options) {
+  anabranch::CommunicatorOptions communicator_options;
+  communicator_options.deadline = std::chrono::seconds(options.deadline);
+  return anabranch::make_mpi_communicator(communicator_options);
+}
+
+/// Refuses ranks that see different files under one name.
+void check_same_text(const Text& text, anabranch::Communicator& world) {
+  const auto mine = at::tensor({text.bytes(), static_cast<int64_t>(text.hash)}, at::kLong);
+  const torch::Tensor all = world.all_gather(mine);
+  for (int64_t rank = 1; rank < world.size(); ++rank) {
+    if (!all[rank].equal(all[0])) {
+      throw Refusal(c10::str("--data is another file on rank ", rank, " than on rank 0"));
+    }
+  }
+}
+
+void write_sample(LanguageModel& model, const Options& options, const RunDirectory& directory,
+                  anabranch::Communicator& world, Progress& progress) {
+  const std::string text = sample_text(model, options, world);
+  on_rank_zero(world, [&] {
+    std::ofstream file;
+    file.exceptions(std::ios::failbit | std::ios::badbit);
+    file.open(directory.sample(), std::ios::binary);
+    file << text << std::endl;
+  });
+  progress.say("\n" + text + "\n");
+}
+
+/// The whole run, on every rank; returns the exit code.
+int train(const Options& options, const std::shared_ptr<anabranch::Communicator>& world) {
+  Text text;
+  together(*world, [&] {
+    check_options(options, world->size());
+    text = load_text(options.data, options.training.sequence_length);
+  });
+  check_same_text(text, *world);
+  const auto groups = anabranch::make_parallel_groups(world, options.expert_parallel);
+  LanguageModel model(options, groups.expert_parallel);
+  const auto optimizer = make_optimizer(*model, options.training);
+
+  const RunDirectory directory(options, text);
+  RunState state;
+  std::vector<std::string> notes;
+  if (options.resume) {
+    state = directory.resume(*model, *optimizer, groups, notes);
+  } else {
+    directory.begin(*world);
+  }
+  Progress progress(world->rank() != 0, options.progress, state.step, options.training.steps);
+  for (const auto& note : notes) {
+    progress.say("note: the run was begun with " + note);
+  }
+  progress.say(c10::str(options.resume ? "resuming after step " : "training from step ", state.step,
+                        " of ", options.training.steps, " on ", world->size(), " ranks (",
+                        world->name(), "), ", text.bytes(), " bytes of text"));
+
+  remember_interrupts();
+  Trainer trainer(options, text, groups, model, *optimizer, directory);
+  const Outcome outcome = trainer.run(state, progress);
+  if (!outcome.complete) {
+    progress.say(c10::str("stopped after step ", outcome.last.step, ", saved in ",
+                          directory.checkpoint().string(),
+                          "; to continue: the same command with --resume"));
+    return outcome.signal == 0 ? 0 : kSignalBase + outcome.signal;
+  }
+  if (options.sample.length > 0) {
+    write_sample(model, options, directory, *world, progress);
+  }
+  progress.say("metrics, sample and checkpoint are in " + options.output.string());
+  return 0;
+}
+
+/// Waits until every rank has come this far, so that nothing is lost when the first to leave with
+/// an exit code other than 0 has the job ended. Its leaving may overtake its last message here.
+int leave_together(int exit_code, anabranch::Communicator& world) {
+  try {
+    world.barrier();
+  } catch (const anabranch::CommunicationError&) {
+    if (exit_code == 0) {
+      throw;
+    }
+  }
+  return exit_code;
+}
+
+int run(int argc, char** argv, std::shared_ptr<anabranch::Communicator>& world) {
+  const CommandLine command_line = parse_command_line(argc, argv);
+  world = make_world(command_line.options);
+  try {
+    if (command_line.train) {
+      return leave_together(train(command_line.options, world), *world);
+    }
+    if (world->rank() == 0) {
+      (command_line.exit_code == 0 ? std::cout : std::cerr) << command_line.message << std::flush;
+    }
+    return leave_together(command_line.exit_code, *world);
+  } catch (const Refusal& refusal) {
+    if (world->rank() == 0) {
+      std::cerr << "error: " << refusal.what() << std::endl;
+    }
+    return leave_together(kRefused, *world);
+  }
+}
+
+}  // namespace
+}  // namespace train_lm
+
+int main(int argc, char** argv) {
+  std::shared_ptr<anabranch::Communicator> world;
+  try {
+    return train_lm::run(argc, argv, world);
+  } catch (const std::exception& error) {
+    std::cerr << "rank " << (world ? std::to_string(world->rank()) : "?")
+              << ": error: " << error.what() << std::endl;
+    return train_lm::kFailed;
+  }
+}

@@ -1,0 +1,83 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+
+namespace train_lm {
+
+/// What the model is. A checkpoint can only be resumed by the same model.
+struct ModelOptions {
+  int64_t hidden = 128;
+  int64_t expert_hidden = 256;
+  int64_t layers = 4;
+  int64_t heads = 4;
+  int64_t experts = 8;
+  int64_t top_k = 2;
+  bool glu = false;
+  std::string dtype = "float32";
+};
+
+/// What the curve depends on beside the model.
+struct TrainingOptions {
+  int64_t steps = 600;
+  int64_t batch_size = 32;  ///< sequences, over all ranks
+  int64_t sequence_length = 128;
+  uint64_t seed = 1;
+  double learning_rate = 3e-3;
+  int64_t warmup = 40;
+  double weight_decay = 0.1;
+  double clip = 1.0;  ///< 0: gradients are not clipped
+  double balance_loss = 0.01;
+  double z_loss = 0.001;
+};
+
+struct SampleOptions {
+  std::string prompt = "In the beginning ";
+  int64_t length = 400;
+  double temperature = 0.8;
+};
+
+/// Everything `--help` lists.
+struct Options {
+  ModelOptions model;
+  TrainingOptions training;
+  SampleOptions sample;
+
+  std::filesystem::path data;
+  std::filesystem::path output = "output";
+  bool resume = false;
+  int64_t stop_at = 0;  ///< leave after this step as if interrupted; 0: at `training.steps`
+
+  std::string device = "cpu";
+  int64_t expert_parallel = 0;  ///< ranks that share one set of experts; 0: all
+  bool recompute = false;
+  int64_t deadline = 300;  ///< seconds
+
+  int64_t log_interval = 10;
+  int64_t validation_interval = 100;
+  int64_t validation_sequences = 128;
+  int64_t checkpoint_interval = 200;
+  std::string progress = "auto";
+};
+
+/// The command line's options, or what to say (help, or what is wrong with them) and the exit code
+/// to say it with.
+struct CommandLine {
+  Options options;
+  bool train = true;
+  std::string message;
+  int exit_code = 0;
+};
+
+/// Prints nothing: under mpirun only one rank may.
+CommandLine parse_command_line(int argc, char** argv);
+
+/// Throws std::invalid_argument naming the first option that no run can be made of.
+void check_options(const Options& options, int64_t ranks);
+
+void to_json(nlohmann::json& json, const ModelOptions& options);
+void to_json(nlohmann::json& json, const TrainingOptions& options);
+
+}  // namespace train_lm

@@ -1,0 +1,114 @@
+#include "run_directory.h"
+
+#include <anabranch/checkpoint.h>
+#include <anabranch/error.h>
+
+#include <charconv>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "agreement.h"
+#include "require.h"
+
+namespace train_lm {
+namespace {
+
+nlohmann::json describe(const Options& options, const Text& text) {
+  return {{"model", options.model},
+          {"training", options.training},
+          {"data", {{"bytes", text.bytes()}, {"hash", text.hash}}}};
+}
+
+/// "--name 2 (here 3)" for each entry that is not equal in both.
+std::vector<std::string> differences(const nlohmann::json& before, const nlohmann::json& now,
+                                     const std::string& prefix) {
+  std::vector<std::string> result;
+  for (const auto& [name, value] : now.items()) {
+    const auto earlier = before.is_object() ? before.value(name, nlohmann::json()) : before;
+    if (earlier != value) {
+      result.push_back(c10::str(prefix, name, " ", earlier.dump(), " (now ", value.dump(), ")"));
+    }
+  }
+  return result;
+}
+
+template <typename Number>
+Number number_of(const anabranch::CheckpointMetadata& metadata, const std::string& name) {
+  Number number = {};
+  const auto found = metadata.find(name);
+  if (found != metadata.end()) {
+    const auto& text = found->second;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+    if (error == std::errc() && end == text.data() + text.size()) {
+      return number;
+    }
+  }
+  throw Refusal("the checkpoint's metadata holds no number for '" + name + "'");
+}
+
+}  // namespace
+
+void RunDirectory::write_description() const {
+  std::ofstream file;
+  file.exceptions(std::ios::failbit | std::ios::badbit);
+  file.open(description());
+  file << describe(options_, text_).dump(2) << std::endl;
+}
+
+void RunDirectory::begin(anabranch::Communicator& world) const {
+  on_rank_zero(world, [&] {
+    std::filesystem::create_directories(options_.output);
+    if (std::filesystem::exists(checkpoint())) {
+      const auto previous = options_.output / "checkpoint.previous";
+      std::filesystem::remove_all(previous);
+      std::filesystem::rename(checkpoint(), previous);
+    }
+    write_description();
+  });
+}
+
+std::vector<std::string> RunDirectory::compare_with_description() const {
+  std::ifstream file(description());
+  require(file.is_open() && std::filesystem::exists(checkpoint()),
+          "--resume: ", options_.output.string(), " holds no checkpoint");
+  const auto before = nlohmann::json::parse(file, nullptr, /*allow_exceptions=*/false);
+  require(before.is_object(), "--resume: ", description().string(), " is damaged");
+  const auto now = describe(options_, text_);
+  const auto other_model = differences(before.value("model", nlohmann::json()), now["model"], "--");
+  require(other_model.empty(), "--resume: the checkpoint in ", options_.output.string(),
+          " is of another model: ", c10::Join(", ", other_model));
+  auto notes = differences(before.value("training", nlohmann::json()), now["training"], "--");
+  for (auto& note : differences(before.value("data", nlohmann::json()), now["data"], "data ")) {
+    notes.push_back(std::move(note));
+  }
+  return notes;
+}
+
+RunState RunDirectory::resume(torch::nn::Module& model, torch::optim::Optimizer& optimizer,
+                              const anabranch::ParallelGroups& groups,
+                              std::vector<std::string>& notes) const {
+  on_rank_zero(*groups.world, [&] { notes = compare_with_description(); });
+  RunState state;
+  try {
+    const auto metadata = anabranch::load_checkpoint(checkpoint(), model, &optimizer, groups);
+    state.step = number_of<int64_t>(metadata, "step");
+    state.seconds = number_of<double>(metadata, "seconds");
+  } catch (const anabranch::CheckpointError& error) {
+    // The same on every rank.
+    throw Refusal(c10::str("--resume: ", error.what()));
+  }
+  on_rank_zero(*groups.world, [&] { write_description(); });
+  return state;
+}
+
+void RunDirectory::save(const RunState& state, const torch::nn::Module& model,
+                        const torch::optim::Optimizer& optimizer,
+                        const anabranch::ParallelGroups& groups) const {
+  const auto description = describe(options_, text_);
+  const anabranch::CheckpointMetadata metadata = {{"step", std::to_string(state.step)},
+                                                  {"seconds", std::to_string(state.seconds)},
+                                                  {"options", description.dump()}};
+  anabranch::save_checkpoint(checkpoint(), model, &optimizer, metadata, groups);
+}
+
+}  // namespace train_lm

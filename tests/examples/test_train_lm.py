@@ -1,0 +1,363 @@
+"""examples/train_lm and examples/quickstart, run as people run them: real processes, small models.
+
+Where the programs are: ANABRANCH_EXAMPLES, a folder (default: build/release/examples).
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = Path(os.environ.get("ANABRANCH_EXAMPLES", ROOT / "build/release/examples"))
+TRAIN_LM = PROGRAMS / "train_lm"
+QUICKSTART = PROGRAMS / "quickstart"
+
+STEPS = 6
+SEQUENCE_LENGTH = 24
+LAYERS = 2
+EXPERTS = 5  # divided by neither 2 nor 4
+TIMING = {"tokens_per_second", "seconds"}
+
+ENVIRONMENT = dict(
+    os.environ,
+    OMP_NUM_THREADS="1",
+    OMPI_ALLOW_RUN_AS_ROOT="1",
+    OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
+)
+
+
+def command(ranks, *arguments, program=TRAIN_LM):
+    launcher = ["mpirun", "-n", str(ranks), "--oversubscribe", "--bind-to", "none"]
+    return [*(launcher if ranks else []), str(program), *map(str, arguments)]
+
+
+def run(ranks, *arguments, program=TRAIN_LM, expect=0, timeout=60):
+    """Runs the program (0 ranks: without mpirun) and returns its output, both streams in one."""
+    result = subprocess.run(
+        command(ranks, *arguments, program=program),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=timeout,
+        check=False,
+    )
+    assert result.returncode == expect, result.stdout
+    return result.stdout
+
+
+def model_options(**changes):
+    """A tiny model and a short run, as options; `changes` name others, with _ for -."""
+    options = {
+        "hidden": 16,
+        "expert-hidden": 24,
+        "layers": LAYERS,
+        "heads": 2,
+        "experts": EXPERTS,
+        "dtype": "float64",
+        "steps": STEPS,
+        "batch-size": 6,
+        "sequence-length": SEQUENCE_LENGTH,
+        "warmup": 2,
+        "validation-sequences": 7,
+        "validation-interval": 3,
+        "log-interval": 1,
+        "sample-length": 12,
+        "deadline": 30,
+        **{name.replace("_", "-"): value for name, value in changes.items()},
+    }
+    return [part for name, value in options.items() for part in (f"--{name}", value)]
+
+
+def read_metrics(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_timing(metrics):
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in metrics]
+
+
+def tolerance(dtype, batch_size):
+    """Relative, of a curve: each step sums up to a batch's tokens (or a norm's parameters, whose
+    errors average out) in another order, and hands its error to the next through parameters that
+    AdamW moves by a relative error that is the gradient's."""
+    epsilon = {"float64": 2.0**-52, "float32": 2.0**-23}[dtype]
+    return STEPS * LAYERS * batch_size * SEQUENCE_LENGTH * epsilon
+
+
+def assert_same_curve(metrics, expected, relative):
+    assert [line["step"] for line in metrics] == [line["step"] for line in expected]
+    for line, other in zip(metrics, expected, strict=True):
+        for name in ("loss", "gradient_norm", "balance_loss", "z_loss", "validation_bpb"):
+            assert line.get(name) == pytest.approx(other.get(name), rel=relative), (name, line)
+        assert line["load"] == other["load"]
+        assert line["learning_rate"] == other["learning_rate"]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """Words of a made-up language: real enough to be learnt from."""
+    generator = random.Random(20240521)
+    words = ["".join(generator.choices("abcdefghij", k=generator.randint(2, 7))) for _ in range(60)]
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(" ".join(generator.choices(words, k=3000)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def train(text, tmp_path_factory):
+    """Trains with `model_options(**changes)` in a new directory, which it returns."""
+
+    def run_in_new_directory(ranks, *arguments, **changes):
+        directory = tmp_path_factory.mktemp("run")
+        run(ranks, "--data", text, "--output", directory, *model_options(**changes), *arguments)
+        return directory
+
+    return run_in_new_directory
+
+
+@pytest.fixture(scope="session")
+def whole_run(train):
+    """The default tiny run on two ranks, uninterrupted."""
+    return train(2)
+
+
+@pytest.fixture(scope="session")
+def half_run(train):
+    """The same, stopped in the middle; to be copied before it is resumed."""
+    return train(2, stop_at=STEPS // 2)
+
+
+def test_a_run_leaves_what_it_promises(whole_run):
+    metrics = read_metrics(whole_run)
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
+    for line in metrics:
+        assert line["ranks"] == 2
+        assert line["tokens_per_second"] > 0
+        assert len(line["load"]) == LAYERS
+        assert all(sum(load) == pytest.approx(1) for load in line["load"])
+        assert line["imbalance_per_layer"] == pytest.approx(
+            [max(load) * EXPERTS for load in line["load"]]
+        )
+        assert line["imbalance"] == pytest.approx(sum(line["imbalance_per_layer"]) / LAYERS)
+        assert ("validation_bpb" in line) == (line["step"] % 3 == 0)
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert (whole_run / "sample.txt").read_bytes().startswith(b"In the beginning ")
+    assert len((whole_run / "sample.txt").read_bytes()) == len("In the beginning \n") + 12
+    files = list((whole_run / "checkpoint").glob("*.safetensors"))
+    names = set()
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            names.update(tensors.keys())
+    assert any("head" in name for name in names)
+
+
+@pytest.mark.parametrize(("dtype", "batch_size"), [("float64", 6), ("float64", 3), ("float32", 6)])
+def test_the_curve_is_the_same_at_any_number_of_ranks(train, dtype, batch_size):
+    # Of 3 sequences on 4 ranks, the last rank holds none.
+    options = {"dtype": dtype, "batch_size": batch_size, "sample_length": 0}
+    alone = read_metrics(train(0, **options))
+    for ranks in (2, 4):
+        metrics = read_metrics(train(ranks, **options))
+        assert all(line["ranks"] == ranks for line in metrics)
+        assert_same_curve(metrics, alone, tolerance(dtype, batch_size))
+
+
+def test_expert_parallel_groups_inside_data_parallel_train_the_same(train, whole_run):
+    grouped = train(4, expert_parallel=2)
+    assert_same_curve(read_metrics(grouped), read_metrics(whole_run), tolerance("float64", 6))
+
+
+def test_recompute_and_glu_train_the_same_at_two_ranks(train):
+    plain = read_metrics(train(0, "--glu", sample_length=0))
+    assert_same_curve(
+        read_metrics(train(2, "--glu", "--recompute", sample_length=0)),
+        plain,
+        tolerance("float64", 6),
+    )
+
+
+def resume_copy(half_run, text, directory, ranks):
+    shutil.copytree(half_run, directory)
+    run(ranks, "--data", text, "--output", directory, *model_options(), "--resume")
+    return directory
+
+
+def test_resume_continues_the_very_same_curve(half_run, whole_run, text, tmp_path):
+    resumed = resume_copy(half_run, text, tmp_path / "run", 2)
+    expected = without_timing(read_metrics(whole_run))
+    assert without_timing(read_metrics(half_run)) == expected[: STEPS // 2]
+    assert without_timing(read_metrics(resumed)) == expected
+    assert (resumed / "sample.txt").read_bytes() == (whole_run / "sample.txt").read_bytes()
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_resume_at_another_number_of_ranks(half_run, whole_run, text, tmp_path, ranks):
+    metrics = read_metrics(resume_copy(half_run, text, tmp_path / "run", ranks))
+    assert [line["ranks"] for line in metrics] == [2, 2, 2, ranks, ranks, ranks]
+    assert_same_curve(metrics, read_metrics(whole_run), tolerance("float64", 6))
+
+
+def test_resume_drops_lines_after_the_checkpoint(half_run, whole_run, text, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(half_run, directory)
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 1}\n{"step": 5, "lo')
+    run(2, "--data", text, "--output", directory, *model_options(), "--resume")
+    assert without_timing(read_metrics(directory)) == without_timing(read_metrics(whole_run))
+
+
+def test_resume_refuses_another_model(half_run, text, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(half_run, directory)
+    before = (directory / "metrics.jsonl").read_bytes()
+    output = run(
+        2, "--data", text, "--output", directory, *model_options(hidden=32), "--resume", expect=2
+    )
+    assert "another model: --hidden 16 (now 32)" in output
+    assert (directory / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_says_what_else_has_changed(half_run, text, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(half_run, directory)
+    output = run(
+        0, "--data", text, "--output", directory, *model_options(clip=0.5), "--resume"
+    )
+    assert "begun with --clip 1.0 (now 0.5)" in output
+
+
+def test_a_new_run_keeps_the_last_checkpoint_aside(half_run, text, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(half_run, directory)
+    run(0, "--data", text, "--output", directory, *model_options(stop_at=1))
+    assert len(read_metrics(directory)) == 1
+    assert (directory / "checkpoint").is_dir()
+    assert (directory / "checkpoint.previous").is_dir()
+
+
+def children_of(process):
+    tasks = Path(f"/proc/{process.pid}/task")
+    return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+
+
+def start_long_run(text, directory, ranks):
+    """A run that would take hours; returns when it has taken some steps."""
+    arguments = ["--data", text, "--output", directory, *model_options(steps=10**6)]
+    process = subprocess.Popen(
+        command(ranks, *arguments),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    metrics = directory / "metrics.jsonl"
+    deadline = time.monotonic() + 30
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_rank_saves_and_resume_continues(text, tmp_path, number):
+    directory = tmp_path / "run"
+    process = start_long_run(text, directory, 2)
+    try:
+        os.kill(children_of(process)[1], number)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number, output
+    step = int(re.search(r"stopped after step (\d+), saved in .*--resume", output)[1])
+    assert read_metrics(directory)[-1]["step"] == step
+    arguments = model_options(steps=10**6, stop_at=step + 1)
+    output = run(2, "--data", text, "--output", directory, *arguments, "--resume")
+    assert f"resuming after step {step} " in output
+    steps = [line["step"] for line in read_metrics(directory)]
+    assert steps == list(range(1, step + 2))
+
+
+def test_a_killed_rank_ends_the_job(text, tmp_path):
+    process = start_long_run(text, tmp_path / "run", 3)
+    try:
+        os.kill(children_of(process)[1], signal.SIGKILL)
+        output, _ = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode != 0, output
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"hidden": 15}, "--hidden 15 is not divisible by --heads 2"),
+        ({"hidden": 6}, "--hidden / --heads must be even, got 3"),
+        ({"top_k": 6}, "--top-k 6 is more than --experts 5"),
+        ({"learning_rate": "nan"}, "--learning-rate must be finite and positive"),
+        ({"expert_parallel": 2}, "--expert-parallel 2 does not divide the number of ranks, 1"),
+        ({"sequence_length": 100000}, "at least 2000020 are needed"),
+        ({"steps": "many"}, "--steps"),
+        ({"device": "abacus"}, "--device"),
+        ({"stpes": 5}, "--stpes"),
+    ],
+)
+def test_wrong_options_are_refused(text, tmp_path, wrong, message):
+    directory = tmp_path / "run"
+    arguments = model_options(**wrong)
+    output = run(0, "--data", text, "--output", directory, *arguments, expect=2)
+    assert message in output
+    assert not directory.exists()
+
+
+def test_wrong_options_are_named_once(text, tmp_path):
+    output = run(3, "--data", text, "--output", tmp_path, *model_options(batch_size=0), expect=2)
+    assert output.count("--batch-size must be at least 1, got 0") == 1
+    assert output.count("error:") == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [("missing.txt", "missing.txt: No such file"), (".", ": Is a directory")],
+)
+def test_data_that_is_no_text_is_refused(tmp_path, data, message):
+    output = run(2, "--data", tmp_path / data, "--output", tmp_path / "run", expect=2)
+    assert message in output
+
+
+def test_resume_without_a_checkpoint_is_refused(text, tmp_path):
+    output = run(
+        2, "--data", text, "--output", tmp_path / "no", *model_options(), "--resume", expect=2
+    )
+    assert "no holds no checkpoint" in output
+
+
+def test_help_names_every_option_once():
+    output = run(2, "--help")
+    for name in ("--steps", "--data", "--output", "--batch-size", "--top-k", "--resume"):
+        assert len(re.findall(rf"^ *{name} ", output, re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize("ranks", [0, 3])
+def test_quickstart_says_who_sent_what_to_whom(ranks):
+    output = run(ranks, program=QUICKSTART)
+    lines = re.findall(r"rank (\d+): (\d+) tokens; rows sent to each rank: ([\d ]+); "
+                       r"received from each: ([\d ]+);", output)
+    assert [int(line[0]) for line in lines] == list(range(max(ranks, 1)))
+    sent = [[int(rows) for rows in line[2].split()] for line in lines]
+    received = [[int(rows) for rows in line[3].split()] for line in lines]
+    assert received == [list(column) for column in zip(*sent, strict=True)]
+    load = [int(count) for count in re.search(r"each expert: ([\d ]+);", output)[1].split()]
+    assert sum(load) == 2 * sum(int(line[1]) for line in lines)
