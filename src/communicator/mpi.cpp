@@ -110,7 +110,7 @@ void MpiCommunicator::exchange(Watch& watch, std::vector<Parcel> parcels,
       watch.keep_waiting([&] { return messages.pending(); });
     }
   } catch (const PeerError& error) {
-    watch.fail(c10::str("lost ", group_.describe({error.peer()}), ": ", error.what()),
+    watch.fail(c10::str("failed with ", group_.describe({error.peer()}), ": ", error.what()),
                {error.peer()});
   } catch (const MpiError& error) {
     watch.fail(error.what(), messages.pending());

@@ -58,19 +58,22 @@ bool Messages::poll() {
   int completed = 0;
   const int code = MPI_Testsome(static_cast<int>(requests_.size()), requests_.data(), &completed,
                                 indices_.data(), statuses_.data());
-  if (code != MPI_ERR_IN_STATUS) {
-    ANABRANCH_CHECK_MPI(code);
-  }
+  const bool look = code == MPI_ERR_IN_STATUS;  // statuses hold errors only then
+  check_mpi(look ? MPI_SUCCESS : code, "MPI_Testsome", __FILE__, __LINE__);
   for (int i = 0; i < completed; ++i) {
-    check_piece(pieces_[indices_[i]], statuses_[i], code == MPI_ERR_IN_STATUS);
+    check_piece(pieces_[indices_[i]], look ? statuses_[i].MPI_ERROR : MPI_SUCCESS, statuses_[i]);
   }
   outstanding_ -= completed;
   return outstanding_ == 0;
 }
 
-void Messages::check_piece(const Piece& piece, const MPI_Status& status, bool failed) const {
+void Messages::check_piece(const Piece& piece, int result, const MPI_Status& status) const {
+  if (result == MPI_ERR_TRUNCATE) {
+    throw PeerError(piece.peer, c10::str("more than the expected ", piece.bytes,
+                                         " bytes came: the ranks' arguments do not fit"));
+  }
   try {
-    ANABRANCH_CHECK_MPI(failed ? status.MPI_ERROR : MPI_SUCCESS);
+    check_mpi(result, "MPI_Testsome", __FILE__, __LINE__);
   } catch (const MpiError& error) {
     throw PeerError(piece.peer, error.what());
   }
@@ -78,7 +81,7 @@ void Messages::check_piece(const Piece& piece, const MPI_Status& status, bool fa
     int bytes = 0;
     ANABRANCH_CHECK_MPI(MPI_Get_count(&status, MPI_BYTE, &bytes));
     if (bytes != piece.bytes) {
-      throw PeerError(piece.peer, c10::str("received ", bytes, " bytes where ", piece.bytes,
+      throw PeerError(piece.peer, c10::str(bytes, " bytes came where ", piece.bytes,
                                            " were expected: the ranks' arguments do not fit"));
     }
   }

@@ -46,7 +46,7 @@ class Messages {
   };
 
   void start(const Parcel& parcel, const Piece& piece, int64_t offset, int tag);
-  void check_piece(const Piece& piece, const MPI_Status& status, bool failed) const;
+  void check_piece(const Piece& piece, int result, const MPI_Status& status) const;
 
   MpiRuntime& runtime_;
   std::vector<at::Tensor> buffers_;

@@ -2,6 +2,7 @@
 
 #include <anabranch/error.h>
 #include <c10/util/StringUtil.h>
+#include <signal.h>
 #include <stdlib.h>  // on_exit
 
 #include <memory>
@@ -27,6 +28,16 @@ void leave(int status, void* finalise) {
                      {c10::str("rank ", rank, " has exited with status ", status), {rank}});
   } else if (finalise != nullptr) {
     MPI_Finalize();
+  }
+}
+
+/// Writing to the socket of a dead peer is to be an error of that call, not the end of this process
+/// without a word.
+void survive_broken_connections() {
+  struct sigaction action = {};
+  if (sigaction(SIGPIPE, nullptr, &action) == 0 && action.sa_handler == SIG_DFL) {
+    action.sa_handler = SIG_IGN;
+    sigaction(SIGPIPE, &action, nullptr);
   }
 }
 
@@ -78,6 +89,7 @@ MpiRuntime& MpiRuntime::get(std::chrono::milliseconds deadline) {
 
 MpiRuntime::MpiRuntime(std::chrono::milliseconds deadline) {
   initialise();
+  survive_broken_connections();
   duplicate_world(deadline);
   ANABRANCH_CHECK_MPI(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN));
   ANABRANCH_CHECK_MPI(MPI_Comm_rank(comm_, &rank_));

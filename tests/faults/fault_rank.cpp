@@ -1,0 +1,195 @@
+// One rank of a job in which something goes wrong: fault_rank SCENARIO DEADLINE_MS
+//
+// Says on standard error how it ended, as one line: "ended rank=0 seconds=2.0 peers=2 what=...".
+#include <anabranch/communicator.h>
+#include <anabranch/error.h>
+#include <mpi.h>
+#include <torch/types.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "communicator/agreement.h"
+
+namespace {
+
+using anabranch::Communicator;
+using std::chrono::milliseconds;
+using Clock = std::chrono::steady_clock;
+
+/// The rank that every scenario with one culprit has it in.
+constexpr int kCulprit = 2;
+
+milliseconds deadline;
+Clock::time_point began;
+
+/// Rows between all pairs of ranks, some of them longer than MPI sends without a handshake.
+void exchange_once(Communicator& communicator) {
+  const std::vector<int64_t> rows(communicator.size(), 100);
+  const int64_t total = 100 * communicator.size();
+  communicator.all_to_all_v({{at::ones({total, 16}), rows, at::empty({total, 16}), rows},
+                             {at::ones({total, 4096}), rows, at::empty({total, 4096}), rows}});
+}
+
+void exchange_for_ever(Communicator& communicator) {
+  while (true) {
+    exchange_once(communicator);
+  }
+}
+
+/// Sends itself `signal` while it is in one of many exchanges.
+void signal_in_the_middle(Communicator& communicator, int signal) {
+  exchange_once(communicator);
+  if (communicator.rank() == kCulprit) {
+    std::thread([signal] {
+      std::this_thread::sleep_for(milliseconds(300));
+      kill(getpid(), signal);
+    }).detach();
+  }
+  exchange_for_ever(communicator);
+}
+
+void killed(Communicator& communicator) { signal_in_the_middle(communicator, SIGKILL); }
+void stalled(Communicator& communicator) { signal_in_the_middle(communicator, SIGSTOP); }
+
+/// Comes when the others have given up.
+void late(Communicator& communicator) {
+  if (communicator.rank() == kCulprit) {
+    std::this_thread::sleep_for(2 * deadline);
+  }
+  at::Tensor sum = at::ones({10});
+  communicator.all_reduce(sum);
+}
+
+/// Every rank needs longer for its own work than collectives may wait, but all do.
+void slow_together(Communicator& communicator) {
+  std::this_thread::sleep_for(2 * deadline);
+  communicator.barrier();
+}
+
+void leaves(Communicator& communicator) {
+  if (communicator.rank() != kCulprit) {
+    communicator.barrier();
+  }
+}
+
+void throws(Communicator& communicator) {
+  exchange_once(communicator);
+  if (communicator.rank() == kCulprit) {
+    throw std::runtime_error("no more data");
+  }
+  exchange_for_ever(communicator);
+}
+
+void other_options(Communicator& communicator) {
+  check_agreement(communicator, {{"hidden_size", "64"},
+                                 {"top_k", communicator.rank() == kCulprit ? "3" : "2"}});
+}
+
+void other_calls(Communicator& communicator) {
+  if (communicator.rank() == kCulprit) {
+    communicator.barrier();
+  } else {
+    at::Tensor sum = at::ones({10});
+    communicator.all_reduce(sum);
+  }
+}
+
+void other_shapes(Communicator& communicator) {
+  communicator.all_gather(at::ones({communicator.rank() == kCulprit ? 5 : 4}));
+}
+
+/// Rank 3 waits for 0, in the world, 0 for 1, in a group of two, 1 for 2, in another, and 2 is dead.
+void chain(Communicator& communicator) {
+  const int rank = communicator.rank();
+  const auto front = communicator.split(rank <= 1 ? 0 : 1, rank);
+  const auto middle = communicator.split(rank == 1 || rank == 2 ? 0 : 1, rank);
+  if (rank == kCulprit) {
+    raise(SIGKILL);
+  }
+  // The first to lose patience is the rank farthest from the culprit.
+  const std::map<int, int> tenths = {{3, 0}, {0, 1}, {1, 2}};
+  std::this_thread::sleep_for(tenths.at(rank) * deadline / 10);
+  at::Tensor token = at::ones({1});
+  if (rank == 1) {
+    middle->broadcast(token, 1);
+  }
+  if (rank <= 1) {
+    front->broadcast(token, 1);
+  }
+  communicator.broadcast(token, 0);
+}
+
+/// The culprit starts MPI, but makes no communicator before the others have given up.
+void stay_away() {
+  int level = 0;
+  MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &level);
+  int rank = 0;
+  MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  if (rank == kCulprit) {
+    std::this_thread::sleep_for(2 * deadline);
+  }
+}
+
+const std::map<std::string, std::function<void(Communicator&)>> scenarios = {
+    {"absent", [](Communicator& communicator) { communicator.barrier(); }},
+    {"killed", killed},
+    {"stalled", stalled},
+    {"late", late},
+    {"slow_together", slow_together},
+    {"leaves", leaves},
+    {"throws", throws},
+    {"other_options", other_options},
+    {"other_calls", other_calls},
+    {"other_shapes", other_shapes},
+    {"chain", chain},
+};
+
+void report(const std::vector<int>& peers, const std::string& what) {
+  std::string line = c10::str("ended rank=", std::getenv("OMPI_COMM_WORLD_RANK"), " seconds=",
+                              std::chrono::duration<double>(Clock::now() - began).count(),
+                              " peers=");
+  for (size_t i = 0; i < peers.size(); ++i) {
+    line += c10::str(i == 0 ? "" : ",", peers[i]);
+  }
+  std::fprintf(stderr, "%s what=%s\n", line.c_str(), what.c_str());
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 3) {
+    std::fprintf(stderr, "usage: fault_rank SCENARIO DEADLINE_MS\n");
+    return 2;
+  }
+  deadline = milliseconds(std::stol(argv[2]));
+  const std::string scenario = argv[1];
+  // Outlives the exception, as in most programs.
+  std::shared_ptr<Communicator> communicator;
+  try {
+    if (scenario == "absent") {
+      stay_away();
+    }
+    began = Clock::now();
+    communicator = anabranch::make_mpi_communicator({deadline});
+    scenarios.at(scenario)(*communicator);
+  } catch (const anabranch::CommunicationError& error) {
+    report(error.peers(), error.what());
+    return 1;
+  } catch (const std::exception& error) {
+    report({}, error.what());
+    return 1;
+  }
+  report({}, "nothing");
+  return 0;
+}
