@@ -47,9 +47,20 @@ build() {
   )
 }
 
-# OpenMPI refuses to run as root unless told twice; in a container, root is the only user there is.
-allow_mpirun_as_root() {
+# Prepares the environment for mpirun with RANKS ranks on CORES cores, and sets mpirun_flags.
+# shellcheck disable=SC2034  # for who sources this
+prepare_mpirun() {
+  mpirun_flags=()
+  if ! mpirun --version 2>/dev/null | grep -q -e 'Open MPI' -e OpenRTE; then return; fi
+  # Ranks have threads, so they are not bound to one core each.
+  mpirun_flags=(--oversubscribe --bind-to none -x OMP_NUM_THREADS)
+  # As root, OpenMPI wants to be told twice; in a container root is the only user there is.
   if [[ $(id -u) -eq 0 ]]; then
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
   fi
+  # Reading each other's memory needs a right that containers withhold; copying through shared
+  # memory does not.
+  export OMPI_MCA_btl_vader_single_copy_mechanism=${OMPI_MCA_btl_vader_single_copy_mechanism:-none}
+  # With more ranks than cores, who waits makes way.
+  if (($1 > $2)); then export OMPI_MCA_mpi_yield_when_idle=1; fi
 }

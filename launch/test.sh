@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Usage: launch/test.sh [--preset NAME] [CTest's arguments]
+#
+# Sets up, builds everything, and runs every test on 1, 2, 3 and 4 ranks; prints what a failing test
+# printed, and ends with CTest's summary. Fails when a test does.
+#
+#   --preset NAME   a preset of CMakePresets.json: release (default), debug, asan, tsan, cuda
+#   --help          this text
+#
+# What else is given goes to CTest:
+#   launch/test.sh -R exchange        tests whose name matches
+#   launch/test.sh -L np2             tests on 2 ranks
+#   launch/test.sh -N                 only lists them
+#   launch/test.sh --preset asan      under AddressSanitizer and UndefinedBehaviorSanitizer
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+preset=release
+ctest_arguments=()
+while (($#)); do
+  case $1 in
+    -h | --help)
+      print_header_of "$0"
+      exit 0
+      ;;
+    --preset)
+      (($# > 1)) || die "--preset needs a name (try --help)"
+      preset=$2
+      shift
+      ;;
+    --preset=*) preset=${1#*=} ;;
+    *) ctest_arguments+=("$1") ;;
+  esac
+  shift
+done
+
+"$project_root/launch/setup.sh"
+build "$preset"
+
+say "Testing"
+cd "$project_root"
+exec "$venv/bin/ctest" --preset "$preset" --parallel "$(cores)" --no-tests=error \
+  "${ctest_arguments[@]}"

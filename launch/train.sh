@@ -1,0 +1,159 @@
+#!/usr/bin/env bash
+# Usage: launch/train.sh [-n RANKS] [--data FILE] [--output DIR] [the example's options]
+#
+# Sets up, builds, and trains the language model of examples/train_lm on MPI ranks of this machine,
+# each rank owning a part of the experts. Ends with plots, a checkpoint and a sample of its text.
+#
+#   -n RANKS                MPI ranks (default: 2)
+#   --data FILE             text to train on, any file (default: the King James Bible, as Debian's
+#                           command `bible` prints it)
+#   --output DIR            where everything goes (default: runs/train_lm)
+#   --resume                continue the run in DIR, on any number of ranks
+#   --steps N               optimizer steps
+#   --batch-size N          sequences a step, over all ranks
+#   --seed N                of parameters, batches and sample
+#   --experts N, --top-k N  experts in every block, and how many of them a token goes to
+#   --mpirun-flags "FLAGS"  further flags of mpirun, such as "--hostfile hosts"
+#   --help                  this text, and all of the example's options
+#
+# DIR then holds metrics.jsonl, loss.png, load.png, sample.txt and checkpoint/ (safetensors).
+# Ctrl-C, SIGINT and SIGTERM end the run after the current step with a checkpoint, for --resume.
+# OMP_NUM_THREADS, unless it is set, becomes the cores that each rank can have.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+readonly preset=release
+readonly program=$project_root/build/$preset/examples/train_lm
+
+ranks=2
+data=
+output=$project_root/runs/train_lm
+extra_mpirun_flags=()
+show_help=false
+program_arguments=()
+
+while (($#)); do
+  case $1 in
+    --data=* | --output=* | --mpirun-flags=*)
+      set -- "${1%%=*}" "${1#*=}" "${@:2}"
+      continue
+      ;;
+    -n | --data | --output | --mpirun-flags)
+      (($# > 1)) || die "$1 needs a value (try --help)"
+      case $1 in
+        -n) ranks=$2 ;;
+        --data) data=$2 ;;
+        --output) output=$2 ;;
+        --mpirun-flags) read -ra extra_mpirun_flags <<<"$2" ;;
+      esac
+      shift
+      ;;
+    -h | --help) show_help=true ;;
+    *) program_arguments+=("$1") ;;
+  esac
+  shift
+done
+
+if $show_help; then
+  print_header_of "$0"
+  printf '\nThe example, %s:\n\n' "${program#"$project_root"/}"
+  if [[ -x $program ]]; then
+    "$program" --help
+  else
+    printf 'not built yet; launch/train.sh builds it, and then shows its options here.\n'
+  fi
+  exit 0
+fi
+
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || die "-n must be a number of ranks, got '$ranks'"
+if [[ -n $data && ! -r $data ]]; then die "--data: cannot read '$data'"; fi
+
+# Prints the King James text once into a file, and the file's name.
+king_james() {
+  local file=$project_root/build/data/king_james.txt
+  if [[ ! -s $file ]]; then
+    command -v bible >/dev/null ||
+      die "no text: give one with --data FILE, or install Debian's package bible-kjv"
+    mkdir -p "$(dirname "$file")"
+    bible -f gen1:1-rev22:21 >"$file.partial"
+    mv "$file.partial" "$file"
+  fi
+  echo "$file"
+}
+
+# Starts the ranks, waits for them, and leaves their exit code in `exit_code`.
+#
+# mpirun answers a signal by killing its ranks within a second, too soon to save a checkpoint. So it
+# gets none: it is in a session of its own, out of reach of the terminal's Ctrl-C, and the signal goes
+# to its children, the ranks on this machine, who agree to stop with all the others. A second signal
+# is for mpirun.
+run_ranks() {
+  setsid mpirun "$@" </dev/null &
+  mpirun_pid=$!
+  interrupted=false
+  trap 'interrupt INT' INT
+  trap 'interrupt TERM' TERM HUP
+  while true; do
+    exit_code=0
+    wait "$mpirun_pid" || exit_code=$?
+    # A signal ends `wait` too: then mpirun is still there.
+    kill -0 "$mpirun_pid" 2>/dev/null || break
+  done
+  trap - INT TERM HUP
+}
+
+# shellcheck disable=SC2317  # the traps above call it
+interrupt() {
+  local children
+  if $interrupted; then
+    kill -s TERM "$mpirun_pid" 2>/dev/null || true
+    return
+  fi
+  interrupted=true
+  children=$(cat /proc/"$mpirun_pid"/task/*/children 2>/dev/null) || return 0
+  # shellcheck disable=SC2086
+  kill -s "$1" $children 2>/dev/null || true
+}
+
+"$project_root/launch/setup.sh"
+build "$preset" train_lm
+
+if [[ -z $data ]]; then data=$(king_james); fi
+mkdir -p "$output"
+
+threads=${OMP_NUM_THREADS:-$(($(cores) / ranks))}
+if ((threads < 1)); then threads=1; fi
+export OMP_NUM_THREADS=$threads
+prepare_mpirun "$ranks" "$(cores)"
+# The ranks write to mpirun and cannot see where it goes: a terminal gets a bar, a file gets lines.
+style=lines
+if [[ -t 1 ]]; then style=bar; fi
+
+say "Training on $ranks ranks with $threads threads each"
+exit_code=0
+run_ranks -n "$ranks" "${mpirun_flags[@]}" "${extra_mpirun_flags[@]}" \
+  "$program" --progress "$style" --data "$data" --output "$output" "${program_arguments[@]}"
+
+if [[ $exit_code =~ ^(0|130|143)$ && -s $output/metrics.jsonl ]]; then
+  say "Plotting"
+  "$venv/bin/python" "$project_root/launch/plot.py" "$output" || exit_code=$((exit_code ? exit_code : 1))
+fi
+if ((exit_code == 0)) && [[ -s $output/sample.txt ]]; then
+  say "A sample of its text"
+  sed 's/^/    /' "$output/sample.txt"
+  echo
+fi
+
+case $exit_code in
+  0) say "Done" ;;
+  130 | 143) say "Interrupted; the same command with --resume continues" ;;
+  *)
+    warn "training ended with exit code $exit_code"
+    exit "$exit_code"
+    ;;
+esac
+for name in metrics.jsonl loss.png load.png sample.txt checkpoint; do
+  if [[ -e $output/$name ]]; then note "$output/$name"; fi
+done
+exit "$exit_code"
