@@ -4,23 +4,26 @@
 option(ANABRANCH_WERROR "Warnings are errors in the project's own code" ON)
 set(ANABRANCH_SANITIZE "" CACHE STRING "Sanitizers: \"address,undefined\", \"thread\", or nothing")
 
+# Flags for C++ only: nvcc has others.
 add_library(anabranch_options INTERFACE)
+function(anabranch_add_flags)
+  target_compile_options(anabranch_options INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:${ARGN}>")
+endfunction()
+
 target_compile_features(anabranch_options INTERFACE cxx_std_20)
-target_compile_options(
-  anabranch_options
-  INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wpedantic>
-            $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<BOOL:${ANABRANCH_WERROR}>>:-Werror>
-            # One flag for libraries and executables, so that they share the precompiled header.
-            -fPIC)
+anabranch_add_flags(-Wall -Wextra -Wpedantic)
+if(ANABRANCH_WERROR)
+  anabranch_add_flags(-Werror)
+endif()
+# The same flag for libraries and executables, so that they share the precompiled header.
+anabranch_add_flags(-fPIC)
 
 if(ANABRANCH_SANITIZE)
-  target_compile_options(anabranch_options INTERFACE -fsanitize=${ANABRANCH_SANITIZE}
-                                                     -fno-omit-frame-pointer)
+  anabranch_add_flags(-fsanitize=${ANABRANCH_SANITIZE} -fno-omit-frame-pointer)
   target_link_options(anabranch_options INTERFACE -fsanitize=${ANABRANCH_SANITIZE})
   if(ANABRANCH_SANITIZE MATCHES "undefined")
     # vptr needs type information that LibTorch does not export for every class.
-    target_compile_options(anabranch_options INTERFACE -fno-sanitize=vptr
-                                                       -fno-sanitize-recover=undefined)
+    anabranch_add_flags(-fno-sanitize=vptr -fno-sanitize-recover=undefined)
   endif()
 endif()
 
@@ -33,7 +36,7 @@ target_precompile_headers(anabranch_pch PRIVATE <torch/types.h> <torch/nn/module
 
 # What every target of the project has in common.
 function(anabranch_own_target target)
-  target_link_libraries(${target} PRIVATE anabranch_options)
+  target_link_libraries(${target} PRIVATE $<BUILD_INTERFACE:anabranch_options>)
   target_include_directories(${target} PRIVATE "${PROJECT_SOURCE_DIR}/src")
   target_precompile_headers(${target} REUSE_FROM anabranch_pch)
 endfunction()
@@ -47,7 +50,7 @@ if(ANABRANCH_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
       "${CMAKE_COMMAND}" -E env CCACHE_SLOPPINESS=pch_defines,time_macros CCACHE_DEPEND=1
       CCACHE_PCH_EXTSUM=1 "CCACHE_BASEDIR=${PROJECT_SOURCE_DIR}" "${ANABRANCH_CCACHE}")
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-    target_compile_options(anabranch_options INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fpch-preprocess>)
+    anabranch_add_flags(-fpch-preprocess)
     get_target_property(headers anabranch_pch PRECOMPILE_HEADERS)
     file(CONFIGURE OUTPUT "${CMAKE_BINARY_DIR}/CMakeFiles/anabranch_pch.dir/cmake_pch.hxx.gch.sum"
          CONTENT "${CMAKE_CXX_COMPILER_VERSION} LibTorch ${LibTorch_VERSION} ${headers}\n")

@@ -37,6 +37,10 @@ for argument in "$@"; do
   esac
 done
 
+if [[ -n ${ANABRANCH_PYTHON:-} ]] && ! command -v -- "$ANABRANCH_PYTHON" >/dev/null; then
+  die "ANABRANCH_PYTHON: there is no '$ANABRANCH_PYTHON'"
+fi
+
 # --- system -------------------------------------------------------------------------------------
 
 has_command() { command -v "$1" >/dev/null; }
@@ -164,8 +168,8 @@ describe_result() {
 }
 
 say "Python environment"
-python=${ANABRANCH_PYTHON:-python3}
-python=$(command -v -- "$python") || die "no Python at '$python': load a module, or set ANABRANCH_PYTHON"
+python=$(command -v -- "${ANABRANCH_PYTHON:-python3}") ||
+  die "there is no python3: load a module, or set ANABRANCH_PYTHON"
 # .venv cannot be built on itself, where it is the active one: on what it was built on, then.
 if [[ $("$python" -c 'import sys; print(sys.prefix)') == "$venv" ]]; then
   unset ANABRANCH_PYTHON

@@ -23,7 +23,7 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-readonly preset=release
+preset=release
 readonly program=$project_root/build/$preset/examples/train_lm
 
 ranks=2
@@ -69,17 +69,15 @@ fi
 [[ $ranks =~ ^[1-9][0-9]*$ ]] || die "-n must be a number of ranks, got '$ranks'"
 if [[ -n $data && ! -r $data ]]; then die "--data: cannot read '$data'"; fi
 
-# Prints the King James text once into a file, and the file's name.
-king_james() {
-  local file=$project_root/build/data/king_james.txt
-  if [[ ! -s $file ]]; then
-    command -v bible >/dev/null ||
-      die "no text: give one with --data FILE, or install Debian's package bible-kjv"
-    mkdir -p "$(dirname "$file")"
-    bible -f gen1:1-rev22:21 >"$file.partial"
-    mv "$file.partial" "$file"
-  fi
-  echo "$file"
+# Prints the King James text, once, into build/data, and makes it the data.
+use_king_james() {
+  data=$project_root/build/data/king_james.txt
+  if [[ -s $data ]]; then return; fi
+  command -v bible >/dev/null ||
+    die "no text: give one with --data FILE, or install Debian's package bible-kjv"
+  mkdir -p "$(dirname "$data")"
+  bible -f gen1:1-rev22:21 >"$data.partial"
+  mv "$data.partial" "$data"
 }
 
 # Starts the ranks, waits for them, and leaves their exit code in `exit_code`.
@@ -119,7 +117,7 @@ interrupt() {
 "$project_root/launch/setup.sh"
 build "$preset" train_lm
 
-if [[ -z $data ]]; then data=$(king_james); fi
+if [[ -z $data ]]; then use_king_james; fi
 mkdir -p "$output"
 
 threads=${OMP_NUM_THREADS:-$(($(cores) / ranks))}

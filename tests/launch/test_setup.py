@@ -1,0 +1,130 @@
+"""launch/setup.sh: that a second run changes nothing, and what it says where it cannot install."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, executable
+
+# What the script itself calls; the rest of the machine is hidden from it.
+TOOLS = "bash sh env cat cut dirname head tail sort awk grep nproc rm true pwd c++".split()
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A folder with the script and a PATH on which neither MPI nor apt-get is, for a user not root."""
+    folder = tmp_path / "project"
+    (folder / "launch").mkdir(parents=True)
+    for name in ("setup.sh", "common.sh", "requirements.txt"):
+        shutil.copy(ROOT / "launch" / name, folder / "launch" / name)
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name in TOOLS:
+        if shutil.which(name):
+            (commands / name).symlink_to(shutil.which(name))
+    executable(commands / "id", "#!/bin/bash\necho 1000\n")
+    executable(commands / "python3", f'#!/bin/bash\nexec "{sys.executable}" "$@"\n')
+    return folder, commands
+
+
+def run(folder, *arguments, path=None, expect=0, **environment):
+    environment = {**os.environ, **environment}
+    environment.pop("CMAKE_PREFIX_PATH", None)
+    if path:
+        environment["PATH"] = str(path)
+    result = subprocess.run(
+        [str(folder / "launch/setup.sh"), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == expect, result.stdout
+    return result.stdout
+
+
+@pytest.mark.skipif(not (ROOT / ".venv/anabranch-setup.txt").exists(), reason="not set up here")
+def test_a_second_run_is_quick_and_changes_nothing():
+    stamp = ROOT / ".venv/anabranch-setup.txt"
+    before = stamp.stat().st_mtime_ns
+    start = time.monotonic()
+    output = run(ROOT)
+    assert time.monotonic() - start < 30  # seconds; a new environment takes minutes
+    assert "everything is there" in output or "optional" in output
+    assert "ready: torch 2." in output
+    assert "installing" not in output
+    assert stamp.stat().st_mtime_ns == before
+
+
+@pytest.mark.skipif(not (ROOT / ".venv/anabranch-setup.txt").exists(), reason="not set up here")
+def test_an_active_environment_is_not_built_on_itself():
+    output = run(ROOT, "--check", ANABRANCH_PYTHON=str(ROOT / ".venv/bin/python"))
+    assert "ready: torch" in output
+
+
+def test_check_names_what_is_missing_and_how_to_get_it(bare):
+    folder, commands = bare
+    output = run(folder, "--check", path=commands, expect=1)
+    (mpi,) = [line for line in output.splitlines() if line.strip().startswith("MPI (")]
+    assert "required" in mpi and "libopenmpi-dev" in mpi and "module load openmpi" in mpi
+    assert "apt-get install" in output
+    assert "something required is missing" in output
+    assert not (folder / ".venv").exists()
+
+
+def test_without_root_it_stops_before_the_download(bare):
+    folder, commands = bare
+    output = run(folder, path=commands, expect=1)
+    assert "required parts of the system are missing" in output
+    assert "pip" not in output and not (folder / ".venv").exists()
+
+
+def test_a_sudo_that_asks_for_a_password_is_no_root(bare):
+    folder, commands = bare
+    executable(commands / "apt-get", f"#!/bin/bash\ntouch {folder}/installed\n")
+    executable(commands / "sudo", "#!/bin/bash\necho 'sudo: a password is required' >&2\nexit 1\n")
+    run(folder, path=commands, expect=1)
+    assert not (folder / "installed").exists()
+
+
+def test_sudo_installs_what_is_missing_and_nothing_else(bare):
+    folder, commands = bare
+    executable(commands / "apt-get", f'#!/bin/bash\necho "$*" >> {folder}/installed\n')
+    executable(commands / "sudo", '#!/bin/bash\nshift\nif [ "$1" = -- ]; then shift; fi\nexec "$@"\n')
+    run(folder, path=commands, expect=1)  # this apt-get installs nothing
+    update, install = (folder / "installed").read_text().splitlines()
+    assert update.endswith("update")
+    assert "openmpi-bin" in install and "libopenmpi-dev" in install
+    assert "g++" not in install.split()  # the compiler is there
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [("2.7.1+cpu", "torch: existing 2.7.1"), ("1.13.1", "at least 2.6 is needed"), (None, "torch: wheel")],
+)
+def test_an_existing_python_with_torch(bare, tmp_path, version, message):
+    folder, commands = bare
+    packages = tmp_path / "site-packages"
+    packages.mkdir()
+    if version:
+        (packages / "torch-0.dist-info").mkdir()
+        (packages / "torch-0.dist-info/METADATA").write_text(f"Name: torch\nVersion: {version}\n")
+    # -S: no packages but these.
+    python = executable(tmp_path / "python", f'#!/bin/bash\nPYTHONPATH={packages} exec {sys.executable} -S "$@"\n')
+    assert message in run(folder, "--check", path=commands, expect=1, ANABRANCH_PYTHON=str(python))
+
+
+def test_a_python_that_is_not_there(bare):
+    folder, _ = bare
+    output = run(folder, "--check", expect=1, ANABRANCH_PYTHON="/nowhere/python")
+    assert "there is no '/nowhere/python'" in output
+
+
+def test_help_and_unknown_arguments():
+    assert "ANABRANCH_PYTHON" in run(ROOT, "--help")
+    assert "unknown argument '--froce'" in run(ROOT, "--froce", expect=1)
