@@ -116,8 +116,6 @@ and, where an older one is remembered in the build folder, configure with --fres
 ")
 
 if(LibTorch_FOUND AND NOT TARGET LibTorch::CPU)
-  # A CUDA build's libraries name CUDA's, which they find by their own RPATH, at link time too; where
-  # they do not, the loader's word counts, not the linker's.
   function(_libtorch_library name location)
     add_library(LibTorch::${name} SHARED IMPORTED)
     set_target_properties(
@@ -159,9 +157,11 @@ if(LibTorch_FOUND AND NOT TARGET LibTorch::CPU)
     _libtorch_library(c10_cuda "${LibTorch_C10_CUDA_LIBRARY}")
     _libtorch_library(torch_cuda "${LibTorch_CUDA_LIBRARY}")
     add_library(LibTorch::CUDA INTERFACE IMPORTED)
-    # Its kernels register themselves when it is loaded; no symbol of it need be called.
+    # Its kernels register themselves when it is loaded; no symbol of it need be called. Its libraries
+    # may name the driver's, which a machine that only builds does not have.
     target_link_libraries(LibTorch::CUDA INTERFACE LibTorch::torch_cuda LibTorch::c10_cuda
                                                    LibTorch::CPU)
-    target_link_options(LibTorch::CUDA INTERFACE LINKER:--no-as-needed)
+    target_link_options(LibTorch::CUDA INTERFACE LINKER:--no-as-needed
+                                                  LINKER:--allow-shlib-undefined)
   endif()
 endif()
