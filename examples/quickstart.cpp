@@ -18,8 +18,8 @@ void run() {
   options.top_k = 2;
   anabranch::MoELayer layer(options, world);
 
-  // Every rank has another number of tokens; rank 1 has none.
   torch::manual_seed(world->rank());
+  // Every rank has another number of tokens; rank 1 has none.
   const int64_t tokens = world->rank() == 1 ? 0 : 100 + 10 * world->rank();
   const auto x = torch::randn({tokens, options.hidden_size}, torch::requires_grad());
 
@@ -32,16 +32,14 @@ void run() {
   const auto router = layer->named_children()["router"]->as<anabranch::Router>();
   const auto plan = layer->exchange().plan(router->forward(x));
   for (int rank = 0; rank < world->size(); ++rank) {
-    world->barrier();  // one after another
-    if (rank == world->rank()) {
+    if (world->barrier(); rank == world->rank()) {  // one after another
       std::cout << "rank " << rank << ": " << tokens
                 << " tokens; rows sent to each rank: " << c10::Join(" ", plan.send_rows)
                 << "; received from each: " << c10::Join(" ", plan.receive_rows)
                 << "; gradient of x: " << x.grad().norm().item<double>() << std::endl;
     }
   }
-  world->barrier();
-  if (world->rank() == 0) {
+  if (world->barrier(); world->rank() == 0) {
     const auto load =
         at::IntArrayRef(result.expert_load.const_data_ptr<int64_t>(), options.num_experts);
     std::cout << "assignments of each expert: " << c10::Join(" ", load.vec()) << "; imbalance "

@@ -12,14 +12,14 @@ namespace train_lm {
 namespace {
 
 std::vector<double> fractions(const torch::Tensor& load) {
-  const auto values = (load.to(at::kDouble) / load.sum().to(at::kDouble)).cpu().contiguous();
+  const auto values = load.to(at::kDouble) / load.sum().item<double>();
   const auto* data = values.const_data_ptr<double>();
   return {data, data + values.numel()};
 }
 
 std::vector<double> imbalance_per_layer(const Metrics& metrics) {
   std::vector<double> result;
-  for (const auto& load : metrics.expert_load) {
+  for (const auto& load : metrics.expert_load.unbind()) {
     result.push_back(anabranch::imbalance(load));
   }
   return result;
@@ -50,7 +50,7 @@ void to_json(nlohmann::json& json, const Metrics& metrics) {
           {"balance_loss", metrics.balance_loss},
           {"z_loss", metrics.z_loss},
           {"seconds", metrics.seconds}};
-  for (const auto& load : metrics.expert_load) {
+  for (const auto& load : metrics.expert_load.unbind()) {
     json["load"].push_back(fractions(load));
   }
   if (metrics.validation_bpb) {

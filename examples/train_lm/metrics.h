@@ -19,10 +19,10 @@ struct Metrics {
   double tokens_per_second = 0;
   double seconds = 0;  ///< since the run began
   double learning_rate = 0;
-  double gradient_norm = 0;                ///< before clipping
-  double balance_loss = 0;                 ///< mean over layers; 1 is perfect balance
-  double z_loss = 0;                       ///< mean over layers
-  std::vector<torch::Tensor> expert_load;  ///< per layer [experts] assignments
+  double gradient_norm = 0;   ///< before clipping
+  double balance_loss = 0;    ///< mean over layers; 1 is perfect balance
+  double z_loss = 0;          ///< mean over layers
+  torch::Tensor expert_load;  ///< [layers, experts] int64 assignments
   int ranks = 1;
 };
 

@@ -54,7 +54,7 @@ void add_run_options(CLI::App& app, Options& options) {
   app.add_option("--stop-at", options.stop_at, "save and leave after this step; 0: the last");
   app.add_option("--device", options.device, "where to compute")->check(CLI::IsMember({"cpu"}));
   app.add_option("--expert-parallel", options.expert_parallel,
-                 "ranks that share one set of experts; 0: all");
+                 "ranks that share one set of experts and balance it; 0: all");
   app.add_flag("--recompute", options.recompute, "less memory for more work in backward");
   app.add_option("--deadline", options.deadline, "seconds a rank waits for another");
   app.add_option("--log-interval", options.log_interval, "steps between lines of metrics");

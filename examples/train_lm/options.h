@@ -22,7 +22,7 @@ struct ModelOptions {
 /// What the curve depends on beside the model.
 struct TrainingOptions {
   int64_t steps = 600;
-  int64_t batch_size = 32;  ///< sequences, over all ranks
+  int64_t batch_size = 16;  ///< sequences, over all ranks
   int64_t sequence_length = 128;
   uint64_t seed = 1;
   double learning_rate = 3e-3;

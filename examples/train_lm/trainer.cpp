@@ -35,53 +35,74 @@ Trainer::Trainer(const Options& options, const Text& text, const anabranch::Para
       groups_(groups),
       model_(std::move(model)),
       optimizer_(optimizer),
-      directory_(directory) {}
+      directory_(directory),
+      global_tokens_(static_cast<double>(options.training.batch_size) *
+                     static_cast<double>(options.training.sequence_length)) {}
 
-Trainer::StepResult Trainer::step(int64_t step) {
+std::pair<Metrics, int> Trainer::step(int64_t step) {
   const TrainingOptions& training = options_.training;
-  anabranch::Communicator& world = *groups_.world;
-  const Batch batch =
-      training_batch(text_, training.batch_size, training.sequence_length, training.seed, step,
-                     share_of(training.batch_size, world.rank(), world.size()));
-  const ModelOutput output = model_(batch.inputs);
+  const Share share = share_of(training.batch_size, groups_.world->rank(), groups_.world->size());
+  Metrics metrics;
+  metrics.step = step;
+  metrics.ranks = groups_.world->size();
+  const double loss_sum =
+      backward(training_batch(text_, training.batch_size, training.sequence_length, training.seed,
+                              step, share),
+               metrics);
+  update(metrics);
+  const int signal = sum_over_ranks(loss_sum, metrics);
+  if (!std::isfinite(metrics.loss)) {
+    throw std::runtime_error(c10::str("the loss of step ", step, " is not finite"));
+  }
+  return {std::move(metrics), signal};
+}
 
+double Trainer::backward(const Batch& batch, Metrics& metrics) {
+  const TrainingOptions& training = options_.training;
+  const ModelOutput output = model_(batch.inputs);
+  const torch::Tensor loss_sum = summed_loss(output.logits, batch.targets);
   // finish_gradients takes the mean over ranks, whose shares differ: this makes that mean the one
   // over the global batch.
-  const torch::Tensor loss_sum = summed_loss(output.logits, batch.targets);
-  const auto global_tokens = static_cast<double>(training.batch_size * training.sequence_length);
-  const torch::Tensor loss = loss_sum * (world.size() / global_tokens) +
-                             output.balance_loss * training.balance_loss +
+  const double scale = groups_.world->size() / global_tokens_;
+  const torch::Tensor loss = loss_sum * scale + output.balance_loss * training.balance_loss +
                              output.z_loss * training.z_loss;
   loss.backward();
   anabranch::finish_gradients(*model_, groups_);
 
-  Metrics metrics;
+  const auto layers = static_cast<double>(options_.model.layers);
+  metrics.balance_loss = output.balance_loss.item<double>() / layers;
+  metrics.z_loss = output.z_loss.item<double>() / layers;
+  metrics.expert_load = at::stack(output.expert_load).to(at::kCPU);
+  return loss_sum.item<double>();
+}
+
+void Trainer::update(Metrics& metrics) {
+  const TrainingOptions& training = options_.training;
   metrics.gradient_norm = training.clip > 0
                               ? anabranch::clip_gradient_norm(*model_, training.clip, groups_)
                               : anabranch::gradient_norm(*model_, groups_);
-  metrics.learning_rate = learning_rate_at(step, training);
+  metrics.learning_rate = learning_rate_at(metrics.step, training);
   set_learning_rate(optimizer_, metrics.learning_rate);
   optimizer_.step();
   optimizer_.zero_grad();
+}
 
-  // One message carries the loss and whether some rank is to stop, so that all do after this step.
+int Trainer::sum_over_ranks(double loss_sum, Metrics& metrics) {
   const int signal = pending_interrupt();
-  torch::Tensor shared = at::tensor(
-      {loss_sum.item<double>(), signal == SIGINT ? 1.0 : 0.0, signal == SIGTERM ? 1.0 : 0.0},
-      at::kDouble);
-  world.all_reduce(shared);
+  const double ranks = groups_.world->size();
+  // One message also carries whether some rank is to stop, so that all do after this step. The
+  // auxiliary losses are the same on all ranks of an expert-parallel group.
+  torch::Tensor shared =
+      at::tensor({loss_sum / global_tokens_, metrics.balance_loss / ranks, metrics.z_loss / ranks,
+                  signal == SIGINT ? 1.0 : 0.0, signal == SIGTERM ? 1.0 : 0.0},
+                 at::kDouble);
+  groups_.world->all_reduce(shared);
+  groups_.expert_replicas->all_reduce(metrics.expert_load);
   const auto* sums = shared.const_data_ptr<double>();
-  const auto layers = static_cast<double>(options_.model.layers);
-  metrics.step = step;
-  metrics.ranks = world.size();
-  metrics.loss = sums[0] / global_tokens;
-  metrics.balance_loss = output.balance_loss.item<double>() / layers;
-  metrics.z_loss = output.z_loss.item<double>() / layers;
-  metrics.expert_load = output.expert_load;
-  if (!std::isfinite(metrics.loss)) {
-    throw std::runtime_error(c10::str("the loss of step ", step, " is not finite"));
-  }
-  return {metrics, sums[1] > 0 ? SIGINT : sums[2] > 0 ? SIGTERM : 0};
+  metrics.loss = sums[0];
+  metrics.balance_loss = sums[1];
+  metrics.z_loss = sums[2];
+  return sums[3] > 0 ? SIGINT : sums[4] > 0 ? SIGTERM : 0;
 }
 
 bool Trainer::is_due(int64_t step, int64_t interval) const {
@@ -102,14 +123,12 @@ Outcome Trainer::run(RunState state, Progress& progress) {
   if (groups_.world->rank() == 0) {
     metrics_file_.emplace(directory_.metrics(), state.step);
   }
-  const auto step_tokens =
-      static_cast<double>(options_.training.batch_size * options_.training.sequence_length);
   double tokens = 0, seconds = 0;  // since the last line of metrics
   Outcome outcome;
   while (state.step < options_.training.steps) {
     const Stopwatch step_time;
     auto [metrics, signal] = step(++state.step);
-    tokens += step_tokens;
+    tokens += global_tokens_;
     seconds += step_time.seconds();
     metrics.tokens_per_second = tokens / seconds;
     const bool stop = signal != 0 || state.step == options_.stop_at;

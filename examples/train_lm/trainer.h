@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <optional>
+#include <utility>
 
 #include "data.h"
 #include "metrics.h"
@@ -31,12 +32,13 @@ class Trainer {
   Outcome run(RunState state, Progress& progress);
 
  private:
-  /// What a step leaves to be reported, and the signal that any rank has received.
-  struct StepResult {
-    Metrics metrics;
-    int signal = 0;
-  };
-  StepResult step(int64_t step);
+  /// One step; what there is to report of it, and the signal that any rank has received, or 0.
+  std::pair<Metrics, int> step(int64_t step);
+  /// Leaves the gradients of the global batch's mean loss; returns this rank's Σ of losses.
+  double backward(const Batch& batch, Metrics& metrics);
+  void update(Metrics& metrics);
+  /// Makes what `metrics` holds of this rank or its group that of all; returns the signal.
+  int sum_over_ranks(double loss_sum, Metrics& metrics);
   void report(const Metrics& metrics, Progress& progress);
   bool is_due(int64_t step, int64_t interval) const;
 
@@ -46,6 +48,7 @@ class Trainer {
   LanguageModel model_;
   torch::optim::Optimizer& optimizer_;
   const RunDirectory& directory_;
+  double global_tokens_;                     // of one step
   std::optional<MetricsFile> metrics_file_;  // on rank 0
 };
 

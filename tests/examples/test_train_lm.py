@@ -173,9 +173,14 @@ def test_the_curve_is_the_same_at_any_number_of_ranks(train, dtype, batch_size):
         assert_same_curve(metrics, alone, tolerance(dtype, batch_size))
 
 
-def test_expert_parallel_groups_inside_data_parallel_train_the_same(train, whole_run):
-    grouped = train(4, expert_parallel=2)
-    assert_same_curve(read_metrics(grouped), read_metrics(whole_run), tolerance("float64", 6))
+def test_expert_parallel_groups_inside_data_parallel_train_the_same(train):
+    # Without auxiliary losses, which each group has of its own tokens.
+    options = {"balance_loss": 0, "z_loss": 0, "sample_length": 0}
+    alone = read_metrics(train(0, **options))
+    grouped = read_metrics(train(4, expert_parallel=2, **options))
+    for line in grouped + alone:
+        del line["balance_loss"], line["z_loss"]
+    assert_same_curve(grouped, alone, tolerance("float64", 6))
 
 
 def test_recompute_and_glu_train_the_same_at_two_ranks(train):
