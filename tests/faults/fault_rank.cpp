@@ -92,8 +92,8 @@ void throws(Communicator& communicator) {
 }
 
 void other_options(Communicator& communicator) {
-  check_agreement(communicator, {{"hidden_size", "64"},
-                                 {"top_k", communicator.rank() == kCulprit ? "3" : "2"}});
+  check_agreement(communicator,
+                  {{"hidden_size", "64"}, {"top_k", communicator.rank() == kCulprit ? "3" : "2"}});
 }
 
 void other_calls(Communicator& communicator) {
@@ -156,9 +156,9 @@ const std::map<std::string, std::function<void(Communicator&)>> scenarios = {
 };
 
 void report(const std::vector<int>& peers, const std::string& what) {
-  std::string line = c10::str("ended rank=", std::getenv("OMPI_COMM_WORLD_RANK"), " seconds=",
-                              std::chrono::duration<double>(Clock::now() - began).count(),
-                              " peers=");
+  std::string line =
+      c10::str("ended rank=", std::getenv("OMPI_COMM_WORLD_RANK"),
+               " seconds=", std::chrono::duration<double>(Clock::now() - began).count(), " peers=");
   for (size_t i = 0; i < peers.size(); ++i) {
     line += c10::str(i == 0 ? "" : ",", peers[i]);
   }

@@ -75,16 +75,22 @@ uint64_t agree_on_seed(std::optional<uint64_t> requested) {
 // Failures of a rank whose normal output is not shown.
 class FailurePrinter : public ::testing::EmptyTestEventListener {
  public:
+  void OnTestStart(const ::testing::TestInfo& info) override {
+    test_ = std::string(info.test_suite_name()) + "." + info.name();
+  }
+
+  // GoogleTest calls this with a lock held that current_test_info() would take again.
   void OnTestPartResult(const ::testing::TestPartResult& result) override {
     if (!result.failed()) {
       return;
     }
-    const auto* info = ::testing::UnitTest::GetInstance()->current_test_info();
-    std::cerr << "[rank " << session().harness->rank() << "] "
-              << (info ? std::string(info->test_suite_name()) + "." + info->name() : "")
-              << "\n  " << (result.file_name() ? result.file_name() : "?") << ":"
-              << result.line_number() << ": " << result.message() << std::endl;
+    std::cerr << "[rank " << session().harness->rank() << "] " << test_ << "\n  "
+              << (result.file_name() ? result.file_name() : "?") << ":" << result.line_number()
+              << ": " << result.message() << std::endl;
   }
+
+ private:
+  std::string test_;
 };
 
 // Between tests every rank learns whether any failed, so that all report the same outcome and start

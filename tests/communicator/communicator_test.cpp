@@ -1,0 +1,271 @@
+// Every collective against values computed from the numbers of the ranks alone.
+#include <anabranch/communicator.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <chrono>
+#include <limits>
+#include <numeric>
+#include <thread>
+
+#include "communicator/mpi.h"
+#include "support/random.h"
+#include "support/tolerance.h"
+#include "support/world.h"
+
+namespace anabranch::test {
+namespace {
+
+const std::vector<torch::Dtype> kDtypes = {torch::kFloat32, torch::kFloat64, torch::kBFloat16,
+                                           torch::kFloat16, torch::kInt64,   torch::kInt32};
+
+/// A small whole number, exact in every type, that tells where an element came from.
+int64_t mark(int64_t source, int64_t destination, int64_t row, int64_t column) {
+  return (source * 53 + destination * 31 + row * 7 + column * 3) % 251 - 125;
+}
+
+/// counts[source][destination]
+using Counts = std::vector<std::vector<int64_t>>;
+
+Counts random_counts(Random& random, int size, int64_t largest) {
+  Counts counts(size, std::vector<int64_t>(size));
+  for (auto& row : counts) {
+    for (auto& count : row) {
+      count = random.chance(0.3) ? 0 : random.integer(0, largest);
+    }
+  }
+  return counts;
+}
+
+Counts everything_to(int rank, int size, int64_t rows) {
+  Counts counts(size, std::vector<int64_t>(size, 0));
+  for (auto& row : counts) {
+    row[rank] = rows;
+  }
+  return counts;
+}
+
+/// Rows of marks, [Σ count, columns], for the given (source, destination, count) one after another.
+torch::Tensor marked_rows(const std::vector<std::array<int64_t, 3>>& blocks, int64_t columns,
+                          torch::Dtype dtype) {
+  std::vector<int64_t> values;
+  int64_t rows = 0;
+  for (const auto& [source, destination, count] : blocks) {
+    rows += count;
+    for (int64_t row = 0; row < count; ++row) {
+      for (int64_t column = 0; column < columns; ++column) {
+        values.push_back(mark(source, destination, row, column));
+      }
+    }
+  }
+  return torch::tensor(values, torch::kInt64).view({rows, columns}).to(dtype);
+}
+
+struct Expected {
+  Transfer transfer;
+  torch::Tensor received;
+};
+
+Expected make_transfer(const Communicator& communicator, const Counts& counts, int64_t columns,
+                       torch::Dtype dtype) {
+  const int rank = communicator.rank();
+  std::vector<std::array<int64_t, 3>> sent;
+  std::vector<std::array<int64_t, 3>> received;
+  Expected expected;
+  for (int peer = 0; peer < communicator.size(); ++peer) {
+    expected.transfer.send_rows.push_back(counts[rank][peer]);
+    expected.transfer.receive_rows.push_back(counts[peer][rank]);
+    sent.push_back({rank, peer, counts[rank][peer]});
+    received.push_back({peer, rank, counts[peer][rank]});
+  }
+  expected.transfer.send = marked_rows(sent, columns, dtype);
+  expected.received = marked_rows(received, columns, dtype);
+  expected.transfer.receive = torch::full_like(expected.received, 126);  // no mark
+  return expected;
+}
+
+void check_all_to_all(Communicator& communicator, const std::vector<Expected>& expected) {
+  std::vector<Transfer> transfers;
+  for (const Expected& one : expected) {
+    transfers.push_back(one.transfer);
+  }
+  communicator.all_to_all_v(transfers);
+  for (const Expected& one : expected) {
+    EXPECT_TRUE(identical(one.transfer.receive, one.received));
+  }
+}
+
+TEST(AllToAllV, MovesRandomCountsOfEveryType) {
+  Random random(test_seed());
+  for (const auto dtype : kDtypes) {
+    for (int64_t i = 0; i < effort(5); ++i) {
+      const Counts counts = random_counts(random, world()->size(), 20);
+      check_all_to_all(*world(), {make_transfer(*world(), counts, random.integer(1, 9), dtype)});
+    }
+  }
+}
+
+TEST(AllToAllV, MovesEverythingToOneRankAndNothingAtAll) {
+  for (int target = 0; target < world()->size(); ++target) {
+    for (const int64_t rows : {0, 1, 300}) {
+      const Counts counts = everything_to(target, world()->size(), rows);
+      check_all_to_all(*world(), {make_transfer(*world(), counts, 5, torch::kFloat32)});
+    }
+  }
+  check_all_to_all(*world(), {});
+}
+
+TEST(AllToAllV, MovesLargeRows) {
+  Random random(test_seed());
+  const Counts counts = random_counts(random, world()->size(), 40);
+  check_all_to_all(*world(), {make_transfer(*world(), counts, 20'000, torch::kFloat32)});
+}
+
+TEST(AllToAllV, MovesSeveralTransfersAtOnce) {
+  Random random(test_seed());
+  for (int64_t i = 0; i < effort(10); ++i) {
+    std::vector<Expected> transfers;
+    for (int64_t t = random.integer(1, 5); t > 0; --t) {
+      transfers.push_back(make_transfer(*world(), random_counts(random, world()->size(), 10),
+                                        random.integer(1, 2000), random.pick(kDtypes)));
+    }
+    check_all_to_all(*world(), transfers);
+  }
+}
+
+TEST(AllToAllV, MovesRowsOfAnyShape) {
+  const int size = world()->size();
+  const std::vector<int64_t> rows(size, 2);
+  for (const std::vector<int64_t>& shape : {std::vector<int64_t>{}, {3, 4}, {0}, {2, 1, 5}}) {
+    std::vector<int64_t> sizes = {2 * size};
+    sizes.insert(sizes.end(), shape.begin(), shape.end());
+    const auto send = torch::full(sizes, world()->rank(), torch::kFloat32);
+    const auto receive = torch::full(sizes, -1.0F);
+    world()->all_to_all_v({{send, rows, receive, rows}});
+    for (int peer = 0; peer < size; ++peer) {
+      EXPECT_TRUE(receive.narrow(0, 2 * peer, 2).eq(peer).all().item<bool>());
+    }
+  }
+}
+
+TEST(AllToAllV, CutsLongMessagesIntoPieces) {
+  if (world()->name() != "mpi") {
+    GTEST_SKIP() << "pieces are MPI's";
+  }
+  Random random(test_seed());
+  for (const int64_t piece_bytes : {1, 24, 64, 4096}) {
+    const auto communicator = make_mpi_communicator({}, piece_bytes);
+    // Rows shorter and longer than a piece, and messages of whole pieces.
+    check_all_to_all(
+        *communicator,
+        {make_transfer(*communicator, random_counts(random, world()->size(), 9), 3,
+                       torch::kFloat64),
+         make_transfer(*communicator, everything_to(0, world()->size(), 8), 2, torch::kInt32),
+         make_transfer(*communicator, random_counts(random, world()->size(), 3), 40,
+                       torch::kBFloat16)});
+    auto sum = torch::full({100}, communicator->rank() + 1);
+    communicator->all_reduce(sum);
+    EXPECT_TRUE(sum.eq(world()->size() * (world()->size() + 1) / 2).all().item<bool>());
+  }
+}
+
+/// What rank `rank` brings to a sum; the same for whoever asks.
+torch::Tensor term(int rank, int64_t elements, torch::Dtype dtype) {
+  Random random(test_seed() + static_cast<uint64_t>(1000 * elements + rank));
+  return torch::isIntegralType(dtype, false)
+             ? random.permutation(std::max<int64_t>(elements, 1)).narrow(0, 0, elements).to(dtype)
+             : random.normal({elements}, dtype);
+}
+
+/// One element after another, in rank order; 16-bit types rounded once.
+torch::Tensor sum_of_terms(int size, int64_t elements, torch::Dtype dtype) {
+  const auto accumulation = torch::isIntegralType(dtype, false) ? dtype : accumulation_type(dtype);
+  torch::Tensor sum = term(0, elements, dtype).to(accumulation);
+  for (int rank = 1; rank < size; ++rank) {
+    sum = sum + term(rank, elements, dtype).to(accumulation);
+  }
+  return sum.to(dtype);
+}
+
+TEST(AllReduce, SumsInRankOrderAndRoundsOnce) {
+  for (const auto dtype : kDtypes) {
+    for (const int64_t elements : {0, 1, 2, 3, 4, 5, 1000, 70'001}) {
+      auto tensor = term(world()->rank(), elements, dtype);
+      world()->all_reduce(tensor);
+      EXPECT_TRUE(identical(tensor, sum_of_terms(world()->size(), elements, dtype)))
+          << to_string(dtype) << ", " << elements << " elements";
+    }
+  }
+}
+
+TEST(AllReduce, KeepsWholeNumbersExact) {
+  const int64_t large = (int64_t{1} << 53) + 1;  // no double
+  auto tensor = torch::full({2, 3}, large, torch::kInt64);
+  world()->all_reduce(tensor);
+  EXPECT_TRUE(tensor.eq(large * world()->size()).all().item<bool>());
+}
+
+TEST(AllReduce, AgreesBitForBitOverRunsAndRanks) {
+  for (const auto dtype : {torch::kFloat32, torch::kBFloat16}) {
+    auto first = term(world()->rank(), 5000, dtype);
+    auto second = first.clone();
+    world()->all_reduce(first);
+    world()->all_reduce(second);
+    EXPECT_TRUE(identical(first, second));
+    const auto gathered = world()->all_gather(first);
+    for (int rank = 0; rank < world()->size(); ++rank) {
+      EXPECT_TRUE(identical(gathered[rank], first));
+    }
+  }
+}
+
+TEST(AllReduce, TakesParameters) {
+  auto parameter = torch::ones({3, 5}, torch::requires_grad());
+  world()->all_reduce(parameter);
+  EXPECT_TRUE(parameter.eq(world()->size()).all().item<bool>());
+  EXPECT_TRUE(parameter.is_leaf() && parameter.requires_grad());
+}
+
+TEST(AllGather, CollectsEveryTypeAndShape) {
+  for (const auto dtype : kDtypes) {
+    for (const std::vector<int64_t>& shape :
+         {std::vector<int64_t>{}, {0}, {1}, {3, 4}, {2, 0, 3}, {50'000}}) {
+      const auto gathered = world()->all_gather(torch::full(shape, world()->rank() + 1, dtype));
+      ASSERT_EQ(gathered.dim(), static_cast<int64_t>(shape.size()) + 1);
+      ASSERT_EQ(gathered.size(0), world()->size());
+      for (int rank = 0; rank < world()->size(); ++rank) {
+        EXPECT_TRUE(identical(gathered[rank], torch::full(shape, rank + 1, dtype)));
+      }
+    }
+  }
+}
+
+TEST(Broadcast, OverwritesWithTheRootsTensor) {
+  for (const auto dtype : kDtypes) {
+    for (int root = 0; root < world()->size(); ++root) {
+      for (const int64_t elements : {0, 1, 40'000}) {
+        auto tensor = torch::full({elements, 2}, world()->rank(), dtype);
+        world()->broadcast(tensor, root);
+        EXPECT_TRUE(identical(tensor, torch::full({elements, 2}, root, dtype)));
+      }
+    }
+  }
+}
+
+TEST(Barrier, NobodyLeavesBeforeAllHaveCome) {
+  using Clock = std::chrono::steady_clock;
+  const auto now = [] { return int64_t{Clock::now().time_since_epoch().count()}; };
+  for (int last = 0; last < world()->size(); ++last) {
+    if (world()->rank() == last) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    }
+    const int64_t came = now();
+    world()->barrier();
+    const int64_t left = now();
+    const auto times = world()->all_gather(torch::tensor({came, left}, torch::kInt64));
+    EXPECT_LE(times.select(1, 0).max().item<int64_t>(), times.select(1, 1).min().item<int64_t>());
+  }
+}
+
+}  // namespace
+}  // namespace anabranch::test
