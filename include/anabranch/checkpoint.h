@@ -1,5 +1,6 @@
 #pragma once
 
+#include <anabranch/error.h>
 #include <anabranch/parameters.h>
 #include <torch/optim/optimizer.h>
 
@@ -23,8 +24,8 @@ void save_checkpoint(const std::filesystem::path& directory, const torch::nn::Mo
 /// Loads what `save_checkpoint` wrote, at this or any other number of ranks, and returns its
 /// metadata. All or nothing: every file, name, type and shape is checked before the first parameter
 /// is touched, and a failure on any rank is a CheckpointError on all. Collective over the world.
-CheckpointMetadata load_checkpoint(const std::filesystem::path& directory,
-                                   torch::nn::Module& model, torch::optim::Optimizer* optimizer,
+CheckpointMetadata load_checkpoint(const std::filesystem::path& directory, torch::nn::Module& model,
+                                   torch::optim::Optimizer* optimizer,
                                    const ParallelGroups& groups);
 
 }  // namespace anabranch

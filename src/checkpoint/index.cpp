@@ -38,11 +38,12 @@ CheckpointIndex from_json(const Json& json) {
   index.optimizer = json.at("optimizer").get<std::string>();
   for (const auto& [name, file] : json.at("files").items()) {
     check_file_name(name);
-    index.file_bytes.emplace(name, file.at("bytes").get<int64_t>());
+    index.files.emplace(name, CheckpointIndex::StoredFile{file.at("bytes").get<int64_t>(),
+                                                          file.at("header_crc32").get<uint32_t>()});
   }
   const auto& checksums = json.at("crc32");
   for (const auto& [name, file] : json.at("weight_map").items()) {
-    require(index.file_bytes.contains(file.get<std::string>()), "tensor '", name,
+    require(index.files.contains(file.get<std::string>()), "tensor '", name,
             "' lies in a file that is not listed");
     index.tensors.emplace(name,
                           CheckpointIndex::StoredTensor{file, checksums.at(name).get<uint32_t>()});
@@ -55,7 +56,9 @@ CheckpointIndex from_json(const Json& json) {
 
 std::string to_json(const CheckpointIndex& index) {
   Json files = Json::object();
-  for (const auto& [name, bytes] : index.file_bytes) files[name] = {{"bytes", bytes}};
+  for (const auto& [name, file] : index.files) {
+    files[name] = {{"bytes", file.bytes}, {"header_crc32", file.header_checksum}};
+  }
   Json weight_map = Json::object();
   Json checksums = Json::object();
   for (const auto& [name, stored] : index.tensors) {

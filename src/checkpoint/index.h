@@ -10,6 +10,10 @@ namespace anabranch {
 
 /// What `checkpoint.index.json` says: which files belong to the checkpoint and what is in them.
 struct CheckpointIndex {
+  struct StoredFile {
+    int64_t bytes = 0;
+    uint32_t header_checksum = 0;
+  };
   struct StoredTensor {
     std::string file;
     uint32_t checksum = 0;  ///< CRC-32 of its bytes
@@ -17,7 +21,7 @@ struct CheckpointIndex {
 
   CheckpointMetadata metadata;
   std::string optimizer;                        ///< its class; empty: no optimizer was saved
-  std::map<std::string, int64_t> file_bytes;    ///< of every file of the checkpoint
+  std::map<std::string, StoredFile> files;      ///< by name
   std::map<std::string, StoredTensor> tensors;  ///< by name
 };
 

@@ -56,8 +56,11 @@ class TensorSource {
     const auto known = files_.find(name);
     if (known != files_.end()) return known->second;
     SafetensorsReader file(directory_ / name);
-    require(file.file_bytes() == index_.file_bytes.at(name), name, " has ", file.file_bytes(),
-            " bytes, the index says ", index_.file_bytes.at(name));
+    const auto& expected = index_.files.at(name);
+    require(file.file_bytes() == expected.bytes, name, " has ", file.file_bytes(),
+            " bytes, the index says ", expected.bytes);
+    require(file.header_checksum() == expected.header_checksum, "the header of ", name,
+            " is corrupt: its checksum does not match");
     const auto count = std::count_if(index_.tensors.begin(), index_.tensors.end(),
                                      [&](const auto& item) { return item.second.file == name; });
     bool same = count == static_cast<int64_t>(file.entries().size());

@@ -93,7 +93,12 @@ void check_layout(const std::map<std::string, Entry>& entries, int64_t start, in
   require(start == end, "tensors end at byte ", start, ", the file at byte ", end);
 }
 
-std::map<std::string, Entry> read_header(const File& file, int64_t file_bytes) {
+uint32_t checksum_of(const void* data, size_t bytes) {
+  return static_cast<uint32_t>(crc32_z(0, static_cast<const Bytef*>(data), bytes));
+}
+
+/// The JSON text, as long as the file says if that can be.
+std::string read_header(const File& file, int64_t file_bytes) {
   require(file_bytes >= kPrefixBytes, file_bytes, " bytes are too few");
   uint64_t header_bytes = 0;
   file.read(&header_bytes, kPrefixBytes, 0);
@@ -101,10 +106,13 @@ std::map<std::string, Entry> read_header(const File& file, int64_t file_bytes) {
           "a header of ", header_bytes, " bytes in a file of ", file_bytes);
   std::string text(header_bytes, '\0');
   file.read(text.data(), static_cast<int64_t>(header_bytes), kPrefixBytes);
+  return text;
+}
 
+std::map<std::string, Entry> parse_header(const std::string& text, int64_t file_bytes) {
   const Json header = Json::parse(text);
   require(header.is_object(), "the header is not a JSON object");
-  const int64_t start = kPrefixBytes + static_cast<int64_t>(header_bytes);
+  const int64_t start = kPrefixBytes + static_cast<int64_t>(text.size());
   std::map<std::string, Entry> entries;
   for (const auto& [name, value] : header.items()) {
     if (name == kMetadataKey) {
@@ -151,12 +159,10 @@ std::string safetensors_dtype(torch::Dtype dtype) {
 }
 
 uint32_t checksum(const torch::Tensor& tensor) {
-  const auto* bytes = static_cast<const Bytef*>(tensor.const_data_ptr());
-  return static_cast<uint32_t>(crc32_z(crc32_z(0, nullptr, 0), bytes, tensor.nbytes()));
+  return checksum_of(tensor.const_data_ptr(), tensor.nbytes());
 }
 
-std::map<std::string, uint32_t> write_safetensors(const std::filesystem::path& path,
-                                                  std::vector<NamedTensor> tensors) {
+WrittenFile write_safetensors(const std::filesystem::path& path, std::vector<NamedTensor> tensors) {
   // Wide types first: each tensor is then aligned to its type.
   std::stable_sort(tensors.begin(), tensors.end(), [](const auto& a, const auto& b) {
     return a.tensor.element_size() > b.tensor.element_size();
@@ -166,20 +172,23 @@ std::map<std::string, uint32_t> write_safetensors(const std::filesystem::path& p
   File file = File::create(path);
   file.write(&header_bytes, kPrefixBytes);
   file.write(header.data(), static_cast<int64_t>(header_bytes));
-  std::map<std::string, uint32_t> checksums;
+  WrittenFile written{0, checksum_of(header.data(), header.size()), {}};
   for (const auto& [name, tensor] : tensors) {
     const auto data = tensor.detach().to(at::kCPU).contiguous();
     file.write(data.const_data_ptr(), static_cast<int64_t>(data.nbytes()));
-    checksums.emplace(name, checksum(data));
+    written.checksums.emplace(name, checksum(data));
   }
   file.sync();
-  return checksums;
+  written.bytes = file.size();
+  return written;
 }
 
 SafetensorsReader::SafetensorsReader(const std::filesystem::path& path)
     : path_(path.string()), file_(File::open(path)), file_bytes_(file_.size()) {
   try {
-    entries_ = read_header(file_, file_bytes_);
+    const auto header = read_header(file_, file_bytes_);
+    header_checksum_ = checksum_of(header.data(), header.size());
+    entries_ = parse_header(header, file_bytes_);
   } catch (const std::exception& error) {
     throw CheckpointError(path_ + " is not a whole safetensors file: " + error.what());
   }

@@ -20,10 +20,15 @@ struct NamedTensor {
   torch::Tensor tensor;
 };
 
-/// Writes `tensors` (any device) to a new file and syncs it. Returns the CRC-32 of each tensor's
-/// bytes.
-std::map<std::string, uint32_t> write_safetensors(const std::filesystem::path& path,
-                                                  std::vector<NamedTensor> tensors);
+/// Sizes and CRC-32s of a file that was written.
+struct WrittenFile {
+  int64_t bytes;
+  uint32_t header_checksum;                   ///< of everything before the tensors
+  std::map<std::string, uint32_t> checksums;  ///< of each tensor's bytes
+};
+
+/// Writes `tensors` (any device) to a new file and syncs it.
+WrittenFile write_safetensors(const std::filesystem::path& path, std::vector<NamedTensor> tensors);
 
 /// A safetensors file whose header was found to be whole and to agree with the file's size;
 /// anything else is a CheckpointError.
@@ -40,6 +45,7 @@ class SafetensorsReader {
 
   const std::map<std::string, Entry>& entries() const { return entries_; }
   int64_t file_bytes() const { return file_bytes_; }
+  uint32_t header_checksum() const { return header_checksum_; }
   /// The tensor, on the CPU.
   torch::Tensor read(const std::string& name) const;
 
@@ -47,6 +53,7 @@ class SafetensorsReader {
   std::string path_;
   File file_;
   int64_t file_bytes_;
+  uint32_t header_checksum_ = 0;
   std::map<std::string, Entry> entries_;
 };
 

@@ -103,10 +103,12 @@ std::vector<NamedTensor> share_of(const std::vector<ParallelParameter>& tensors,
 /// Writes the share, durably, and describes it in JSON; a rank without a share has no file.
 std::string write_share(const fs::path& path, std::vector<NamedTensor> share) {
   if (share.empty()) return "{}";
-  const auto checksums = write_safetensors(path, std::move(share));
+  const auto written = write_safetensors(path, std::move(share));
   sync_directory(path.parent_path());
-  const Json report{
-      {"file", path.filename().string()}, {"bytes", fs::file_size(path)}, {"crc32", checksums}};
+  const Json report{{"file", path.filename().string()},
+                    {"bytes", written.bytes},
+                    {"header_crc32", written.header_checksum},
+                    {"crc32", written.checksums}};
   return report.dump();
 }
 
@@ -114,7 +116,8 @@ void add_share(CheckpointIndex& index, const std::string& report) {
   const Json json = Json::parse(report);
   if (json.empty()) return;
   const auto file = json.at("file").get<std::string>();
-  index.file_bytes.emplace(file, json.at("bytes").get<int64_t>());
+  index.files.emplace(file, CheckpointIndex::StoredFile{json.at("bytes").get<int64_t>(),
+                                                        json.at("header_crc32").get<uint32_t>()});
   for (const auto& [name, checksum] : json.at("crc32").items()) {
     const CheckpointIndex::StoredTensor stored{file, checksum.get<uint32_t>()};
     if (!index.tensors.emplace(name, stored).second) {
@@ -132,7 +135,7 @@ void remove_stale_files(const fs::path& directory, const CheckpointIndex& index)
   std::vector<fs::path> stale;
   for (const auto& entry : fs::directory_iterator(directory)) {
     const auto name = entry.path().filename().string();
-    if (std::regex_match(name, ours) && !index.file_bytes.contains(name)) {
+    if (std::regex_match(name, ours) && !index.files.contains(name)) {
       stale.push_back(entry.path());
     }
   }
@@ -145,10 +148,10 @@ void remove_stale_files(const fs::path& directory, const CheckpointIndex& index)
 
 /// Every rank may see another file system: what rank 0 does not see is not in the checkpoint.
 void check_files_visible(const fs::path& directory, const CheckpointIndex& index) {
-  for (const auto& [name, bytes] : index.file_bytes) {
+  for (const auto& [name, file] : index.files) {
     std::error_code error;
     const auto found = fs::file_size(directory / name, error);
-    if (error || static_cast<int64_t>(found) != bytes) {
+    if (error || static_cast<int64_t>(found) != file.bytes) {
       throw CheckpointError("rank 0 does not see " + (directory / name).string() +
                             ": the directory must be shared by all ranks");
     }
@@ -203,7 +206,7 @@ void commit(const fs::path& directory, const std::string& tag, const CheckpointI
   } catch (...) {
     std::error_code ignored;  // the first error is the one to report
     fs::remove(aside, ignored);
-    for (const auto& [name, bytes] : index.file_bytes) fs::remove(directory / name, ignored);
+    for (const auto& [name, written] : index.files) fs::remove(directory / name, ignored);
     throw;
   }
   sync_directory(directory);

@@ -65,7 +65,7 @@ double tolerance(torch::Dtype dtype, int64_t reduction_length, double magnitude,
   const auto limit = allowed.to(torch::kFloat64).expand(actual.sizes()).reshape({-1});
   // How much of what is allowed is used; NaN counts as infinitely much.
   const auto used = ((a - b).abs() / limit).nan_to_num(0, 0, 0) +
-                    torch::where(((a - b).abs() <= limit), 0.0, 1e300);
+                    ((a - b).abs() <= limit).logical_not().to(torch::kFloat64) * 1e300;
   const auto worst = used.argmax().item<int64_t>();
   if (used[worst].item<double>() < 1e300) {
     return ::testing::AssertionSuccess();
