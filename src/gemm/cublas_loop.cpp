@@ -3,10 +3,11 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <array>
 #include <map>
 #include <mutex>
 
-#include "gemm/cublas_products.h"
+#include "gemm/cublas_lt.h"
 #include "support/check.h"
 #include "support/cuda_device.h"
 #include "support/cuda_handle.h"
@@ -18,24 +19,13 @@ namespace {
 /// to run while other streams are busy.
 constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
 
-/// A side stream with a handle that is bound to it for good: setting stream and workspace at each
-/// call would cost as much host time as the call.
+/// A side stream with a workspace of its own.
 class Lane {
  public:
   explicit Lane(torch::Device device)
       : workspace_(at::empty({kWorkspaceBytes}, at::TensorOptions(device).dtype(torch::kByte))),
         stream_(make_cuda_stream()),
-        done_(make_cuda_event()),
-        handle_(make_cublas_handle()) {
-    check_cublas(cublasSetStream(handle_, stream_), "cublasSetStream");
-    check_cublas(cublasSetWorkspace(handle_, workspace_.data_ptr(), kWorkspaceBytes),
-                 "cublasSetWorkspace");
-    check_cublas(
-        cublasSetMathMode(handle_, static_cast<cublasMath_t>(
-                                       CUBLAS_DEFAULT_MATH |
-                                       CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)),
-        "cublasSetMathMode");
-  }
+        done_(make_cuda_event()) {}
   /// The workspace goes back to LibTorch's allocator, which knows nothing of the side stream.
   ~Lane() { static_cast<void>(cudaStreamSynchronize(stream_)); }
   Lane(const Lane&) = delete;
@@ -44,14 +34,7 @@ class Lane {
   void wait_for(cudaEvent_t event) {
     check_cuda(cudaStreamWaitEvent(stream_, event), "cudaStreamWaitEvent");
   }
-  void multiply(const CublasProducts& shared, const CublasProduct& product) {
-    check_cublas(
-        cublasGemmEx_64(handle_, shared.a_operation, shared.b_operation, product.m, product.n,
-                        product.k, shared.one(), product.a, shared.type, shared.lda, product.b,
-                        shared.type, shared.ldb, shared.zero(), product.c, shared.type, shared.ldc,
-                        shared.compute, CUBLAS_GEMM_DEFAULT),
-        "cublasGemmEx");
-  }
+  CublasSite site() const { return {workspace_.data_ptr(), kWorkspaceBytes, stream_}; }
   void let_wait(cudaStream_t stream) {
     check_cuda(cudaEventRecord(done_, stream_), "cudaEventRecord");
     check_cuda(cudaStreamWaitEvent(stream, done_), "cudaStreamWaitEvent");
@@ -61,7 +44,6 @@ class Lane {
   torch::Tensor workspace_;
   CudaStream stream_;
   CudaEvent done_;
-  CublasHandle handle_;
 };
 
 /// The lanes of one device, made as they are first needed. One call at a time.
@@ -88,7 +70,7 @@ class Lanes {
     for (const CublasProduct& product : products) {
       const auto lane = std::min_element(load.begin(), load.begin() + used) - load.begin();
       load[lane] += product.n * product.k;
-      lanes_[lane]->multiply(shared, product);
+      cublas_.multiply(shared, product, lanes_[lane]->site());
     }
     for (int i = 0; i < used; ++i) {
       lanes_[i]->let_wait(stream);
@@ -99,6 +81,7 @@ class Lanes {
   torch::Device device_;
   std::mutex mutex_;
   CudaEvent fork_;
+  CublasLt cublas_;
   std::vector<std::unique_ptr<Lane>> lanes_;
 };
 

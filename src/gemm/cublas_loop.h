@@ -6,8 +6,8 @@ namespace anabranch {
 
 constexpr int kMostCublasStreams = 8;
 
-/// cublasGemmEx expert by expert over 1 to 8 side streams, which fork from the current stream and
-/// join it; largest expert first. Engines of one device share the streams and their handles.
+/// cuBLASLt expert by expert over 1 to 8 side streams, which fork from the current stream and
+/// join it; largest expert first. Engines of one device share the streams.
 std::shared_ptr<GroupedGemmEngine> make_cublas_loop_engine(torch::Device device, int streams);
 
 }  // namespace anabranch

@@ -46,17 +46,13 @@ struct Operand {
   }
 };
 
-/// Which of m, n, k is the number of an expert's tokens.
-enum class Ragged { kN, kK };
-
 /// Fills `shared.products`; `shape` gives the sizes that do not depend on the expert.
 void add_products(CublasProducts& shared, const Operand& a, const Operand& b, const Operand& c,
-                  CublasProduct shape, Ragged ragged, const std::vector<int64_t>& counts,
-                  int64_t element_bytes, cudaStream_t stream) {
+                  CublasProduct shape, const std::vector<int64_t>& counts, int64_t element_bytes, cudaStream_t stream) {
   int64_t first_row = 0;
   for (size_t e = 0; e < counts.size(); first_row += counts[e], ++e) {
     const auto expert = static_cast<int64_t>(e);
-    (ragged == Ragged::kN ? shape.n : shape.k) = counts[e];
+    (shared.ragged == Ragged::kN ? shape.n : shape.k) = counts[e];
     if (shape.m == 0 || shape.n == 0) {
       continue;
     }
@@ -73,12 +69,12 @@ void add_products(CublasProducts& shared, const Operand& a, const Operand& b, co
 }
 
 CublasProducts shared_part(const torch::Tensor& tensor, cublasOperation_t a, cublasOperation_t b,
-                           int64_t lda, int64_t ldb, int64_t ldc) {
+                           int64_t lda, int64_t ldb, int64_t ldc, Ragged ragged) {
   const auto type = data_type(tensor);
   const auto compute = type == CUDA_R_64F ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
   // cuBLAS wants leading dimensions of at least 1, also of empty matrices.
   return {type, compute, a, b, std::max<int64_t>(lda, 1), std::max<int64_t>(ldb, 1),
-          std::max<int64_t>(ldc, 1), {}};
+          std::max<int64_t>(ldc, 1), ragged, {}};
 }
 
 }  // namespace
@@ -102,9 +98,9 @@ CublasProducts forward_products(const torch::Tensor& x, const torch::Tensor& wei
                                 cudaStream_t stream) {
   const int64_t n = weight.size(1);
   const int64_t k = weight.size(2);
-  auto shared = shared_part(x, CUBLAS_OP_T, CUBLAS_OP_N, k, k, n);
+  auto shared = shared_part(x, CUBLAS_OP_T, CUBLAS_OP_N, k, k, n, Ragged::kN);
   add_products(shared, Operand::of_experts(weight), Operand::of_tokens(x), Operand::of_tokens(y),
-               {nullptr, nullptr, nullptr, n, 0, k}, Ragged::kN, counts, bytes_of_element(x), stream);
+               {nullptr, nullptr, nullptr, n, 0, k}, counts, bytes_of_element(x), stream);
   return shared;
 }
 
@@ -113,9 +109,9 @@ CublasProducts dgrad_products(const torch::Tensor& dy, const torch::Tensor& weig
                               cudaStream_t stream) {
   const int64_t n = weight.size(1);
   const int64_t k = weight.size(2);
-  auto shared = shared_part(dy, CUBLAS_OP_N, CUBLAS_OP_N, k, n, k);
+  auto shared = shared_part(dy, CUBLAS_OP_N, CUBLAS_OP_N, k, n, k, Ragged::kN);
   add_products(shared, Operand::of_experts(weight), Operand::of_tokens(dy), Operand::of_tokens(dx),
-               {nullptr, nullptr, nullptr, k, 0, n}, Ragged::kN, counts, bytes_of_element(dy), stream);
+               {nullptr, nullptr, nullptr, k, 0, n}, counts, bytes_of_element(dy), stream);
   return shared;
 }
 
@@ -124,9 +120,9 @@ CublasProducts wgrad_products(const torch::Tensor& dy, const torch::Tensor& x,
                               cudaStream_t stream) {
   const int64_t n = dweight.size(1);
   const int64_t k = dweight.size(2);
-  auto shared = shared_part(dy, CUBLAS_OP_N, CUBLAS_OP_T, k, n, k);
+  auto shared = shared_part(dy, CUBLAS_OP_N, CUBLAS_OP_T, k, n, k, Ragged::kK);
   add_products(shared, Operand::of_tokens(x), Operand::of_tokens(dy), Operand::of_experts(dweight),
-               {nullptr, nullptr, nullptr, k, n, 0}, Ragged::kK, counts, bytes_of_element(dy), stream);
+               {nullptr, nullptr, nullptr, k, n, 0}, counts, bytes_of_element(dy), stream);
   return shared;
 }
 

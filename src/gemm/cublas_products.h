@@ -17,6 +17,9 @@ struct CublasProduct {
   int64_t k;
 };
 
+/// Which of n and k is the number of an expert's tokens.
+enum class Ragged { kN, kK };
+
 /// What the products of a grouped GEMM have in common, and those of them that have work to do.
 struct CublasProducts {
   cudaDataType_t type;
@@ -26,6 +29,7 @@ struct CublasProducts {
   int64_t lda;
   int64_t ldb;
   int64_t ldc;
+  Ragged ragged;
   std::vector<CublasProduct> products;
 
   /// 1 and 0 in the type of `compute`.

@@ -23,6 +23,9 @@ std::vector<std::string> cuda_engine_names() {
 }
 
 std::shared_ptr<GroupedGemmEngine> make_cuda_engine(torch::Device device, const std::string& name) {
+  if (name == "auto") {
+    return make_cuda_engine(device, cuda_engine_names().front());
+  }
   for (const int streams : kStreams) {
     if (name == loop_name(streams)) {
       return make_cublas_loop_engine(device, streams);

@@ -5,8 +5,9 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/types.h>
 
-#include <algorithm>
 #include <vector>
+
+#include "support/upload.h"
 
 namespace anabranch {
 
@@ -23,13 +24,13 @@ class OnDevice {
   c10::cuda::CUDAStream stream_;
 };
 
-/// `values` on the device, in the order of the current stream and without waiting for it: LibTorch
-/// keeps the pinned memory until the copy is done.
+/// `values` on the device, in the order of its current stream and without waiting for it.
 inline torch::Tensor upload(const std::vector<int64_t>& values, torch::Device device) {
+  const OnDevice stream(device);
   const auto size = static_cast<int64_t>(values.size());
-  torch::Tensor pinned = at::empty({size}, at::TensorOptions(torch::kInt64).pinned_memory(true));
-  std::copy(values.begin(), values.end(), pinned.data_ptr<int64_t>());
-  return pinned.to(device, /*non_blocking=*/true);
+  torch::Tensor target = at::empty({size}, at::TensorOptions(device).dtype(torch::kInt64));
+  launch_upload(values.data(), size, target.data_ptr<int64_t>(), stream);
+  return target;
 }
 
 }  // namespace anabranch

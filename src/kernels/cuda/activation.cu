@@ -21,6 +21,17 @@ __device__ __forceinline__ acc_t sigmoid(acc_t x) {
   }
 }
 
+/// erfc(z) e^(z²) for z ≥ 0: erfc to 1.5e-7 (Abramowitz & Stegun 7.1.26).
+__device__ __forceinline__ float tail_over_density(float z) {
+  const float t = __fdividef(1.0f, 1.0f + 0.3275911f * z);
+  float sum = 1.061405429f;
+  sum = sum * t - 1.453152027f;
+  sum = sum * t + 1.421413741f;
+  sum = sum * t - 0.284496736f;
+  sum = sum * t + 0.254829592f;
+  return sum * t;
+}
+
 /// An activation and its derivative at x.
 template <typename acc_t>
 struct Activated {
@@ -40,8 +51,15 @@ __device__ __forceinline__ Activated<acc_t> activate_at(acc_t x) {
   } else if constexpr (kKind == ActivationKind::kGelu) {
     constexpr acc_t kRootHalf = static_cast<acc_t>(0.70710678118654752440084436);
     constexpr acc_t kDensity = static_cast<acc_t>(0.39894228040143267793994606);  // 1 / √(2π)
-    const acc_t cdf = acc_t{0.5} * (1 + error_function(x * kRootHalf));
-    return {x * cdf, cdf + x * kDensity * exponential(acc_t{-0.5} * x * x)};
+    if constexpr (kFast) {
+      const float density = __expf(-0.5f * x * x);
+      const float tail = 0.5f * tail_over_density(fabsf(x) * kRootHalf) * density;
+      const float cdf = x < 0 ? tail : 1.0f - tail;
+      return {x * cdf, cdf + x * kDensity * density};
+    } else {
+      const acc_t cdf = acc_t{0.5} * (1 + error_function(x * kRootHalf));
+      return {x * cdf, cdf + x * kDensity * exponential(acc_t{-0.5} * x * x)};
+    }
   } else if constexpr (kKind == ActivationKind::kRelu) {
     return {x <= 0 ? acc_t{0} : x, x <= 0 ? acc_t{0} : acc_t{1}};  // NaN stays NaN
   } else {
@@ -59,21 +77,20 @@ __global__ void __launch_bounds__(kThreads)
     activate_kernel(const scalar_t* __restrict__ hidden, int64_t rows, int64_t width,
                     scalar_t* __restrict__ activated) {
   using acc_t = accumulate_t<scalar_t>;
-  using pack_t = Pack<scalar_t, kSize>;
   const int64_t hidden_width = kGlu ? 2 * width : width;
   const int64_t first_row =
       static_cast<int64_t>(blockIdx.x) * blockDim.y * kRowsPerThread + threadIdx.y;
   for (int64_t column = threadIdx.x * kSize; column < width; column += blockDim.x * kSize) {
-    pack_t gate[kRowsPerThread];
-    pack_t up[kRowsPerThread];
+    Pack<scalar_t, kSize> gate[kRowsPerThread];
+    Pack<scalar_t, kSize> up[kRowsPerThread];
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       const int64_t row = first_row + r * blockDim.y;
       if (row < rows) {
         const scalar_t* source = hidden + row * hidden_width + column;
-        gate[r] = *reinterpret_cast<const pack_t*>(source);
+        gate[r] = load_pack<kSize>(source);
         if constexpr (kGlu) {
-          up[r] = *reinterpret_cast<const pack_t*>(source + width);
+          up[r] = load_pack<kSize>(source + width);
         }
       }
     }
@@ -92,7 +109,7 @@ __global__ void __launch_bounds__(kThreads)
             x[i] *= factor[i];
           }
         }
-        *reinterpret_cast<pack_t*>(activated + row * width + column) = pack_of<scalar_t>(x);
+        store_pack(activated + row * width + column, x);
       }
     }
   }
@@ -126,7 +143,6 @@ __global__ void __launch_bounds__(kThreads)
                              int64_t width, scalar_t* __restrict__ dhidden, scalar_t* weighted,
                              accumulate_t<scalar_t>* __restrict__ dweights) {
   using acc_t = accumulate_t<scalar_t>;
-  using pack_t = Pack<scalar_t, kSize>;
   const int64_t hidden_width = kGlu ? 2 * width : width;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const acc_t weight = weights != nullptr && row < rows ? weights[row] : acc_t{1};
@@ -139,10 +155,10 @@ __global__ void __launch_bounds__(kThreads)
     acc_t gate[kSize];
     acc_t up[kSize];
     acc_t dup[kSize];
-    unpack(*reinterpret_cast<const pack_t*>(dactivated + at), gradient);
-    unpack(*reinterpret_cast<const pack_t*>(hidden + hidden_at), gate);
+    unpack(load_pack<kSize>(dactivated + at), gradient);
+    unpack(load_pack<kSize>(hidden + hidden_at), gate);
     if constexpr (kGlu) {
-      unpack(*reinterpret_cast<const pack_t*>(hidden + hidden_at + width), up);
+      unpack(load_pack<kSize>(hidden + hidden_at + width), up);
     }
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
@@ -159,10 +175,10 @@ __global__ void __launch_bounds__(kThreads)
       gradient[i] = weight * activated;  // from here on what goes to `weighted`
       gate[i] = dgate;                   // and to `dhidden`
     }
-    *reinterpret_cast<pack_t*>(weighted + at) = pack_of<scalar_t>(gradient);
-    *reinterpret_cast<pack_t*>(dhidden + hidden_at) = pack_of<scalar_t>(gate);
+    store_pack(weighted + at, gradient);
+    store_pack(dhidden + hidden_at, gate);
     if constexpr (kGlu) {
-      *reinterpret_cast<pack_t*>(dhidden + hidden_at + width) = pack_of<scalar_t>(dup);
+      store_pack(dhidden + hidden_at + width, dup);
     }
   }
   dot = row_sum(dot);
@@ -171,10 +187,10 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-/// Whole warps along a row, as many as it has packs for; the rest of the block along rows.
-dim3 block_for(int64_t packs) {
+/// Whole warps along a row, up to `most` threads; the rest of the block along rows.
+dim3 block_for(int64_t packs, unsigned most) {
   unsigned x = kWarp;
-  while (x < kThreads && x < packs) {
+  while (x < most && x < packs) {
     x += kWarp;
   }
   return dim3(x, kThreads / x);
@@ -216,7 +232,7 @@ void launch_activate(const ActivationArguments& arguments, const void* hidden, v
     dispatch_pack<scalar_t>(aligned_rows(row_bytes, hidden, activated), [&](auto pack_size) {
       dispatch_activation(activation, glu, [&](auto kind, auto is_glu) {
         constexpr int kSize = decltype(pack_size)::value;
-        const dim3 block = block_for(width / kSize);
+        const dim3 block = block_for(width / kSize, kThreads);
         activate_kernel<scalar_t, kSize, decltype(kind)::value, decltype(is_glu)::value>
             <<<grid_size(divide_up(rows, block.y * kRowsPerThread)), block, 0, stream>>>(
                 static_cast<const scalar_t*>(hidden), rows, width,
@@ -242,7 +258,7 @@ void launch_activate_backward(const ActivationArguments& arguments, const void* 
     dispatch_pack<scalar_t>(aligned, [&](auto pack_size) {
       dispatch_activation(activation, glu, [&](auto kind, auto is_glu) {
         constexpr int kSize = decltype(pack_size)::value;
-        const dim3 block = block_for(width / kSize);
+        const dim3 block = block_for(width / kSize, kThreads / 2);
         activate_backward_kernel<scalar_t, kSize, decltype(kind)::value, decltype(is_glu)::value>
             <<<grid_size(divide_up(rows, block.y)), block, 0, stream>>>(
                 static_cast<const scalar_t*>(dactivated), static_cast<const scalar_t*>(hidden),

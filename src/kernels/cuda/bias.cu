@@ -17,25 +17,37 @@ __global__ void __launch_bounds__(kThreads)
                     const int64_t* __restrict__ offsets, int64_t experts, int64_t count,
                     int64_t width) {
   using acc_t = accumulate_t<scalar_t>;
-  using pack_t = Pack<scalar_t, kSize>;
   const int64_t row = row_of_warp();
   if (row >= count) {
     return;
   }
-  auto* target = reinterpret_cast<pack_t*>(rows + row * width);
-  const auto* addend =
-      reinterpret_cast<const pack_t*>(bias + owner_of(offsets, experts, row) * width);
-#pragma unroll 4
-  for (int64_t i = threadIdx.x % kWarp; i < width / kSize; i += kWarp) {
-    acc_t a[kSize];
-    acc_t b[kSize];
-    unpack(target[i], a);
-    unpack(addend[i], b);
+  scalar_t* target = rows + row * width;
+  const scalar_t* addend = bias + owner_of(offsets, experts, row) * width;
+  constexpr int kUnroll = 4;  // loads in flight
+  constexpr int64_t kStep = kWarp * kSize;
+  for (int64_t first = threadIdx.x % kWarp * kSize; first < width; first += kUnroll * kStep) {
+    Pack<scalar_t, kSize> packs[kUnroll];
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      a[j] += b[j];
+    for (int u = 0; u < kUnroll; ++u) {
+      if (first + u * kStep < width) {
+        packs[u] = load_pack<kSize>(target + first + u * kStep);
+      }
     }
-    target[i] = pack_of<scalar_t>(a);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t column = first + u * kStep;
+      if (column < width) {
+        acc_t a[kSize];
+        acc_t b[kSize];
+        unpack(packs[u], a);
+        unpack(load_pack<kSize>(addend + column), b);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          a[i] += b[i];
+        }
+        store_pack(target + column, a);
+      }
+    }
   }
 }
 
@@ -46,24 +58,22 @@ __global__ void __launch_bounds__(kThreads)
                     const int64_t* __restrict__ offsets, int64_t experts, int64_t count,
                     int64_t width, accumulate_t<scalar_t>* __restrict__ out) {
   using acc_t = accumulate_t<scalar_t>;
-  using pack_t = Pack<scalar_t, kSize>;
   const int64_t row = row_of_warp();
   if (row >= count) {
     return;
   }
-  const auto* left = reinterpret_cast<const pack_t*>(rows + row * width);
-  const auto* right =
-      reinterpret_cast<const pack_t*>(bias + owner_of(offsets, experts, row) * width);
+  const scalar_t* left = rows + row * width;
+  const scalar_t* right = bias + owner_of(offsets, experts, row) * width;
   acc_t sum = 0;
 #pragma unroll 4
-  for (int64_t i = threadIdx.x % kWarp; i < width / kSize; i += kWarp) {
+  for (int64_t column = threadIdx.x % kWarp * kSize; column < width; column += kWarp * kSize) {
     acc_t a[kSize];
     acc_t b[kSize];
-    unpack(left[i], a);
-    unpack(right[i], b);
+    unpack(load_pack<kSize>(left + column), a);
+    unpack(load_pack<kSize>(right + column), b);
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      sum += a[j] * b[j];
+    for (int i = 0; i < kSize; ++i) {
+      sum += a[i] * b[i];
     }
   }
   sum = warp_sum(sum);
@@ -79,25 +89,24 @@ __global__ void __launch_bounds__(kThreads)
     sum_chunks_kernel(const scalar_t* __restrict__ rows,
                       const accumulate_t<scalar_t>* __restrict__ weights,
                       const int64_t* __restrict__ offsets, const int64_t* __restrict__ chunks,
-                      int64_t experts, int64_t width,
+                      int64_t experts, int64_t strips, int64_t width,
                       accumulate_t<scalar_t>* __restrict__ partial) {
   using acc_t = accumulate_t<scalar_t>;
-  using pack_t = Pack<scalar_t, kSize>;
   __shared__ acc_t sums[kWarps][kSize][kWarp];
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  const int64_t chunk = blockIdx.x;
+  const int64_t chunk = blockIdx.x / strips;
   const int64_t expert = owner_of(chunks, experts, chunk);
   const int64_t begin = offsets[expert] + (chunk - chunks[expert]) * kBiasChunk;
   const int64_t end = min(begin + kBiasChunk, offsets[expert + 1]);
-  const int64_t column = (static_cast<int64_t>(blockIdx.y) * kWarp + lane) * kSize;
+  const int64_t column = ((blockIdx.x - chunk * strips) * kWarp + lane) * kSize;
   acc_t sum[kSize] = {};
   if (column < width) {
-#pragma unroll 4
+#pragma unroll 8
     for (int64_t row = begin + warp; row < end; row += kWarps) {
       const acc_t weight = weights != nullptr ? weights[row] : acc_t{1};
       acc_t values[kSize];
-      unpack(*reinterpret_cast<const pack_t*>(rows + row * width + column), values);
+      unpack(load_pack<kSize>(rows + row * width + column), values);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         sum[i] += weight * values[i];
@@ -190,10 +199,10 @@ void launch_bias_gradient(Scalar scalar, const void* rows, const void* weights,
     if (num_chunks > 0) {
       dispatch_pack<scalar_t>(aligned_rows(row_bytes, rows), [&](auto pack_size) {
         constexpr int kSize = decltype(pack_size)::value;
-        const dim3 grid(grid_size(num_chunks), grid_size(divide_up(width, kWarp * kSize), 65535));
-        sum_chunks_kernel<scalar_t, kSize><<<grid, kThreads, 0, stream>>>(
+        const int64_t strips = divide_up(width, kWarp * kSize);
+        sum_chunks_kernel<scalar_t, kSize><<<grid_size(num_chunks * strips), kThreads, 0, stream>>>(
             static_cast<const scalar_t*>(rows), static_cast<const acc_t*>(weights), offsets, chunks,
-            experts, width, static_cast<acc_t*>(partial));
+            experts, strips, width, static_cast<acc_t*>(partial));
         check_launch("bias_gradient");
       });
     }

@@ -30,15 +30,24 @@ struct Lanes {
 
   __device__ bool all(bool condition) const { return __all_sync(mask, condition); }
 
-  /// The larger of two candidates, the lower expert among equals, over all lanes.
+  /// The largest value of all lanes, and the lowest expert that has it.
   __device__ void best(value_t& value, int& expert) const {
+    if constexpr (std::is_same_v<value_t, float>) {
+      // Unsigned numbers in the order of the floats, for which there is one instruction.
+      const unsigned bits = __float_as_uint(value + 0.0f);  // −0 is 0
+      const unsigned key = bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+      const unsigned most = __reduce_max_sync(mask, key);
+      expert = __reduce_min_sync(mask, key == most ? expert : kNobody);
+      value = __uint_as_float(most ^ (most >> 31 ? 0x80000000u : 0xffffffffu));
+    } else {
 #pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-      const value_t other = __shfl_xor_sync(mask, value, offset);
-      const int other_expert = __shfl_xor_sync(mask, expert, offset);
-      if (other > value || (other == value && other_expert < expert)) {
-        value = other;
-        expert = other_expert;
+      for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+        const value_t other = __shfl_xor_sync(mask, value, offset);
+        const int other_expert = __shfl_xor_sync(mask, expert, offset);
+        if (other > value || (other == value && other_expert < expert)) {
+          value = other;
+          expert = other_expert;
+        }
       }
     }
   }
@@ -102,6 +111,7 @@ struct RouteOutput {
 
 /// The `top_k` largest logits in order, ties to the lowest expert: each is the best of those that
 /// come after the one before. Their probabilities go to `weights`, divided by their sum if wanted.
+/// A lane keeps one of as many slots as there are lanes, and completes it with the others.
 template <typename value_t, int kLanes, int kPerLane>
 __device__ void select(const Row<value_t, kLanes, kPerLane>& logits,
                        const Lanes<value_t, kLanes>& lanes, value_t largest, value_t sum, int top_k,
@@ -110,32 +120,39 @@ __device__ void select(const Row<value_t, kLanes, kPerLane>& logits,
   value_t last = kInfinity<value_t>;
   int last_expert = -1;
   value_t selected_sum = 0;
-  for (int slot = 0; slot < top_k; ++slot) {
-    value_t value = -kInfinity<value_t>;
-    int expert = kNobody;
-    logits.for_each([&](int candidate, value_t logit) {
-      const bool open = logit < last || (logit == last && candidate > last_expert);
-      if (open && logit > value) {
-        value = logit;
-        expert = candidate;
+  for (int base = 0; base < top_k; base += kLanes) {
+    const int slots = min(top_k - base, kLanes);
+    value_t own_value = 0;
+    int own_expert = 0;
+    for (int slot = 0; slot < slots; ++slot) {
+      value_t value = -kInfinity<value_t>;
+      int expert = kNobody;
+      logits.for_each([&](int candidate, value_t logit) {
+        const bool open = logit < last || (logit == last && candidate > last_expert);
+        if (open && logit > value) {
+          value = logit;
+          expert = candidate;
+        }
+      });
+      lanes.best(value, expert);
+      if (lanes.lane == slot) {
+        own_value = value;
+        own_expert = expert;
       }
-    });
-    lanes.best(value, expert);
-    const value_t probability = exp(value - largest) / sum;
-    selected_sum += probability;
-    if (lanes.lane == 0) {
-      expert_ids[slot] = expert;
-      weights[slot] = probability;
-      atomicAdd(&histogram[expert], 1u);
+      last = value;
+      last_expert = expert;
     }
-    last = value;
-    last_expert = expert;
+    value_t probability = 0;
+    if (lanes.lane < slots) {
+      probability = exp(own_value - largest) / sum;
+      expert_ids[base + lanes.lane] = own_expert;
+      weights[base + lanes.lane] = probability;
+      atomicAdd(&histogram[own_expert], 1u);
+    }
+    selected_sum += lanes.sum(probability);
   }
-  if (renormalize) {
-    __syncwarp(lanes.mask);
-    for (int slot = lanes.lane; slot < top_k; slot += kLanes) {
-      weights[slot] /= selected_sum;
-    }
+  for (int slot = lanes.lane; renormalize && slot < top_k; slot += kLanes) {
+    weights[slot] /= selected_sum;  // what this lane has written
   }
 }
 
@@ -225,35 +242,40 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   const Lanes<value_t, kLanes> lanes;
-  const Row<value_t, kLanes, 0> probabilities(state.probabilities + token * experts, experts,
-                                              lanes.lane);
+  const value_t* p = state.probabilities + token * experts;
   const int64_t* ids = state.expert_ids + token * top_k;
   const value_t* dweights = state.dweights + token * top_k;
   value_t inner = 0;  // w = p / s, s = Σ selected p: dp = (dw − ⟨dw, w⟩) / s
   value_t sum = 1;
   if (renormalize) {
-    sum = 0;
-    for (int slot = 0; slot < top_k; ++slot) {
+    value_t selected = 0;
+    for (int slot = lanes.lane; slot < top_k; slot += kLanes) {
       inner += dweights[slot] * state.weights[token * top_k + slot];
-      sum += state.probabilities[token * experts + ids[slot]];
+      selected += p[ids[slot]];
     }
+    inner = lanes.sum(inner);
+    sum = lanes.sum(selected);
   }
-  const auto dprobability = [&](int expert) {
-    value_t d = state.dprobability_sum[expert];
-    for (int slot = 0; slot < top_k; ++slot) {
-      if (ids[slot] == expert) {
-        d += (dweights[slot] - inner) / sum;
-      }
-    }
-    return d;
-  };
   value_t mean = 0;
-  probabilities.for_each([&](int expert, value_t p) { mean += p * dprobability(expert); });
+  for (int expert = lanes.lane; expert < experts; expert += kLanes) {
+    mean += p[expert] * state.dprobability_sum[expert];
+  }
+  for (int slot = lanes.lane; slot < top_k; slot += kLanes) {
+    mean += p[ids[slot]] * (dweights[slot] - inner) / sum;
+  }
   mean = lanes.sum(mean);
-  const value_t dlogsumexp = 2 * state.logsumexp[token] * *state.dsquared_logsumexp_sum;
-  probabilities.for_each([&](int expert, value_t p) {
-    dlogits[token * experts + expert] = p * (dprobability(expert) - mean + dlogsumexp);
-  });
+  const value_t rest = 2 * state.logsumexp[token] * *state.dsquared_logsumexp_sum - mean;
+  value_t* target = dlogits + token * experts;
+  for (int expert = lanes.lane; expert < experts; expert += kLanes) {
+    target[expert] = p[expert] * (state.dprobability_sum[expert] + rest);
+  }
+  __syncwarp(lanes.mask);  // the selected experts' are written again, by other lanes
+  for (int slot = lanes.lane; slot < top_k; slot += kLanes) {
+    const int64_t expert = ids[slot];
+    const value_t dprobability =
+        state.dprobability_sum[expert] + (dweights[slot] - inner) / sum;
+    target[expert] = p[expert] * (dprobability + rest);
+  }
 }
 
 /// Calls `body(lanes)` with the lanes that take a token.

@@ -56,22 +56,23 @@ void gather_units(const void* rows, const int64_t* index, int64_t count, int64_t
   }
 }
 
-/// A warp sums `kPacks` · 32 packs of columns of one group; blockIdx.y counts these strips.
+/// A warp sums one strip of one group: `kPacks` · 32 packs of columns. The strips of a group are
+/// neighbours, so that rows are read through at about one time.
 template <typename scalar_t, int kSize, int kPacks>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 5)
     sum_rows_kernel(const scalar_t* __restrict__ rows, const int64_t* __restrict__ offsets,
                     const int64_t* __restrict__ members,
                     const accumulate_t<scalar_t>* __restrict__ weights, int64_t groups,
-                    int64_t width, scalar_t* __restrict__ out) {
+                    int64_t strips, int64_t width, scalar_t* __restrict__ out) {
   using acc_t = accumulate_t<scalar_t>;
-  using pack_t = Pack<scalar_t, kSize>;
   const int lane = threadIdx.x % kWarp;
-  const int64_t group =
+  const int64_t work =
       static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  const int64_t group = work / strips;
   if (group >= groups) {
     return;
   }
-  const int64_t first_column = (static_cast<int64_t>(blockIdx.y) * kPacks * kWarp + lane) * kSize;
+  const int64_t first_column = ((work - group * strips) * kPacks * kWarp + lane) * kSize;
   acc_t sum[kPacks][kSize] = {};
   const int64_t end = offsets[group + 1];
   for (int64_t base = offsets[group]; base < end; base += kWarp) {
@@ -83,20 +84,15 @@ __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < count; ++j) {
       const scalar_t* row = rows + __shfl_sync(kFullMask, member, j) * width + first_column;
       const acc_t scale = __shfl_sync(kFullMask, weight, j);
-      pack_t packs[kPacks];
 #pragma unroll
       for (int c = 0; c < kPacks; ++c) {
         if (first_column + c * kWarp * kSize < width) {
-          packs[c] = *reinterpret_cast<const pack_t*>(row + c * kWarp * kSize);
-        }
-      }
+          acc_t values[kSize];
+          unpack(load_pack<kSize>(row + c * kWarp * kSize), values);
 #pragma unroll
-      for (int c = 0; c < kPacks; ++c) {
-        acc_t values[kSize];
-        unpack(packs[c], values);
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-          sum[c][i] += scale * values[i];
+          for (int i = 0; i < kSize; ++i) {
+            sum[c][i] += scale * values[i];
+          }
         }
       }
     }
@@ -105,7 +101,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int c = 0; c < kPacks; ++c) {
     const int64_t column = first_column + c * kWarp * kSize;
     if (column < width) {
-      *reinterpret_cast<pack_t*>(out + group * width + column) = pack_of<scalar_t>(sum[c]);
+      store_pack(out + group * width + column, sum[c]);
     }
   }
 }
@@ -144,12 +140,12 @@ void launch_sum_rows(Scalar scalar, const void* rows, const int64_t* offsets,
     const int64_t row_bytes = width * static_cast<int64_t>(sizeof(scalar_t));
     dispatch_pack<scalar_t>(aligned_rows(row_bytes, rows, out), [&](auto pack_size) {
       constexpr int kSize = decltype(pack_size)::value;
-      constexpr int kPacks = 4;
-      const dim3 grid(grid_size(divide_up(groups, kThreads / kWarp)),
-                      grid_size(divide_up(width, kPacks * kWarp * kSize), 65535));
-      sum_rows_kernel<scalar_t, kSize, kPacks><<<grid, kThreads, 0, stream>>>(
+      constexpr int kPacks = 2;
+      const int64_t strips = divide_up(width, kPacks * kWarp * kSize);
+      const unsigned blocks = grid_size(divide_up(groups * strips, kThreads / kWarp));
+      sum_rows_kernel<scalar_t, kSize, kPacks><<<blocks, kThreads, 0, stream>>>(
           static_cast<const scalar_t*>(rows), offsets, members,
-          static_cast<const accumulate_t<scalar_t>*>(weights), groups, width,
+          static_cast<const accumulate_t<scalar_t>*>(weights), groups, strips, width,
           static_cast<scalar_t*>(out));
       check_launch("sum_rows");
     });

@@ -1,0 +1,144 @@
+#include "gemm/cublas_lt.h"
+
+#include <algorithm>
+#include <bit>
+
+namespace anabranch {
+namespace {
+
+cublasLtHandle_t make_lt_handle() {
+  cublasLtHandle_t handle = nullptr;
+  check_cublas(cublasLtCreate(&handle), "cublasLtCreate");
+  return handle;
+}
+
+/// `size` rounded up to three significant bits: at most a seventh more.
+int64_t bucket(int64_t size) {
+  const int low_bits = std::max(0, static_cast<int>(std::bit_width(static_cast<uint64_t>(size))) - 3);
+  const int64_t step = int64_t{1} << low_bits;
+  return (size + step - 1) / step * step;
+}
+
+/// The largest power of two up to 256 that divides the address of every row.
+int64_t alignment(const void* address, int64_t row_bytes) {
+  const auto bits = reinterpret_cast<uint64_t>(address) | static_cast<uint64_t>(row_bytes) | 256u;
+  return int64_t{1} << std::countr_zero(bits);
+}
+
+int64_t element_bytes(cudaDataType_t type) {
+  return type == CUDA_R_64F ? 8 : type == CUDA_R_32F ? 4 : 2;
+}
+
+cublasLtMatrixLayoutOpaque_t layout(cudaDataType_t type, cublasOperation_t operation, int64_t rows,
+                                    int64_t columns, int64_t leading) {
+  cublasLtMatrixLayoutOpaque_t result;
+  if (operation == CUBLAS_OP_T) {
+    std::swap(rows, columns);
+  }
+  check_cublas(cublasLtMatrixLayoutInit(&result, type, rows, columns, leading),
+               "cublasLtMatrixLayoutInit");
+  return result;
+}
+
+template <typename value_t>
+void set(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_t attribute, value_t value) {
+  check_cublas(cublasLtMatmulDescSetAttribute(operation, attribute, &value, sizeof(value)),
+               "cublasLtMatmulDescSetAttribute");
+}
+
+template <typename value_t>
+void set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t attribute,
+         value_t value) {
+  check_cublas(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof(value)),
+               "cublasLtMatmulPreferenceSetAttribute");
+}
+
+enum KeyField { kType, kA, kB, kM, kN, kK, kLda, kLdb, kLdc, kAlignA, kAlignB, kAlignC, kWorkspace };
+
+}  // namespace
+
+/// A product in cuBLASLt's terms.
+struct CublasLt::Problem {
+  cublasLtMatmulDescOpaque_t operation;
+  cublasLtMatrixLayoutOpaque_t a;
+  cublasLtMatrixLayoutOpaque_t b;
+  cublasLtMatrixLayoutOpaque_t c;
+
+  Problem(const CublasProducts& shared, int64_t m, int64_t n, int64_t k)
+      : a(layout(shared.type, shared.a_operation, m, k, shared.lda)),
+        b(layout(shared.type, shared.b_operation, k, n, shared.ldb)),
+        c(layout(shared.type, CUBLAS_OP_N, m, n, shared.ldc)) {
+    const auto scale = shared.compute == CUBLAS_COMPUTE_64F ? CUDA_R_64F : CUDA_R_32F;
+    check_cublas(cublasLtMatmulDescInit(&operation, shared.compute, scale),
+                 "cublasLtMatmulDescInit");
+    set<int32_t>(&operation, CUBLASLT_MATMUL_DESC_TRANSA, shared.a_operation);
+    set<int32_t>(&operation, CUBLASLT_MATMUL_DESC_TRANSB, shared.b_operation);
+  }
+};
+
+CublasLt::CublasLt() : handle_(make_lt_handle()) {}
+
+CublasLt::Key CublasLt::key_of(const CublasProducts& shared, const CublasProduct& product,
+                               size_t workspace_bytes) {
+  const int64_t bytes = element_bytes(shared.type);
+  return {shared.type,
+          shared.a_operation,
+          shared.b_operation,
+          product.m,
+          shared.ragged == Ragged::kN ? bucket(product.n) : product.n,
+          shared.ragged == Ragged::kK ? bucket(product.k) : product.k,
+          shared.lda,
+          shared.ldb,
+          shared.ldc,
+          alignment(product.a, shared.lda * bytes),
+          alignment(product.b, shared.ldb * bytes),
+          alignment(product.c, shared.ldc * bytes),
+          static_cast<int64_t>(workspace_bytes)};
+}
+
+cublasLtMatmulAlgo_t CublasLt::choose(const Key& key, Problem& problem) const {
+  cublasLtMatmulPreferenceOpaque_t preference;
+  check_cublas(cublasLtMatmulPreferenceInit(&preference), "cublasLtMatmulPreferenceInit");
+  set<uint64_t>(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, key[kWorkspace]);
+  set<uint32_t>(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, key[kAlignA]);
+  set<uint32_t>(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, key[kAlignB]);
+  set<uint32_t>(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, key[kAlignC]);
+  set<uint32_t>(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, key[kAlignC]);
+  // Sums of parts in 16 bits would lose what fp32 accumulation has gained.
+  set<uint32_t>(&preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                CUBLASLT_REDUCTION_SCHEME_MASK & ~CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE);
+  cublasLtMatmulHeuristicResult_t found;
+  int count = 0;
+  check_cublas(cublasLtMatmulAlgoGetHeuristic(handle_, &problem.operation, &problem.a, &problem.b,
+                                              &problem.c, &problem.c, &preference, 1, &found,
+                                              &count),
+               "cublasLtMatmulAlgoGetHeuristic");
+  check_cublas(count > 0 ? found.state : CUBLAS_STATUS_NOT_SUPPORTED,
+               "cublasLtMatmulAlgoGetHeuristic");
+  return found.algo;
+}
+
+void CublasLt::multiply(const CublasProducts& shared, const CublasProduct& product,
+                        const CublasSite& site) {
+  Problem problem(shared, product.m, product.n, product.k);
+  const Key key = key_of(shared, product, site.workspace_bytes);
+  auto known = algorithms_.find(key);
+  if (known == algorithms_.end()) {
+    Problem typical(shared, key[kM], key[kN], key[kK]);
+    known = algorithms_.emplace(key, choose(key, typical)).first;
+  }
+  const auto run = [&](const cublasLtMatmulAlgo_t& algorithm) {
+    return cublasLtMatmul(handle_, &problem.operation, shared.one(), product.a, &problem.a,
+                          product.b, &problem.b, shared.zero(), product.c, &problem.c, product.c,
+                          &problem.c, &algorithm, site.workspace, site.workspace_bytes,
+                          site.stream);
+  };
+  auto status = run(known->second);
+  if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE) {
+    // The algorithm of its neighbours does not fit this size.
+    status = run(choose(key, problem));
+  }
+  check_cublas(status, "cublasLtMatmul");
+}
+
+}  // namespace anabranch

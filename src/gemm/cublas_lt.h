@@ -1,0 +1,42 @@
+#pragma once
+
+#include <cublasLt.h>
+
+#include <array>
+#include <map>
+
+#include "gemm/cublas_products.h"
+#include "support/cuda_handle.h"
+
+namespace anabranch {
+
+/// Where a product runs.
+struct CublasSite {
+  void* workspace;
+  size_t workspace_bytes;
+  cudaStream_t stream;
+};
+
+/// Single products through cuBLASLt, with algorithms that are looked up once: letting cuBLAS choose
+/// anew costs more host time than a launch. Sizes that are close to each other share an algorithm,
+/// for the number of an expert's tokens is another in every step. One call at a time.
+class CublasLt {
+ public:
+  CublasLt();
+
+  void multiply(const CublasProducts& shared, const CublasProduct& product, const CublasSite& site);
+
+ private:
+  /// All that an algorithm depends on: types, operations, sizes, leading dimensions, alignments.
+  using Key = std::array<int64_t, 13>;
+  struct Problem;
+
+  static Key key_of(const CublasProducts& shared, const CublasProduct& product,
+                    size_t workspace_bytes);
+  cublasLtMatmulAlgo_t choose(const Key& key, Problem& problem) const;
+
+  UniqueHandle<cublasLtHandle_t, cublasLtDestroy> handle_;
+  std::map<Key, cublasLtMatmulAlgo_t> algorithms_;
+};
+
+}  // namespace anabranch
