@@ -89,4 +89,11 @@ std::shared_ptr<Communicator> make_self_communicator();
 /// finalises it at exit. Throws std::runtime_error in a build without MPI.
 std::shared_ptr<Communicator> make_mpi_communicator(const CommunicatorOptions& options = {});
 
+/// The ranks of `bootstrap`, which NCCL's id travels through, for tensors on `device`, this rank's
+/// GPU. Collectives run on the caller's current stream; a failure is thrown by the next call, and by
+/// `barrier`, which waits. Collective. Throws std::runtime_error in a build without NCCL.
+std::shared_ptr<Communicator> make_nccl_communicator(std::shared_ptr<Communicator> bootstrap,
+                                                     torch::Device device,
+                                                     const CommunicatorOptions& options = {});
+
 }  // namespace anabranch

@@ -1,0 +1,209 @@
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <anabranch/communicator.h>
+#include <c10/util/StringUtil.h>
+
+#include <cstring>
+
+#include "communicator/chunks.h"
+#include "communicator/nccl_watch.h"
+#include "support/check.h"
+#include "support/cuda_device.h"
+
+namespace anabranch {
+namespace {
+
+ncclUniqueId share_unique_id(Communicator& bootstrap) {
+  ncclUniqueId id;
+  torch::Tensor bytes = at::empty({sizeof(id)}, at::kByte);
+  if (bootstrap.rank() == 0) {
+    check_nccl(ncclGetUniqueId(&id), "ncclGetUniqueId");
+    std::memcpy(bytes.mutable_data_ptr(), &id, sizeof(id));
+  }
+  bootstrap.broadcast(bytes, 0);
+  std::memcpy(&id, bytes.const_data_ptr(), sizeof(id));
+  return id;
+}
+
+size_t row_bytes(const torch::Tensor& rows) {
+  size_t bytes = rows.element_size();
+  for (const int64_t size : rows.sizes().slice(1)) {
+    bytes *= static_cast<size_t>(size);
+  }
+  return bytes;
+}
+
+/// NCCL over GPUs of all ranks, on the caller's current stream.
+class NcclCommunicator final : public Communicator {
+ public:
+  NcclCommunicator(std::shared_ptr<Communicator> bootstrap, torch::Device device,
+                   const CommunicatorOptions& options)
+      : Communicator(bootstrap->rank(), bootstrap->size()),
+        bootstrap_(std::move(bootstrap)),
+        device_(device),
+        options_(options),
+        progress_(*bootstrap_, options.deadline),
+        group_(share_unique_id(*bootstrap_), rank(), size(), options.deadline),
+        watch_(group_, progress_, device.index(), options.deadline) {}
+
+  ~NcclCommunicator() override {
+    try {
+      watch_.synchronize();
+    } catch (const std::exception&) {
+      // Whoever cares has been told by the call that failed.
+    }
+  }
+
+  std::string name() const override { return "nccl"; }
+
+  std::shared_ptr<Communicator> split(int color, int key) override {
+    return make_nccl_communicator(bootstrap_->split(color, key), device_, options_);
+  }
+
+ protected:
+  void do_all_to_all_v(const std::vector<Transfer>& transfers) override {
+    const OnDevice stream(device_);
+    for (const Transfer& transfer : transfers) {
+      copy_own_rows(transfer, stream);
+    }
+    watch_.run("all_to_all_v", stream, [&](ncclComm_t comm) {
+      for (const Transfer& transfer : transfers) {
+        exchange(transfer, comm, stream);
+      }
+    });
+  }
+
+  /// Every rank sums one chunk in rank order, in fp32 for 16-bit types, and hands it to all.
+  void do_all_reduce(torch::Tensor& tensor) override {
+    const OnDevice stream(device_);
+    std::vector<int64_t> lengths;
+    for (int peer = 0; peer < size(); ++peer) {
+      lengths.push_back(chunk_length(tensor.numel(), peer, size()));
+    }
+    const int64_t own = lengths[rank()];
+    torch::Tensor flat = tensor.view({-1});
+    torch::Tensor parts = at::empty({size() * own}, tensor.options());
+    const Transfer scatter{flat, lengths, parts, std::vector<int64_t>(size(), own)};
+    copy_own_rows(scatter, stream);
+    watch_.run("all_reduce", stream, [&](ncclComm_t comm) { exchange(scatter, comm, stream); });
+    const bool narrow = tensor.element_size() == 2 && tensor.is_floating_point();
+    torch::Tensor sum = parts.narrow(0, 0, own).to(narrow ? torch::kFloat32 : tensor.scalar_type(),
+                                                   /*non_blocking=*/false, /*copy=*/true);
+    for (int peer = 1; peer < size(); ++peer) {
+      sum.add_(parts.narrow(0, peer * own, own));
+    }
+    // The own chunk goes to every rank: as many equal parts to send as there are ranks.
+    const torch::Tensor chunk = sum.to(tensor.scalar_type());
+    flat.narrow(0, chunk_begin(tensor.numel(), rank(), size()), own).copy_(chunk);
+    watch_.run("all_reduce", stream, [&](ncclComm_t comm) {
+      for (int peer = 0; peer < size(); ++peer) {
+        if (peer == rank()) {
+          continue;
+        }
+        send(chunk.const_data_ptr(), own * tensor.element_size(), peer, comm, stream);
+        receive(static_cast<char*>(flat.data_ptr()) +
+                    chunk_begin(tensor.numel(), peer, size()) * tensor.element_size(),
+                lengths[peer] * tensor.element_size(), peer, comm, stream);
+      }
+    });
+  }
+
+  void do_all_gather(const torch::Tensor& tensor, torch::Tensor& gathered) override {
+    const OnDevice stream(device_);
+    watch_.run("all_gather", stream, [&](ncclComm_t comm) {
+      check_nccl(ncclAllGather(tensor.const_data_ptr(), gathered.data_ptr(), tensor.nbytes(),
+                               ncclInt8, comm, stream),
+                 "ncclAllGather");
+    });
+  }
+
+  void do_broadcast(torch::Tensor& tensor, int root) override {
+    const OnDevice stream(device_);
+    watch_.run("broadcast", stream, [&](ncclComm_t comm) {
+      check_nccl(ncclBroadcast(tensor.data_ptr(), tensor.data_ptr(), tensor.nbytes(), ncclInt8,
+                               root, comm, stream),
+                 "ncclBroadcast");
+    });
+  }
+
+  void do_barrier() override {
+    const OnDevice stream(device_);
+    torch::Tensor token = at::zeros({1}, at::TensorOptions(device_).dtype(torch::kByte));
+    watch_.run("barrier", stream, [&](ncclComm_t comm) {
+      check_nccl(
+          ncclAllReduce(token.data_ptr(), token.data_ptr(), 1, ncclInt8, ncclSum, comm, stream),
+          "ncclAllReduce");
+    });
+    watch_.synchronize();
+  }
+
+  void check_device(torch::Device device) const override {
+    check_input(device == device_, "nccl: tensor on ", device, ", expected ", device_);
+  }
+
+ private:
+  static void send(const void* data, size_t bytes, int peer, ncclComm_t comm, cudaStream_t stream) {
+    if (bytes > 0) {
+      check_nccl(ncclSend(data, bytes, ncclInt8, peer, comm, stream), "ncclSend");
+    }
+  }
+  static void receive(void* data, size_t bytes, int peer, ncclComm_t comm, cudaStream_t stream) {
+    if (bytes > 0) {
+      check_nccl(ncclRecv(data, bytes, ncclInt8, peer, comm, stream), "ncclRecv");
+    }
+  }
+
+  /// The rows for and from other ranks; peers with none are left out on both sides.
+  void exchange(const Transfer& transfer, ncclComm_t comm, cudaStream_t stream) const {
+    const size_t bytes = row_bytes(transfer.send);
+    const auto* source = static_cast<const char*>(transfer.send.const_data_ptr());
+    auto* target = static_cast<char*>(transfer.receive.data_ptr());
+    for (int peer = 0; peer < size(); ++peer) {
+      const size_t outgoing = static_cast<size_t>(transfer.send_rows[peer]) * bytes;
+      const size_t incoming = static_cast<size_t>(transfer.receive_rows[peer]) * bytes;
+      if (peer != rank()) {
+        send(source, outgoing, peer, comm, stream);
+        receive(target, incoming, peer, comm, stream);
+      }
+      source += outgoing;
+      target += incoming;
+    }
+  }
+
+  void copy_own_rows(const Transfer& transfer, cudaStream_t stream) const {
+    const size_t bytes = row_bytes(transfer.send);
+    size_t from = 0;
+    size_t to = 0;
+    for (int peer = 0; peer < rank(); ++peer) {
+      from += static_cast<size_t>(transfer.send_rows[peer]) * bytes;
+      to += static_cast<size_t>(transfer.receive_rows[peer]) * bytes;
+    }
+    const size_t own = static_cast<size_t>(transfer.send_rows[rank()]) * bytes;
+    if (own > 0) {
+      check_cuda(cudaMemcpyAsync(static_cast<char*>(transfer.receive.data_ptr()) + to,
+                                 static_cast<const char*>(transfer.send.const_data_ptr()) + from,
+                                 own, cudaMemcpyDeviceToDevice, stream),
+                 "cudaMemcpyAsync");
+    }
+  }
+
+  std::shared_ptr<Communicator> bootstrap_;
+  torch::Device device_;
+  CommunicatorOptions options_;
+  NcclProgress progress_;
+  NcclGroup group_;
+  NcclWatch watch_;
+};
+
+}  // namespace
+
+std::shared_ptr<Communicator> make_nccl_communicator(std::shared_ptr<Communicator> bootstrap,
+                                                     torch::Device device,
+                                                     const CommunicatorOptions& options) {
+  check_input(bootstrap != nullptr, "make_nccl_communicator: no bootstrap communicator");
+  check_input(device.is_cuda(), "make_nccl_communicator: ", device, " is not a GPU");
+  const c10::cuda::CUDAGuard guard(device);
+  return std::make_shared<NcclCommunicator>(std::move(bootstrap), guard.current_device(), options);
+}
+
+}  // namespace anabranch

@@ -1,0 +1,46 @@
+#pragma once
+
+#include <nccl.h>
+
+#include <chrono>
+#include <functional>
+#include <source_location>
+#include <string>
+
+namespace anabranch {
+
+#if NCCL_VERSION_CODE < NCCL_VERSION(2, 19, 0)
+#error "anabranch needs NCCL 2.19 or newer"
+#endif
+
+/// Throws std::runtime_error with the call, the cause and the place unless `result` is success or,
+/// as of a communicator that does not block, "in progress".
+void check_nccl(ncclResult_t result, const char* call,
+                std::source_location place = std::source_location::current());
+
+/// One ncclComm_t, owned. It does not block: what a call starts is awaited for a bounded time, so
+/// that a peer that never comes cannot hold this rank for good.
+class NcclGroup {
+ public:
+  /// Collective over `size` ranks with the same `id`. Throws std::runtime_error after `deadline`.
+  NcclGroup(const ncclUniqueId& id, int rank, int size, std::chrono::milliseconds deadline);
+  /// Aborts what is still running.
+  ~NcclGroup();
+  NcclGroup(const NcclGroup&) = delete;
+  NcclGroup& operator=(const NcclGroup&) = delete;
+
+  /// Runs `calls`, which launch on a stream, as one group and waits until they are launched.
+  void launch(const std::function<void(ncclComm_t)>& calls);
+  /// NCCL's word on what has failed in the background; empty if nothing has.
+  std::string asynchronous_error() const;
+  /// Ends everything in flight: streams go on with undefined data. No launch may follow.
+  void abort() noexcept;
+
+ private:
+  void await(const char* call);
+
+  std::chrono::milliseconds deadline_;
+  ncclComm_t comm_ = nullptr;
+};
+
+}  // namespace anabranch

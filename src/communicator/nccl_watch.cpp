@@ -1,0 +1,185 @@
+#include "communicator/nccl_watch.h"
+
+#include <anabranch/error.h>
+#include <c10/util/StringUtil.h>
+
+#include <algorithm>
+
+namespace anabranch {
+namespace {
+
+constexpr std::chrono::milliseconds kGlance{10};
+constexpr std::chrono::milliseconds kLongestHeartbeat{1000};
+
+bool has_ended(cudaEvent_t event) {
+  const cudaError_t status = cudaEventQuery(event);
+  if (status == cudaErrorNotReady) {
+    return false;
+  }
+  check_cuda(status, "cudaEventQuery");
+  return true;
+}
+
+CudaEvent recorded(cudaStream_t stream) {
+  CudaEvent event = make_cuda_event();
+  check_cuda(cudaEventRecord(event, stream), "cudaEventRecord");
+  return event;
+}
+
+}  // namespace
+
+NcclWatch::NcclWatch(NcclGroup& group, NcclProgress& progress, int device,
+                     std::chrono::milliseconds deadline)
+    : group_(group),
+      progress_(progress),
+      deadline_(deadline),
+      heartbeat_(std::min(kLongestHeartbeat, deadline / 8)),
+      thread_([this, device] { watch(device); }) {}
+
+NcclWatch::~NcclWatch() {
+  {
+    const std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  changed_.notify_all();
+  thread_.join();
+}
+
+void NcclWatch::check() {
+  const std::lock_guard lock(mutex_);
+  if (failure_.has_value()) {
+    throw CommunicationError(failure_->text, failure_->culprits);
+  }
+}
+
+void NcclWatch::run(const char* name, cudaStream_t stream,
+                    const std::function<void(ncclComm_t)>& calls) {
+  std::unique_lock group_lock(group_mutex_);
+  check();
+  CudaEvent begin = recorded(stream);
+  std::string error;
+  try {
+    group_.launch(calls);
+  } catch (const std::runtime_error& failed) {
+    error = failed.what();
+  }
+  group_lock.unlock();
+  std::unique_lock lock(mutex_);
+  ++started_;
+  if (error.empty()) {
+    running_.push_back({name, started_, std::move(begin), recorded(stream), std::nullopt});
+    return;
+  }
+  launch_trouble_ = Trouble{c10::str(name, ": ", error), started_};
+  changed_.wait(lock, [&] { return failure_.has_value(); });
+  lock.unlock();
+  check();
+}
+
+void NcclWatch::synchronize() {
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [&] { return running_.empty() || failure_.has_value(); });
+  lock.unlock();
+  check();
+}
+
+void NcclWatch::watch(int device) {
+  static_cast<void>(cudaSetDevice(device));  // its events' own calls will tell
+  auto next_signs = Clock::now();
+  for (;;) {
+    {
+      std::unique_lock lock(mutex_);
+      if (changed_.wait_for(lock, kGlance, [&] { return stop_; })) {
+        return;
+      }
+    }
+    if (Clock::now() >= next_signs) {
+      exchange_signs();
+      next_signs = Clock::now() + heartbeat_;
+    }
+    if (const auto trouble = look()) {
+      fail(*trouble);
+    }
+  }
+}
+
+void NcclWatch::exchange_signs() {
+  std::unique_lock lock(mutex_);
+  const int64_t started = started_;
+  const bool failed = failure_.has_value();
+  lock.unlock();
+  if (progress_lost_) {
+    return;
+  }
+  try {
+    progress_.publish(started);
+    const auto elsewhere = progress_.announced();
+    if (elsewhere.has_value() && !failed) {
+      end_with(*elsewhere);
+    }
+  } catch (const std::exception&) {
+    // Rank 0 may have ended in peace. If anything still waits for it, that will be late.
+    progress_lost_ = true;
+  }
+}
+
+std::optional<NcclWatch::Trouble> NcclWatch::look() {
+  std::unique_lock lock(mutex_);
+  if (failure_.has_value()) {
+    return std::nullopt;
+  }
+  if (launch_trouble_.has_value()) {
+    return launch_trouble_;
+  }
+  try {
+    while (!running_.empty() && has_ended(running_.front().end)) {
+      running_.pop_front();
+      changed_.notify_all();
+    }
+    if (running_.empty()) {
+      return std::nullopt;
+    }
+    Collective& oldest = running_.front();
+    if (!oldest.begun.has_value() && has_ended(oldest.begin)) {
+      oldest.begun = Clock::now();
+    }
+    const std::string error = group_.asynchronous_error();
+    if (!error.empty()) {
+      return Trouble{c10::str(oldest.name, " failed: ", error), oldest.sequence};
+    }
+    if (oldest.begun.has_value() && Clock::now() - *oldest.begun > deadline_) {
+      return Trouble{c10::str(oldest.name, " did not end within ", deadline_.count(), " ms"),
+                     oldest.sequence};
+    }
+    return std::nullopt;
+  } catch (const std::runtime_error& error) {  // of this rank's own GPU
+    return Trouble{error.what(), started_};
+  }
+}
+
+void NcclWatch::fail(const Trouble& trouble) {
+  NcclProgress::Failure failure{trouble.reason, {}};
+  try {
+    failure.culprits = progress_.missing(trouble.sequence, heartbeat_);
+    failure.text += failure.culprits.empty()
+                        ? "; every rank is alive and has made the call"
+                        : c10::str("; no sign of rank ", c10::Join(", ", failure.culprits));
+    progress_.announce(failure);
+  } catch (const std::exception&) {
+    failure.culprits = {0};
+    failure.text += "; rank 0, which keeps the progress of all, cannot be reached";
+  }
+  end_with(failure);
+}
+
+void NcclWatch::end_with(const NcclProgress::Failure& failure) {
+  {
+    const std::lock_guard lock(mutex_);
+    failure_ = failure;
+  }
+  const std::lock_guard group_lock(group_mutex_);
+  group_.abort();
+  changed_.notify_all();
+}
+
+}  // namespace anabranch

@@ -1,0 +1,70 @@
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <thread>
+
+#include "communicator/nccl_group.h"
+#include "communicator/nccl_progress.h"
+#include "support/cuda_handle.h"
+
+namespace anabranch {
+
+/// Watches a group's collectives from a thread of its own: one that does not end within its deadline,
+/// or that NCCL reports as failed, ends all of them, here and on the other ranks, and is told by
+/// `check`. The time of a collective begins when the stream has come to it.
+class NcclWatch {
+ public:
+  NcclWatch(NcclGroup& group, NcclProgress& progress, int device,
+            std::chrono::milliseconds deadline);
+  ~NcclWatch();
+  NcclWatch(const NcclWatch&) = delete;
+  NcclWatch& operator=(const NcclWatch&) = delete;
+
+  /// Throws CommunicationError if the group has failed.
+  void check();
+  /// Launches `calls` on `stream` as the group's next collective. Throws like `check`.
+  void run(const char* name, cudaStream_t stream, const std::function<void(ncclComm_t)>& calls);
+  /// Waits until all collectives have ended. Throws like `check`.
+  void synchronize();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  struct Collective {
+    std::string name;
+    int64_t sequence;
+    CudaEvent begin;
+    CudaEvent end;
+    std::optional<Clock::time_point> begun;  ///< when the stream was seen to have come to it
+  };
+
+  /// What makes the watch give up.
+  struct Trouble {
+    std::string reason;
+    int64_t sequence;
+  };
+
+  void watch(int device);
+  void exchange_signs();
+  std::optional<Trouble> look();
+  void fail(const Trouble& trouble);
+  void end_with(const NcclProgress::Failure& failure);
+
+  NcclGroup& group_;
+  NcclProgress& progress_;
+  std::chrono::milliseconds deadline_;
+  std::chrono::milliseconds heartbeat_;
+  bool progress_lost_ = false;  ///< rank 0, which keeps it, cannot be reached; of the thread alone
+  std::mutex group_mutex_;      ///< held while launching and while aborting
+  std::mutex mutex_;            ///< guards what follows
+  std::condition_variable changed_;
+  std::deque<Collective> running_;
+  int64_t started_ = 0;
+  std::optional<Trouble> launch_trouble_;
+  std::optional<NcclProgress::Failure> failure_;
+  bool stop_ = false;
+  std::thread thread_;
+};
+
+}  // namespace anabranch
