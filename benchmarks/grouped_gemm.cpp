@@ -1,0 +1,188 @@
+// Grouped GEMM engines on a GPU beside one dense GEMM of the same FLOPs and torch._grouped_mm.
+#include <ATen/ops/_grouped_mm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/randn.h>
+#include <ATen/ops/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <iostream>
+#include <numeric>
+#include <random>
+
+#include "gemm/cuda_engines.h"
+#include "harness.h"
+
+namespace anabranch::benchmark {
+namespace {
+
+struct Shape {
+  const char* name;
+  int64_t k;
+  int64_t n;
+  int64_t experts;
+  int64_t rows;
+};
+
+constexpr Shape kShapes[] = {
+    {"Mixtral up", 4096, 28672, 8, 16384},     {"Qwen3 up", 2048, 1536, 128, 262144},
+    {"Qwen3 down", 768, 2048, 128, 262144},    {"OLMoE up", 2048, 2048, 64, 262144},
+    {"DeepSeek-V3 up", 7168, 4096, 4, 16384},  {"seed", 512, 2048, 8, 524088},
+    {"fine up", 1536, 512, 128, 196608},       {"small", 1024, 1024, 64, 8192},
+};
+
+/// Counts that sum to `rows`: equal, or ∝ 1 / rank^0.8 in a random order.
+std::vector<int64_t> split(int64_t rows, int64_t experts, bool zipf) {
+  std::vector<double> share(experts, 1.0);
+  for (int64_t e = 0; zipf && e < experts; ++e) {
+    share[e] = std::pow(static_cast<double>(e + 1), -0.8);
+  }
+  std::mt19937_64 engine(1);
+  std::shuffle(share.begin(), share.end(), engine);
+  const double total = std::accumulate(share.begin(), share.end(), 0.0);
+  std::vector<int64_t> counts;
+  int64_t given = 0;
+  double wanted = 0;
+  for (const double part : share) {
+    wanted += part / total * static_cast<double>(rows);
+    counts.push_back(std::llround(wanted) - given);
+    given += counts.back();
+  }
+  return counts;
+}
+
+enum class Operation { kForward, kDgrad, kWgrad };
+constexpr const char* kNames[] = {"fwd", "dX", "dW"};
+
+struct Tensors {
+  at::Tensor x;
+  at::Tensor dy;
+  at::Tensor weight;
+  at::Tensor y;
+  at::Tensor dx;
+  at::Tensor dweight;
+  at::Tensor ends;  ///< int32, as torch._grouped_mm wants them
+
+  Tensors(const Shape& shape, const std::vector<int64_t>& counts) {
+    const auto options = at::TensorOptions(at::kCUDA).dtype(at::kBFloat16);
+    x = at::randn({shape.rows, shape.k}, options);
+    dy = at::randn({shape.rows, shape.n}, options);
+    weight = at::randn({shape.experts, shape.n, shape.k}, options);
+    y = at::empty({shape.rows, shape.n}, options);
+    dx = at::empty({shape.rows, shape.k}, options);
+    dweight = at::empty_like(weight);
+    std::vector<int64_t> running(counts.size());
+    std::partial_sum(counts.begin(), counts.end(), running.begin());
+    ends = at::tensor(running, at::kInt).to(at::kCUDA);
+  }
+};
+
+void run_engine(GroupedGemmEngine& engine, Tensors& t, const std::vector<int64_t>& counts,
+                Operation operation) {
+  switch (operation) {
+    case Operation::kForward:
+      return engine.forward(t.x, t.weight, counts, t.y);
+    case Operation::kDgrad:
+      return engine.dgrad(t.dy, t.weight, counts, t.dx);
+    case Operation::kWgrad:
+      return engine.wgrad(t.dy, t.x, counts, t.dweight);
+  }
+}
+
+at::Tensor run_torch(const Tensors& t, Operation operation) {
+  switch (operation) {
+    case Operation::kForward:
+      return at::_grouped_mm(t.x, t.weight.transpose(1, 2), t.ends);
+    case Operation::kDgrad:
+      return at::_grouped_mm(t.dy, t.weight, t.ends);
+    case Operation::kWgrad:
+      return at::_grouped_mm(t.dy.t(), t.x, t.ends);
+  }
+  return {};
+}
+
+void run_dense(Tensors& t, Operation operation) {
+  const at::Tensor weight = t.weight[0];
+  at::Tensor dweight = t.dweight[0];
+  switch (operation) {
+    case Operation::kForward:
+      at::mm_out(t.y, t.x, weight.t());
+      return;
+    case Operation::kDgrad:
+      at::mm_out(t.dx, t.dy, weight);
+      return;
+    case Operation::kWgrad:
+      at::mm_out(dweight, t.dy.t(), t.x);
+      return;
+  }
+}
+
+void measure(const Shape& shape, bool zipf, std::vector<Record>& results) {
+  const auto counts = split(shape.rows, shape.experts, zipf);
+  Tensors tensors(shape, counts);
+  const double flops = 2.0 * static_cast<double>(shape.rows * shape.n) * static_cast<double>(shape.k);
+  for (const auto operation : {Operation::kForward, Operation::kDgrad, Operation::kWgrad}) {
+    std::printf("%-15s %-4s %-3s", shape.name, zipf ? "zipf" : "uni",
+                kNames[static_cast<int>(operation)]);
+    const auto note = [&](const std::string& engine, const std::function<void()>& call) {
+      const double ms = gpu_milliseconds(call);
+      std::printf(" %s %.0f", engine.c_str(), flops / ms / 1e9);
+      results.push_back(Record()
+                            .add("shape", shape.name)
+                            .add("split", zipf ? "zipf" : "uni")
+                            .add("operation", kNames[static_cast<int>(operation)])
+                            .add("engine", engine)
+                            .add("ms", ms)
+                            .add("TFLOP_per_s", flops / ms / 1e9));
+    };
+    note("dense", [&] { run_dense(tensors, operation); });
+    note("torch", [&] { run_torch(tensors, operation); });
+    for (const auto& name : cuda_engine_names()) {
+      const auto engine = make_cuda_engine(at::kCUDA, name);
+      note(name, [&] { run_engine(*engine, tensors, counts, operation); });
+    }
+    std::printf("\n");
+  }
+}
+
+void measure_host_time(std::vector<Record>& results) {
+  const Shape shape{"host", 256, 256, 128, 128 * 16};
+  const auto counts = split(shape.rows, shape.experts, false);
+  Tensors tensors(shape, counts);
+  for (const auto& name : cuda_engine_names()) {
+    const auto engine = make_cuda_engine(at::kCUDA, name);
+    const auto call = [&] { run_engine(*engine, tensors, counts, Operation::kForward); };
+    gpu_milliseconds(call);
+    const double us = host_microseconds(call) / static_cast<double>(shape.experts);
+    std::printf("host time an expert: %-15s %.2f us\n", name.c_str(), us);
+    results.push_back(Record().add("engine", name).add("host_us_per_expert", us));
+  }
+}
+
+void run(const Arguments& arguments) {
+  std::vector<Record> results;
+  measure_host_time(results);
+  for (const Shape& shape : kShapes) {
+    for (const bool zipf : {false, true}) {
+      if (!arguments.quick || zipf) {
+        measure(shape, zipf, results);
+      }
+    }
+  }
+  write_json(arguments, results);
+}
+
+}  // namespace
+}  // namespace anabranch::benchmark
+
+int main(int argc, char** argv) {
+  try {
+    anabranch::benchmark::run(anabranch::benchmark::parse_arguments(argc, argv));
+    return 0;
+  } catch (const std::exception& error) {
+    std::cerr << error.what() << std::endl;
+    return 1;
+  }
+}

@@ -1,0 +1,182 @@
+// Bandwidth of each memory-bound CUDA kernel beside that of a plain device copy in the same run.
+// Bytes are those that cannot be avoided: each input read once, each output written once.
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/randint.h>
+#include <ATen/ops/randn.h>
+#include <ATen/ops/randperm.h>
+#include <ATen/ops/sort.h>
+
+#include <cstdio>
+#include <iostream>
+
+#include "harness.h"
+#include "kernels/kernels.h"
+
+namespace anabranch::benchmark {
+namespace {
+
+constexpr int kSets = 4;  // rotated through, so that no input is still in the cache
+constexpr int64_t kTopK = 8;
+
+const at::TensorOptions kBf16 = at::TensorOptions(at::kCUDA).dtype(at::kBFloat16);
+const at::TensorOptions kFloat = kBf16.dtype(at::kFloat);
+const at::TensorOptions kIndex = kBf16.dtype(at::kLong);
+
+class Bench {
+ public:
+  /// `call(set)` moves `bytes`, in which it is compared with a copy.
+  void run(const std::string& kernel, int64_t rows, int64_t width, double bytes,
+           const std::function<void(int)>& call) {
+    int set = 0;
+    const double ms = gpu_milliseconds([&] { call(set++ % kSets); });
+    const double bandwidth = bytes / ms / 1e6;
+    if (kernel == "copy") {
+      copy_ = bandwidth;
+    }
+    std::printf("%-28s %7ld x %-6ld %9.1f us %8.0f GB/s %6.1f %% of copy\n", kernel.c_str(),
+                static_cast<long>(rows), static_cast<long>(width), ms * 1e3, bandwidth,
+                100 * bandwidth / copy_);
+    results.push_back(Record()
+                          .add("kernel", kernel)
+                          .add("rows", rows)
+                          .add("width", width)
+                          .add("us", ms * 1e3)
+                          .add("GB_per_s", bandwidth)
+                          .add("of_copy", bandwidth / copy_));
+  }
+  std::vector<Record> results;
+
+ private:
+  double copy_ = 0;
+};
+
+std::vector<at::Tensor> sets(at::IntArrayRef sizes) {
+  std::vector<at::Tensor> tensors;
+  for (int i = 0; i < kSets; ++i) {
+    tensors.push_back(at::randn(sizes, kBf16));
+  }
+  return tensors;
+}
+
+void measure_rows(Bench& bench, int64_t rows, int64_t width) {
+  const Kernels& kernels = cuda_kernels();
+  const double row_bytes = 2.0 * static_cast<double>(width);
+  const double total = row_bytes * static_cast<double>(rows);
+  const auto many = sets({rows, width});
+  auto target = at::empty({rows, width}, kBf16);
+  bench.run("copy", rows, width, 2 * total, [&](int set) { target.copy_(many[set]); });
+
+  const auto permutation = at::randperm(rows, kIndex);
+  bench.run("gather_rows", rows, width, 2 * total + 8.0 * rows,
+            [&](int set) { kernels.gather_rows(many[set], permutation); });
+  // As in permute: each token's row goes to top_k places, and is read from memory once.
+  const int64_t tokens = rows / kTopK;
+  const auto assignments = at::randperm(rows, kIndex).remainder(tokens);
+  bench.run("gather_rows, 8 of each", rows, width, total + total / kTopK + 8.0 * rows,
+            [&](int set) { kernels.gather_rows(many[set].narrow(0, 0, tokens), assignments); });
+  const auto groups = kernels.group(assignments, tokens);
+  const auto weights = at::randn({rows}, kFloat);
+  bench.run("sum_rows, 8 weighted", rows, width, total + total / kTopK + 20.0 * rows,
+            [&](int set) { kernels.sum_rows(many[set], groups, weights); });
+  const auto pairs = kernels.group(at::randperm(rows, kIndex).remainder(rows / 2), rows / 2);
+  bench.run("sum_rows, 2", rows, width, 1.5 * total + 12.0 * rows,
+            [&](int set) { kernels.sum_rows(many[set], pairs, {}); });
+
+  const std::vector<int64_t> counts(64, rows / 64);
+  const auto bias = at::randn({64, width}, kBf16);
+  auto biased = sets({rows, width});
+  bench.run("add_bias", rows, width, 2 * total,
+            [&](int set) { kernels.add_bias(biased[set], bias, counts); });
+  bench.run("bias_dot", rows, width, total,
+            [&](int set) { kernels.bias_dot(many[set], bias, counts); });
+  bench.run("bias_gradient, weighted", rows, width, total,
+            [&](int set) { kernels.bias_gradient(many[set], weights, counts); });
+}
+
+void measure_activations(Bench& bench, int64_t rows, int64_t n) {
+  const Kernels& kernels = cuda_kernels();
+  const double total = 2.0 * static_cast<double>(n * rows);
+  const auto hidden = sets({rows, n});
+  const auto gated = sets({rows, 2 * n});
+  const auto dactivated = sets({rows, n});
+  const auto weights = at::randn({rows}, kFloat);
+  struct Case {
+    const char* name;
+    Activation activation;
+    bool glu;
+  };
+  for (const auto& [name, activation, glu] :
+       {Case{"gelu_tanh", Activation::kGeluTanh, false}, Case{"gelu", Activation::kGelu, false},
+        Case{"silu glu", Activation::kSilu, true}}) {
+    const auto& input = glu ? gated : hidden;
+    bench.run(std::string("activate ") + name, rows, n, (glu ? 3 : 2) * total,
+              [&](int set) { kernels.activate(input[set], activation, glu); });
+    bench.run(std::string("activate_backward ") + name, rows, n, (glu ? 6 : 4) * total, [&](int set) {
+      kernels.activate_backward(dactivated[set], input[set], weights, activation, glu);
+    });
+  }
+}
+
+/// Small tensors: microseconds count here, not bandwidth.
+void measure_routing(Bench& bench, int64_t tokens, int64_t experts, int64_t top_k) {
+  const Kernels& kernels = cuda_kernels();
+  std::vector<at::Tensor> logits;
+  for (int i = 0; i < kSets; ++i) {
+    logits.push_back(at::randn({tokens, experts}, kFloat));
+  }
+  const double bytes = 4.0 * static_cast<double>(tokens * experts);
+  bench.run("route k " + std::to_string(top_k), tokens, experts, 2 * bytes,
+            [&](int set) { kernels.route(logits[set], top_k, true); });
+  const auto routed = kernels.route(logits[0], top_k, true);
+  const auto dweights = at::randn({tokens, top_k}, kFloat);
+  const auto dsum = at::randn({experts}, kFloat);
+  const auto dsquared = at::randn({}, kFloat);
+  bench.run("route_backward k " + std::to_string(top_k), tokens, experts, 2 * bytes,
+            [&](int) { kernels.route_backward(routed, true, dweights, dsum, dsquared); });
+  const double ids = 8.0 * static_cast<double>(tokens * top_k);
+  bench.run("plan_send W 1", tokens, top_k, 2 * ids,
+            [&](int) { kernels.plan_send(routed.expert_ids, {0, experts}); });
+  std::vector<int64_t> first;
+  for (int64_t r = 0; r <= 8; ++r) {
+    first.push_back(r * experts / 8);
+  }
+  bench.run("plan_send W 8", tokens, top_k, 2 * ids,
+            [&](int) { kernels.plan_send(routed.expert_ids, first); });
+  const auto order = kernels.plan_send(routed.expert_ids, {0, experts}).send_order;
+  const auto rows = order.div(top_k, "trunc");
+  bench.run("group by token", tokens, top_k, 2 * ids, [&](int) { kernels.group(rows, tokens); });
+}
+
+void run(const Arguments& arguments) {
+  Bench bench;
+  constexpr int64_t kRows = 65536;
+  for (const int64_t width : {1024, 2048, 4096, 7168}) {
+    measure_rows(bench, kRows, width);
+    if (arguments.quick) {
+      break;
+    }
+  }
+  for (const int64_t n : {768, 1024, 2048, 14336}) {
+    measure_activations(bench, n > 4096 ? kRows / 4 : kRows, n);
+    if (arguments.quick) {
+      break;
+    }
+  }
+  measure_routing(bench, 32768, 128, 8);
+  measure_routing(bench, 65536, 8, 2);
+  write_json(arguments, bench.results);
+}
+
+}  // namespace
+}  // namespace anabranch::benchmark
+
+int main(int argc, char** argv) {
+  try {
+    anabranch::benchmark::run(anabranch::benchmark::parse_arguments(argc, argv));
+    return 0;
+  } catch (const std::exception& error) {
+    std::cerr << error.what() << std::endl;
+    return 1;
+  }
+}
