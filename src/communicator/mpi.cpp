@@ -6,7 +6,6 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 #include <tuple>
 #include <utility>
@@ -80,7 +79,7 @@ class MpiCommunicator final : public Communicator {
   Watch begin(Call call);
   void exchange(Watch& watch, std::vector<Parcel> parcels, std::vector<at::Tensor> buffers);
   void gather(Watch& watch, const at::Tensor& tensor, const at::Tensor& gathered);
-  /// The `i`th peer to send to: every rank starts with another one.
+  /// The `i`th rank to send to, this one first: each rank sends to another at a time.
   int peer(int i) const { return (rank() + i) % size(); }
 
   MpiRuntime& runtime_;
@@ -126,13 +125,10 @@ void MpiCommunicator::do_all_to_all_v(const std::vector<Transfer>& transfers) {
     const std::vector<int64_t> to = byte_offsets(transfer.receive, transfer.receive_rows);
     const std::byte* send = bytes_of(transfer.send);
     std::byte* receive = mutable_bytes_of(transfer.receive);
-    for (int i = 1; i < size(); ++i) {
+    for (int i = 0; i < size(); ++i) {
       const int p = peer(i);
       parcels.push_back(
           {p, send + from[p], from[p + 1] - from[p], receive + to[p], to[p + 1] - to[p]});
-    }
-    if (from[rank() + 1] > from[rank()]) {
-      std::memcpy(receive + to[rank()], send + from[rank()], from[rank() + 1] - from[rank()]);
     }
     buffers.insert(buffers.end(), {transfer.send, transfer.receive});
   }
@@ -154,15 +150,16 @@ void MpiCommunicator::do_all_reduce(torch::Tensor& tensor) {
 
   std::vector<Parcel> scatter;
   std::vector<Parcel> gather;
-  for (int i = 1; i < size(); ++i) {
+  for (int i = 0; i < size(); ++i) {
     const int p = peer(i);
     std::byte* chunk = mutable_bytes_of(flat) + chunk_begin(flat.numel(), p, size()) * item;
     const int64_t chunk_bytes = chunk_length(flat.numel(), p, size()) * item;
     std::byte* term = mutable_bytes_of(terms) + p * own * item;
     scatter.push_back({p, chunk, chunk_bytes, term, own * item});
-    gather.push_back({p, bytes_of(sum), own * item, chunk, chunk_bytes});
+    if (p != rank()) {
+      gather.push_back({p, bytes_of(sum), own * item, chunk, chunk_bytes});
+    }
   }
-  terms[rank()].copy_(sum);
   exchange(watch, std::move(scatter), {flat, terms});
 
   at::Tensor total = terms[0].to(at::toOpMathType(tensor.scalar_type()), /*non_blocking=*/false,
@@ -177,11 +174,10 @@ void MpiCommunicator::do_all_reduce(torch::Tensor& tensor) {
 void MpiCommunicator::gather(Watch& watch, const at::Tensor& tensor, const at::Tensor& gathered) {
   const auto bytes = static_cast<int64_t>(tensor.nbytes());
   std::vector<Parcel> parcels;
-  for (int i = 1; i < size(); ++i) {
+  for (int i = 0; i < size(); ++i) {
     const int p = peer(i);
     parcels.push_back({p, bytes_of(tensor), bytes, mutable_bytes_of(gathered) + p * bytes, bytes});
   }
-  gathered[rank()].copy_(tensor);
   exchange(watch, std::move(parcels), {tensor, gathered});
 }
 

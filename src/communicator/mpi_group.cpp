@@ -14,10 +14,14 @@ Group::Group(int32_t id, std::vector<int> members, int world_size)
 }
 
 std::string Group::describe(const std::vector<int>& world_ranks) const {
+  constexpr size_t kNamed = 16;
   std::string text = is_world ? "rank" : "world rank";
   text += world_ranks.size() == 1 ? " " : "s ";
-  for (size_t i = 0; i < world_ranks.size(); ++i) {
+  for (size_t i = 0; i < std::min(world_ranks.size(), kNamed); ++i) {
     text += (i == 0 ? "" : ", ") + std::to_string(world_ranks[i]);
+  }
+  if (world_ranks.size() > kNamed) {
+    text += " and " + std::to_string(world_ranks.size() - kNamed) + " others";
   }
   return text;
 }

@@ -3,6 +3,7 @@
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 namespace anabranch {
@@ -20,34 +21,41 @@ void Messages::post(const std::vector<Parcel>& parcels, int tag, int64_t piece_b
   const std::lock_guard lock(runtime_.mutex());
   for (const Direction direction : {Direction::kIncoming, Direction::kOutgoing}) {
     for (const Parcel& parcel : parcels) {
-      const int64_t length =
-          direction == Direction::kIncoming ? parcel.receive_bytes : parcel.send_bytes;
-      for (int64_t offset = 0; offset < length; offset += piece_bytes) {
-        const auto bytes = static_cast<int>(std::min(piece_bytes, length - offset));
-        start(parcel, {parcel.peer, bytes, direction}, offset, tag);
+      if (parcel.peer != runtime_.rank()) {
+        start(parcel, direction, tag, piece_bytes);
       }
+    }
+  }
+  for (const Parcel& parcel : parcels) {
+    if (parcel.peer == runtime_.rank() && parcel.send_bytes > 0) {
+      std::memcpy(parcel.receive, parcel.send, parcel.send_bytes);
     }
   }
   indices_.resize(requests_.size());
   statuses_.resize(requests_.size());
 }
 
-void Messages::start(const Parcel& parcel, const Piece& piece, int64_t offset, int tag) {
-  MPI_Request request = MPI_REQUEST_NULL;
-  try {
-    if (piece.direction == Direction::kIncoming) {
-      ANABRANCH_CHECK_MPI(MPI_Irecv(parcel.receive + offset, piece.bytes, MPI_BYTE, piece.peer, tag,
-                                    runtime_.comm(), &request));
-    } else {
-      ANABRANCH_CHECK_MPI(MPI_Isend(parcel.send + offset, piece.bytes, MPI_BYTE, piece.peer, tag,
-                                    runtime_.comm(), &request));
+void Messages::start(const Parcel& parcel, Direction direction, int tag, int64_t piece_bytes) {
+  const bool incoming = direction == Direction::kIncoming;
+  const int64_t length = incoming ? parcel.receive_bytes : parcel.send_bytes;
+  for (int64_t offset = 0; offset < length; offset += piece_bytes) {
+    const auto bytes = static_cast<int>(std::min(piece_bytes, length - offset));
+    MPI_Request request = MPI_REQUEST_NULL;
+    try {
+      if (incoming) {
+        ANABRANCH_CHECK_MPI(MPI_Irecv(parcel.receive + offset, bytes, MPI_BYTE, parcel.peer, tag,
+                                      runtime_.comm(), &request));
+      } else {
+        ANABRANCH_CHECK_MPI(MPI_Isend(parcel.send + offset, bytes, MPI_BYTE, parcel.peer, tag,
+                                      runtime_.comm(), &request));
+      }
+    } catch (const MpiError& error) {
+      throw PeerError(parcel.peer, error.what());
     }
-  } catch (const MpiError& error) {
-    throw PeerError(piece.peer, error.what());
+    pieces_.push_back({parcel.peer, bytes, direction});
+    requests_.push_back(request);
+    ++outstanding_;
   }
-  pieces_.push_back(piece);
-  requests_.push_back(request);
-  ++outstanding_;
 }
 
 bool Messages::poll() {

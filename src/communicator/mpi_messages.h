@@ -9,7 +9,7 @@
 
 namespace anabranch {
 
-/// What goes to and comes from one peer (its rank in MPI_COMM_WORLD); 0 bytes: no message.
+/// What goes to and comes from one rank of MPI_COMM_WORLD, which may be this one; 0 bytes: nothing.
 struct Parcel {
   int peer = 0;
   const std::byte* send = nullptr;
@@ -45,7 +45,7 @@ class Messages {
     Direction direction;
   };
 
-  void start(const Parcel& parcel, const Piece& piece, int64_t offset, int tag);
+  void start(const Parcel& parcel, Direction direction, int tag, int64_t piece_bytes);
   void check_piece(const Piece& piece, int result, const MPI_Status& status) const;
 
   MpiRuntime& runtime_;

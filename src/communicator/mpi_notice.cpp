@@ -2,12 +2,17 @@
 
 #include <algorithm>
 #include <list>
+#include <thread>
+
+#include "communicator/waiting_time.h"
 
 namespace anabranch {
 namespace {
 
 /// Tags of data are larger.
 constexpr int kNoticeTag = 0;
+/// How long a rank that has failed tries to tell the others.
+constexpr std::chrono::milliseconds kLongestFarewell(200);
 
 struct Outgoing {
   Notice notice;
@@ -21,12 +26,15 @@ std::list<Outgoing>& outbox() {
   return *notices;
 }
 
-void drop_sent() {
+/// Whether every notice has left, or been lost; forgets those.
+bool all_sent(MpiRuntime& runtime) {
+  const std::lock_guard lock(runtime.mutex());
   for (auto outgoing = outbox().begin(); outgoing != outbox().end();) {
     int sent = 0;
-    ANABRANCH_CHECK_MPI(MPI_Test(&outgoing->request, &sent, MPI_STATUS_IGNORE));
-    outgoing = sent != 0 ? outbox().erase(outgoing) : std::next(outgoing);
+    const bool lost = MPI_Test(&outgoing->request, &sent, MPI_STATUS_IGNORE) != MPI_SUCCESS;
+    outgoing = lost || sent != 0 ? outbox().erase(outgoing) : std::next(outgoing);
   }
+  return outbox().empty();
 }
 
 }  // namespace
@@ -65,10 +73,25 @@ std::optional<ReceivedNotice> receive_notice(MpiRuntime& runtime) {
   return received;
 }
 
-bool notices_sent(MpiRuntime& runtime) {
-  const std::lock_guard lock(runtime.mutex());
-  drop_sent();
-  return outbox().empty();
+void announce_failure(MpiRuntime& runtime, const Failure& failure) {
+  runtime.set_failure(failure);
+  Notice notice;
+  notice.kind = Notice::Kind::kFailure;
+  notice.set_ranks(failure.culprits);
+  notice.set_text(failure.text);
+  for (int rank = 0; rank < runtime.size(); ++rank) {
+    try {
+      if (rank != runtime.rank()) {
+        send_notice(runtime, rank, notice);
+      }
+    } catch (const MpiError&) {
+      // It is dead, or ends at its own deadline.
+    }
+  }
+  WaitingTime farewell;
+  while (!all_sent(runtime) && farewell.so_far() < kLongestFarewell) {
+    std::this_thread::yield();
+  }
 }
 
 }  // namespace anabranch

@@ -44,7 +44,8 @@ struct ReceivedNotice {
 void send_notice(MpiRuntime& runtime, int rank, const Notice& notice);
 /// The next notice that has come, if any.
 std::optional<ReceivedNotice> receive_notice(MpiRuntime& runtime);
-/// Whether every notice has left.
-bool notices_sent(MpiRuntime& runtime);
+/// Marks the runtime as failed and tells every other rank, without waiting for those that do not
+/// listen.
+void announce_failure(MpiRuntime& runtime, const Failure& failure);
 
 }  // namespace anabranch

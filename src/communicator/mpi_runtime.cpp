@@ -4,29 +4,39 @@
 #include <c10/util/StringUtil.h>
 #include <signal.h>
 #include <stdlib.h>  // on_exit
+#include <unistd.h>
 
 #include <memory>
 #include <thread>
 
-#include "communicator/mpi_watch.h"
+#include "communicator/mpi_notice.h"
+#include "communicator/waiting_time.h"
 
 namespace anabranch {
 namespace {
 
 MpiRuntime* running = nullptr;
 
-/// Ends MPI at exit. `finalise` is not null if that is ours to do.
-void leave(int status, void* finalise) {
+/// What `leave` has to know.
+struct Process {
+  pid_t id = getpid();
+  bool finalise = false;  ///< MPI was initialised here
+};
+
+/// Ends MPI at exit.
+void leave(int status, void* argument) {
+  const auto* process = static_cast<const Process*>(argument);
   int finalised = 0;
   const bool usable = MPI_Finalized(&finalised) == MPI_SUCCESS && finalised == 0;
-  if (!usable || running == nullptr || running->failure()) {
+  const bool forked = getpid() != process->id;
+  if (!usable || forked || running == nullptr || running->failure()) {
     return;
   }
   if (status != 0) {
     const int rank = running->rank();
     announce_failure(*running,
                      {c10::str("rank ", rank, " has exited with status ", status), {rank}});
-  } else if (finalise != nullptr) {
+  } else if (process->finalise) {
     MPI_Finalize();
   }
 }
@@ -50,8 +60,9 @@ void initialise() {
   } else {
     ANABRANCH_CHECK_MPI(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &level));
   }
-  static int ours = 0;
-  if (on_exit(leave, initialised != 0 ? nullptr : &ours) != 0) {
+  static Process process;
+  process.finalise = initialised == 0;
+  if (on_exit(leave, &process) != 0) {
     throw std::runtime_error("on_exit refused the handler that ends MPI");
   }
   if (level < MPI_THREAD_SERIALIZED) {

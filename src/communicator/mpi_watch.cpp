@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cstdio>
 #include <thread>
 
 #include "communicator/mpi_notice.h"
@@ -20,10 +19,6 @@ using std::chrono::milliseconds;
 constexpr milliseconds kQuietTime(100);
 /// The longest time before the deadline at which a rank starts to ask.
 constexpr milliseconds kLongestInquiry(2000);
-/// How long a rank that has failed tries to tell the others.
-constexpr milliseconds kLongestFarewell(200);
-/// The longest step of a waiting time: longer ones were not this process's own.
-constexpr milliseconds kLongestStep(100);
 
 const char* name_of(Call call) {
   constexpr std::array names = {"all_to_all_v", "all_reduce", "all_gather",
@@ -36,41 +31,6 @@ bool contains(const std::vector<int>& ranks, int rank) {
 }
 
 }  // namespace
-
-std::chrono::nanoseconds WaitingTime::so_far() {
-  const auto now = Clock::now();
-  waited_ += std::min<std::chrono::nanoseconds>(now - last_, kLongestStep);
-  last_ = now;
-  return waited_;
-}
-
-std::string in_seconds(milliseconds duration) {
-  std::array<char, 32> text = {};
-  std::snprintf(text.data(), text.size(), "%.1f s",
-                std::chrono::duration<double>(duration).count());
-  return text.data();
-}
-
-void announce_failure(MpiRuntime& runtime, const Failure& failure) noexcept {
-  try {
-    runtime.set_failure(failure);
-    Notice notice;
-    notice.kind = Notice::Kind::kFailure;
-    notice.set_ranks(failure.culprits);
-    notice.set_text(failure.text);
-    for (int rank = 0; rank < runtime.size(); ++rank) {
-      if (rank != runtime.rank()) {
-        send_notice(runtime, rank, notice);
-      }
-    }
-    WaitingTime farewell;
-    while (!notices_sent(runtime) && farewell.so_far() < kLongestFarewell) {
-      std::this_thread::yield();
-    }
-  } catch (const std::exception&) {
-    // A rank that cannot be told ends at its own deadline.
-  }
-}
 
 void refuse_after(const Failure& failure, const Group& group, int rank, Call call) {
   throw CommunicationError(
@@ -106,14 +66,7 @@ void Watch::listen(const std::vector<int>& pending) {
   while (const auto received = receive_notice(runtime_)) {
     const Notice& notice = received->notice;
     if (notice.kind == Notice::Kind::kQuestion) {
-      Notice answer;
-      answer.kind = Notice::Kind::kAnswer;
-      answer.question = notice.question;
-      answer.group = call_.group;
-      answer.call = static_cast<int32_t>(call_.call);
-      answer.sequence = call_.sequence;
-      answer.set_ranks(pending);
-      send_notice(runtime_, received->source, answer);
+      answer(received->source, notice.question, pending);
     } else if (notice.kind == Notice::Kind::kAnswer && notice.question == question_) {
       const CallId call{notice.group, static_cast<Call>(notice.call), notice.sequence};
       answers_[received->source] = {call, notice.get_ranks()};
@@ -123,6 +76,17 @@ void Watch::listen(const std::vector<int>& pending) {
       refuse_after(failure, group_, runtime_.rank(), call_.call);
     }
   }
+}
+
+void Watch::answer(int rank, int32_t question, const std::vector<int>& pending) {
+  Notice notice;
+  notice.kind = Notice::Kind::kAnswer;
+  notice.question = question;
+  notice.group = call_.group;
+  notice.call = static_cast<int32_t>(call_.call);
+  notice.sequence = call_.sequence;
+  notice.set_ranks(pending);
+  send_notice(runtime_, rank, notice);
 }
 
 void Watch::ask(const std::vector<int>& ranks) {
@@ -135,23 +99,31 @@ void Watch::ask(const std::vector<int>& ranks) {
   }
 }
 
-void Watch::give_up(const std::vector<int>& pending) {
-  std::vector<int> silent;     // without an answer
-  std::vector<int> elsewhere;  // waiting in another call
+/// Those waited for, directly or by way of others that have answered.
+std::vector<int> Watch::reached_from(const std::vector<int>& pending) const {
   std::vector<int> reached = pending;
   for (size_t i = 0; i < reached.size(); ++i) {
     const auto answer = answers_.find(reached[i]);
-    if (answer == answers_.end()) {
-      silent.push_back(reached[i]);
-      continue;
-    }
-    if (answer->second.call != call_) {
-      elsewhere.push_back(reached[i]);
-    }
-    for (const int rank : answer->second.waits_for) {
-      if (rank != runtime_.rank() && !contains(reached, rank)) {
-        reached.push_back(rank);
+    if (answer != answers_.end()) {
+      for (const int rank : answer->second.waits_for) {
+        if (rank != runtime_.rank() && !contains(reached, rank)) {
+          reached.push_back(rank);
+        }
       }
+    }
+  }
+  return reached;
+}
+
+void Watch::give_up(const std::vector<int>& pending) {
+  std::vector<int> silent;
+  std::vector<int> elsewhere;
+  for (const int rank : reached_from(pending)) {
+    const auto answer = answers_.find(rank);
+    if (answer == answers_.end()) {
+      silent.push_back(rank);
+    } else if (answer->second.call != call_) {
+      elsewhere.push_back(rank);
     }
   }
 
@@ -159,11 +131,9 @@ void Watch::give_up(const std::vector<int>& pending) {
       c10::str("waited ", in_seconds(deadline_), " for ", group_.describe(pending));
   if (silent == pending) {
     fail(waited + " (dead or stalled)", silent);
-  }
-  if (!silent.empty()) {
+  } else if (!silent.empty()) {
     fail(c10::str(waited, ", held up by ", group_.describe(silent), " (dead or stalled)"), silent);
-  }
-  if (!elsewhere.empty()) {
+  } else if (!elsewhere.empty()) {
     const CallId& other = answers_.at(elsewhere.front()).call;
     fail(
         c10::str(waited, ": the ranks do not make the same calls, this is call ", call_.sequence,

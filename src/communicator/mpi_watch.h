@@ -10,6 +10,7 @@
 
 #include "communicator/mpi_group.h"
 #include "communicator/mpi_runtime.h"
+#include "communicator/waiting_time.h"
 
 namespace anabranch {
 
@@ -22,26 +23,6 @@ struct CallId {
   int64_t sequence = 0;
   bool operator==(const CallId&) const = default;
 };
-
-/// Time spent waiting, as this process lived it: a stretch in which it was stopped, suspended or
-/// without a core counts as a moment, so that nobody is blamed for it.
-class WaitingTime {
- public:
-  /// Up to now; to be called often.
-  std::chrono::nanoseconds so_far();
-
- private:
-  using Clock = std::chrono::steady_clock;
-  Clock::time_point last_ = Clock::now();
-  std::chrono::nanoseconds waited_{0};
-};
-
-/// "5.0 s"
-std::string in_seconds(std::chrono::milliseconds duration);
-
-/// Marks the runtime as failed and tells every other rank, without waiting for those that do not
-/// listen.
-void announce_failure(MpiRuntime& runtime, const Failure& failure) noexcept;
 
 /// Throws what a call of `group` on `rank` (of MPI_COMM_WORLD) ends in after a failure elsewhere.
 [[noreturn]] void refuse_after(const Failure& failure, const Group& group, int rank, Call call);
@@ -72,7 +53,9 @@ class Watch {
   };
 
   void listen(const std::vector<int>& pending);
+  void answer(int rank, int32_t question, const std::vector<int>& pending);
   void ask(const std::vector<int>& ranks);
+  std::vector<int> reached_from(const std::vector<int>& pending) const;
   [[noreturn]] void give_up(const std::vector<int>& pending);
 
   MpiRuntime& runtime_;
