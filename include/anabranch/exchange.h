@@ -67,6 +67,7 @@ class Exchange {
  private:
   std::shared_ptr<Communicator> communicator_;
   ExpertPlacement placement_;
+  torch::Tensor message_layout_;  // what of its counts a rank tells each other rank
 };
 
 }  // namespace anabranch

@@ -25,6 +25,12 @@ struct Csr {
   torch::Tensor members;
 };
 
+/// Arrived assignments by (expert, source, token).
+struct ArrivalOrder {
+  torch::Tensor received_order;   ///< [P] place in the order of arrival
+  torch::Tensor assignment_rows;  ///< [P] received row
+};
+
 struct RouteResult {
   torch::Tensor expert_ids;             ///< [T, k] int64, largest probability first
   torch::Tensor weights;                ///< [T, k]
@@ -56,9 +62,14 @@ class Kernels {
   virtual torch::Tensor first_invalid_token(const torch::Tensor& expert_ids,
                                             int64_t num_experts) const = 0;
   /// `first_expert` [W+1]: rank r owns experts first_expert[r] .. first_expert[r+1]−1.
-  /// Ids are valid, or (on an asynchronous device) the result is discarded: no access out of bounds.
+  /// The result for ids that are not valid is discarded by the caller, but safe to compute.
   virtual SendPlan plan_send(const torch::Tensor& expert_ids,
                              const std::vector<int64_t>& first_expert) const = 0;
+  /// Brings arrivals into expert-major order. `segment_rows` [P] int32: row of each arrived
+  /// assignment within its source's segment, ordered by (source, expert); `rows` [W] and `counts`
+  /// [W, local experts]: rows and assignments per expert that came from each source.
+  virtual ArrivalOrder order_arrivals(const torch::Tensor& segment_rows, const torch::Tensor& rows,
+                                      const torch::Tensor& counts) const = 0;
   /// Groups positions 0..P−1 of `group_of` [P] by their value in [0, groups).
   virtual Csr group(const torch::Tensor& group_of, int64_t groups) const = 0;
 
@@ -77,6 +88,9 @@ class Kernels {
   /// [experts, m]: Σ over an expert's rows of weights[p] · rows[p]; weights may be undefined.
   virtual torch::Tensor bias_gradient(const torch::Tensor& rows, const torch::Tensor& weights,
                                       const std::vector<int64_t>& counts) const = 0;
+  /// [P] in fp32 (fp64): ⟨rows[p], bias[expert of p]⟩.
+  virtual torch::Tensor bias_dot(const torch::Tensor& rows, const torch::Tensor& bias,
+                                 const std::vector<int64_t>& counts) const = 0;
   /// hidden [P, n] (glu: [P, 2n], gate then up) → [P, n].
   virtual torch::Tensor activate(const torch::Tensor& hidden, Activation activation,
                                  bool glu) const = 0;

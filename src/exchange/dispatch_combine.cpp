@@ -1,0 +1,95 @@
+#include <ATen/ops/empty.h>
+#include <anabranch/exchange.h>
+
+#include <numeric>
+
+#include "kernels/kernels.h"
+#include "support/check.h"
+
+// Each of the two is the other's adjoint: the same plan read from the other end.
+
+namespace anabranch {
+namespace {
+
+int64_t sum(const std::vector<int64_t>& values) {
+  return std::accumulate(values.begin(), values.end(), int64_t{0});
+}
+
+void check_payload(const Payload& payload, int64_t rows, int64_t values, const char* call) {
+  check_input(payload.rows.defined() && payload.rows.dim() == 2 && payload.rows.size(0) == rows &&
+                  payload.rows.is_contiguous(),
+              call, ": rows must be a contiguous [", rows, ", h] for this plan");
+  check_input(!payload.values.defined() || payload.values.numel() == values, call,
+              ": values must have ", values, " elements for this plan, not ",
+              payload.values.defined() ? payload.values.numel() : 0);
+}
+
+}  // namespace
+
+Payload Exchange::dispatch(const Payload& tokens, const ExchangePlan& plan) const {
+  const torch::NoGradGuard no_grad;
+  check_payload(tokens, plan.tokens, plan.tokens * plan.top_k, "dispatch");
+  const Kernels& kernels = kernels_for(tokens.rows.device());
+  torch::Tensor ordered_values;  // by (destination, expert, token)
+  if (tokens.values.defined()) {
+    ordered_values = kernels.gather_rows(tokens.values.flatten(), plan.send_order);
+  }
+  if (communicator_->size() == 1) {
+    return {tokens.rows, ordered_values};
+  }
+
+  Payload received;
+  received.rows = at::empty({plan.rows(), tokens.rows.size(1)}, tokens.rows.options());
+  std::vector<Transfer> transfers = {{kernels.gather_rows(tokens.rows, plan.send_tokens),
+                                      plan.send_rows, received.rows, plan.receive_rows}};
+  torch::Tensor arrived_values;
+  if (ordered_values.defined()) {
+    arrived_values = at::empty({plan.assignments()}, ordered_values.options());
+    transfers.push_back(
+        {ordered_values, plan.send_assignments, arrived_values, plan.receive_assignments});
+  }
+  communicator_->all_to_all_v(transfers);
+  if (arrived_values.defined()) {
+    received.values = kernels.gather_rows(arrived_values, plan.received_order);
+  }
+  return received;
+}
+
+Payload Exchange::combine(const Payload& results, const ExchangePlan& plan) const {
+  const torch::NoGradGuard no_grad;
+  check_payload(results, plan.rows(), plan.assignments(), "combine");
+  const auto back_to_slots = [&](const torch::Tensor& ordered_values) {
+    return at::empty_like(ordered_values)
+        .scatter_(0, plan.send_order, ordered_values)
+        .view({plan.tokens, plan.top_k});
+  };
+  Payload returned;
+  if (communicator_->size() == 1) {
+    returned.rows = results.rows;
+    if (results.values.defined()) {
+      returned.values = back_to_slots(results.values);
+    }
+    return returned;
+  }
+
+  const auto rows =
+      at::empty({sum(plan.send_rows), results.rows.size(1)}, results.rows.options());
+  std::vector<Transfer> transfers = {
+      {results.rows, plan.receive_rows, rows, plan.send_rows}};
+  torch::Tensor values;
+  if (results.values.defined()) {
+    values = at::empty({sum(plan.send_assignments)}, results.values.options());
+    const auto by_arrival =
+        at::empty_like(results.values).scatter_(0, plan.received_order, results.values);
+    transfers.push_back({by_arrival, plan.receive_assignments, values, plan.send_assignments});
+  }
+  communicator_->all_to_all_v(transfers);
+  returned.rows = kernels_for(rows.device())
+                      .sum_rows(rows, {plan.token_offsets, plan.token_rows}, /*weights=*/{});
+  if (values.defined()) {
+    returned.values = back_to_slots(values);
+  }
+  return returned;
+}
+
+}  // namespace anabranch

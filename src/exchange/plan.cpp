@@ -1,0 +1,210 @@
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/isfinite.h>
+#include <anabranch/error.h>
+#include <anabranch/exchange.h>
+
+#include <limits>
+#include <numeric>
+
+#include "kernels/kernels.h"
+#include "support/check.h"
+
+namespace anabranch {
+namespace {
+
+// What every rank tells every other before any row moves: whether its routing is valid, the rows it
+// will send there, and the assignments among them of each of the receiver's experts.
+enum Header : int64_t { kNonfiniteToken, kInvalidToken, kRows, kHeader };
+
+int64_t sum(const std::vector<int64_t>& values) {
+  return std::accumulate(values.begin(), values.end(), int64_t{0});
+}
+
+void check_routing(const Routing& routing) {
+  const auto& ids = routing.expert_ids;
+  const auto& weights = routing.weights;
+  check_input(ids.defined() && weights.defined(), "routing: expert_ids and weights must be given");
+  check_input(ids.dim() == 2 && ids.scalar_type() == torch::kInt64,
+              "routing: expert_ids must be int64 [T, top_k], not ", ids.scalar_type(), " ",
+              ids.sizes());
+  check_input(ids.size(1) >= 1, "routing: top_k = 0, expected at least 1");
+  check_input(weights.sizes() == ids.sizes(), "routing: weights are ", weights.sizes(),
+              ", expected the shape of expert_ids, ", ids.sizes());
+  check_input(
+      weights.scalar_type() == torch::kFloat32 || weights.scalar_type() == torch::kFloat64,
+      "routing: weights are ", weights.scalar_type(), ", expected fp32 or fp64");
+  check_input(weights.device() == ids.device(), "routing: expert_ids on ", ids.device(),
+              " but weights on ", weights.device());
+  check_input(ids.size(0) <= std::numeric_limits<int32_t>::max(), "routing: ", ids.size(0),
+              " tokens on one rank, expected fewer than 2^31");
+}
+
+/// [] int64: first token whose weights are not all finite, or -1.
+torch::Tensor first_nonfinite_token(const Routing& routing) {
+  if (routing.first_nonfinite_token.defined()) {
+    return routing.first_nonfinite_token;
+  }
+  const auto bad = at::isfinite(routing.weights).all(1).logical_not().nonzero().flatten();
+  return bad.numel() > 0 ? bad[0] : torch::full({}, -1, routing.expert_ids.options());
+}
+
+/// The refusal of this rank's own routing.
+[[noreturn]] void refuse(const Routing& routing, int64_t num_experts, int64_t nonfinite,
+                         int64_t invalid) {
+  if (nonfinite >= 0) {
+    throw InputError(c10::str("routing: the gate of token ", nonfinite, " holds NaN or Inf"));
+  }
+  const auto ids = routing.expert_ids[invalid].cpu().contiguous();
+  const c10::ArrayRef<int64_t> values(ids.const_data_ptr<int64_t>(), ids.numel());
+  throw InputError(c10::str("routing: expert_ids of token ", invalid, " are [",
+                            c10::Join(", ", values), "], expected distinct ids from 0 to ",
+                            num_experts - 1));
+}
+
+/// Throws on every rank if any rank's header says that its routing is invalid.
+void check_peers(const std::vector<const int64_t*>& headers) {
+  std::vector<int> peers;
+  std::string reasons;
+  for (size_t rank = 0; rank < headers.size(); ++rank) {
+    const bool nonfinite = headers[rank][kNonfiniteToken] >= 0;
+    if (nonfinite || headers[rank][kInvalidToken] >= 0) {
+      peers.push_back(static_cast<int>(rank));
+      reasons += c10::str(
+          reasons.empty() ? "" : "; ", "rank ", rank, " refused its routing: token ",
+          headers[rank][nonfinite ? kNonfiniteToken : kInvalidToken],
+          nonfinite ? " has NaN or Inf in its gate" : " has expert ids out of range or twice");
+    }
+  }
+  if (!peers.empty()) {
+    throw CommunicationError(reasons, peers);
+  }
+}
+
+/// Places, in [nonfinite, invalid, rows of each rank.., counts of each expert..], of what each rank
+/// is sent.
+torch::Tensor message_layout(const ExpertPlacement& placement) {
+  std::vector<int64_t> layout;
+  for (int64_t rank = 0; rank < placement.num_ranks; ++rank) {
+    layout.insert(layout.end(), {kNonfiniteToken, kInvalidToken, kRows + rank});
+    for (int64_t e = 0; e < placement.local_experts(rank); ++e) {
+      layout.push_back(kRows + placement.num_ranks + placement.first_expert(rank) + e);
+    }
+  }
+  return torch::tensor(layout, torch::kInt64);
+}
+
+std::vector<int64_t> first_experts(const ExpertPlacement& placement) {
+  std::vector<int64_t> first;
+  for (int64_t rank = 0; rank <= placement.num_ranks; ++rank) {
+    first.push_back(placement.first_expert(rank));
+  }
+  return first;
+}
+
+/// What this rank told and was told, in rank order.
+struct Announced {
+  torch::Tensor received;            // [W, kHeader + local experts], on the tokens' device
+  torch::Tensor on_host;             // what the pointers below point into
+  std::vector<const int64_t*> to;    // [W] header and the receiver's experts
+  std::vector<const int64_t*> from;  // [W] header and this rank's experts
+};
+
+/// One small exchange, then the one copy that the host waits for.
+Announced announce(Communicator& communicator, const ExpertPlacement& placement,
+                   const torch::Tensor& message) {
+  const int64_t ranks = placement.num_ranks;
+  const int64_t width = kHeader + placement.local_experts(communicator.rank());
+  std::vector<int64_t> sizes;
+  for (int64_t rank = 0; rank < ranks; ++rank) {
+    sizes.push_back(kHeader + placement.local_experts(rank));
+  }
+  Announced announced;
+  announced.received = at::empty({ranks, width}, message.options());
+  communicator.all_to_all_v({{message, sizes, announced.received.flatten(),
+                              std::vector<int64_t>(ranks, width)}});
+  announced.on_host = at::cat({message, announced.received.flatten()}).cpu();
+  const auto* sent = announced.on_host.const_data_ptr<int64_t>();
+  const auto* received = sent + message.numel();
+  for (int64_t rank = 0; rank < ranks; ++rank) {
+    announced.to.push_back(sent);
+    announced.from.push_back(received);
+    sent += sizes[rank];
+    received += width;
+  }
+  return announced;
+}
+
+/// The counts of a plan.
+ExchangePlan plan_counts(const Announced& announced, const ExpertPlacement& placement,
+                         int64_t own_rank) {
+  const int64_t local = placement.local_experts(own_rank);
+  ExchangePlan plan;
+  plan.expert_counts.assign(local, 0);
+  for (int64_t rank = 0; rank < placement.num_ranks; ++rank) {
+    const int64_t* sent = announced.to[rank] + kHeader;
+    const int64_t* received = announced.from[rank] + kHeader;
+    plan.send_rows.push_back(announced.to[rank][kRows]);
+    plan.receive_rows.push_back(announced.from[rank][kRows]);
+    plan.send_assignments.push_back(
+        std::accumulate(sent, sent + placement.local_experts(rank), int64_t{0}));
+    plan.receive_assignments.push_back(std::accumulate(received, received + local, int64_t{0}));
+    std::transform(received, received + local, plan.expert_counts.begin(),
+                   plan.expert_counts.begin(), std::plus<>());
+  }
+  return plan;
+}
+
+}  // namespace
+
+Exchange::Exchange(std::shared_ptr<Communicator> communicator, int64_t num_experts)
+    : communicator_(std::move(communicator)), placement_{num_experts, communicator_->size()} {
+  check_input(num_experts >= 1, "exchange: num_experts = ", num_experts, ", expected at least 1");
+  message_layout_ = message_layout(placement_);
+}
+
+ExchangePlan Exchange::plan(const Routing& routing) const {
+  const torch::NoGradGuard no_grad;
+  check_routing(routing);
+  const auto ids = routing.expert_ids.contiguous();
+  const Kernels& kernels = kernels_for(ids.device());
+  const auto nonfinite = first_nonfinite_token(routing);
+  const auto invalid = kernels.first_invalid_token(ids, placement_.num_experts);
+  const SendPlan send = kernels.plan_send(ids, first_experts(placement_));
+
+  const auto announced = announce(
+      *communicator_, placement_,
+      at::cat({nonfinite.reshape(1), invalid.reshape(1), send.rank_rows, send.expert_counts})
+          .index_select(0, message_layout_.to(ids.device())));
+  const int64_t* own = announced.to[0];
+  if (own[kNonfiniteToken] >= 0 || own[kInvalidToken] >= 0) {
+    refuse(routing, placement_.num_experts, own[kNonfiniteToken], own[kInvalidToken]);
+  }
+  check_peers(announced.from);
+
+  ExchangePlan plan = plan_counts(announced, placement_, communicator_->rank());
+  plan.tokens = ids.size(0);
+  plan.top_k = ids.size(1);
+  plan.send_tokens = send.send_tokens.narrow(0, 0, sum(plan.send_rows));
+  plan.token_offsets = send.token_offsets;
+  plan.token_rows = send.token_rows.narrow(0, 0, sum(plan.send_rows));
+  plan.send_order = send.send_order;
+
+  torch::Tensor segment_rows = send.segment_rows;
+  if (communicator_->size() > 1) {
+    segment_rows = at::empty({sum(plan.receive_assignments)}, send.segment_rows.options());
+    communicator_->all_to_all_v(
+        {{send.segment_rows, plan.send_assignments, segment_rows, plan.receive_assignments}});
+  }
+  const auto local = static_cast<int64_t>(plan.expert_counts.size());
+  const auto arrivals = kernels.order_arrivals(segment_rows, announced.received.select(1, kRows),
+                                               announced.received.narrow(1, kHeader, local));
+  plan.received_order = arrivals.received_order;
+  plan.assignment_rows = arrivals.assignment_rows;
+  const Csr by_row = kernels.group(arrivals.assignment_rows, sum(plan.receive_rows));
+  plan.row_offsets = by_row.offsets;
+  plan.row_assignments = by_row.members;
+  return plan;
+}
+
+}  // namespace anabranch

@@ -1,0 +1,37 @@
+#include <anabranch/experts.h>
+
+#include "support/random.h"
+
+namespace anabranch {
+namespace {
+
+enum Stream : uint64_t { kUpWeight, kUpBias, kDownWeight, kDownBias, kStreams };
+
+}  // namespace
+
+ExpertsImpl::ExpertsImpl(const MoEOptions& options, const ExpertPlacement& placement, int64_t rank,
+                         bool sharded)
+    : first_expert_(placement.first_expert(rank)),
+      num_experts_(placement.num_experts),
+      sharded_(sharded) {
+  const int64_t local = placement.local_experts(rank);
+  const int64_t hidden = options.hidden_size;
+  const int64_t inner = options.expert_hidden_size;
+  const int64_t up = options.glu ? 2 * inner : inner;
+  const auto tensor_options = torch::TensorOptions().dtype(options.dtype).device(options.device);
+  const auto add = [&](const char* name, at::IntArrayRef sizes, int64_t fan_in, Stream stream) {
+    auto parameter = register_parameter(name, torch::empty(sizes, tensor_options));
+    for (int64_t e = 0; e < local; ++e) {
+      fill_uniform(parameter[e], fan_in, options.seed, (first_expert_ + e) * kStreams + stream);
+    }
+    return parameter;
+  };
+  up_weight = add("up_weight", {local, up, hidden}, hidden, kUpWeight);
+  down_weight = add("down_weight", {local, hidden, inner}, inner, kDownWeight);
+  if (options.bias) {
+    up_bias = add("up_bias", {local, up}, hidden, kUpBias);
+    down_bias = add("down_bias", {local, hidden}, inner, kDownBias);
+  }
+}
+
+}  // namespace anabranch

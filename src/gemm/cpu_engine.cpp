@@ -1,0 +1,110 @@
+#include "gemm/cpu_engine.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/mm.h>
+
+#include <algorithm>
+#include <atomic>
+#include <numeric>
+
+namespace anabranch {
+namespace {
+
+/// A part of one expert's product: `extent` output rows (forward, dgrad: of its tokens; wgrad: of
+/// its weight) from `start`.
+struct Piece {
+  int64_t expert;
+  int64_t first_row;  // of the expert, among all rows
+  int64_t start;
+  int64_t extent;
+  int64_t cost;
+};
+
+/// Cuts experts into pieces of similar cost, a few per thread, largest first. `extent(count)` is the
+/// number of output rows of an expert with `count` tokens.
+template <typename Extent>
+std::vector<Piece> cut(const std::vector<int64_t>& counts, const Extent& extent) {
+  constexpr int64_t kPiecesPerThread = 4;
+  constexpr int64_t kSmallestExtent = 64;
+  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  const int64_t target = threads == 1 ? total : total / (threads * kPiecesPerThread) + 1;
+  std::vector<Piece> pieces;
+  int64_t first_row = 0;
+  for (size_t e = 0; e < counts.size(); ++e) {
+    const int64_t rows = extent(counts[e]);
+    const int64_t wanted = std::max<int64_t>(1, (counts[e] + target - 1) / std::max<int64_t>(1, target));
+    const int64_t step = std::max(kSmallestExtent, (rows + wanted - 1) / wanted);
+    for (int64_t start = 0; start < rows; start += step) {
+      const int64_t size = std::min(step, rows - start);
+      pieces.push_back({static_cast<int64_t>(e), first_row, start, size, size * counts[e] / rows});
+    }
+    first_row += counts[e];
+  }
+  std::stable_sort(pieces.begin(), pieces.end(),
+                   [](const Piece& a, const Piece& b) { return a.cost > b.cost; });
+  return pieces;
+}
+
+/// Every thread takes the next piece until none is left. Each output element belongs to one piece,
+/// so the result does not depend on who took what.
+template <typename Compute>
+void run(const std::vector<Piece>& pieces, const Compute& compute) {
+  std::atomic<size_t> next = 0;
+  const auto work = [&](int64_t, int64_t) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    for (size_t i = next++; i < pieces.size(); i = next++) {
+      compute(pieces[i]);
+    }
+  };
+  if (pieces.size() == 1) {
+    work(0, 1);  // outside a parallel region the product itself uses all threads
+  } else {
+    at::parallel_for(0, at::get_num_threads(), 1, work);
+  }
+}
+
+class CpuEngine : public GroupedGemmEngine {
+ public:
+  std::string name() const override { return "cpu"; }
+
+  void forward(const torch::Tensor& x, const torch::Tensor& weight,
+               const std::vector<int64_t>& counts, torch::Tensor& y) override {
+    run(cut(counts, [](int64_t count) { return count; }), [&](const Piece& piece) {
+      const int64_t first = piece.first_row + piece.start;
+      auto out = y.narrow(0, first, piece.extent);
+      at::mm_out(out, x.narrow(0, first, piece.extent), weight.select(0, piece.expert).t());
+    });
+  }
+
+  void dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
+             const std::vector<int64_t>& counts, torch::Tensor& dx) override {
+    run(cut(counts, [](int64_t count) { return count; }), [&](const Piece& piece) {
+      const int64_t first = piece.first_row + piece.start;
+      auto out = dx.narrow(0, first, piece.extent);
+      at::mm_out(out, dy.narrow(0, first, piece.extent), weight.select(0, piece.expert));
+    });
+  }
+
+  void wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
+             torch::Tensor& dweight) override {
+    const int64_t rows = dweight.size(1);
+    run(cut(counts, [&](int64_t) { return rows; }), [&](const Piece& piece) {
+      auto out = dweight.select(0, piece.expert).narrow(0, piece.start, piece.extent);
+      const int64_t count = counts[piece.expert];
+      const auto dy_part =
+          dy.narrow(0, piece.first_row, count).narrow(1, piece.start, piece.extent);
+      if (count == 0) {
+        out.zero_();
+      } else {
+        at::mm_out(out, dy_part.t(), x.narrow(0, piece.first_row, count));
+      }
+    });
+  }
+};
+
+}  // namespace
+
+std::shared_ptr<GroupedGemmEngine> make_cpu_engine() { return std::make_shared<CpuEngine>(); }
+
+}  // namespace anabranch

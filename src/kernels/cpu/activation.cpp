@@ -1,0 +1,118 @@
+#include <ATen/OpMathType.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/silu_backward.h>
+#include <ATen/ops/threshold_backward.h>
+
+#include "kernels/cpu/cpu_kernels.h"
+
+// LibTorch's vectorised element-wise operations, applied to blocks of rows that stay in cache and
+// are computed in fp32 (fp64 for fp64): one pass over memory, one rounding.
+
+namespace anabranch {
+namespace {
+
+torch::Tensor apply(const torch::Tensor& x, Activation activation) {
+  switch (activation) {
+    case Activation::kGeluTanh:
+      return at::gelu(x, "tanh");
+    case Activation::kGelu:
+      return at::gelu(x);
+    case Activation::kRelu:
+      return at::relu(x);
+    case Activation::kSilu:
+      return at::silu(x);
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown activation");
+}
+
+torch::Tensor apply_backward(const torch::Tensor& dy, const torch::Tensor& x,
+                             Activation activation) {
+  switch (activation) {
+    case Activation::kGeluTanh:
+      return at::gelu_backward(dy, x, "tanh");
+    case Activation::kGelu:
+      return at::gelu_backward(dy, x);
+    case Activation::kRelu:
+      return at::threshold_backward(dy, x, 0);
+    case Activation::kSilu:
+      return at::silu_backward(dy, x);
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown activation");
+}
+
+/// Calls `body(first_row, rows)` over blocks of rows, in parallel, outside autograd.
+template <typename Body>
+void for_each_block(int64_t rows, int64_t width, const Body& body) {
+  const int64_t block = rows_per_task(width);
+  at::parallel_for(0, (rows + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    for (int64_t i = begin; i < end; ++i) {
+      body(i * block, std::min(block, rows - i * block));
+    }
+  });
+}
+
+}  // namespace
+
+torch::Tensor CpuKernels::activate(const torch::Tensor& hidden, Activation activation,
+                                   bool glu) const {
+  const int64_t rows = hidden.size(0);
+  const int64_t n = glu ? hidden.size(1) / 2 : hidden.size(1);
+  torch::Tensor activated = at::empty({rows, n}, hidden.options());
+  const auto compute_type = at::toOpMathType(hidden.scalar_type());
+  for_each_block(rows, hidden.size(1), [&](int64_t first, int64_t count) {
+    const auto block = hidden.narrow(0, first, count);
+    auto result = apply(block.narrow(1, 0, n).to(compute_type), activation);
+    if (glu) {
+      result.mul_(block.narrow(1, n, n));
+    }
+    activated.narrow(0, first, count).copy_(result);
+  });
+  return activated;
+}
+
+Kernels::ActivationGradient CpuKernels::activate_backward(const torch::Tensor& dactivated,
+                                                          const torch::Tensor& hidden,
+                                                          const torch::Tensor& weights,
+                                                          Activation activation, bool glu) const {
+  const int64_t rows = dactivated.size(0);
+  const int64_t n = dactivated.size(1);
+  const auto compute_type = at::toOpMathType(hidden.scalar_type());
+  ActivationGradient gradient{at::empty_like(hidden), dactivated,
+                              at::empty({rows}, hidden.options().dtype(compute_type))};
+  for_each_block(rows, hidden.size(1), [&](int64_t first, int64_t count) {
+    const auto block = hidden.narrow(0, first, count);
+    const auto gate = block.narrow(1, 0, n).to(compute_type);
+    auto dresult = dactivated.narrow(0, first, count).to(compute_type, false, true);
+    auto activated = apply(gate, activation);
+    auto dhidden = gradient.dhidden.narrow(0, first, count);
+    const auto gated = activated;  // activation(gate), before the product with the up part
+    if (glu) {
+      activated = gated * block.narrow(1, n, n);
+    }
+    gradient.dweights.narrow(0, first, count).copy_((dresult * activated).sum(1));
+    if (weights.defined()) {
+      const auto weight = weights.narrow(0, first, count).unsqueeze(1);
+      activated = activated * weight;
+      dresult.mul_(weight);
+    }
+    if (glu) {
+      dhidden.narrow(1, n, n).copy_(dresult * gated);
+      dresult.mul_(block.narrow(1, n, n));
+    }
+    dhidden.narrow(1, 0, n).copy_(apply_backward(dresult, gate, activation));
+    gradient.weighted.narrow(0, first, count).copy_(activated);
+  });
+  return gradient;
+}
+
+const Kernels& cpu_kernels() {
+  static const CpuKernels kernels;
+  return kernels;
+}
+
+}  // namespace anabranch

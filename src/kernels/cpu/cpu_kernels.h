@@ -1,0 +1,50 @@
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "kernels/kernels.h"
+
+namespace anabranch {
+
+/// One file a stage: routing.cpp, plan.cpp, rows.cpp, bias.cpp, activation.cpp.
+class CpuKernels : public Kernels {
+ public:
+  RouteResult route(const torch::Tensor& logits, int64_t top_k, bool renormalize) const override;
+  torch::Tensor route_backward(const RouteResult& routed, bool renormalize,
+                               const torch::Tensor& dweights, const torch::Tensor& dprobability_sum,
+                               const torch::Tensor& dsquared_logsumexp_sum) const override;
+
+  torch::Tensor first_invalid_token(const torch::Tensor& expert_ids,
+                                    int64_t num_experts) const override;
+  SendPlan plan_send(const torch::Tensor& expert_ids,
+                     const std::vector<int64_t>& first_expert) const override;
+  ArrivalOrder order_arrivals(const torch::Tensor& segment_rows, const torch::Tensor& rows,
+                              const torch::Tensor& counts) const override;
+  Csr group(const torch::Tensor& group_of, int64_t groups) const override;
+
+  torch::Tensor gather_rows(const torch::Tensor& rows, const torch::Tensor& index) const override;
+  torch::Tensor sum_rows(const torch::Tensor& rows, const Csr& groups,
+                         const torch::Tensor& weights) const override;
+
+  void add_bias(torch::Tensor& rows, const torch::Tensor& bias,
+                const std::vector<int64_t>& counts) const override;
+  torch::Tensor bias_gradient(const torch::Tensor& rows, const torch::Tensor& weights,
+                              const std::vector<int64_t>& counts) const override;
+  torch::Tensor bias_dot(const torch::Tensor& rows, const torch::Tensor& bias,
+                         const std::vector<int64_t>& counts) const override;
+  torch::Tensor activate(const torch::Tensor& hidden, Activation activation,
+                         bool glu) const override;
+  ActivationGradient activate_backward(const torch::Tensor& dactivated, const torch::Tensor& hidden,
+                                       const torch::Tensor& weights, Activation activation,
+                                       bool glu) const override;
+};
+
+/// Rows of `width` elements that make a parallel task worth its start.
+inline int64_t rows_per_task(int64_t width) {
+  constexpr int64_t kElementsPerTask = 32 * 1024;
+  return std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, width));
+}
+
+}  // namespace anabranch

@@ -1,0 +1,136 @@
+#include <anabranch/communicator.h>
+#include <anabranch/moe_layer.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "exchange/sum_over_ranks.h"
+#include "experts/feed_forward.h"
+#include "experts/permute.h"
+#include "experts/shared_expert.h"
+#include "moe_options.h"
+#include "routing/auxiliary_losses.h"
+#include "support/check.h"
+
+namespace anabranch {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+/// What forward leaves for backward besides tensors.
+struct Step : torch::CustomClassHolder {
+  Step(const Exchange& exchange, ExchangePlan plan, FeedForward feed_forward, bool recompute)
+      : exchange(exchange),
+        plan(std::move(plan)),
+        feed_forward(std::move(feed_forward)),
+        recompute(recompute) {}
+
+  Exchange exchange;
+  ExchangePlan plan;
+  FeedForward feed_forward;
+  bool recompute;
+};
+
+/// The way of the tokens through the experts of all ranks: x [T, h] and routing weights [T, top_k]
+/// → y [T, h], and upstream again.
+struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
+  static torch::Tensor forward(AutogradContext* context, const torch::Tensor& x,
+                               const torch::Tensor& weights, const torch::Tensor& up_weight,
+                               const torch::Tensor& up_bias, const torch::Tensor& down_weight,
+                               const torch::Tensor& down_bias,
+                               const c10::intrusive_ptr<Step>& step) {
+    const ExchangePlan& plan = step->plan;
+    const FeedForward& feed_forward = step->feed_forward;
+
+    const auto [rows, values] = step->exchange.dispatch({x, weights}, plan);
+    auto hidden = project(feed_forward, permute(rows, plan), {up_weight, up_bias},
+                          plan.expert_counts);
+    const auto saved_hidden = step->recompute ? torch::Tensor() : hidden;
+    auto activated = activate(feed_forward, hidden);
+    hidden.reset();
+    const auto results =
+        project(feed_forward, activated, {down_weight, down_bias}, plan.expert_counts);
+    activated.reset();
+    const auto y = step->exchange.combine({unpermute(results, values, plan), {}}, plan).rows;
+
+    context->save_for_backward(
+        {rows, values, saved_hidden, up_weight, up_bias, down_weight, down_bias});
+    context->saved_data["step"] = torch::IValue::make_capsule(step);
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const torch::NoGradGuard no_grad;
+    const auto saved = context->get_saved_variables();
+    const torch::Tensor& rows = saved[0];
+    const torch::Tensor& values = saved[1];
+    const Projection up{saved[3], saved[4]};
+    const Projection down{saved[5], saved[6]};
+    const auto step =
+        c10::static_intrusive_pointer_cast<Step>(context->saved_data["step"].toCapsule());
+    const ExchangePlan& plan = step->plan;
+    const FeedForward& feed_forward = step->feed_forward;
+
+    const auto dy_rows = step->exchange.dispatch({gradients[0].contiguous(), {}}, plan).rows;
+    const auto hidden =
+        step->recompute ? project(feed_forward, permute(rows, plan), up, plan.expert_counts)
+                        : saved[2];
+    auto downstream = down_backward(feed_forward, permute(dy_rows, plan), hidden, values, down,
+                                    plan.expert_counts);
+    const auto upstream = up_backward(feed_forward, downstream.dhidden, permute(rows, plan), up,
+                                      plan.expert_counts);
+    downstream.dhidden.reset();
+    const auto [dx, dweights] = step->exchange.combine(
+        {unpermute(upstream.dx, {}, plan), downstream.dvalues}, plan);
+
+    return {dx, dweights, upstream.parameters.weight, upstream.parameters.bias,
+            downstream.parameters.weight, downstream.parameters.bias, {}};
+  }
+};
+
+}  // namespace
+
+MoELayerImpl::MoELayerImpl(const MoEOptions& options, std::shared_ptr<Communicator> communicator)
+    : options_(options),
+      exchange_(agree_on_options(options, communicator ? std::move(communicator)
+                                                       : make_self_communicator()),
+                options.num_experts),
+      engine_(make_grouped_gemm_engine(options.device, options.engine)) {
+  router_ = register_module("router", Router(options));
+  experts_ = register_module("experts", Experts(options, exchange_.placement(),
+                                                exchange_.communicator().rank()));
+  if (options.shared_expert_hidden_size > 0) {
+    shared_expert_ = register_module("shared_expert", make_shared_expert(options));
+  }
+}
+
+MoEOutput MoELayerImpl::forward(const torch::Tensor& x) {
+  check_layer_input(x, options_);
+  return forward(x, router_->forward(x.reshape({-1, options_.hidden_size})));
+}
+
+MoEOutput MoELayerImpl::forward(const torch::Tensor& x, const Routing& routing) {
+  check_layer_input(x, options_);
+  const auto tokens = x.reshape({-1, options_.hidden_size}).contiguous();
+  check_layer_routing(routing, tokens.size(0), options_);
+  const FeedForward feed_forward{engine_, options_.activation, options_.glu};
+  const auto step = c10::make_intrusive<Step>(exchange_, exchange_.plan(routing), feed_forward,
+                                              options_.recompute);
+  auto y = ThroughExperts::apply(tokens, routing.weights, experts_->up_weight, experts_->up_bias,
+                                 experts_->down_weight, experts_->down_bias, step);
+  if (shared_expert_) {
+    y = y + through_shared_expert(tokens, shared_expert_, feed_forward);
+  }
+  const auto losses = auxiliary_losses(
+      sum_over_ranks(batch_sums(routing, options_.num_experts), exchange_.communicator()),
+      options_.num_experts, options_.top_k, routing.weights.scalar_type());
+  return {y.view(x.sizes()), losses.balance_loss, losses.z_loss, losses.expert_load};
+}
+
+double imbalance(const torch::Tensor& expert_load) {
+  check_input(expert_load.defined() && expert_load.dim() == 1 && expert_load.numel() > 0,
+              "imbalance: expected the load of each expert, [E]");
+  const double mean = expert_load.to(torch::kFloat64).mean().item<double>();
+  return mean > 0 ? expert_load.max().item<double>() / mean : 1.0;
+}
+
+}  // namespace anabranch

@@ -1,0 +1,95 @@
+#include "moe_options.h"
+
+#include "communicator/agreement.h"
+#include "support/check.h"
+
+namespace anabranch {
+namespace {
+
+void check_positive(int64_t value, const char* name) {
+  check_input(value >= 1, "MoEOptions: ", name, " = ", value, ", expected at least 1");
+}
+
+/// The largest parameter must be addressable: experts × out × in × 8 bytes within int64.
+void check_addressable(int64_t experts, int64_t inner, int64_t hidden) {
+  int64_t bytes = 0;
+  check_input(!__builtin_mul_overflow(experts, inner, &bytes) &&
+                  !__builtin_mul_overflow(bytes, hidden, &bytes) &&
+                  !__builtin_mul_overflow(bytes, int64_t{2 * 8}, &bytes),
+              "MoEOptions: ", experts, " experts of ", inner, " × ", hidden,
+              " overflow 64-bit sizes");
+}
+
+void check_options(const MoEOptions& options) {
+  check_positive(options.hidden_size, "hidden_size");
+  check_positive(options.expert_hidden_size, "expert_hidden_size");
+  check_positive(options.num_experts, "num_experts");
+  check_input(options.top_k >= 1 && options.top_k <= options.num_experts, "MoEOptions: top_k = ",
+              options.top_k, " with ", options.num_experts,
+              " experts, expected 1 ≤ top_k ≤ num_experts");
+  check_input(options.shared_expert_hidden_size >= 0, "MoEOptions: shared_expert_hidden_size = ",
+              options.shared_expert_hidden_size, ", expected 0 (none) or more");
+  check_input(options.jitter >= 0 && options.jitter < 1, "MoEOptions: jitter = ", options.jitter,
+              ", expected 0 ≤ jitter < 1");
+  check_input(options.dtype == torch::kFloat32 || options.dtype == torch::kFloat64 ||
+                  options.dtype == torch::kBFloat16 || options.dtype == torch::kFloat16,
+              "MoEOptions: dtype = ", options.dtype, ", expected fp32, fp64, bf16 or fp16");
+  check_addressable(options.num_experts, options.expert_hidden_size, options.hidden_size);
+  check_addressable(1, options.shared_expert_hidden_size, options.hidden_size);
+}
+
+std::vector<std::pair<std::string, std::string>> fields(const MoEOptions& options) {
+  return {{"hidden_size", c10::str(options.hidden_size)},
+          {"expert_hidden_size", c10::str(options.expert_hidden_size)},
+          {"num_experts", c10::str(options.num_experts)},
+          {"top_k", c10::str(options.top_k)},
+          {"activation", c10::str(static_cast<int>(options.activation))},
+          {"glu", c10::str(options.glu)},
+          {"bias", c10::str(options.bias)},
+          {"shared_expert_hidden_size", c10::str(options.shared_expert_hidden_size)},
+          {"renormalize", c10::str(options.renormalize)},
+          {"jitter", c10::str(options.jitter)},
+          {"recompute", c10::str(options.recompute)},
+          {"engine", options.engine},
+          {"dtype", c10::str(options.dtype)},
+          {"device", c10::DeviceTypeName(options.device.type(), /*lower_case=*/true)},
+          {"seed", c10::str(options.seed)}};
+}
+
+}  // namespace
+
+std::shared_ptr<Communicator> agree_on_options(const MoEOptions& options,
+                                               std::shared_ptr<Communicator> communicator) {
+  check_options(options);
+  check_agreement(*communicator, fields(options));
+  return communicator;
+}
+
+void check_layer_input(const torch::Tensor& x, const MoEOptions& options) {
+  check_input(x.defined(), "MoELayer: input is undefined");
+  check_input(x.dim() >= 1 && x.size(-1) == options.hidden_size, "MoELayer: input is ", x.sizes(),
+              ", expected a last dimension of hidden_size = ", options.hidden_size);
+  check_input(x.scalar_type() == options.dtype, "MoELayer: input is ", x.scalar_type(),
+              ", expected ", options.dtype);
+  check_input(x.device().type() == options.device.type() &&
+                  (!options.device.has_index() || x.device() == options.device),
+              "MoELayer: input is on ", x.device(), ", expected ", options.device);
+}
+
+void check_layer_routing(const Routing& routing, int64_t tokens, const MoEOptions& options) {
+  check_input(routing.expert_ids.defined() && routing.weights.defined(),
+              "MoELayer: routing must give expert_ids and weights");
+  check_input(routing.expert_ids.dim() == 2 && routing.expert_ids.size(0) == tokens &&
+                  routing.expert_ids.size(1) == options.top_k,
+              "MoELayer: routing.expert_ids is ", routing.expert_ids.sizes(), ", expected [",
+              tokens, ", ", options.top_k, "]");
+  const auto weight_type =
+      options.dtype == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
+  check_input(routing.weights.scalar_type() == weight_type, "MoELayer: routing.weights are ",
+              routing.weights.scalar_type(), ", expected ", weight_type);
+  check_input(routing.expert_ids.device().type() == options.device.type(),
+              "MoELayer: routing is on ", routing.expert_ids.device(), ", expected ",
+              options.device);
+}
+
+}  // namespace anabranch

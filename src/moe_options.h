@@ -1,0 +1,20 @@
+#pragma once
+
+#include <anabranch/communicator.h>
+#include <anabranch/options.h>
+#include <anabranch/router.h>
+
+namespace anabranch {
+
+/// Refuses options that no layer can have (InputError) and options that differ between ranks
+/// (CommunicationError naming rank and field). Collective. Returns the communicator.
+std::shared_ptr<Communicator> agree_on_options(const MoEOptions& options,
+                                               std::shared_ptr<Communicator> communicator);
+
+/// InputError unless `x` is [..., h] of the layer's type and device.
+void check_layer_input(const torch::Tensor& x, const MoEOptions& options);
+
+/// InputError unless `routing` is for `tokens` tokens of such a layer.
+void check_layer_routing(const Routing& routing, int64_t tokens, const MoEOptions& options);
+
+}  // namespace anabranch

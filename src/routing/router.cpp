@@ -1,0 +1,38 @@
+#include <anabranch/router.h>
+#include <torch/nn/functional/linear.h>
+
+#include <limits>
+
+#include "support/check.h"
+#include "support/random.h"
+
+namespace anabranch {
+namespace {
+
+/// fp32, or fp64 where the layer computes in fp64.
+torch::Dtype gate_type(torch::Dtype dtype) {
+  return dtype == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
+}
+
+}  // namespace
+
+RouterImpl::RouterImpl(const MoEOptions& options) : options_(options) {
+  weight = register_parameter(
+      "weight", torch::empty({options.num_experts, options.hidden_size},
+                             torch::dtype(gate_type(options.dtype)).device(options.device)));
+  constexpr uint64_t kStream = std::numeric_limits<uint64_t>::max();  // apart from the experts'
+  fill_uniform(weight, options.hidden_size, options.seed, kStream);
+}
+
+Routing RouterImpl::forward(const torch::Tensor& x) {
+  check_input(x.defined() && x.dim() == 2 && x.size(1) == weight.size(1), "router: expected x of [T, ",
+              weight.size(1), "]");
+  torch::Tensor gate_input = x.to(weight.scalar_type());
+  if (is_training() && options_.jitter > 0) {
+    gate_input = gate_input *
+                 torch::empty_like(gate_input).uniform_(1 - options_.jitter, 1 + options_.jitter);
+  }
+  return route(torch::linear(gate_input, weight), options_.top_k, options_.renormalize);
+}
+
+}  // namespace anabranch
