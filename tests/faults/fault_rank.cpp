@@ -3,6 +3,7 @@
 // Says on standard error how it ended, as one line: "ended rank=0 seconds=2.0 peers=2 what=...".
 #include <anabranch/communicator.h>
 #include <anabranch/error.h>
+#include <anabranch/moe_layer.h>
 #include <mpi.h>
 #include <torch/types.h>
 #include <unistd.h>
@@ -18,8 +19,6 @@
 #include <string>
 #include <thread>
 #include <vector>
-
-#include "communicator/agreement.h"
 
 namespace {
 
@@ -47,20 +46,50 @@ void exchange_for_ever(Communicator& communicator) {
   }
 }
 
-/// Sends itself `signal` while it is in one of many exchanges.
-void signal_in_the_middle(Communicator& communicator, int signal) {
-  exchange_once(communicator);
+/// Sends the culprit `signal` after 300 ms, in the middle of whatever it does.
+void schedule(const Communicator& communicator, int signal) {
   if (communicator.rank() == kCulprit) {
     std::thread([signal] {
       std::this_thread::sleep_for(milliseconds(300));
       kill(getpid(), signal);
     }).detach();
   }
+}
+
+void killed(Communicator& communicator) {
+  exchange_once(communicator);
+  schedule(communicator, SIGKILL);
   exchange_for_ever(communicator);
 }
 
-void killed(Communicator& communicator) { signal_in_the_middle(communicator, SIGKILL); }
-void stalled(Communicator& communicator) { signal_in_the_middle(communicator, SIGSTOP); }
+void stalled(Communicator& communicator) {
+  exchange_once(communicator);
+  schedule(communicator, SIGSTOP);
+  exchange_for_ever(communicator);
+}
+
+anabranch::MoEOptions layer_options() {
+  anabranch::MoEOptions options;
+  options.hidden_size = 64;
+  options.expert_hidden_size = 128;
+  options.num_experts = 8;
+  options.top_k = 2;
+  return options;
+}
+
+/// Non-owning: main's communicator outlives the layer.
+std::shared_ptr<Communicator> share(Communicator& communicator) {
+  return {std::shared_ptr<void>(), &communicator};
+}
+
+void killed_in_a_training_step(Communicator& communicator) {
+  anabranch::MoELayer layer(layer_options(), share(communicator));
+  schedule(communicator, SIGKILL);
+  while (true) {
+    const auto x = torch::randn({200, 64}, torch::requires_grad());
+    layer->forward(x).output.sum().backward();
+  }
+}
 
 /// Comes when the others have given up.
 void late(Communicator& communicator) {
@@ -92,8 +121,9 @@ void throws(Communicator& communicator) {
 }
 
 void other_options(Communicator& communicator) {
-  check_agreement(communicator,
-                  {{"hidden_size", "64"}, {"top_k", communicator.rank() == kCulprit ? "3" : "2"}});
+  anabranch::MoEOptions options = layer_options();
+  options.top_k = communicator.rank() == kCulprit ? 3 : 2;
+  const anabranch::MoELayer layer(options, share(communicator));
 }
 
 void other_calls(Communicator& communicator) {
@@ -144,6 +174,7 @@ void stay_away() {
 const std::map<std::string, std::function<void(Communicator&)>> scenarios = {
     {"absent", [](Communicator& communicator) { communicator.barrier(); }},
     {"killed", killed},
+    {"killed_in_a_training_step", killed_in_a_training_step},
     {"stalled", stalled},
     {"late", late},
     {"slow_together", slow_together},
