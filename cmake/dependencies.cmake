@@ -38,10 +38,32 @@ if(ANABRANCH_WITH_CUDA)
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
     set(CMAKE_CUDA_ARCHITECTURES 90 CACHE STRING "GPU architectures to compile for")
   endif()
+  set(CMAKE_CUDA_RUNTIME_LIBRARY None) # the one that torch loads, below
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)
+  # cuBLAS, the runtime and NCCL: those that torch's wheel brings, and loads, before any other.
+  set(of_torch "${LibTorch_INCLUDE_DIR}/../../nvidia")
+  set(major ${CUDAToolkit_VERSION_MAJOR})
+  foreach(library cublas cublasLt cudart)
+    find_library(
+      ANABRANCH_${library} NAMES lib${library}.so.${major} ${library} REQUIRED
+      HINTS "${of_torch}/cu${major}/lib" "${of_torch}/cublas/lib" ${CUDAToolkit_LIBRARY_DIR})
+    mark_as_advanced(ANABRANCH_${library})
+  endforeach()
+  add_library(anabranch_cuda INTERFACE)
+  target_include_directories(anabranch_cuda SYSTEM INTERFACE ${CUDAToolkit_INCLUDE_DIRS})
+  target_link_libraries(anabranch_cuda INTERFACE "${ANABRANCH_cublas}" "${ANABRANCH_cublasLt}"
+                                                 "${ANABRANCH_cudart}")
+  find_path(NCCL_INCLUDE_DIR nccl.h HINTS "${of_torch}/nccl/include")
+  find_library(NCCL_LIBRARY NAMES libnccl.so.2 nccl HINTS "${of_torch}/nccl/lib")
+  mark_as_advanced(NCCL_INCLUDE_DIR NCCL_LIBRARY)
+endif()
+set(ANABRANCH_WITH_NCCL OFF)
+if(ANABRANCH_WITH_CUDA AND NCCL_INCLUDE_DIR AND NCCL_LIBRARY)
+  set(ANABRANCH_WITH_NCCL ON)
 endif()
 
 message(STATUS "LibTorch ${LibTorch_VERSION} (CUDA: ${LibTorch_CUDA_FOUND}, C++11 ABI: "
                "${LibTorch_CXX11_ABI}): ${LibTorch_CPU_LIBRARY}")
-message(STATUS "anabranch: MPI ${ANABRANCH_MPI}, CUDA ${ANABRANCH_WITH_CUDA}")
+message(STATUS "anabranch: MPI ${ANABRANCH_MPI}, CUDA ${ANABRANCH_WITH_CUDA}, "
+               "NCCL ${ANABRANCH_WITH_NCCL}")

@@ -53,24 +53,22 @@ struct Lanes {
   }
 };
 
-/// One lane's share of a row of [T, E]: in registers, or read again each time (kPerLane = 0).
+/// One lane's share of a token's logits, and which of them are left to choose from: in registers.
 template <typename value_t, int kLanes, int kPerLane>
-struct Row {
+struct Logits {
   value_t values[kPerLane];
   int experts;
   int lane;
 
-  __device__ Row(const value_t* row, int num_experts, int own_lane)
+  __device__ Logits(const value_t* row, int num_experts, int own_lane)
       : experts(num_experts), lane(own_lane) {
 #pragma unroll
     for (int r = 0; r < kPerLane; ++r) {
-      if (lane + r * kLanes < experts) {
-        values[r] = row[lane + r * kLanes];
-      }
+      values[r] = lane + r * kLanes < experts ? row[lane + r * kLanes] : -kInfinity<value_t>;
     }
   }
 
-  /// Calls `body(expert, value)` for each expert of this lane, in ascending order.
+  /// Calls `body(expert, value)` for each of this lane that is left, in ascending order.
   template <typename Body>
   __device__ __forceinline__ void for_each(const Body& body) const {
 #pragma unroll
@@ -80,22 +78,41 @@ struct Row {
       }
     }
   }
+
+  /// Leaves `expert` out from here on; each is the best of those left.
+  __device__ __forceinline__ void take(int expert, value_t) {
+#pragma unroll
+    for (int r = 0; r < kPerLane; ++r) {
+      values[r] = lane + r * kLanes == expert ? -kInfinity<value_t> : values[r];
+    }
+  }
 };
 
+/// The same for more experts than registers: read again each time.
 template <typename value_t, int kLanes>
-struct Row<value_t, kLanes, 0> {
+struct Logits<value_t, kLanes, 0> {
   const value_t* row;
   int experts;
   int lane;
+  value_t last = kInfinity<value_t>;  // what is left comes after the last that was taken
+  int last_expert = -1;
 
-  __device__ Row(const value_t* values, int num_experts, int own_lane)
+  __device__ Logits(const value_t* values, int num_experts, int own_lane)
       : row(values), experts(num_experts), lane(own_lane) {}
 
   template <typename Body>
   __device__ __forceinline__ void for_each(const Body& body) const {
     for (int expert = lane; expert < experts; expert += kLanes) {
-      body(expert, row[expert]);
+      const value_t value = row[expert];
+      if (last_expert < 0 || value < last || (value == last && expert > last_expert)) {
+        body(expert, value);
+      }
     }
+  }
+
+  __device__ __forceinline__ void take(int expert, value_t value) {
+    last = value;
+    last_expert = expert;
   }
 };
 
@@ -109,16 +126,14 @@ struct RouteOutput {
   unsigned long long* first_nonfinite_token;  // −1, the largest unsigned number, if there is none
 };
 
-/// The `top_k` largest logits in order, ties to the lowest expert: each is the best of those that
-/// come after the one before. Their probabilities go to `weights`, divided by their sum if wanted.
-/// A lane keeps one of as many slots as there are lanes, and completes it with the others.
+/// The `top_k` largest logits in order, ties to the lowest expert. Their probabilities go to
+/// `weights`, divided by their sum if wanted. A lane keeps one of as many slots as there are lanes,
+/// and completes it together with the others.
 template <typename value_t, int kLanes, int kPerLane>
-__device__ void select(const Row<value_t, kLanes, kPerLane>& logits,
-                       const Lanes<value_t, kLanes>& lanes, value_t largest, value_t sum, int top_k,
-                       bool renormalize, int64_t* expert_ids, value_t* weights,
+__device__ void select(Logits<value_t, kLanes, kPerLane>& logits,
+                       const Lanes<value_t, kLanes>& lanes, value_t largest, value_t scale,
+                       int top_k, bool renormalize, int64_t* expert_ids, value_t* weights,
                        unsigned* histogram) {
-  value_t last = kInfinity<value_t>;
-  int last_expert = -1;
   value_t selected_sum = 0;
   for (int base = 0; base < top_k; base += kLanes) {
     const int slots = min(top_k - base, kLanes);
@@ -128,23 +143,21 @@ __device__ void select(const Row<value_t, kLanes, kPerLane>& logits,
       value_t value = -kInfinity<value_t>;
       int expert = kNobody;
       logits.for_each([&](int candidate, value_t logit) {
-        const bool open = logit < last || (logit == last && candidate > last_expert);
-        if (open && logit > value) {
+        if (logit > value) {
           value = logit;
           expert = candidate;
         }
       });
       lanes.best(value, expert);
+      logits.take(expert, value);
       if (lanes.lane == slot) {
         own_value = value;
         own_expert = expert;
       }
-      last = value;
-      last_expert = expert;
     }
     value_t probability = 0;
     if (lanes.lane < slots) {
-      probability = exp(own_value - largest) / sum;
+      probability = exp(own_value - largest) * scale;
       expert_ids[base + lanes.lane] = own_expert;
       weights[base + lanes.lane] = probability;
       atomicAdd(&histogram[own_expert], 1u);
@@ -161,7 +174,7 @@ __device__ void route_token(int64_t token, const value_t* logits_row, int expert
                             bool renormalize, const RouteOutput<value_t>& out,
                             unsigned* histogram) {
   const Lanes<value_t, kLanes> lanes;
-  const Row<value_t, kLanes, kPerLane> logits(logits_row, experts, lanes.lane);
+  Logits<value_t, kLanes, kPerLane> logits(logits_row, experts, lanes.lane);
   value_t largest = -kInfinity<value_t>;
   bool finite = true;
   logits.for_each([&](int, value_t logit) {
@@ -171,10 +184,24 @@ __device__ void route_token(int64_t token, const value_t* logits_row, int expert
   int nobody = kNobody;
   lanes.best(largest, nobody);
   value_t sum = 0;
-  logits.for_each([&](int, value_t logit) { sum += exp(logit - largest); });
-  sum = lanes.sum(sum);
+  value_t exponentials[kPerLane == 0 ? 1 : kPerLane];
   logits.for_each([&](int expert, value_t logit) {
-    out.probabilities[token * experts + expert] = exp(logit - largest) / sum;
+    const value_t exponential = exp(logit - largest);
+    sum += exponential;
+    if constexpr (kPerLane > 0) {
+      exponentials[expert / kLanes] = exponential;
+    }
+  });
+  sum = lanes.sum(sum);
+  const value_t scale = 1 / sum;
+  logits.for_each([&](int expert, value_t logit) {
+    value_t exponential;
+    if constexpr (kPerLane > 0) {
+      exponential = exponentials[expert / kLanes];
+    } else {
+      exponential = exp(logit - largest);
+    }
+    out.probabilities[token * experts + expert] = exponential * scale;
   });
   const value_t logsumexp = lanes.all(finite) ? largest + log(sum) : value_t(NAN);
   if (lanes.lane == 0) {
@@ -183,7 +210,7 @@ __device__ void route_token(int64_t token, const value_t* logits_row, int expert
   int64_t* expert_ids = out.expert_ids + token * top_k;
   value_t* weights = out.weights + token * top_k;
   if (isfinite(logsumexp)) {
-    select(logits, lanes, largest, sum, top_k, renormalize, expert_ids, weights, histogram);
+    select(logits, lanes, largest, scale, top_k, renormalize, expert_ids, weights, histogram);
     return;
   }
   // Never routed: any distinct experts will do.

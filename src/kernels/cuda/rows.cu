@@ -1,9 +1,12 @@
+#include <algorithm>
+
 #include "kernels/cuda/device.cuh"
 
 namespace anabranch::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int64_t kSumBlocks = 132 * 3 * 4;  // walk over all groups: a few times what runs at once
 
 /// `kLanes` neighbouring threads copy one row of `width` units.
 template <typename unit_t, int kLanes>
@@ -56,53 +59,94 @@ void gather_units(const void* rows, const int64_t* index, int64_t count, int64_t
   }
 }
 
-/// A warp sums one strip of one group: `kPacks` · 32 packs of columns. The strips of a group are
-/// neighbours, so that rows are read through at about one time.
+template <typename scalar_t>
+struct RowSum {
+  const scalar_t* rows;
+  const int64_t* offsets;
+  const int64_t* members;
+  const accumulate_t<scalar_t>* weights;  // may be null
+  int64_t strips;                         // of a group
+  int64_t work;                           // groups · strips
+  int64_t width;
+  scalar_t* out;
+};
+
+/// A range of members.
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+template <typename scalar_t>
+__device__ __forceinline__ Range members_of(const RowSum<scalar_t>& task, int64_t work) {
+  if (work >= task.work) {
+    return {0, 0};
+  }
+  const int64_t group = work / task.strips;
+  return {task.offsets[group], task.offsets[group + 1]};
+}
+
+/// One member a lane; 0 beyond the end.
+template <typename scalar_t>
+__device__ __forceinline__ int64_t own_member(const RowSum<scalar_t>& task, Range range) {
+  const int64_t i = range.begin + threadIdx.x % kWarp;
+  return i < range.end ? task.members[i] : 0;
+}
+
+/// A warp sums strips of groups: `kPacks` · 32 packs of columns each. The strips of a group are
+/// neighbours, so that rows are read through at about one time. Where the next strip's members are
+/// is looked up while this one's rows arrive: otherwise three loads would wait for one another.
 template <typename scalar_t, int kSize, int kPacks>
-__global__ void __launch_bounds__(kThreads, 5)
-    sum_rows_kernel(const scalar_t* __restrict__ rows, const int64_t* __restrict__ offsets,
-                    const int64_t* __restrict__ members,
-                    const accumulate_t<scalar_t>* __restrict__ weights, int64_t groups,
-                    int64_t strips, int64_t width, scalar_t* __restrict__ out) {
+__global__ void __launch_bounds__(kThreads, 3) sum_rows_kernel(RowSum<scalar_t> task) {
   using acc_t = accumulate_t<scalar_t>;
   const int lane = threadIdx.x % kWarp;
-  const int64_t work =
-      static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
-  const int64_t group = work / strips;
-  if (group >= groups) {
-    return;
-  }
-  const int64_t first_column = ((work - group * strips) * kPacks * kWarp + lane) * kSize;
-  acc_t sum[kPacks][kSize] = {};
-  const int64_t end = offsets[group + 1];
-  for (int64_t base = offsets[group]; base < end; base += kWarp) {
-    // A lane looks up one member; all lanes then walk through them in order.
-    const int64_t member = base + lane < end ? members[base + lane] : 0;
-    const acc_t weight = weights != nullptr && base + lane < end ? weights[member] : acc_t{1};
-    const int count = static_cast<int>(min(end - base, static_cast<int64_t>(kWarp)));
-#pragma unroll 2
-    for (int j = 0; j < count; ++j) {
-      const scalar_t* row = rows + __shfl_sync(kFullMask, member, j) * width + first_column;
-      const acc_t scale = __shfl_sync(kFullMask, weight, j);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
+  int64_t work = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  Range range = members_of(task, work);
+  Range next_range = members_of(task, work + step);
+  int64_t member = own_member(task, range);
+  for (; work < task.work; work += step) {
+    const int64_t next_member = own_member(task, next_range);
+    const Range after_next = members_of(task, work + 2 * step);
+    const int64_t group = work / task.strips;
+    const int64_t first_column = ((work - group * task.strips) * kPacks * kWarp + lane) * kSize;
+    acc_t sum[kPacks][kSize] = {};
+    while (range.begin < range.end) {
+      const int count = static_cast<int>(min(range.end - range.begin, int64_t{kWarp}));
+      const acc_t weight =
+          task.weights != nullptr && lane < count ? task.weights[member] : acc_t{1};
+#pragma unroll 4
+      for (int j = 0; j < count; ++j) {
+        const scalar_t* row =
+            task.rows + __shfl_sync(kFullMask, member, j) * task.width + first_column;
+        const acc_t scale = __shfl_sync(kFullMask, weight, j);
 #pragma unroll
-      for (int c = 0; c < kPacks; ++c) {
-        if (first_column + c * kWarp * kSize < width) {
-          acc_t values[kSize];
-          unpack(load_pack<kSize>(row + c * kWarp * kSize), values);
+        for (int c = 0; c < kPacks; ++c) {
+          if (first_column + c * kWarp * kSize < task.width) {
+            acc_t values[kSize];
+            unpack(load_pack<kSize>(row + c * kWarp * kSize), values);
 #pragma unroll
-          for (int i = 0; i < kSize; ++i) {
-            sum[c][i] += scale * values[i];
+            for (int i = 0; i < kSize; ++i) {
+              sum[c][i] += scale * values[i];
+            }
           }
         }
       }
+      range.begin += count;
+      if (range.begin < range.end) {
+        member = own_member(task, range);
+      }
     }
-  }
 #pragma unroll
-  for (int c = 0; c < kPacks; ++c) {
-    const int64_t column = first_column + c * kWarp * kSize;
-    if (column < width) {
-      store_pack(out + group * width + column, sum[c]);
+    for (int c = 0; c < kPacks; ++c) {
+      const int64_t column = first_column + c * kWarp * kSize;
+      if (column < task.width) {
+        store_pack(task.out + group * task.width + column, sum[c]);
+      }
     }
+    range = next_range;
+    member = next_member;
+    next_range = after_next;
   }
 }
 
@@ -142,11 +186,17 @@ void launch_sum_rows(Scalar scalar, const void* rows, const int64_t* offsets,
       constexpr int kSize = decltype(pack_size)::value;
       constexpr int kPacks = 2;
       const int64_t strips = divide_up(width, kPacks * kWarp * kSize);
-      const unsigned blocks = grid_size(divide_up(groups * strips, kThreads / kWarp));
-      sum_rows_kernel<scalar_t, kSize, kPacks><<<blocks, kThreads, 0, stream>>>(
-          static_cast<const scalar_t*>(rows), offsets, members,
-          static_cast<const accumulate_t<scalar_t>*>(weights), groups, strips, width,
-          static_cast<scalar_t*>(out));
+      const RowSum<scalar_t> task{static_cast<const scalar_t*>(rows),
+                                  offsets,
+                                  members,
+                                  static_cast<const accumulate_t<scalar_t>*>(weights),
+                                  strips,
+                                  groups * strips,
+                                  width,
+                                  static_cast<scalar_t*>(out)};
+      const int64_t blocks = std::min(divide_up(task.work, kThreads / kWarp), kSumBlocks);
+      sum_rows_kernel<scalar_t, kSize, kPacks>
+          <<<grid_size(blocks), kThreads, 0, stream>>>(task);
       check_launch("sum_rows");
     });
   });
