@@ -35,25 +35,26 @@ struct Step : torch::CustomClassHolder {
 struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
   static torch::Tensor forward(AutogradContext* context, const torch::Tensor& x,
                                const torch::Tensor& weights, const torch::Tensor& up_weight,
-                               const torch::Tensor& up_bias, const torch::Tensor& down_weight,
-                               const torch::Tensor& down_bias,
+                               const std::optional<torch::Tensor>& up_bias,
+                               const torch::Tensor& down_weight,
+                               const std::optional<torch::Tensor>& down_bias,
                                const c10::intrusive_ptr<Step>& step) {
     const ExchangePlan& plan = step->plan;
     const FeedForward& feed_forward = step->feed_forward;
+    const Projection up = projection(up_weight, up_bias);
+    const Projection down = projection(down_weight, down_bias);
 
     const auto [rows, values] = step->exchange.dispatch({x, weights}, plan);
-    auto hidden = project(feed_forward, permute(rows, plan), {up_weight, up_bias},
-                          plan.expert_counts);
+    auto hidden = project(feed_forward, permute(rows, plan), up, plan.expert_counts);
     const auto saved_hidden = step->recompute ? torch::Tensor() : hidden;
     auto activated = activate(feed_forward, hidden);
     hidden.reset();
-    const auto results =
-        project(feed_forward, activated, {down_weight, down_bias}, plan.expert_counts);
+    const auto results = project(feed_forward, activated, down, plan.expert_counts);
     activated.reset();
     const auto y = step->exchange.combine({unpermute(results, values, plan), {}}, plan).rows;
 
     context->save_for_backward(
-        {rows, values, saved_hidden, up_weight, up_bias, down_weight, down_bias});
+        {rows, values, saved_hidden, up.weight, up.bias, down.weight, down.bias});
     context->saved_data["step"] = torch::IValue::make_capsule(step);
     return y;
   }
@@ -71,19 +72,24 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
     const FeedForward& feed_forward = step->feed_forward;
 
     const auto dy_rows = step->exchange.dispatch({gradients[0].contiguous(), {}}, plan).rows;
-    const auto hidden =
-        step->recompute ? project(feed_forward, permute(rows, plan), up, plan.expert_counts)
-                        : saved[2];
+    const auto hidden = step->recompute
+                            ? project(feed_forward, permute(rows, plan), up, plan.expert_counts)
+                            : saved[2];
     auto downstream = down_backward(feed_forward, permute(dy_rows, plan), hidden, values, down,
                                     plan.expert_counts);
-    const auto upstream = up_backward(feed_forward, downstream.dhidden, permute(rows, plan), up,
-                                      plan.expert_counts);
+    const auto upstream =
+        up_backward(feed_forward, downstream.dhidden, permute(rows, plan), up, plan.expert_counts);
     downstream.dhidden.reset();
-    const auto [dx, dweights] = step->exchange.combine(
-        {unpermute(upstream.dx, {}, plan), downstream.dvalues}, plan);
+    const auto [dx, dweights] =
+        step->exchange.combine({unpermute(upstream.dx, {}, plan), downstream.dvalues}, plan);
 
-    return {dx, dweights, upstream.parameters.weight, upstream.parameters.bias,
-            downstream.parameters.weight, downstream.parameters.bias, {}};
+    return {dx,
+            dweights,
+            upstream.parameters.weight,
+            upstream.parameters.bias,
+            downstream.parameters.weight,
+            downstream.parameters.bias,
+            {}};
   }
 };
 
@@ -91,32 +97,31 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
 
 MoELayerImpl::MoELayerImpl(const MoEOptions& options, std::shared_ptr<Communicator> communicator)
     : options_(options),
-      exchange_(agree_on_options(options, communicator ? std::move(communicator)
-                                                       : make_self_communicator()),
+      exchange_(agree_on_options(options,
+                                 communicator ? std::move(communicator) : make_self_communicator()),
                 options.num_experts),
       engine_(make_grouped_gemm_engine(options.device, options.engine)) {
   router_ = register_module("router", Router(options));
-  experts_ = register_module("experts", Experts(options, exchange_.placement(),
-                                                exchange_.communicator().rank()));
+  experts_ = register_module(
+      "experts", Experts(options, exchange_.placement(), exchange_.communicator().rank()));
   if (options.shared_expert_hidden_size > 0) {
     shared_expert_ = register_module("shared_expert", make_shared_expert(options));
   }
 }
 
 MoEOutput MoELayerImpl::forward(const torch::Tensor& x) {
-  check_layer_input(x, options_);
-  return forward(x, router_->forward(x.reshape({-1, options_.hidden_size})));
+  return forward(x, router_->forward(layer_tokens(x, options_)));
 }
 
 MoEOutput MoELayerImpl::forward(const torch::Tensor& x, const Routing& routing) {
-  check_layer_input(x, options_);
-  const auto tokens = x.reshape({-1, options_.hidden_size}).contiguous();
+  const auto tokens = layer_tokens(x, options_);
   check_layer_routing(routing, tokens.size(0), options_);
   const FeedForward feed_forward{engine_, options_.activation, options_.glu};
   const auto step = c10::make_intrusive<Step>(exchange_, exchange_.plan(routing), feed_forward,
                                               options_.recompute);
-  auto y = ThroughExperts::apply(tokens, routing.weights, experts_->up_weight, experts_->up_bias,
-                                 experts_->down_weight, experts_->down_bias, step);
+  auto y =
+      ThroughExperts::apply(tokens, routing.weights, experts_->up_weight, given(experts_->up_bias),
+                            experts_->down_weight, given(experts_->down_bias), step);
   if (shared_expert_) {
     y = y + through_shared_expert(tokens, shared_expert_, feed_forward);
   }

@@ -24,11 +24,12 @@ void check_options(const MoEOptions& options) {
   check_positive(options.hidden_size, "hidden_size");
   check_positive(options.expert_hidden_size, "expert_hidden_size");
   check_positive(options.num_experts, "num_experts");
-  check_input(options.top_k >= 1 && options.top_k <= options.num_experts, "MoEOptions: top_k = ",
-              options.top_k, " with ", options.num_experts,
+  check_input(options.top_k >= 1 && options.top_k <= options.num_experts,
+              "MoEOptions: top_k = ", options.top_k, " with ", options.num_experts,
               " experts, expected 1 ≤ top_k ≤ num_experts");
-  check_input(options.shared_expert_hidden_size >= 0, "MoEOptions: shared_expert_hidden_size = ",
-              options.shared_expert_hidden_size, ", expected 0 (none) or more");
+  check_input(options.shared_expert_hidden_size >= 0,
+              "MoEOptions: shared_expert_hidden_size = ", options.shared_expert_hidden_size,
+              ", expected 0 (none) or more");
   check_input(options.jitter >= 0 && options.jitter < 1, "MoEOptions: jitter = ", options.jitter,
               ", expected 0 ≤ jitter < 1");
   check_input(options.dtype == torch::kFloat32 || options.dtype == torch::kFloat64 ||
@@ -65,7 +66,7 @@ std::shared_ptr<Communicator> agree_on_options(const MoEOptions& options,
   return communicator;
 }
 
-void check_layer_input(const torch::Tensor& x, const MoEOptions& options) {
+torch::Tensor layer_tokens(const torch::Tensor& x, const MoEOptions& options) {
   check_input(x.defined(), "MoELayer: input is undefined");
   check_input(x.dim() >= 1 && x.size(-1) == options.hidden_size, "MoELayer: input is ", x.sizes(),
               ", expected a last dimension of hidden_size = ", options.hidden_size);
@@ -74,6 +75,7 @@ void check_layer_input(const torch::Tensor& x, const MoEOptions& options) {
   check_input(x.device().type() == options.device.type() &&
                   (!options.device.has_index() || x.device() == options.device),
               "MoELayer: input is on ", x.device(), ", expected ", options.device);
+  return x.reshape({-1, options.hidden_size}).contiguous();
 }
 
 void check_layer_routing(const Routing& routing, int64_t tokens, const MoEOptions& options) {
@@ -83,8 +85,7 @@ void check_layer_routing(const Routing& routing, int64_t tokens, const MoEOption
                   routing.expert_ids.size(1) == options.top_k,
               "MoELayer: routing.expert_ids is ", routing.expert_ids.sizes(), ", expected [",
               tokens, ", ", options.top_k, "]");
-  const auto weight_type =
-      options.dtype == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
+  const auto weight_type = options.dtype == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
   check_input(routing.weights.scalar_type() == weight_type, "MoELayer: routing.weights are ",
               routing.weights.scalar_type(), ", expected ", weight_type);
   check_input(routing.expert_ids.device().type() == options.device.type(),

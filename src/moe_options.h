@@ -11,8 +11,8 @@ namespace anabranch {
 std::shared_ptr<Communicator> agree_on_options(const MoEOptions& options,
                                                std::shared_ptr<Communicator> communicator);
 
-/// InputError unless `x` is [..., h] of the layer's type and device.
-void check_layer_input(const torch::Tensor& x, const MoEOptions& options);
+/// `x` [..., h] as contiguous tokens [T, h]. InputError unless it is of the layer's type and device.
+torch::Tensor layer_tokens(const torch::Tensor& x, const MoEOptions& options);
 
 /// InputError unless `routing` is for `tokens` tokens of such a layer.
 void check_layer_routing(const Routing& routing, int64_t tokens, const MoEOptions& options);

@@ -14,29 +14,29 @@ namespace anabranch {
 /// T tokens here, W ranks, S rows sent (one per token and destination rank), R rows received,
 /// P assignments of this rank's experts. Index tensors are int64 on the tokens' device.
 struct ExchangePlan {
-  int64_t tokens = 0;                  ///< T
+  int64_t tokens = 0;  ///< T
   int64_t top_k = 0;
-  std::vector<int64_t> send_rows;      ///< [W] rows to each rank, Σ = S
-  std::vector<int64_t> receive_rows;   ///< [W] rows from each rank, Σ = R
+  std::vector<int64_t> send_rows;            ///< [W] rows to each rank, Σ = S
+  std::vector<int64_t> receive_rows;         ///< [W] rows from each rank, Σ = R
   std::vector<int64_t> send_assignments;     ///< [W], Σ = T·top_k
   std::vector<int64_t> receive_assignments;  ///< [W], Σ = P
-  std::vector<int64_t> expert_counts;  ///< [local experts] assignments of each, Σ = P
+  std::vector<int64_t> expert_counts;        ///< [local experts] assignments of each, Σ = P
 
   // Source side. Sent rows are ordered by (destination, token).
-  torch::Tensor send_tokens;       ///< [S] token of each sent row
-  torch::Tensor token_offsets;     ///< [T+1] into token_rows
-  torch::Tensor token_rows;        ///< [S] the sent rows of each token, ascending
-  torch::Tensor send_order;        ///< [T·top_k] flat (token, slot) of assignments by (expert, token)
+  torch::Tensor send_tokens;    ///< [S] token of each sent row
+  torch::Tensor token_offsets;  ///< [T+1] into token_rows
+  torch::Tensor token_rows;     ///< [S] the sent rows of each token, ascending
+  torch::Tensor send_order;     ///< [T·top_k] flat (token, slot) of assignments by (expert, token)
 
   // Expert side. Assignments are expert-major: by (expert, source rank, token), which is the order
   // of a single rank holding the ranks' tokens one after another.
-  torch::Tensor received_order;    ///< [P] place of each assignment in the order of arrival
-  torch::Tensor assignment_rows;   ///< [P] received row of each assignment
-  torch::Tensor row_offsets;       ///< [R+1] into row_assignments
-  torch::Tensor row_assignments;   ///< [P] assignments of each received row, ascending
+  torch::Tensor received_order;   ///< [P] place of each assignment in the order of arrival
+  torch::Tensor assignment_rows;  ///< [P] received row of each assignment
+  torch::Tensor row_offsets;      ///< [R+1] into row_assignments
+  torch::Tensor row_assignments;  ///< [P] assignments of each received row, ascending
 
-  int64_t rows() const { return row_offsets.size(0) - 1; }          ///< R
-  int64_t assignments() const { return assignment_rows.size(0); }   ///< P
+  int64_t rows() const { return row_offsets.size(0) - 1; }         ///< R
+  int64_t assignments() const { return assignment_rows.size(0); }  ///< P
 };
 
 /// What travels: rows and, where wanted, one value per assignment.

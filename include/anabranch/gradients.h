@@ -7,8 +7,9 @@ namespace anabranch {
 /// Makes every gradient that of the mean of the ranks' losses, after backward and before the
 /// optimizer. Replicated parameters: averaged over the world. Expert parameters: they already hold
 /// every token of their expert-parallel group, so they are summed over their replicas and divided by
-/// the world's size. A gradient that is undefined on this rank counts as zero. Collective over the
-/// world, in a few coalesced messages of about `bucket_bytes`.
+/// the world's size. A gradient that is undefined on this rank counts as zero and is defined
+/// afterwards; a parameter that requires none is left alone. Collective over the world, in a few
+/// coalesced messages of about `bucket_bytes`; 16-bit types travel in fp32 and are rounded once.
 void finish_gradients(torch::nn::Module& model, const ParallelGroups& groups,
                       int64_t bucket_bytes = 64 << 20);
 

@@ -16,7 +16,7 @@ struct MoEOutput {
   /// [] E · Σ_e f_e · P_e with f_e the share of all assignments that went to expert e and P_e its mean
   /// probability: 1 in perfect balance (Switch Transformer, arXiv:2101.03961, eq. 4; GShard).
   torch::Tensor balance_loss;
-  torch::Tensor z_loss;        ///< [] mean_t logsumexp(logits[t])² (ST-MoE, arXiv:2202.08906, eq. 5)
+  torch::Tensor z_loss;  ///< [] mean_t logsumexp(logits[t])² (ST-MoE, arXiv:2202.08906, eq. 5)
   /// [E] int64: assignments of each expert over all ranks of the group.
   torch::Tensor expert_load;
 };

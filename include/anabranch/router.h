@@ -14,8 +14,8 @@ struct Routing {
   torch::Tensor counts;      ///< [E] int64, this rank's assignments per expert
 
   /// Sums over this rank's tokens that the auxiliary losses are made of; differentiable.
-  torch::Tensor probability_sum;         ///< [E] Σ_t softmax(logits)[t, e]
-  torch::Tensor squared_logsumexp_sum;   ///< [] Σ_t logsumexp(logits[t])²
+  torch::Tensor probability_sum;        ///< [E] Σ_t softmax(logits)[t, e]
+  torch::Tensor squared_logsumexp_sum;  ///< [] Σ_t logsumexp(logits[t])²
   /// [] int64: first token whose logits hold NaN or Inf, or -1. Such a token is never routed: the
   /// exchange refuses the step on every rank.
   torch::Tensor first_nonfinite_token;

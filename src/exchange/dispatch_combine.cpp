@@ -15,20 +15,20 @@ int64_t sum(const std::vector<int64_t>& values) {
   return std::accumulate(values.begin(), values.end(), int64_t{0});
 }
 
-void check_payload(const Payload& payload, int64_t rows, int64_t values, const char* call) {
+void check_payload(const Payload& payload, int64_t rows, at::IntArrayRef values, const char* call) {
   check_input(payload.rows.defined() && payload.rows.dim() == 2 && payload.rows.size(0) == rows &&
                   payload.rows.is_contiguous(),
               call, ": rows must be a contiguous [", rows, ", h] for this plan");
-  check_input(!payload.values.defined() || payload.values.numel() == values, call,
-              ": values must have ", values, " elements for this plan, not ",
-              payload.values.defined() ? payload.values.numel() : 0);
+  check_input(!payload.values.defined() || payload.values.sizes() == values, call,
+              ": values must be ", values, " for this plan, not ",
+              payload.values.defined() ? payload.values.sizes() : at::IntArrayRef());
 }
 
 }  // namespace
 
 Payload Exchange::dispatch(const Payload& tokens, const ExchangePlan& plan) const {
   const torch::NoGradGuard no_grad;
-  check_payload(tokens, plan.tokens, plan.tokens * plan.top_k, "dispatch");
+  check_payload(tokens, plan.tokens, {plan.tokens, plan.top_k}, "dispatch");
   const Kernels& kernels = kernels_for(tokens.rows.device());
   torch::Tensor ordered_values;  // by (destination, expert, token)
   if (tokens.values.defined()) {
@@ -57,7 +57,7 @@ Payload Exchange::dispatch(const Payload& tokens, const ExchangePlan& plan) cons
 
 Payload Exchange::combine(const Payload& results, const ExchangePlan& plan) const {
   const torch::NoGradGuard no_grad;
-  check_payload(results, plan.rows(), plan.assignments(), "combine");
+  check_payload(results, plan.rows(), {plan.assignments()}, "combine");
   const auto back_to_slots = [&](const torch::Tensor& ordered_values) {
     return at::empty_like(ordered_values)
         .scatter_(0, plan.send_order, ordered_values)
@@ -72,10 +72,8 @@ Payload Exchange::combine(const Payload& results, const ExchangePlan& plan) cons
     return returned;
   }
 
-  const auto rows =
-      at::empty({sum(plan.send_rows), results.rows.size(1)}, results.rows.options());
-  std::vector<Transfer> transfers = {
-      {results.rows, plan.receive_rows, rows, plan.send_rows}};
+  const auto rows = at::empty({sum(plan.send_rows), results.rows.size(1)}, results.rows.options());
+  std::vector<Transfer> transfers = {{results.rows, plan.receive_rows, rows, plan.send_rows}};
   torch::Tensor values;
   if (results.values.defined()) {
     values = at::empty({sum(plan.send_assignments)}, results.values.options());

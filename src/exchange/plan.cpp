@@ -31,9 +31,8 @@ void check_routing(const Routing& routing) {
   check_input(ids.size(1) >= 1, "routing: top_k = 0, expected at least 1");
   check_input(weights.sizes() == ids.sizes(), "routing: weights are ", weights.sizes(),
               ", expected the shape of expert_ids, ", ids.sizes());
-  check_input(
-      weights.scalar_type() == torch::kFloat32 || weights.scalar_type() == torch::kFloat64,
-      "routing: weights are ", weights.scalar_type(), ", expected fp32 or fp64");
+  check_input(weights.scalar_type() == torch::kFloat32 || weights.scalar_type() == torch::kFloat64,
+              "routing: weights are ", weights.scalar_type(), ", expected fp32 or fp64");
   check_input(weights.device() == ids.device(), "routing: expert_ids on ", ids.device(),
               " but weights on ", weights.device());
   check_input(ids.size(0) <= std::numeric_limits<int32_t>::max(), "routing: ", ids.size(0),
@@ -121,8 +120,8 @@ Announced announce(Communicator& communicator, const ExpertPlacement& placement,
   }
   Announced announced;
   announced.received = at::empty({ranks, width}, message.options());
-  communicator.all_to_all_v({{message, sizes, announced.received.flatten(),
-                              std::vector<int64_t>(ranks, width)}});
+  communicator.all_to_all_v(
+      {{message, sizes, announced.received.flatten(), std::vector<int64_t>(ranks, width)}});
   announced.on_host = at::cat({message, announced.received.flatten()}).cpu();
   const auto* sent = announced.on_host.const_data_ptr<int64_t>();
   const auto* received = sent + message.numel();

@@ -21,9 +21,9 @@ DownGradient down_backward(const FeedForward& feed_forward, const torch::Tensor&
                            const torch::Tensor& hidden, const torch::Tensor& values,
                            const Projection& down, const ExpertCounts& counts) {
   const Kernels& kernels = kernels_for(dy.device());
-  auto [dhidden, weighted, dvalues] = kernels.activate_backward(
-      grouped_gemm_dgrad(*feed_forward.engine, dy, down.weight, counts), hidden, values,
-      feed_forward.activation, feed_forward.glu);
+  auto [dhidden, weighted, dvalues] =
+      kernels.activate_backward(grouped_gemm_dgrad(*feed_forward.engine, dy, down.weight, counts),
+                                hidden, values, feed_forward.activation, feed_forward.glu);
   DownGradient gradient;
   gradient.dhidden = dhidden;
   gradient.dvalues = dvalues;

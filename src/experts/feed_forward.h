@@ -3,6 +3,8 @@
 #include <anabranch/grouped_gemm.h>
 #include <anabranch/options.h>
 
+#include <optional>
+
 namespace anabranch {
 
 /// What an expert computes, besides its parameters.
@@ -18,6 +20,15 @@ struct Projection {
   torch::Tensor weight;
   torch::Tensor bias;
 };
+
+/// A bias as an autograd function takes it: no argument at all where there is none.
+inline std::optional<torch::Tensor> given(const torch::Tensor& bias) {
+  return bias.defined() ? std::optional(bias) : std::nullopt;
+}
+inline Projection projection(const torch::Tensor& weight,
+                             const std::optional<torch::Tensor>& bias) {
+  return {weight, bias.value_or(torch::Tensor())};
+}
 
 /// Rows of each local expert, expert-major.
 using ExpertCounts = std::vector<int64_t>;

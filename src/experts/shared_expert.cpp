@@ -16,15 +16,18 @@ struct FeedForwardHolder : torch::CustomClassHolder {
 /// A group of one expert that owns every row.
 struct ThroughSharedExpert : torch::autograd::Function<ThroughSharedExpert> {
   static torch::Tensor forward(AutogradContext* context, const torch::Tensor& x,
-                               const torch::Tensor& up_weight, const torch::Tensor& up_bias,
-                               const torch::Tensor& down_weight, const torch::Tensor& down_bias,
+                               const torch::Tensor& up_weight,
+                               const std::optional<torch::Tensor>& up_bias,
+                               const torch::Tensor& down_weight,
+                               const std::optional<torch::Tensor>& down_bias,
                                const c10::intrusive_ptr<FeedForwardHolder>& feed_forward) {
     const ExpertCounts counts = {x.size(0)};
-    const auto hidden = project(feed_forward->value, x, {up_weight, up_bias}, counts);
-    context->save_for_backward({x, hidden, up_weight, up_bias, down_weight, down_bias});
+    const Projection up = projection(up_weight, up_bias);
+    const Projection down = projection(down_weight, down_bias);
+    const auto hidden = project(feed_forward->value, x, up, counts);
+    context->save_for_backward({x, hidden, up.weight, up.bias, down.weight, down.bias});
     context->saved_data["feed_forward"] = torch::IValue::make_capsule(feed_forward);
-    return project(feed_forward->value, activate(feed_forward->value, hidden),
-                   {down_weight, down_bias}, counts);
+    return project(feed_forward->value, activate(feed_forward->value, hidden), down, counts);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
@@ -37,8 +40,12 @@ struct ThroughSharedExpert : torch::autograd::Function<ThroughSharedExpert> {
                                     /*values=*/{}, {saved[4], saved[5]}, counts);
     const auto up =
         up_backward(feed_forward->value, down.dhidden, saved[0], {saved[2], saved[3]}, counts);
-    return {up.dx, up.parameters.weight, up.parameters.bias, down.parameters.weight,
-            down.parameters.bias, {}};
+    return {up.dx,
+            up.parameters.weight,
+            up.parameters.bias,
+            down.parameters.weight,
+            down.parameters.bias,
+            {}};
   }
 };
 
@@ -53,8 +60,8 @@ Experts make_shared_expert(const MoEOptions& options) {
 
 torch::Tensor through_shared_expert(const torch::Tensor& x, const Experts& shared_expert,
                                     const FeedForward& feed_forward) {
-  return ThroughSharedExpert::apply(x, shared_expert->up_weight, shared_expert->up_bias,
-                                    shared_expert->down_weight, shared_expert->down_bias,
+  return ThroughSharedExpert::apply(x, shared_expert->up_weight, given(shared_expert->up_bias),
+                                    shared_expert->down_weight, given(shared_expert->down_bias),
                                     c10::make_intrusive<FeedForwardHolder>(feed_forward));
 }
 

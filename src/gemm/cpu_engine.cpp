@@ -33,7 +33,8 @@ std::vector<Piece> cut(const std::vector<int64_t>& counts, const Extent& extent)
   int64_t first_row = 0;
   for (size_t e = 0; e < counts.size(); ++e) {
     const int64_t rows = extent(counts[e]);
-    const int64_t wanted = std::max<int64_t>(1, (counts[e] + target - 1) / std::max<int64_t>(1, target));
+    const int64_t wanted =
+        std::max<int64_t>(1, (counts[e] + target - 1) / std::max<int64_t>(1, target));
     const int64_t step = std::max(kSmallestExtent, (rows + wanted - 1) / wanted);
     for (int64_t start = 0; start < rows; start += step) {
       const int64_t size = std::min(step, rows - start);

@@ -13,8 +13,8 @@ namespace {
 
 void check_operand(const torch::Tensor& tensor, int64_t dim, const char* name,
                    const torch::Tensor& like) {
-  check_input(tensor.defined() && tensor.dim() == dim && tensor.is_contiguous(), "grouped GEMM: ",
-              name, " must be a contiguous tensor of ", dim, " dimensions");
+  check_input(tensor.defined() && tensor.dim() == dim && tensor.is_contiguous(),
+              "grouped GEMM: ", name, " must be a contiguous tensor of ", dim, " dimensions");
   check_input(at::isFloatingType(tensor.scalar_type()) &&
                   tensor.scalar_type() == like.scalar_type() && tensor.device() == like.device(),
               "grouped GEMM: ", name, " is ", tensor.scalar_type(), " on ", tensor.device(),
@@ -72,8 +72,8 @@ torch::Tensor grouped_gemm_wgrad(GroupedGemmEngine& engine, const torch::Tensor&
   check_input(x.size(0) == dy.size(0), "grouped GEMM: dy has ", dy.size(0), " rows and x ",
               x.size(0));
   check_counts(counts, x.size(0));
-  torch::Tensor dweight = at::empty(
-      {static_cast<int64_t>(counts.size()), dy.size(1), x.size(1)}, dy.options());
+  torch::Tensor dweight =
+      at::empty({static_cast<int64_t>(counts.size()), dy.size(1), x.size(1)}, dy.options());
   engine.wgrad(dy, x, counts, dweight);
   return dweight;
 }

@@ -10,13 +10,13 @@ namespace anabranch {
 
 /// What one rank's tokens send where. [T, k] routing, E experts, W ranks; all int64.
 struct SendPlan {
-  torch::Tensor expert_counts;    ///< [E] assignments per expert
-  torch::Tensor rank_rows;        ///< [W] distinct tokens per rank
-  torch::Tensor send_tokens;      ///< [≥ S] tokens by (rank, token); S = Σ rank_rows
-  torch::Tensor token_offsets;    ///< [T+1]
-  torch::Tensor token_rows;       ///< [≥ S] rows of each token in send_tokens, ascending
-  torch::Tensor send_order;       ///< [T·k] flat (token, slot), by (expert, token)
-  torch::Tensor segment_rows;     ///< [T·k] int32, row of each, within its rank's segment
+  torch::Tensor expert_counts;  ///< [E] assignments per expert
+  torch::Tensor rank_rows;      ///< [W] distinct tokens per rank
+  torch::Tensor send_tokens;    ///< [≥ S] tokens by (rank, token); S = Σ rank_rows
+  torch::Tensor token_offsets;  ///< [T+1]
+  torch::Tensor token_rows;     ///< [≥ S] rows of each token in send_tokens, ascending
+  torch::Tensor send_order;     ///< [T·k] flat (token, slot), by (expert, token)
+  torch::Tensor segment_rows;   ///< [T·k] int32, row of each, within its rank's segment
 };
 
 /// Offsets [groups+1] and members [P] of a grouping; members ascend within a group.
@@ -48,8 +48,7 @@ class Kernels {
   virtual ~Kernels() = default;
 
   // routing: logits [T, E] fp32 or fp64
-  virtual RouteResult route(const torch::Tensor& logits, int64_t top_k,
-                            bool renormalize) const = 0;
+  virtual RouteResult route(const torch::Tensor& logits, int64_t top_k, bool renormalize) const = 0;
   /// dlogits [T, E] from the gradients of the weights [T, k], of the probability sum [E] and of the
   /// sum of squared logsumexp [].
   virtual torch::Tensor route_backward(const RouteResult& routed, bool renormalize,

@@ -22,8 +22,12 @@ struct Route : torch::autograd::Function<Route> {
         {routed.expert_ids, routed.weights, routed.probabilities, routed.logsumexp});
     context->mark_non_differentiable(
         {routed.expert_ids, routed.counts, routed.first_nonfinite_token});
-    return {routed.weights,    routed.probabilities.sum(0), routed.logsumexp.square().sum(),
-            routed.expert_ids, routed.counts,               routed.first_nonfinite_token};
+    return {routed.weights,
+            routed.probabilities.sum(0),
+            routed.logsumexp.square().sum(),
+            routed.expert_ids,
+            routed.counts,
+            routed.first_nonfinite_token};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {

@@ -25,8 +25,8 @@ RouterImpl::RouterImpl(const MoEOptions& options) : options_(options) {
 }
 
 Routing RouterImpl::forward(const torch::Tensor& x) {
-  check_input(x.defined() && x.dim() == 2 && x.size(1) == weight.size(1), "router: expected x of [T, ",
-              weight.size(1), "]");
+  check_input(x.defined() && x.dim() == 2 && x.size(1) == weight.size(1),
+              "router: expected x of [T, ", weight.size(1), "]");
   torch::Tensor gate_input = x.to(weight.scalar_type());
   if (is_training() && options_.jitter > 0) {
     gate_input = gate_input *

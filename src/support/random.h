@@ -18,8 +18,7 @@ inline void fill_uniform(torch::Tensor parameter, int64_t fan_in, uint64_t seed,
   mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EBull;
   auto generator = at::detail::createCPUGenerator(mixed ^ (mixed >> 31));
   const double bound = 1.0 / std::sqrt(static_cast<double>(fan_in));
-  parameter.copy_(
-      at::empty(parameter.sizes(), torch::kFloat64).uniform_(-bound, bound, generator));
+  parameter.copy_(at::empty(parameter.sizes(), torch::kFloat64).uniform_(-bound, bound, generator));
 }
 
 }  // namespace anabranch

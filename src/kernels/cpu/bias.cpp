@@ -64,8 +64,8 @@ torch::Tensor CpuKernels::bias_gradient(const torch::Tensor& rows, const torch::
 torch::Tensor CpuKernels::bias_dot(const torch::Tensor& rows, const torch::Tensor& bias,
                                    const std::vector<int64_t>& counts) const {
   const int64_t width = rows.size(1);
-  torch::Tensor out = at::empty(
-      {rows.size(0)}, rows.options().dtype(at::toOpMathType(rows.scalar_type())));
+  torch::Tensor out =
+      at::empty({rows.size(0)}, rows.options().dtype(at::toOpMathType(rows.scalar_type())));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.scalar_type(), "bias_dot", [&] {
     using acc_t = at::opmath_type<scalar_t>;
     const auto* row = rows.const_data_ptr<scalar_t>();

@@ -48,9 +48,12 @@ RouteResult route_tokens(const torch::Tensor& logits, int64_t top_k, bool renorm
   const int64_t tokens = logits.size(0);
   const int64_t experts = logits.size(1);
   const auto index = logits.options().dtype(torch::kInt64);
-  RouteResult result{at::empty({tokens, top_k}, index),   at::empty({tokens, top_k}, logits.options()),
-                     at::empty_like(logits),              at::empty({tokens}, logits.options()),
-                     at::zeros({experts}, index),         at::empty({}, index)};
+  RouteResult result{at::empty({tokens, top_k}, index),
+                     at::empty({tokens, top_k}, logits.options()),
+                     at::empty_like(logits),
+                     at::empty({tokens}, logits.options()),
+                     at::zeros({experts}, index),
+                     at::empty({}, index)};
   const scalar_t* logit = logits.const_data_ptr<scalar_t>();
   int64_t* ids = result.expert_ids.data_ptr<int64_t>();
   scalar_t* weights = result.weights.data_ptr<scalar_t>();

@@ -10,8 +10,8 @@ namespace {
 
 /// Sum of one group's rows into `out` [width], kept in `sum` [width] until it is complete.
 template <typename scalar_t, typename acc_t>
-void sum_group(const scalar_t* rows, int64_t width, const int64_t* member,
-               const int64_t* end, const acc_t* weights, acc_t* sum, scalar_t* out) {
+void sum_group(const scalar_t* rows, int64_t width, const int64_t* member, const int64_t* end,
+               const acc_t* weights, acc_t* sum, scalar_t* out) {
   std::fill_n(sum, width, acc_t{0});
   for (; member != end; ++member) {
     const scalar_t* row = rows + *member * width;
