@@ -1,4 +1,5 @@
 #include <anabranch/gradients.h>
+#include <anabranch/moe_layer.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -88,6 +89,61 @@ TEST(Gradients, AreTheMeanOverRanks) {
                           tolerance(dtype, world()->size() + 1, expected.magnitude)));
       }
     }
+  }
+}
+
+MoEOptions layer_options() {
+  MoEOptions options;
+  options.hidden_size = 6;
+  options.expert_hidden_size = 5;
+  options.shared_expert_hidden_size = 4;
+  options.num_experts = 5;
+  options.top_k = 2;
+  options.glu = true;
+  options.bias = true;
+  options.dtype = torch::kFloat64;
+  return options;
+}
+
+/// The mean over the tokens of Σ weights · output, backward.
+void backward_of_mean(MoELayer& layer, const torch::Tensor& x, const torch::Tensor& weights) {
+  ((layer->forward(x).output * weights).sum() / x.size(0)).backward();
+}
+
+// Contract 3, with expert-parallel groups inside data parallelism.
+TEST(Gradients, OfALayerAreThoseOfOneRankWithTheWholeBatch) {
+  constexpr int64_t kTokens = 7;  // of a rank
+  Random random(test_seed());
+  const int ranks = world()->size();
+  const auto x = random.normal({ranks * kTokens, 6});
+  const auto weights = random.normal({ranks * kTokens, 6});
+  MoELayer whole(layer_options());
+  backward_of_mean(whole, x, weights);
+  const double expected_norm =
+      gradient_norm(*whole, make_parallel_groups(make_self_communicator()));
+  const auto expected = whole->named_parameters();
+
+  for (const int size : expert_parallel_sizes()) {
+    SCOPED_TRACE(c10::str("expert-parallel size ", size));
+    const auto groups = make_parallel_groups(world(), size);
+    MoELayer layer(layer_options(), groups.expert_parallel);
+    const int64_t first = world()->rank() * kTokens;
+    backward_of_mean(layer, x.narrow(0, first, kTokens), weights.narrow(0, first, kTokens));
+    finish_gradients(*layer, groups);
+    // Rows of all stages one after another: hidden and inner sizes, tokens, experts.
+    const int64_t length = 6 + 2 * 5 + 2 + ranks * kTokens;
+    for (const auto& parameter : parallel_parameters(*layer)) {
+      auto wanted = expected[parameter.name].grad();
+      const double magnitude = max_abs(wanted);
+      if (parameter.is_expert) {
+        wanted = wanted.narrow(0, parameter.first_expert, parameter.tensor.size(0));
+      }
+      EXPECT_TRUE(close(parameter.tensor.grad(), wanted,
+                        tolerance(torch::kFloat64, length, magnitude, /*roundings=*/10)))
+          << parameter.name;
+    }
+    EXPECT_NEAR(gradient_norm(*layer, groups), expected_norm,
+                tolerance(torch::kFloat64, length, expected_norm, /*roundings=*/10));
   }
 }
 

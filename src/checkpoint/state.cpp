@@ -3,6 +3,7 @@
 #include <anabranch/error.h>
 
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 #include "checkpoint/optimizer_state.h"
@@ -33,6 +34,7 @@ std::vector<ParallelParameter> model_tensors(const torch::nn::Module& model,
 std::vector<OptimizedParameter> optimized_parameters(const torch::optim::Optimizer& optimizer,
                                                      const torch::nn::Module& model) {
   std::unordered_map<const c10::TensorImpl*, ParallelParameter> known;
+  std::unordered_set<const c10::TensorImpl*> seen;
   for (auto& parameter : parallel_parameters(model)) {
     known.emplace(parameter.tensor.unsafeGetTensorImpl(), std::move(parameter));
   }
@@ -43,6 +45,9 @@ std::vector<OptimizedParameter> optimized_parameters(const torch::optim::Optimiz
       if (found == known.end()) {
         throw CheckpointError(c10::str("the optimizer updates a tensor of shape ", tensor.sizes(),
                                        " that is no parameter of the model"));
+      }
+      if (!seen.insert(tensor.unsafeGetTensorImpl()).second) {
+        throw CheckpointError("the optimizer updates '" + found->second.name + "' twice");
       }
       optimized.push_back({found->second, &group.options()});
     }

@@ -20,7 +20,7 @@ struct OptimizedParameter {
   const torch::optim::OptimizerOptions* options;  ///< of its group; never null
 };
 
-/// In the optimizer's order. Throws if one is not the model's.
+/// In the optimizer's order. Throws if one is not the model's, or is there twice.
 std::vector<OptimizedParameter> optimized_parameters(const torch::optim::Optimizer& optimizer,
                                                      const torch::nn::Module& model);
 

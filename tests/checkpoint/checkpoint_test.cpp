@@ -1,4 +1,5 @@
 #include <anabranch/checkpoint.h>
+#include <anabranch/moe_layer.h>
 #include <gtest/gtest.h>
 #include <torch/optim/adam.h>
 #include <torch/optim/rmsprop.h>
@@ -81,6 +82,35 @@ TEST(Checkpoint, LoadsAtAnyNumberOfRanks) {
       const SharedDirectory directory;
       save_after(directory.path(), options, 2, expert_parallel_size);
       expect_loads_at_every_size(directory.path(), options, expected);
+    }
+  }
+}
+
+// A layer's numbers come from its seed, at any number of ranks: what is loaded must be those.
+TEST(Checkpoint, OfALayerLoadsAtAnyNumberOfRanks) {
+  MoEOptions options;
+  options.hidden_size = 6;
+  options.expert_hidden_size = 4;
+  options.shared_expert_hidden_size = 3;
+  options.num_experts = 5;
+  options.glu = options.bias = true;
+  const auto expected = MoELayer(options)->named_parameters();
+  const SharedDirectory directory;
+  const auto groups = make_parallel_groups(world());
+  save_checkpoint(directory.path(), *MoELayer(options, groups.expert_parallel), nullptr, {},
+                  groups);
+  options.seed = 1;
+  for (int size = 1; size <= world()->size(); ++size) {
+    const auto part = world()->split(world()->rank() < size ? 0 : 1, world()->rank());
+    const auto part_groups = make_parallel_groups(part);
+    MoELayer layer(options, part_groups.expert_parallel);
+    load_checkpoint(directory.path(), *layer, nullptr, part_groups);
+    for (const auto& parameter : parallel_parameters(*layer)) {
+      auto wanted = expected[parameter.name];
+      if (parameter.is_expert) {
+        wanted = wanted.narrow(0, parameter.first_expert, parameter.tensor.size(0));
+      }
+      EXPECT_TRUE(identical(parameter.tensor, wanted)) << parameter.name;
     }
   }
 }
@@ -257,6 +287,16 @@ TEST(Checkpoint, RefusesAnotherOptimizer) {
       [&] { load_checkpoint(directory.path(), *other.model, other.optimizer.get(), groups); },
       "no 'optimizer.max_exp_avg_sq.");
   snapshot.expect_unchanged();
+}
+
+TEST(Checkpoint, RefusesAnOptimizerWithATensorTwice) {
+  const SharedDirectory directory;
+  const auto groups = make_parallel_groups(world());
+  const auto model = make_sharded_model({}, *groups.expert_parallel, kSeed);
+  torch::optim::Adam optimizer(model->parameters());  // with the tied one under both names
+  expect_checkpoint_error(
+      [&] { save_checkpoint(directory.path(), *model, &optimizer, {}, groups); },
+      "the optimizer updates 'gate' twice");
 }
 
 TEST(Checkpoint, RefusesAnOptimizerOfAnotherModel) {
