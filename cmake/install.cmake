@@ -5,8 +5,11 @@ include(CMakePackageConfigHelpers)
 set(package_folder "${CMAKE_INSTALL_LIBDIR}/cmake/anabranch")
 get_filename_component(ANABRANCH_LIBTORCH_ROOT "${LibTorch_INCLUDE_DIR}" DIRECTORY)
 
-# The library finds LibTorch and MPI where they were found here.
-set_target_properties(anabranch PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON)
+# The library finds LibTorch and MPI where they were found here. CMake would leave LibTorch out when
+# it lies within the project's folder, as in .venv.
+get_filename_component(libtorch_folder "${LibTorch_CPU_LIBRARY}" DIRECTORY)
+set_target_properties(anabranch PROPERTIES INSTALL_RPATH "${libtorch_folder}"
+                                           INSTALL_RPATH_USE_LINK_PATH ON)
 install(TARGETS anabranch EXPORT anabranch_targets)
 install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/anabranch"
         DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
