@@ -150,22 +150,20 @@ void MpiCommunicator::do_all_reduce(torch::Tensor& tensor) {
 
   std::vector<Parcel> scatter;
   std::vector<Parcel> gather;
-  for (int i = 0; i < size(); ++i) {
+  for (int i = 1; i < size(); ++i) {
     const int p = peer(i);
     std::byte* chunk = mutable_bytes_of(flat) + chunk_begin(flat.numel(), p, size()) * item;
     const int64_t chunk_bytes = chunk_length(flat.numel(), p, size()) * item;
     std::byte* term = mutable_bytes_of(terms) + p * own * item;
     scatter.push_back({p, chunk, chunk_bytes, term, own * item});
-    if (p != rank()) {
-      gather.push_back({p, bytes_of(sum), own * item, chunk, chunk_bytes});
-    }
+    gather.push_back({p, bytes_of(sum), own * item, chunk, chunk_bytes});
   }
   exchange(watch, std::move(scatter), {flat, terms});
 
-  at::Tensor total = terms[0].to(at::toOpMathType(tensor.scalar_type()), /*non_blocking=*/false,
-                                 /*copy=*/true);
-  for (int r = 1; r < size(); ++r) {
-    total.add_(terms[r]);
+  const auto term = [&](int r) { return r == rank() ? sum : terms[r]; };
+  at::Tensor total = term(0).to(at::toOpMathType(tensor.scalar_type())) + term(1);
+  for (int r = 2; r < size(); ++r) {
+    total.add_(term(r));
   }
   sum.copy_(total);
   exchange(watch, std::move(gather), {flat});
