@@ -27,10 +27,10 @@ struct Shape {
 };
 
 constexpr Shape kShapes[] = {
-    {"Mixtral up", 4096, 28672, 8, 16384},     {"Qwen3 up", 2048, 1536, 128, 262144},
-    {"Qwen3 down", 768, 2048, 128, 262144},    {"OLMoE up", 2048, 2048, 64, 262144},
-    {"DeepSeek-V3 up", 7168, 4096, 4, 16384},  {"seed", 512, 2048, 8, 524088},
-    {"fine up", 1536, 512, 128, 196608},       {"small", 1024, 1024, 64, 8192},
+    {"Mixtral up", 4096, 28672, 8, 16384},    {"Qwen3 up", 2048, 1536, 128, 262144},
+    {"Qwen3 down", 768, 2048, 128, 262144},   {"OLMoE up", 2048, 2048, 64, 262144},
+    {"DeepSeek-V3 up", 7168, 4096, 4, 16384}, {"seed", 512, 2048, 8, 524088},
+    {"fine up", 1536, 512, 128, 196608},      {"small", 1024, 1024, 64, 8192},
 };
 
 /// Counts that sum to `rows`: equal, or ∝ 1 / rank^0.8 in a random order.
@@ -122,7 +122,8 @@ void run_dense(Tensors& t, Operation operation) {
 void measure(const Shape& shape, bool zipf, std::vector<Record>& results) {
   const auto counts = split(shape.rows, shape.experts, zipf);
   Tensors tensors(shape, counts);
-  const double flops = 2.0 * static_cast<double>(shape.rows * shape.n) * static_cast<double>(shape.k);
+  const double flops =
+      2.0 * static_cast<double>(shape.rows * shape.n) * static_cast<double>(shape.k);
   for (const auto operation : {Operation::kForward, Operation::kDgrad, Operation::kWgrad}) {
     std::printf("%-15s %-4s %-3s", shape.name, zipf ? "zipf" : "uni",
                 kNames[static_cast<int>(operation)]);

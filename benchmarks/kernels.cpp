@@ -112,9 +112,10 @@ void measure_activations(Bench& bench, int64_t rows, int64_t n) {
     const auto& input = glu ? gated : hidden;
     bench.run(std::string("activate ") + name, rows, n, (glu ? 3 : 2) * total,
               [&](int set) { kernels.activate(input[set], activation, glu); });
-    bench.run(std::string("activate_backward ") + name, rows, n, (glu ? 6 : 4) * total, [&](int set) {
-      kernels.activate_backward(dactivated[set], input[set], weights, activation, glu);
-    });
+    bench.run(std::string("activate_backward ") + name, rows, n, (glu ? 6 : 4) * total,
+              [&](int set) {
+                kernels.activate_backward(dactivated[set], input[set], weights, activation, glu);
+              });
   }
 }
 
@@ -135,8 +136,9 @@ void measure_routing(Bench& bench, int64_t tokens, int64_t experts, int64_t top_
   bench.run("route_backward k " + std::to_string(top_k), tokens, experts, 2 * bytes,
             [&](int) { kernels.route_backward(routed, true, dweights, dsum, dsquared); });
   const double ids = 8.0 * static_cast<double>(tokens * top_k);
-  bench.run("plan_send W 1", tokens, top_k, 2 * ids,
-            [&](int) { kernels.plan_send(routed.expert_ids, {0, experts}); });
+  bench.run("plan_send W 1", tokens, top_k, 2 * ids, [&](int) {
+    kernels.plan_send(routed.expert_ids, {0, experts});
+  });
   std::vector<int64_t> first;
   for (int64_t r = 0; r <= 8; ++r) {
     first.push_back(r * experts / 8);

@@ -77,17 +77,16 @@ class CublasGrouped final : public GroupedGemmEngine {
     check_cublas(cublasSetStream(handle_, stream), "cublasSetStream");
     check_cublas(cublasSetWorkspace(handle_, workspace.data_ptr(), kWorkspaceBytes),
                  "cublasSetWorkspace");
-    check_cublas(
-        cublasGemmGroupedBatchedEx_64(
-            handle_, for_each_group(groups, shared.a_operation).data(),
-            for_each_group(groups, shared.b_operation).data(), m.data(), n.data(), k.data(),
-            for_each_group(groups, factor_t{1}).data(), matrices, shared.type,
-            for_each_group(groups, shared.lda).data(), matrices + groups, shared.type,
-            for_each_group(groups, shared.ldb).data(), for_each_group(groups, factor_t{0}).data(),
-            matrices + 2 * groups, shared.type, for_each_group(groups, shared.ldc).data(),
-            static_cast<int64_t>(groups), for_each_group(groups, int64_t{1}).data(),
-            shared.compute),
-        "cublasGemmGroupedBatchedEx");
+    check_cublas(cublasGemmGroupedBatchedEx_64(
+                     handle_, for_each_group(groups, shared.a_operation).data(),
+                     for_each_group(groups, shared.b_operation).data(), m.data(), n.data(),
+                     k.data(), for_each_group(groups, factor_t{1}).data(), matrices, shared.type,
+                     for_each_group(groups, shared.lda).data(), matrices + groups, shared.type,
+                     for_each_group(groups, shared.ldb).data(),
+                     for_each_group(groups, factor_t{0}).data(), matrices + 2 * groups, shared.type,
+                     for_each_group(groups, shared.ldc).data(), static_cast<int64_t>(groups),
+                     for_each_group(groups, int64_t{1}).data(), shared.compute),
+                 "cublasGemmGroupedBatchedEx");
   }
 
   std::mutex mutex_;

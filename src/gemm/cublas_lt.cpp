@@ -14,7 +14,8 @@ cublasLtHandle_t make_lt_handle() {
 
 /// `size` rounded up to three significant bits: at most a seventh more.
 int64_t bucket(int64_t size) {
-  const int low_bits = std::max(0, static_cast<int>(std::bit_width(static_cast<uint64_t>(size))) - 3);
+  const int low_bits =
+      std::max(0, static_cast<int>(std::bit_width(static_cast<uint64_t>(size))) - 3);
   const int64_t step = int64_t{1} << low_bits;
   return (size + step - 1) / step * step;
 }
@@ -53,7 +54,21 @@ void set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttribut
                "cublasLtMatmulPreferenceSetAttribute");
 }
 
-enum KeyField { kType, kA, kB, kM, kN, kK, kLda, kLdb, kLdc, kAlignA, kAlignB, kAlignC, kWorkspace };
+enum KeyField {
+  kType,
+  kA,
+  kB,
+  kM,
+  kN,
+  kK,
+  kLda,
+  kLdb,
+  kLdc,
+  kAlignA,
+  kAlignB,
+  kAlignC,
+  kWorkspace
+};
 
 }  // namespace
 
@@ -109,10 +124,10 @@ cublasLtMatmulAlgo_t CublasLt::choose(const Key& key, Problem& problem) const {
                 CUBLASLT_REDUCTION_SCHEME_MASK & ~CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE);
   cublasLtMatmulHeuristicResult_t found;
   int count = 0;
-  check_cublas(cublasLtMatmulAlgoGetHeuristic(handle_, &problem.operation, &problem.a, &problem.b,
-                                              &problem.c, &problem.c, &preference, 1, &found,
-                                              &count),
-               "cublasLtMatmulAlgoGetHeuristic");
+  check_cublas(
+      cublasLtMatmulAlgoGetHeuristic(handle_, &problem.operation, &problem.a, &problem.b,
+                                     &problem.c, &problem.c, &preference, 1, &found, &count),
+      "cublasLtMatmulAlgoGetHeuristic");
   check_cublas(count > 0 ? found.state : CUBLAS_STATUS_NOT_SUPPORTED,
                "cublasLtMatmulAlgoGetHeuristic");
   return found.algo;

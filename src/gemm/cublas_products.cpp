@@ -48,7 +48,8 @@ struct Operand {
 
 /// Fills `shared.products`; `shape` gives the sizes that do not depend on the expert.
 void add_products(CublasProducts& shared, const Operand& a, const Operand& b, const Operand& c,
-                  CublasProduct shape, const std::vector<int64_t>& counts, int64_t element_bytes, cudaStream_t stream) {
+                  CublasProduct shape, const std::vector<int64_t>& counts, int64_t element_bytes,
+                  cudaStream_t stream) {
   int64_t first_row = 0;
   for (size_t e = 0; e < counts.size(); first_row += counts[e], ++e) {
     const auto expert = static_cast<int64_t>(e);
@@ -73,8 +74,15 @@ CublasProducts shared_part(const torch::Tensor& tensor, cublasOperation_t a, cub
   const auto type = data_type(tensor);
   const auto compute = type == CUDA_R_64F ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
   // cuBLAS wants leading dimensions of at least 1, also of empty matrices.
-  return {type, compute, a, b, std::max<int64_t>(lda, 1), std::max<int64_t>(ldb, 1),
-          std::max<int64_t>(ldc, 1), ragged, {}};
+  return {type,
+          compute,
+          a,
+          b,
+          std::max<int64_t>(lda, 1),
+          std::max<int64_t>(ldb, 1),
+          std::max<int64_t>(ldc, 1),
+          ragged,
+          {}};
 }
 
 }  // namespace

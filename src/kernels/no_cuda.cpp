@@ -6,7 +6,8 @@
 namespace anabranch {
 
 const Kernels& cuda_kernels() {
-  throw std::runtime_error("tensors on a GPU need a build of anabranch with CUDA (ANABRANCH_CUDA=ON)");
+  throw std::runtime_error(
+      "tensors on a GPU need a build of anabranch with CUDA (ANABRANCH_CUDA=ON)");
 }
 
 }  // namespace anabranch

@@ -85,7 +85,8 @@ TEST_F(NcclTest, AllGatherAndBroadcast) {
   for (int rank = 0; rank < nccl_->size(); ++rank) {
     all.push_back(of_rank(rank, {3, 5}, torch::kFloat32));
   }
-  EXPECT_TRUE(identical(nccl_->all_gather(all[nccl_->rank()].to(device_)).cpu(), torch::stack(all)));
+  EXPECT_TRUE(
+      identical(nccl_->all_gather(all[nccl_->rank()].to(device_)).cpu(), torch::stack(all)));
   for (int root = 0; root < nccl_->size(); ++root) {
     auto tensor = all[nccl_->rank()].to(device_);
     nccl_->broadcast(tensor, root);

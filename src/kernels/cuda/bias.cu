@@ -158,9 +158,10 @@ void launch_add_bias(Scalar scalar, void* rows, const void* bias, const int64_t*
     const int64_t row_bytes = width * static_cast<int64_t>(sizeof(scalar_t));
     dispatch_pack<scalar_t>(aligned_rows(row_bytes, rows, bias), [&](auto pack_size) {
       constexpr int kSize = decltype(pack_size)::value;
-      add_bias_kernel<scalar_t, kSize><<<grid_size(divide_up(count, kWarps)), kThreads, 0, stream>>>(
-          static_cast<scalar_t*>(rows), static_cast<const scalar_t*>(bias), offsets, experts, count,
-          width);
+      add_bias_kernel<scalar_t, kSize>
+          <<<grid_size(divide_up(count, kWarps)), kThreads, 0, stream>>>(
+              static_cast<scalar_t*>(rows), static_cast<const scalar_t*>(bias), offsets, experts,
+              count, width);
       check_launch("add_bias");
     });
   });
@@ -177,9 +178,10 @@ void launch_bias_dot(Scalar scalar, const void* rows, const void* bias, const in
     const int64_t row_bytes = width * static_cast<int64_t>(sizeof(scalar_t));
     dispatch_pack<scalar_t>(aligned_rows(row_bytes, rows, bias), [&](auto pack_size) {
       constexpr int kSize = decltype(pack_size)::value;
-      bias_dot_kernel<scalar_t, kSize><<<grid_size(divide_up(count, kWarps)), kThreads, 0, stream>>>(
-          static_cast<const scalar_t*>(rows), static_cast<const scalar_t*>(bias), offsets, experts,
-          count, width, static_cast<accumulate_t<scalar_t>*>(out));
+      bias_dot_kernel<scalar_t, kSize>
+          <<<grid_size(divide_up(count, kWarps)), kThreads, 0, stream>>>(
+              static_cast<const scalar_t*>(rows), static_cast<const scalar_t*>(bias), offsets,
+              experts, count, width, static_cast<accumulate_t<scalar_t>*>(out));
       check_launch("bias_dot");
     });
   });

@@ -52,8 +52,7 @@ __device__ __forceinline__ Pack<scalar_t, kSize> load_pack(const scalar_t* addre
 }
 
 // Two 16-bit elements of a word: plain shifts for bf16, whose conversion instruction is slow.
-__device__ __forceinline__ void unpack_word(unsigned word, float& low, float& high,
-                                            __nv_bfloat16) {
+__device__ __forceinline__ void unpack_word(unsigned word, float& low, float& high, __nv_bfloat16) {
   low = __uint_as_float(word << 16);
   high = __uint_as_float(word & 0xffff0000u);
 }
@@ -164,6 +163,16 @@ inline unsigned grid_size(int64_t blocks, int64_t most = std::numeric_limits<int
                              std::to_string(most));
   }
   return static_cast<unsigned>(blocks);
+}
+
+/// Of the current device.
+inline int64_t multiprocessors() {
+  int device = 0;
+  int count = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+             "cudaDeviceGetAttribute");
+  return count;
 }
 
 /// Whether packs of 16 bytes reach all of rows of `row_bytes` at every one of these pointers.

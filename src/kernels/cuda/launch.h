@@ -101,8 +101,7 @@ void launch_add_bias(Scalar scalar, void* rows, const void* bias, const int64_t*
                      int64_t experts, int64_t count, int64_t width, cudaStream_t stream);
 
 void launch_bias_dot(Scalar scalar, const void* rows, const void* bias, const int64_t* offsets,
-                     int64_t experts, int64_t count, int64_t width, void* out,
-                     cudaStream_t stream);
+                     int64_t experts, int64_t count, int64_t width, void* out, cudaStream_t stream);
 
 /// Rows that `launch_bias_gradient` sums into one partial sum.
 constexpr int64_t kBiasChunk = 256;

@@ -110,8 +110,7 @@ Csr CudaKernels::group(const torch::Tensor& group_of, int64_t groups) const {
   const OnDevice stream(group_of);
   const int64_t count = group_of.size(0);
   Csr result{at::empty({groups + 1}, group_of.options()), at::empty_like(group_of)};
-  const torch::Tensor scratch =
-      at::empty({cuda::group_scratch(count, groups)}, group_of.options());
+  const torch::Tensor scratch = at::empty({cuda::group_scratch(count, groups)}, group_of.options());
   cuda::launch_group(group_of.const_data_ptr<int64_t>(), count, groups, scratch.data_ptr<int64_t>(),
                      result.offsets.data_ptr<int64_t>(), result.members.data_ptr<int64_t>(),
                      stream);

@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kThreads)
 // --- group: a stable radix sort of positions by key -------------------------------------------
 
 constexpr int kMostDigitBits = 10;
-constexpr int kItems = 8;                       // of a thread
-constexpr int kTile = kThreads * kItems;        // of a block
+constexpr int kItems = 8;                 // of a thread
+constexpr int kTile = kThreads * kItems;  // of a block
 constexpr int kMostDigits = 1 << kMostDigitBits;
 
 /// One pass: by the digit (key >> shift) & (digits − 1).
@@ -55,9 +55,7 @@ struct DigitPass {
   int64_t blocks;
 
   __device__ int64_t key(int64_t i) const { return min(max(keys[i], int64_t{0}), largest_key); }
-  __device__ int digit(int64_t key) const {
-    return static_cast<int>(key >> shift) & (digits - 1);
-  }
+  __device__ int digit(int64_t key) const { return static_cast<int>(key >> shift) & (digits - 1); }
 };
 
 /// histogram [digits, blocks]
@@ -155,8 +153,7 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   int* own_seen = seen + warp * pass.digits;
-  const int64_t begin =
-      static_cast<int64_t>(blockIdx.x) * kTile + warp * kItems * kWarp + lane;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kTile + warp * kItems * kWarp + lane;
   int64_t keys[kItems];
   int rank[kItems];  // among the warp's elements of the same digit
 #pragma unroll

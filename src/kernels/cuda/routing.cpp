@@ -12,9 +12,12 @@ RouteResult CudaKernels::route(const torch::Tensor& logits, int64_t top_k, bool 
   const int64_t tokens = logits.size(0);
   const int64_t experts = logits.size(1);
   const auto index = logits.options().dtype(torch::kInt64);
-  RouteResult result{at::empty({tokens, top_k}, index), at::empty({tokens, top_k}, logits.options()),
-                     at::empty_like(logits),            at::empty({tokens}, logits.options()),
-                     at::zeros({experts}, index),       at::full({}, -1, index)};
+  RouteResult result{at::empty({tokens, top_k}, index),
+                     at::empty({tokens, top_k}, logits.options()),
+                     at::empty_like(logits),
+                     at::empty({tokens}, logits.options()),
+                     at::zeros({experts}, index),
+                     at::full({}, -1, index)};
   cuda::launch_route({cuda::scalar_of(logits), tokens, experts, top_k, renormalize},
                      logits.const_data_ptr(), result.expert_ids.data_ptr<int64_t>(),
                      result.weights.data_ptr(), result.probabilities.data_ptr(),

@@ -6,8 +6,8 @@ namespace anabranch::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-/// Blocks that walk over all tokens, so that counts are added up in shared memory first.
-constexpr int64_t kMostBlocks = 132 * 8;
+/// Blocks of a multiprocessor: they walk over all tokens, to add counts up in shared memory first.
+constexpr int kRouteBlocks = 8;
 template <typename value_t>
 constexpr value_t kInfinity = std::numeric_limits<value_t>::infinity();
 constexpr int kNobody = std::numeric_limits<int>::max();
@@ -16,9 +16,8 @@ template <typename value_t, int kLanes>
 struct Lanes {
   int lane = threadIdx.x % kLanes;
   /// The lanes of this token: tokens of one warp may go separate ways.
-  unsigned mask = kLanes == kWarp
-                      ? kFullMask
-                      : ((1u << kLanes) - 1) << (threadIdx.x % kWarp / kLanes * kLanes);
+  unsigned mask =
+      kLanes == kWarp ? kFullMask : ((1u << kLanes) - 1) << (threadIdx.x % kWarp / kLanes * kLanes);
 
   __device__ value_t sum(value_t value) const {
 #pragma unroll
@@ -32,7 +31,7 @@ struct Lanes {
 
   /// The largest value of all lanes, and the lowest expert that has it.
   __device__ void best(value_t& value, int& expert) const {
-    if constexpr (std::is_same_v<value_t, float>) {
+    if constexpr (std::is_same_v<value_t, float> && kLanes == kWarp) {
       // Unsigned numbers in the order of the floats, for which there is one instruction.
       const unsigned bits = __float_as_uint(value + 0.0f);  // −0 is 0
       const unsigned key = bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
@@ -68,13 +67,14 @@ struct Logits {
     }
   }
 
-  /// Calls `body(expert, value)` for each of this lane that is left, in ascending order.
+  /// Calls `body(expert, value, r)` for each of this lane, its r-th, that is left, in ascending
+  /// order.
   template <typename Body>
   __device__ __forceinline__ void for_each(const Body& body) const {
 #pragma unroll
     for (int r = 0; r < kPerLane; ++r) {
       if (lane + r * kLanes < experts) {
-        body(lane + r * kLanes, values[r]);
+        body(lane + r * kLanes, values[r], r);
       }
     }
   }
@@ -105,7 +105,7 @@ struct Logits<value_t, kLanes, 0> {
     for (int expert = lane; expert < experts; expert += kLanes) {
       const value_t value = row[expert];
       if (last_expert < 0 || value < last || (value == last && expert > last_expert)) {
-        body(expert, value);
+        body(expert, value, 0);
       }
     }
   }
@@ -142,7 +142,7 @@ __device__ void select(Logits<value_t, kLanes, kPerLane>& logits,
     for (int slot = 0; slot < slots; ++slot) {
       value_t value = -kInfinity<value_t>;
       int expert = kNobody;
-      logits.for_each([&](int candidate, value_t logit) {
+      logits.for_each([&](int candidate, value_t logit, int) {
         if (logit > value) {
           value = logit;
           expert = candidate;
@@ -177,7 +177,7 @@ __device__ void route_token(int64_t token, const value_t* logits_row, int expert
   Logits<value_t, kLanes, kPerLane> logits(logits_row, experts, lanes.lane);
   value_t largest = -kInfinity<value_t>;
   bool finite = true;
-  logits.for_each([&](int, value_t logit) {
+  logits.for_each([&](int, value_t logit, int) {
     largest = max(largest, logit);
     finite = finite && isfinite(logit);
   });
@@ -185,19 +185,19 @@ __device__ void route_token(int64_t token, const value_t* logits_row, int expert
   lanes.best(largest, nobody);
   value_t sum = 0;
   value_t exponentials[kPerLane == 0 ? 1 : kPerLane];
-  logits.for_each([&](int expert, value_t logit) {
+  logits.for_each([&](int, value_t logit, int r) {
     const value_t exponential = exp(logit - largest);
     sum += exponential;
     if constexpr (kPerLane > 0) {
-      exponentials[expert / kLanes] = exponential;
+      exponentials[r] = exponential;
     }
   });
   sum = lanes.sum(sum);
   const value_t scale = 1 / sum;
-  logits.for_each([&](int expert, value_t logit) {
+  logits.for_each([&](int expert, value_t logit, int r) {
     value_t exponential;
     if constexpr (kPerLane > 0) {
-      exponential = exponentials[expert / kLanes];
+      exponential = exponentials[r];
     } else {
       exponential = exp(logit - largest);
     }
@@ -299,8 +299,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncwarp(lanes.mask);  // the selected experts' are written again, by other lanes
   for (int slot = lanes.lane; slot < top_k; slot += kLanes) {
     const int64_t expert = ids[slot];
-    const value_t dprobability =
-        state.dprobability_sum[expert] + (dweights[slot] - inner) / sum;
+    const value_t dprobability = state.dprobability_sum[expert] + (dweights[slot] - inner) / sum;
     target[expert] = p[expert] * (dprobability + rest);
   }
 }
@@ -321,9 +320,7 @@ template <typename Body>
 void dispatch_experts(int64_t experts, const Body& body) {
   dispatch_lanes(experts, [&](auto lanes) {
     constexpr int kLanes = decltype(lanes)::value;
-    const auto call = [&]<int kPerLane>() {
-      body(lanes, std::integral_constant<int, kPerLane>{});
-    };
+    const auto call = [&]<int kPerLane>() { body(lanes, std::integral_constant<int, kPerLane>{}); };
     if (experts <= kLanes) {
       return call.template operator()<1>();
     }
@@ -376,7 +373,8 @@ void launch_route(const RouteArguments& arguments, const void* logits, int64_t* 
                                      static_cast<value_t*>(logsumexp),
                                      reinterpret_cast<unsigned long long*>(counts),
                                      reinterpret_cast<unsigned long long*>(first_nonfinite_token)};
-      const int64_t blocks = std::min(divide_up(arguments.tokens, kThreads / kLanes), kMostBlocks);
+      const int64_t blocks = std::min(divide_up(arguments.tokens, kThreads / kLanes),
+                                      kRouteBlocks * multiprocessors());
       const size_t shared = arguments.experts * sizeof(unsigned);
       check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(shared)),

@@ -3,7 +3,8 @@
 
 namespace anabranch {
 
-torch::Tensor CudaKernels::gather_rows(const torch::Tensor& rows, const torch::Tensor& index) const {
+torch::Tensor CudaKernels::gather_rows(const torch::Tensor& rows,
+                                       const torch::Tensor& index) const {
   const OnDevice stream(rows);
   auto sizes = rows.sizes().vec();
   sizes[0] = index.size(0);

@@ -6,7 +6,7 @@ namespace anabranch::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kSumBlocks = 132 * 3 * 4;  // walk over all groups: a few times what runs at once
+constexpr int kSumBlocks = 4;  // of sum_rows, at once on a multiprocessor
 
 /// `kLanes` neighbouring threads copy one row of `width` units.
 template <typename unit_t, int kLanes>
@@ -97,7 +97,7 @@ __device__ __forceinline__ int64_t own_member(const RowSum<scalar_t>& task, Rang
 /// neighbours, so that rows are read through at about one time. Where the next strip's members are
 /// is looked up while this one's rows arrive: otherwise three loads would wait for one another.
 template <typename scalar_t, int kSize, int kPacks>
-__global__ void __launch_bounds__(kThreads, 3) sum_rows_kernel(RowSum<scalar_t> task) {
+__global__ void __launch_bounds__(kThreads, kSumBlocks) sum_rows_kernel(RowSum<scalar_t> task) {
   using acc_t = accumulate_t<scalar_t>;
   const int lane = threadIdx.x % kWarp;
   const int64_t step = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, 3) sum_rows_kernel(RowSum<scalar_t> 
       const int count = static_cast<int>(min(range.end - range.begin, int64_t{kWarp}));
       const acc_t weight =
           task.weights != nullptr && lane < count ? task.weights[member] : acc_t{1};
-#pragma unroll 4
+#pragma unroll 2
       for (int j = 0; j < count; ++j) {
         const scalar_t* row =
             task.rows + __shfl_sync(kFullMask, member, j) * task.width + first_column;
@@ -194,9 +194,9 @@ void launch_sum_rows(Scalar scalar, const void* rows, const int64_t* offsets,
                                   groups * strips,
                                   width,
                                   static_cast<scalar_t*>(out)};
-      const int64_t blocks = std::min(divide_up(task.work, kThreads / kWarp), kSumBlocks);
-      sum_rows_kernel<scalar_t, kSize, kPacks>
-          <<<grid_size(blocks), kThreads, 0, stream>>>(task);
+      const int64_t blocks =
+          std::min(divide_up(task.work, kThreads / kWarp), kSumBlocks * multiprocessors());
+      sum_rows_kernel<scalar_t, kSize, kPacks><<<grid_size(blocks), kThreads, 0, stream>>>(task);
       check_launch("sum_rows");
     });
   });

@@ -21,8 +21,8 @@ inline Scalar scalar_of(const torch::Tensor& tensor) {
     case torch::kFloat16:
       return Scalar::kHalf;
     default:
-      throw InputError(c10::str("CUDA kernels take fp32, fp64, bf16 and fp16, not ",
-                                tensor.scalar_type()));
+      throw InputError(
+          c10::str("CUDA kernels take fp32, fp64, bf16 and fp16, not ", tensor.scalar_type()));
   }
 }
 
