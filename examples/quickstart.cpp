@@ -1,5 +1,4 @@
-// One Mixture-of-Experts layer over all ranks: forward, backward, and what went from whom to whom.
-//   mpirun -n 4 quickstart      or, alone:      quickstart
+// One MoE layer over all ranks: forward, backward, who sent what to whom.  mpirun -n 4 quickstart
 
 #include <anabranch/anabranch.h>
 #include <torch/torch.h>
@@ -7,6 +6,11 @@
 #include <iostream>
 
 namespace {
+
+std::string numbers(const torch::Tensor& tensor) {
+  const auto values = tensor.contiguous();
+  return c10::Join(" ", at::IntArrayRef(values.const_data_ptr<int64_t>(), values.numel()).vec());
+}
 
 void run() {
   const auto world = anabranch::make_mpi_communicator();
@@ -24,25 +28,21 @@ void run() {
   const auto x = torch::randn({tokens, options.hidden_size}, torch::requires_grad());
 
   const anabranch::MoEOutput result = layer->forward(x);
-  const auto loss = result.output.square().sum() / 100 + 0.01 * result.balance_loss;
-  loss.backward();
+  (result.output.square().sum() / 100 + 0.01 * result.balance_loss).backward();
   anabranch::finish_gradients(*layer, anabranch::make_parallel_groups(world));
 
-  // The layer made the same plan in its forward.
+  // The layer made the same plan in its forward. Rank 0 prints for all: output of several ranks mixes.
   const auto router = layer->named_children()["router"]->as<anabranch::Router>();
   const auto plan = layer->exchange().plan(router->forward(x));
-  for (int rank = 0; rank < world->size(); ++rank) {
-    if (world->barrier(); rank == world->rank()) {  // one after another
-      std::cout << "rank " << rank << ": " << tokens
-                << " tokens; rows sent to each rank: " << c10::Join(" ", plan.send_rows)
-                << "; received from each: " << c10::Join(" ", plan.receive_rows)
-                << "; gradient of x: " << x.grad().norm().item<double>() << std::endl;
-    }
+  const auto rows = world->all_gather(torch::tensor(plan.send_rows));  // [from, to]
+  const auto all_tokens = world->all_gather(torch::tensor(tokens));
+  for (int rank = 0; world->rank() == 0 && rank < world->size(); ++rank) {
+    std::cout << "rank " << rank << ": " << all_tokens[rank].item<int64_t>()
+              << " tokens; rows sent to each rank: " << numbers(rows[rank])
+              << "; received from each: " << numbers(rows.select(1, rank)) << '\n';
   }
-  if (world->barrier(); world->rank() == 0) {
-    const auto load =
-        at::IntArrayRef(result.expert_load.const_data_ptr<int64_t>(), options.num_experts);
-    std::cout << "assignments of each expert: " << c10::Join(" ", load.vec()) << "; imbalance "
+  if (world->rank() == 0) {
+    std::cout << "assignments of each expert: " << numbers(result.expert_load) << "; imbalance "
               << anabranch::imbalance(result.expert_load) << std::endl;
   }
 }

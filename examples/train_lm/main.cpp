@@ -136,11 +136,16 @@ int run(int argc, char** argv, std::shared_ptr<anabranch::Communicator>& world) 
 
 int main(int argc, char** argv) {
   std::shared_ptr<anabranch::Communicator> world;
+  const auto fail = [&world](const char* message) {
+    const std::string rank = world ? std::to_string(world->rank()) : "?";
+    std::cerr << "rank " + rank + ": error: " + message + '\n' << std::flush;
+    return train_lm::kFailed;
+  };
   try {
     return train_lm::run(argc, argv, world);
+  } catch (const c10::Error& error) {
+    return fail(error.what_without_backtrace());
   } catch (const std::exception& error) {
-    std::cerr << "rank " << (world ? std::to_string(world->rank()) : "?")
-              << ": error: " << error.what() << std::endl;
-    return train_lm::kFailed;
+    return fail(error.what());
   }
 }
