@@ -14,7 +14,7 @@ namespace {
 // ⟨w ∘ permute x, y⟩ = ⟨x, unpermute(y, w)⟩.
 TEST(PermuteTest, UnpermuteIsTheAdjoint) {
   Random random(test_seed());
-  for (const auto& routed : routing_cases(random, world()->size(), effort(30))) {
+  for (const auto& routed : routing_cases(random, world()->size(), effort(100))) {
     SCOPED_TRACE(routed.describe());
     const Exchange exchange(world(), routed.num_experts);
     Routing routing;
@@ -26,7 +26,6 @@ TEST(PermuteTest, UnpermuteIsTheAdjoint) {
     const auto y = own.normal({plan.assignments(), 5});
     const auto weights = own.normal({plan.assignments()});
     const auto permuted = permute(x, plan);
-    ASSERT_EQ(permuted.sizes(), y.sizes());
     const auto length = 10 * (plan.rows() + plan.assignments());
 
     EXPECT_NEAR((permuted * y).sum().item<double>(),

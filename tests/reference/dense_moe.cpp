@@ -138,8 +138,7 @@ double DenseMoE::margin(const torch::Tensor& x, bool with_gate) const {
     return smallest;
   }
   if (with_gate && top_k < gate.size(0)) {
-    const auto sorted = std::get<0>(
-        x.matmul(gate.t()).softmax(1).sort(/*stable=*/true, /*dim=*/1, /*descending=*/true));
+    const auto sorted = std::get<0>(x.matmul(gate.t()).sort(/*dim=*/1, /*descending=*/true));
     smallest = (sorted.select(1, top_k - 1) - sorted.select(1, top_k)).min().item<double>();
   }
   const auto hidden_margin = [&](const torch::Tensor& weights, const torch::Tensor& biases) {

@@ -54,7 +54,7 @@ struct DenseMoE {
                  const torch::Tensor& weights) const;
 
   /// How far x is from a point where the result is not smooth: the smallest gap between the k-th and
-  /// the next probability of a token (none when routing is handed in), and with ReLU the smallest
+  /// the next logit of a token (not without a gate: routing from outside), and with ReLU the smallest
   /// distance of a hidden value from 0.
   double margin(const torch::Tensor& x, bool with_gate) const;
 

@@ -28,7 +28,7 @@ INSTANTIATE_TEST_SUITE_P(Devices, RouteTest, ::testing::ValuesIn(devices()),
 // The k-th and the next probability of every token are further apart than rounding can bridge.
 torch::Tensor clear_logits(Random& random, int64_t tokens, int64_t num_experts, double scale) {
   auto logits = scale * random.normal({tokens, num_experts});
-  auto ranks = std::get<1>(logits.sort(1)).argsort(1).to(torch::kFloat64);
+  auto ranks = std::get<1>(logits.sort(1)).argsort(1, /*descending=*/false).to(torch::kFloat64);
   return (logits + 1e-3 * ranks).to(torch::kFloat32).to(torch::kFloat64);
 }
 

@@ -3,6 +3,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <c10/util/StringUtil.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -84,9 +85,11 @@ class FailurePrinter : public ::testing::EmptyTestEventListener {
     if (!result.failed()) {
       return;
     }
-    std::cerr << "[rank " << session().harness->rank() << "] " << test_ << "\n  "
-              << (result.file_name() ? result.file_name() : "?") << ":" << result.line_number()
-              << ": " << result.message() << std::endl;
+    // In one piece, so that the ranks' reports do not mix.
+    std::cerr << c10::str("[rank ", session().harness->rank(), "] ", test_, "\n  ",
+                          result.file_name() ? result.file_name() : "?", ":",
+                          result.line_number(), ": ", result.message(), "\n")
+              << std::flush;
   }
 
  private:

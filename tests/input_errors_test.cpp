@@ -1,0 +1,278 @@
+// What a layer refuses, what it says, and that it works again afterwards.
+#include <anabranch/moe_layer.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <functional>
+#include <limits>
+
+#include "support/random_routing.h"
+#include "support/thrown.h"
+#include "support/tolerance.h"
+#include "support/world.h"
+
+namespace anabranch::test {
+namespace {
+
+MoEOptions good_options() {
+  MoEOptions options;
+  options.hidden_size = 8;
+  options.expert_hidden_size = 6;
+  options.num_experts = 5;
+  options.top_k = 2;
+  return options;
+}
+
+class InputErrorsTest : public ::testing::Test {
+ protected:
+  using Change = std::function<void(MoEOptions&)>;
+
+  // On every rank alike: each refuses before it communicates.
+  void expect_refused(const Change& change, const std::string& text) {
+    auto options = good_options();
+    change(options);
+    const auto before = world_->traffic().collectives;
+    EXPECT_INPUT_ERROR(MoELayer(options, world_), text);
+    EXPECT_EQ(world_->traffic().collectives, before) << text;
+  }
+  void expect_disagreement(const std::string& field, const Change& change, int culprit);
+  void expect_works(MoELayer& layer) {
+    const auto output = layer->forward(random_.normal({3, 8}, torch::kFloat32)).output;
+    EXPECT_TRUE(output.isfinite().all().item<bool>());
+  }
+  // `bad` on the last rank, `good` on the others.
+  void expect_refused_everywhere(MoELayer& layer, const std::function<void()>& bad,
+                                 const std::function<void()>& good, const std::string& text) {
+    const int culprit = world_->size() - 1;
+    const auto thrown = thrown_by(rank_ == culprit ? bad : good);
+    if (rank_ == culprit) {
+      EXPECT_EQ(thrown.kind, Thrown::Kind::kInput) << thrown;
+      EXPECT_TRUE(thrown.says(text)) << "expected to read \"" << text << "\" in: " << thrown;
+    } else {
+      EXPECT_EQ(thrown.kind, Thrown::Kind::kCommunication) << thrown;
+      EXPECT_EQ(thrown.peers, std::vector<int>{culprit}) << thrown;
+      EXPECT_TRUE(thrown.says("rank " + std::to_string(culprit))) << thrown;
+    }
+    expect_works(layer);
+  }
+
+  std::shared_ptr<Communicator> world_ = world();
+  int rank_ = world_->rank();
+  Random random_{test_seed()};
+};
+
+TEST_F(InputErrorsTest, OptionsOutOfRange) {
+  for (const int64_t value : {int64_t{0}, int64_t{-1}, std::numeric_limits<int64_t>::min()}) {
+    expect_refused([&](MoEOptions& o) { o.hidden_size = value; }, "hidden_size");
+    expect_refused([&](MoEOptions& o) { o.expert_hidden_size = value; }, "expert_hidden_size");
+    expect_refused([&](MoEOptions& o) { o.num_experts = value; }, "num_experts");
+    expect_refused([&](MoEOptions& o) { o.top_k = value; }, "top_k");
+  }
+  expect_refused([](MoEOptions& o) { o.top_k = 6; }, "top_k");
+  expect_refused([](MoEOptions& o) { o.shared_expert_hidden_size = -1; },
+                 "shared_expert_hidden_size");
+  for (const double value : {-0.1, 1.0, 2.0, std::nan(""), HUGE_VAL}) {
+    expect_refused([&](MoEOptions& o) { o.jitter = value; }, "jitter");
+  }
+  for (const auto dtype : {torch::kInt64, torch::kBool, torch::kComplexFloat}) {
+    expect_refused([&](MoEOptions& o) { o.dtype = dtype; }, "dtype");
+  }
+}
+
+// Products of sizes that no 64-bit number holds are refused as such, not wrapped into small ones.
+TEST_F(InputErrorsTest, SizesThatOverflow) {
+  constexpr int64_t kHuge = int64_t{1} << 32;
+  expect_refused(
+      [](MoEOptions& o) {
+        o.hidden_size = kHuge;
+        o.expert_hidden_size = kHuge;
+      },
+      "overflow");
+  expect_refused(
+      [](MoEOptions& o) {
+        o.num_experts = kHuge;
+        o.expert_hidden_size = kHuge;
+      },
+      "overflow");
+  expect_refused(
+      [](MoEOptions& o) { o.hidden_size = std::numeric_limits<int64_t>::max(); }, "overflow");
+  expect_refused(
+      [](MoEOptions& o) {
+        o.shared_expert_hidden_size = kHuge;
+        o.hidden_size = kHuge;
+      },
+      "overflow");
+  // [E, h], the router's.
+  expect_refused(
+      [](MoEOptions& o) {
+        o.num_experts = int64_t{1} << 31;
+        o.hidden_size = int64_t{1} << 30;
+        o.expert_hidden_size = 1;
+      },
+      "overflow");
+}
+
+TEST_F(InputErrorsTest, UnknownEngineAndDevice) {
+  auto options = good_options();
+  options.engine = "abacus";
+  EXPECT_INPUT_ERROR(MoELayer(options, world_), "abacus");
+  options = good_options();
+  options.device = torch::kMeta;
+  EXPECT_INPUT_ERROR(MoELayer(options, world_), "meta");
+}
+
+TEST_F(InputErrorsTest, WrongInputIsRefusedBeforeCommunication) {
+  MoELayer layer(good_options(), world_);
+  const auto before = world_->traffic().collectives;
+  EXPECT_INPUT_ERROR(layer->forward(torch::Tensor()), "undefined");
+  EXPECT_INPUT_ERROR(layer->forward(torch::zeros({3, 7})), "hidden_size = 8");
+  EXPECT_INPUT_ERROR(layer->forward(torch::zeros({8, 3})), "[8, 3]");
+  EXPECT_INPUT_ERROR(layer->forward(torch::zeros({})), "[]");
+  EXPECT_INPUT_ERROR(layer->forward(torch::zeros({3, 8}, torch::kFloat64)), "Double");
+  EXPECT_INPUT_ERROR(layer->forward(torch::zeros({3, 8}, torch::kBFloat16)), "BFloat16");
+  EXPECT_INPUT_ERROR(layer->forward(torch::zeros({3, 8}, torch::kInt32)), "Int");
+  EXPECT_INPUT_ERROR(layer->forward(torch::zeros({3, 8}, torch::kMeta)), "meta");
+  EXPECT_EQ(world_->traffic().collectives, before);
+  expect_works(layer);
+}
+
+TEST_F(InputErrorsTest, WrongRoutingIsRefusedBeforeCommunication) {
+  MoELayer layer(good_options(), world_);
+  const auto x = torch::zeros({3, 8});
+  Routing good;
+  good.expert_ids = torch::tensor({{0, 1}, {2, 3}, {4, 0}});
+  good.weights = torch::ones({3, 2});
+  const auto before = world_->traffic().collectives;
+  const auto refuse = [&](const std::function<void(Routing&)>& change, const std::string& text) {
+    auto routing = good;
+    change(routing);
+    EXPECT_INPUT_ERROR(layer->forward(x, routing), text);
+  };
+  refuse([](Routing& r) { r.expert_ids = torch::Tensor(); }, "expert_ids");
+  refuse([](Routing& r) { r.weights = torch::Tensor(); }, "weights");
+  refuse([](Routing& r) { r.expert_ids = r.expert_ids.slice(0, 0, 2); }, "[2, 2]");
+  refuse([](Routing& r) { r.expert_ids = r.expert_ids.slice(1, 0, 1); }, "[3, 1]");
+  refuse([](Routing& r) { r.expert_ids = r.expert_ids.flatten(); }, "[6]");
+  refuse([](Routing& r) { r.expert_ids = r.expert_ids.to(torch::kInt32); }, "Int");
+  refuse([](Routing& r) { r.expert_ids = r.expert_ids.to(torch::kFloat32); }, "Float");
+  refuse([](Routing& r) { r.expert_ids = r.expert_ids.to(torch::kMeta); }, "meta");
+  refuse([](Routing& r) { r.weights = r.weights.to(torch::kMeta); }, "meta");
+  refuse([](Routing& r) { r.weights = r.weights.to(torch::kFloat64); }, "Double");
+  refuse([](Routing& r) { r.weights = r.weights.to(torch::kBFloat16); }, "BFloat16");
+  refuse([](Routing& r) { r.weights = r.weights.slice(0, 0, 2); }, "[2, 2]");
+  refuse([](Routing& r) { r.weights = r.weights.flatten(); }, "[6]");
+  EXPECT_EQ(world_->traffic().collectives, before);
+  expect_works(layer);
+}
+
+// A gate that is not finite is named on every rank and never routed.
+TEST_F(InputErrorsTest, NonFiniteGate) {
+  MoELayer layer(good_options(), world_);
+  auto gate = layer->named_parameters()["router.weight"];
+  {
+    const torch::NoGradGuard no_grad;
+    gate[2].fill_(1);
+  }
+  const auto good = random_.normal({6, 8}, torch::kFloat32);
+  for (const float value :
+       {std::nanf(""), std::numeric_limits<float>::infinity(), -HUGE_VALF, 3e38F}) {
+    SCOPED_TRACE(value);
+    auto bad = good.clone();
+    bad[4].fill_(value);  // 3e38 is finite, but eight of them overflow in the gate
+    expect_refused_everywhere(
+        layer, [&] { layer->forward(bad); }, [&] { layer->forward(good); }, "token 4");
+  }
+  // The gate itself: every rank refuses its own tokens.
+  {
+    const torch::NoGradGuard no_grad;
+    gate[2].fill_(std::nanf(""));
+  }
+  EXPECT_INPUT_ERROR(layer->forward(good), "token 0");
+}
+
+TEST_F(InputErrorsTest, InvalidRoutingFromOutside) {
+  MoELayer layer(good_options(), world_);
+  const auto x = random_.normal({3, 8}, torch::kFloat32);
+  Routing good;
+  good.expert_ids = torch::tensor({{0, 1}, {2, 3}, {4, 0}});
+  good.weights = torch::ones({3, 2});
+  const auto expect_bad = [&](const std::function<void(Routing&)>& change) {
+    Routing bad = good;
+    bad.expert_ids = good.expert_ids.clone();
+    bad.weights = good.weights.clone();
+    change(bad);
+    expect_refused_everywhere(
+        layer, [&] { layer->forward(x, bad); }, [&] { layer->forward(x, good); }, "token 1");
+  };
+  expect_bad([](Routing& r) { r.expert_ids[1][0] = 5; });
+  expect_bad([](Routing& r) { r.expert_ids[1][1] = -1; });
+  expect_bad([](Routing& r) { r.expert_ids[1][1] = std::numeric_limits<int64_t>::min(); });
+  expect_bad([](Routing& r) { r.expert_ids[1][0] = 3; });  // twice
+  expect_bad([](Routing& r) { r.weights[1][0] = std::nanf(""); });
+  expect_bad([](Routing& r) { r.weights[1][1] = HUGE_VALF; });
+}
+
+// Strides of routing from outside do not matter. (LibTorch itself has no negative strides.)
+TEST_F(InputErrorsTest, StridedRoutingIsHandled) {
+  MoELayer layer(good_options(), world_);
+  const auto x = random_.normal({4, 8}, torch::kFloat32);
+  Routing plain;
+  plain.expert_ids = random_expert_ids(random_, 4, 5, 2, Skew::kUniform);
+  plain.weights = random_.uniform({4, 2}, torch::kFloat32);
+  Routing strided;
+  strided.expert_ids = plain.expert_ids.t().contiguous().t();
+  strided.weights = plain.weights.t().contiguous().t();
+  ASSERT_FALSE(strided.weights.is_contiguous());
+  EXPECT_TRUE(identical(layer->forward(x, strided).output, layer->forward(x, plain).output));
+  strided.expert_ids = torch::tensor({{3, 1}}).expand({4, 2});
+  strided.weights = torch::ones({1, 1}).expand({4, 2});
+  EXPECT_TRUE(layer->forward(x, strided).output.isfinite().all().item<bool>());
+}
+
+void InputErrorsTest::expect_disagreement(const std::string& field, const Change& change,
+                                          int culprit) {
+  SCOPED_TRACE(field + " differs on rank " + std::to_string(culprit));
+  auto options = good_options();
+  if (rank_ == culprit) {
+    change(options);
+  }
+  const auto thrown = thrown_by([&] { MoELayer(options, world_); });
+  EXPECT_EQ(thrown.kind, Thrown::Kind::kCommunication) << thrown;
+  EXPECT_EQ(thrown.peers, std::vector<int>{culprit}) << thrown;
+  EXPECT_TRUE(thrown.says(field)) << thrown;
+  EXPECT_TRUE(thrown.says("rank " + std::to_string(culprit))) << thrown;
+}
+
+TEST_F(InputErrorsTest, OptionsThatDifferBetweenRanksAreNamed) {
+  ANABRANCH_NEEDS_RANKS(2);
+  const std::vector<std::pair<std::string, Change>> changes = {
+      {"hidden_size", [](MoEOptions& o) { o.hidden_size = 9; }},
+      {"expert_hidden_size", [](MoEOptions& o) { o.expert_hidden_size = 7; }},
+      {"num_experts", [](MoEOptions& o) { o.num_experts = 6; }},
+      {"top_k", [](MoEOptions& o) { o.top_k = 1; }},
+      {"activation", [](MoEOptions& o) { o.activation = Activation::kSilu; }},
+      {"glu", [](MoEOptions& o) { o.glu = true; }},
+      {"bias", [](MoEOptions& o) { o.bias = true; }},
+      {"shared_expert_hidden_size", [](MoEOptions& o) { o.shared_expert_hidden_size = 4; }},
+      {"renormalize", [](MoEOptions& o) { o.renormalize = false; }},
+      {"jitter", [](MoEOptions& o) { o.jitter = 0.01; }},
+      {"recompute", [](MoEOptions& o) { o.recompute = true; }},
+      {"dtype", [](MoEOptions& o) { o.dtype = torch::kBFloat16; }},
+      {"seed", [](MoEOptions& o) { o.seed = 1; }},
+  };
+  for (const auto& [field, change] : changes) {
+    expect_disagreement(field, change, world_->size() - 1);
+  }
+  expect_disagreement("top_k", changes[3].second, 1);
+  MoELayer layer(good_options(), world_);
+  expect_works(layer);
+}
+
+TEST(ImbalanceErrorsTest, RefusesWhatIsNoLoad) {
+  EXPECT_INPUT_ERROR(imbalance(torch::Tensor()), "load");
+  EXPECT_INPUT_ERROR(imbalance(torch::zeros({2, 2}, torch::kInt64)), "load");
+  EXPECT_INPUT_ERROR(imbalance(torch::zeros({0}, torch::kInt64)), "load");
+}
+
+}  // namespace
+}  // namespace anabranch::test

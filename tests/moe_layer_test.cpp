@@ -1,0 +1,436 @@
+#include <anabranch/gradients.h>
+#include <anabranch/moe_layer.h>
+#include <gtest/gtest.h>
+
+#include "support/collectives.h"
+#include "support/layer_case.h"
+#include "support/tolerance.h"
+#include "support/world.h"
+
+namespace anabranch::test {
+namespace {
+
+// What one step may err by, from the sizes of a case; see tolerance.h. Longest chain: gate (h), up
+// (h), down (n), the token's experts, and back; weight gradients also sum over the tokens. Rounded on
+// the way: hidden, activation, expert's result, partial sums, their sum, the shared expert's share;
+// backward adds the gradients at the result, the activation, the hidden values and the rows.
+class Limits {
+ public:
+  Limits(const LayerCase& layer_case, const Expected& expected, int ranks)
+      : case_(layer_case), dweights_(max_abs(expected.dweights)) {
+    const auto& options = case_.options;
+    length_ = 4 * (2 * options.hidden_size + 2 * options.expert_hidden_size +
+                   options.shared_expert_hidden_size + options.num_experts + ranks) +
+              32;
+  }
+
+  double output(const torch::Tensor& expected) const { return forward(max_abs(expected)); }
+  double dx(const torch::Tensor& expected) const {
+    const double gate = max_abs(case_.parameters.at("router.weight"));
+    return backward(max_abs(expected) + gate * dlogits(1), 0);
+  }
+  double dweights(const torch::Tensor& expected) const { return backward(max_abs(expected), 0); }
+  double gradient(const std::string& name, const torch::Tensor& expected) const {
+    // What reaches the gate is a difference: its terms are larger than the result.
+    const double terms = name == "router.weight"
+                             ? dlogits(case_.tokens) * (1 + max_abs(case_.x.to(torch::kFloat64)))
+                             : 0.0;
+    return backward(max_abs(expected) + terms, case_.tokens);
+  }
+  double loss(const torch::Tensor& expected) const {
+    return tolerance(accumulation_type(case_.options.dtype), length_ + case_.tokens,
+                     1 + max_abs(expected), 1);
+  }
+
+ private:
+  double forward(double magnitude) const {
+    return tolerance(case_.options.dtype, length_, magnitude, 6);
+  }
+  double backward(double magnitude, int64_t tokens) const {
+    return tolerance(case_.options.dtype, 2 * length_ + tokens, magnitude, 10);
+  }
+  // Independent errors of that many tokens' logits add up as their root.
+  double dlogits(int64_t tokens) const {
+    return (dweights_ + 1) * std::sqrt(static_cast<double>(tokens));
+  }
+
+  const LayerCase& case_;
+  double dweights_;
+  int64_t length_;
+};
+
+void expect_equals_reference(const LayerCase& layer_case, const Step& step,
+                             const NamedTensors& gradients, const Expected& expected,
+                             const std::vector<int64_t>& counts, int rank, int ranks) {
+  const Limits limits(layer_case, expected, ranks);
+  const auto& result = expected.result;
+  EXPECT_EQ(step.output.output.scalar_type(), layer_case.options.dtype);
+  EXPECT_TRUE(close(step.output.output, shard(result.output, counts, rank),
+                    limits.output(result.output)))
+      << "output";
+  EXPECT_TRUE(step.output.expert_load.cpu().equal(result.load)) << step.output.expert_load;
+  EXPECT_EQ(step.output.balance_loss.defined(), !layer_case.routing_from_outside);
+  EXPECT_EQ(step.output.z_loss.defined(), !layer_case.routing_from_outside);
+  if (!layer_case.routing_from_outside) {
+    EXPECT_TRUE(close(step.output.balance_loss, result.balance_loss,
+                      limits.loss(result.balance_loss)))
+        << "balance loss";
+    EXPECT_TRUE(close(step.output.z_loss, result.z_loss, limits.loss(result.z_loss)))
+        << "z loss";
+  }
+  EXPECT_TRUE(close(step.x.grad(), shard(expected.dx, counts, rank), limits.dx(expected.dx)))
+      << "dx";
+  if (layer_case.routing_from_outside) {
+    EXPECT_TRUE(close(step.weights.grad(), shard(expected.dweights, counts, rank),
+                      limits.dweights(expected.dweights)))
+        << "gradient of the routing weights";
+  }
+  EXPECT_EQ(gradients.size(), expected.gradients.size());
+  for (const auto& [name, gradient] : gradients) {
+    const auto& exact = expected.gradients.at(name);
+    EXPECT_TRUE(close(gradient, exact, limits.gradient(name, exact))) << "gradient of " << name;
+  }
+}
+
+class MoELayerTest : public ::testing::Test {
+ protected:
+  MoEOptions small_options() {
+    MoEOptions options;
+    options.hidden_size = 16;
+    options.expert_hidden_size = 20;
+    options.num_experts = 6;
+    options.top_k = 2;
+    options.bias = options.glu = true;
+    options.shared_expert_hidden_size = 8;
+    options.activation = Activation::kSilu;
+    return options;
+  }
+  LayerCase small_case(const MoEOptions& options, bool routing_from_outside = false) {
+    return draw_layer_case(random_, world_->size(), options, 24, Skew::kZipf, Split::kUneven,
+                           routing_from_outside);
+  }
+  std::shared_ptr<Communicator> world_ = world();
+  int rank_ = world_->rank();
+  Random random_{test_seed()};
+};
+
+TEST_F(MoELayerTest, EqualsTheDenseReference) {
+  for (const auto& layer_case : layer_cases(random_, world_->size(), effort(60))) {
+    SCOPED_TRACE(layer_case.describe());
+    const auto expected = run_reference(layer_case, world_->size());
+    auto layer = make_layer(layer_case, world_);
+    const auto step = run_step(layer, layer_case, layer_case.counts, rank_);
+    const auto gradients = gather_gradients(layer, *world_);
+    expect_equals_reference(layer_case, step, gradients, expected, layer_case.counts, rank_,
+                            world_->size());
+  }
+}
+
+// The layer as it is constructed, at W ranks and on one that holds the whole batch.
+TEST_F(MoELayerTest, EqualsOneRankThatHoldsEverything) {
+  for (int64_t i = 0; i < effort(12); ++i) {
+    auto options = small_options();
+    options.num_experts = random_.pick<int64_t>({1, 2, 3, 5, 8, 16});
+    options.top_k = random_.integer(1, options.num_experts);
+    options.seed = random_.next();
+    options.dtype = random_.pick<torch::Dtype>({torch::kFloat32, torch::kFloat64});
+    auto layer_case = draw_layer_case(random_, world_->size(), options, random_.integer(0, 50),
+                                      Skew::kUniform, random_.pick(all_splits()), false);
+    SCOPED_TRACE(layer_case.describe());
+    MoELayer alone(options, make_self_communicator());
+    for (const auto& parameter : alone->named_parameters()) {
+      layer_case.parameters[parameter.key()] = parameter.value().detach().clone();
+    }
+    // Not drawn with these parameters: away from switches in all likelihood, but check.
+    const auto dense = make_reference(layer_case.parameters, options);
+    if (dense.margin(layer_case.x.to(torch::kFloat64), true) < 1e-6) {
+      continue;
+    }
+    MoELayer spread(options, world_);
+    const auto step = run_step(spread, layer_case, layer_case.counts, rank_);
+    layer_case.balance_coefficient *= world_->size();
+    layer_case.z_coefficient *= world_->size();
+    const auto whole = run_step(alone, layer_case, {layer_case.tokens}, 0);
+
+    Expected expected;
+    expected.result.output = whole.output.output.detach();
+    expected.result.balance_loss = whole.output.balance_loss.detach();
+    expected.result.z_loss = whole.output.z_loss.detach();
+    expected.result.load = whole.output.expert_load;
+    expected.dx = whole.x.grad();
+    expected.dweights = torch::ones({1});
+    expected.gradients = gather_gradients(alone, *make_self_communicator());
+    expect_equals_reference(layer_case, step, gather_gradients(spread, *world_), expected,
+                            layer_case.counts, rank_, world_->size());
+  }
+}
+
+// Contract 3: after finish_gradients every rank has the gradient of the mean of the ranks' losses.
+TEST_F(MoELayerTest, FinishedGradientsAreThoseOfTheMeanLoss) {
+  auto options = small_options();
+  options.dtype = torch::kFloat64;
+  const auto layer_case = small_case(options);
+  const auto expected = run_reference(layer_case, world_->size());
+  auto layer = make_layer(layer_case, world_);
+  run_step(layer, layer_case, layer_case.counts, rank_);
+  finish_gradients(*layer, make_parallel_groups(world_));
+  const Limits limits(layer_case, expected, world_->size());
+  for (const auto& parameter : layer->named_parameters()) {
+    auto exact = expected.gradients.at(parameter.key()) / world_->size();
+    if (parameter.key().rfind("experts.", 0) == 0) {
+      const auto& placement = layer->exchange().placement();
+      const auto first = placement.first_expert(rank_);
+      exact = exact.slice(0, first, first + placement.local_experts(rank_));
+    }
+    EXPECT_TRUE(close(parameter.value().grad(), exact,
+                      limits.gradient(parameter.key(), expected.gradients.at(parameter.key()))))
+        << parameter.key();
+  }
+}
+
+TEST_F(MoELayerTest, TwoRunsAgreeBitForBit) {
+  for (const auto& layer_case : layer_cases(random_, world_->size(), effort(12))) {
+    SCOPED_TRACE(layer_case.describe());
+    const auto once = [&] {
+      auto layer = make_layer(layer_case, world_);
+      const auto step = run_step(layer, layer_case, layer_case.counts, rank_);
+      std::vector<torch::Tensor> results = {step.output.output, step.output.balance_loss,
+                                            step.output.z_loss, step.x.grad(),
+                                            step.weights.defined() ? step.weights.grad()
+                                                                   : torch::Tensor()};
+      for (const auto& parameter : layer->parameters()) {
+        results.push_back(parameter.grad());
+      }
+      return results;
+    };
+    const auto first = once();
+    const auto second = once();
+    for (size_t i = 0; i < first.size(); ++i) {
+      EXPECT_TRUE(identical(first[i], second[i])) << "result " << i;
+    }
+  }
+}
+
+// Recomputing gives the very same numbers, not only close ones.
+TEST_F(MoELayerTest, RecomputeChangesNothing) {
+  for (const auto dtype : {torch::kFloat32, torch::kBFloat16}) {
+    auto options = small_options();
+    options.dtype = dtype;
+    auto layer_case = small_case(options);
+    auto kept = make_layer(layer_case, world_);
+    const auto kept_step = run_step(kept, layer_case, layer_case.counts, rank_);
+    layer_case.options.recompute = true;
+    auto recomputed = make_layer(layer_case, world_);
+    const auto step = run_step(recomputed, layer_case, layer_case.counts, rank_);
+    EXPECT_TRUE(identical(step.output.output, kept_step.output.output));
+    EXPECT_TRUE(identical(step.x.grad(), kept_step.x.grad()));
+    const auto parameters = recomputed->named_parameters();
+    for (const auto& parameter : kept->named_parameters()) {
+      EXPECT_TRUE(identical(parameters[parameter.key()].grad(), parameter.value().grad()))
+          << parameter.key();
+    }
+  }
+}
+
+// The tests' allocations are poisoned (mpi_main.cpp): without this, no other test here proves that
+// every element is written.
+TEST_F(MoELayerTest, UninitialisedMemoryIsPoisoned) {
+  EXPECT_TRUE(torch::empty({64}).isnan().all().item<bool>());
+  EXPECT_TRUE(torch::empty({3}, torch::kInt64)
+                  .eq(std::numeric_limits<int64_t>::max())
+                  .all()
+                  .item<bool>());
+}
+
+TEST_F(MoELayerTest, InputMayHaveAnyLeadingShapeAndStrides) {
+  auto options = small_options();
+  options.dtype = torch::kFloat64;
+  auto layer_case = draw_layer_case(random_, 1, options, 24, Skew::kUniform, Split::kEven, false);
+  auto layer = make_layer(layer_case, world_);
+  const auto flat = layer->forward(layer_case.x).output.detach();
+  // The same tokens in another order or number: a product of matrices may round otherwise.
+  const Limits limits(layer_case, run_reference(layer_case, 1), world_->size());
+  const auto expect_same = [&](const torch::Tensor& x, const torch::Tensor& expected) {
+    auto leaf = x.detach().requires_grad_();
+    const auto output = layer->forward(leaf).output;
+    EXPECT_EQ(output.sizes(), x.sizes());
+    EXPECT_TRUE(close(output, expected, limits.output(flat)));
+    output.sum().backward();
+    EXPECT_EQ(leaf.grad().sizes(), x.sizes());
+    EXPECT_TRUE(leaf.grad().isfinite().all().item<bool>());
+  };
+  expect_same(layer_case.x.reshape({2, 12, 16}), flat.reshape({2, 12, 16}));
+  expect_same(layer_case.x.reshape({2, 3, 4, 16}), flat.reshape({2, 3, 4, 16}));
+  expect_same(layer_case.x[5], flat[5]);  // a single token, [h]
+  const auto transposed = layer_case.x.reshape({4, 6, 16}).transpose(0, 1);
+  ASSERT_FALSE(transposed.is_contiguous());
+  expect_same(transposed, flat.reshape({4, 6, 16}).transpose(0, 1).contiguous());
+  const auto columns = layer_case.x.t().contiguous().t();
+  expect_same(columns, flat);
+  const auto expanded = layer_case.x[0].expand({7, 16});
+  expect_same(expanded, flat[0].expand({7, 16}).contiguous());
+  expect_same(layer_case.x.slice(0, 0, 0).reshape({0, 3, 16}),
+              flat.slice(0, 0, 0).reshape({0, 3, 16}));
+}
+
+// Gradients of an expanded output (sum().backward()) are expanded themselves, of strides 0.
+TEST_F(MoELayerTest, AcceptsAnExpandedGradient) {
+  auto layer_case = small_case(small_options());
+  auto ones = layer_case;
+  ones.doutput = torch::ones_like(layer_case.doutput);
+  ones.balance_coefficient = ones.z_coefficient = 0;
+  auto expected_layer = make_layer(ones, world_);
+  const auto expected = run_step(expected_layer, ones, ones.counts, rank_);
+  auto layer = make_layer(layer_case, world_);
+  const auto x = shard(layer_case.x, layer_case.counts, rank_).requires_grad_();
+  layer->forward(x).output.sum().backward();
+  EXPECT_TRUE(identical(x.grad(), expected.x.grad()));
+}
+
+TEST_F(MoELayerTest, InputNeedsNoGradient) {
+  auto options = small_options();
+  options.dtype = torch::kFloat64;
+  const auto layer_case = small_case(options);
+  const auto expected = run_reference(layer_case, world_->size());
+  auto layer = make_layer(layer_case, world_);
+  const auto x = shard(layer_case.x, layer_case.counts, rank_);
+  const auto output = layer->forward(x);
+  loss_of(layer_case, output, shard(layer_case.doutput, layer_case.counts, rank_)).backward();
+  EXPECT_FALSE(x.grad().defined());
+  const Limits limits(layer_case, expected, world_->size());
+  for (const auto& [name, gradient] : gather_gradients(layer, *world_)) {
+    const auto& exact = expected.gradients.at(name);
+    EXPECT_TRUE(close(gradient, exact, limits.gradient(name, exact))) << name;
+  }
+}
+
+// Each rank may want other gradients than its neighbours: all still take part in the exchange.
+TEST_F(MoELayerTest, FrozenParametersAndInputsMayDifferBetweenRanks) {
+  auto options = small_options();
+  options.dtype = torch::kFloat64;
+  const auto layer_case = small_case(options);
+  const auto expected = run_reference(layer_case, world_->size());
+  const Limits limits(layer_case, expected, world_->size());
+  for (const std::string frozen : {"router", "experts.up_weight", "experts.down", "shared_expert",
+                                   ""}) {  // "": all parameters
+    SCOPED_TRACE("frozen: " + frozen);
+    auto layer = make_layer(layer_case, world_);
+    for (auto& parameter : layer->named_parameters()) {
+      parameter.value().set_requires_grad(parameter.key().rfind(frozen, 0) != 0);
+    }
+    const auto step = run_step(layer, layer_case, layer_case.counts, rank_);
+    EXPECT_TRUE(close(step.x.grad(), shard(expected.dx, layer_case.counts, rank_),
+                      limits.dx(expected.dx)));
+    const auto gradients = gather_gradients(layer, *world_);
+    for (const auto& parameter : layer->named_parameters()) {
+      const auto& exact = expected.gradients.at(parameter.key());
+      if (parameter.key().rfind(frozen, 0) == 0) {
+        EXPECT_FALSE(parameter.value().grad().defined()) << parameter.key();
+      } else {
+        EXPECT_TRUE(close(gradients.at(parameter.key()), exact,
+                          limits.gradient(parameter.key(), exact)))
+            << parameter.key();
+      }
+    }
+  }
+  // Only rank 0's input wants a gradient, and its parameters do not.
+  auto layer = make_layer(layer_case, world_);
+  for (auto& parameter : layer->parameters()) {
+    parameter.set_requires_grad(rank_ != 0);
+  }
+  auto x = shard(layer_case.x, layer_case.counts, rank_).requires_grad_(rank_ == 0);
+  const auto output = layer->forward(x);
+  loss_of(layer_case, output, shard(layer_case.doutput, layer_case.counts, rank_)).backward();
+  EXPECT_EQ(x.grad().defined(), rank_ == 0);
+  if (rank_ == 0) {
+    EXPECT_TRUE(close(x.grad(), shard(expected.dx, layer_case.counts, 0), limits.dx(expected.dx)));
+  }
+}
+
+TEST_F(MoELayerTest, WithoutGradientsForwardIsTheSame) {
+  const auto layer_case = small_case(small_options());
+  auto layer = make_layer(layer_case, world_);
+  const auto x = shard(layer_case.x, layer_case.counts, rank_);
+  const auto with = layer->forward(x).output.detach();
+  const torch::NoGradGuard no_grad;
+  const auto without = layer->forward(x).output;
+  EXPECT_TRUE(identical(without, with));
+  EXPECT_FALSE(without.requires_grad());
+}
+
+// Two steps in flight: the plan and what is saved belong to the step, not to the layer.
+TEST_F(MoELayerTest, ForwardTwiceThenBackwardInEitherOrder) {
+  auto options = small_options();
+  options.dtype = torch::kFloat64;
+  const auto first = small_case(options);
+  auto second = draw_layer_case(random_, world_->size(), options, 30, Skew::kUniform,
+                                Split::kSomeEmpty, false);
+  second.parameters = first.parameters;
+  auto layer = make_layer(first, world_);
+  const auto x1 = shard(first.x, first.counts, rank_).requires_grad_();
+  const auto x2 = shard(second.x, second.counts, rank_).requires_grad_();
+  const auto y1 = layer->forward(x1);
+  const auto y2 = layer->forward(x2);
+  loss_of(first, y1, shard(first.doutput, first.counts, rank_)).backward();
+  loss_of(second, y2, shard(second.doutput, second.counts, rank_)).backward();
+  auto alone = make_layer(first, world_);
+  EXPECT_TRUE(identical(x1.grad(), run_step(alone, first, first.counts, rank_).x.grad()));
+  EXPECT_TRUE(identical(x2.grad(), run_step(alone, second, second.counts, rank_).x.grad()));
+  // Gradients accumulate over the two steps.
+  const auto parameters = alone->named_parameters();
+  for (const auto& parameter : layer->named_parameters()) {
+    EXPECT_TRUE(identical(parameter.value().grad(), parameters[parameter.key()].grad()))
+        << parameter.key();
+  }
+}
+
+TEST_F(MoELayerTest, NoTokensAnywhere) {
+  for (const auto dtype : {torch::kFloat32, torch::kFloat64, torch::kBFloat16, torch::kFloat16}) {
+    auto options = small_options();
+    options.dtype = dtype;
+    MoELayer layer(options, world_);
+    auto x = torch::empty({0, 16}, dtype).requires_grad_();
+    const auto output = layer->forward(x);
+    EXPECT_EQ(output.output.sizes(), torch::IntArrayRef({0, 16}));
+    EXPECT_EQ(output.balance_loss.item<double>(), 0);
+    EXPECT_EQ(output.z_loss.item<double>(), 0);
+    EXPECT_EQ(output.expert_load.sum().item<int64_t>(), 0);
+    (output.output.sum() + output.balance_loss + output.z_loss).backward();
+    EXPECT_EQ(x.grad().sizes(), torch::IntArrayRef({0, 16}));
+    for (const auto& parameter : layer->named_parameters()) {
+      EXPECT_TRUE(!parameter.value().grad().defined() || max_abs(parameter.value().grad()) == 0)
+          << parameter.key();
+    }
+  }
+}
+
+TEST_F(MoELayerTest, WithoutACommunicatorItRunsAlone) {
+  const auto options = small_options();
+  MoELayer layer(options);
+  MoELayer with_self(options, make_self_communicator());
+  const auto x = random_.normal({5, 16}, torch::kFloat32);
+  EXPECT_TRUE(identical(layer->forward(x).output, with_self->forward(x).output));
+  EXPECT_EQ(layer->exchange().communicator().size(), 1);
+}
+
+TEST_F(MoELayerTest, LossesAndLoadAreEqualOnEveryRank) {
+  const auto layer_case = small_case(small_options());
+  auto layer = make_layer(layer_case, world_);
+  const auto output = layer->forward(shard(layer_case.x, layer_case.counts, rank_));
+  for (auto value : {output.balance_loss, output.z_loss, output.expert_load}) {
+    const auto everybody = world_->all_gather(value.detach().contiguous());
+    for (int r = 0; r < world_->size(); ++r) {
+      EXPECT_TRUE(identical(everybody[r], everybody[0]));
+    }
+  }
+  EXPECT_EQ(output.expert_load.sum().item<int64_t>(), 24 * 2);
+}
+
+TEST(ImbalanceTest, IsTheFullestExpertOverTheMean) {
+  EXPECT_DOUBLE_EQ(imbalance(torch::tensor({4, 4, 4}, torch::kInt64)), 1);
+  EXPECT_DOUBLE_EQ(imbalance(torch::tensor({12, 0, 0}, torch::kInt64)), 3);
+  EXPECT_TRUE(std::isfinite(imbalance(torch::zeros({3}, torch::kInt64))));
+}
+
+}  // namespace
+}  // namespace anabranch::test

@@ -1,0 +1,293 @@
+#include "support/layer_case.h"
+
+#include <c10/util/StringUtil.h>
+
+#include <cmath>
+#include <stdexcept>
+
+#include "support/collectives.h"
+#include "support/devices.h"
+#include "support/tolerance.h"
+
+namespace anabranch::test {
+namespace {
+
+// fp32 rounding moves a logit or a hidden value by less than this.
+constexpr double kMargin = 1e-5;
+constexpr int kMaximumDraws = 1000;
+
+NamedTensors draw_parameters(Random& random, const MoEOptions& options) {
+  NamedTensors parameters;
+  const auto draw = [&](const std::string& name, torch::IntArrayRef sizes, int64_t fan_in,
+                        torch::Dtype dtype) {
+    parameters[name] = (random.normal(sizes) / std::sqrt(static_cast<double>(fan_in))).to(dtype);
+  };
+  const auto draw_experts = [&](const std::string& prefix, int64_t experts, int64_t inner) {
+    const int64_t up = options.glu ? 2 * inner : inner;
+    const int64_t hidden = options.hidden_size;
+    draw(prefix + ".up_weight", {experts, up, hidden}, hidden, options.dtype);
+    draw(prefix + ".down_weight", {experts, hidden, inner}, inner, options.dtype);
+    if (options.bias) {
+      draw(prefix + ".up_bias", {experts, up}, 1, options.dtype);
+      draw(prefix + ".down_bias", {experts, hidden}, 1, options.dtype);
+    }
+  };
+  draw("router.weight", {options.num_experts, options.hidden_size}, options.hidden_size,
+       accumulation_type(options.dtype));
+  draw_experts("experts", options.num_experts, options.expert_hidden_size);
+  if (options.shared_expert_hidden_size > 0) {
+    draw_experts("shared_expert", 1, options.shared_expert_hidden_size);
+  }
+  return parameters;
+}
+
+// The gate sees one coordinate that is the same in all tokens: through it experts are preferred as
+// `skew` says, by at most e^8.
+void skew_the_gate(Random& random, LayerCase& drawn) {
+  if (drawn.skew == Skew::kUniform) {
+    return;
+  }
+  auto preferences = skewed_preferences(random, drawn.options.num_experts, drawn.options.top_k,
+                                        drawn.skew)
+                         .clamp(-8, 8);
+  auto& gate = drawn.parameters.at("router.weight");
+  gate.select(1, 0).copy_(preferences / 2);
+}
+
+torch::Tensor draw_tokens(Random& random, const LayerCase& drawn, int64_t count) {
+  auto x = random.normal({count, drawn.options.hidden_size});
+  if (drawn.skew != Skew::kUniform) {
+    x.select(1, 0).fill_(2);
+  }
+  return x.to(drawn.options.dtype);
+}
+
+// Token by token: a large batch has a switch somewhere in nearly every draw.
+torch::Tensor draw_smooth_input(Random& random, const LayerCase& drawn) {
+  const auto reference = make_reference(drawn.parameters, drawn.options);
+  std::vector<torch::Tensor> rows = {draw_tokens(random, drawn, 0)};
+  for (int64_t t = 0; t < drawn.tokens; ++t) {
+    torch::Tensor row;
+    int draws = 0;
+    do {
+      row = draw_tokens(random, drawn, 1);
+      if (++draws > kMaximumDraws) {
+        throw std::runtime_error("no input away from a switch: " + drawn.describe());
+      }
+    } while (reference.margin(row.to(torch::kFloat64), !drawn.routing_from_outside) < kMargin);
+    rows.push_back(row);
+  }
+  return torch::cat(rows);
+}
+
+}  // namespace
+
+std::string LayerCase::describe() const {
+  return c10::str("h ", options.hidden_size, " n ", options.expert_hidden_size, " E ",
+                  options.num_experts, " k ", options.top_k, " activation ",
+                  static_cast<int>(options.activation), options.glu ? " glu" : "",
+                  options.bias ? " bias" : "", " shared ", options.shared_expert_hidden_size,
+                  options.renormalize ? " renormalize" : "", options.recompute ? " recompute" : "",
+                  " ", to_string(options.dtype), " tokens ", tokens, " (",
+                  c10::Join("+", counts), ") ", to_string(skew), " ", to_string(split),
+                  routing_from_outside ? " routing from outside" : "");
+}
+
+LayerCase draw_layer_case(Random& random, int ranks, const MoEOptions& options, int64_t tokens,
+                          Skew skew, Split split, bool routing_from_outside) {
+  LayerCase drawn;
+  drawn.options = options;
+  drawn.tokens = tokens;
+  // A single coordinate cannot be the same in all tokens and tell them apart.
+  drawn.skew = options.hidden_size == 1 && !routing_from_outside ? Skew::kUniform : skew;
+  drawn.split = split;
+  drawn.routing_from_outside = routing_from_outside;
+  drawn.counts = split_tokens(random, tokens, ranks, split);
+  drawn.parameters = draw_parameters(random, options);
+  skew_the_gate(random, drawn);
+  drawn.x = draw_smooth_input(random, drawn);
+  drawn.doutput = random.normal({tokens, options.hidden_size}, options.dtype);
+  if (routing_from_outside) {
+    drawn.expert_ids =
+        random_expert_ids(random, tokens, options.num_experts, options.top_k, skew);
+    drawn.weights =
+        random.normal({tokens, options.top_k}, accumulation_type(options.dtype));
+  }
+  return drawn;
+}
+
+std::vector<LayerCase> layer_cases(Random& random, int ranks, int64_t sample) {
+  std::vector<LayerCase> cases;
+  const auto add = [&](const MoEOptions& options, int64_t tokens, Skew skew, Split split,
+                       bool routing_from_outside = false) {
+    cases.push_back(
+        draw_layer_case(random, ranks, options, tokens, skew, split, routing_from_outside));
+  };
+  MoEOptions plain;
+  plain.hidden_size = 16;
+  plain.expert_hidden_size = 24;
+  plain.num_experts = 8;
+  plain.top_k = 2;
+  auto everything = plain;
+  everything.glu = everything.bias = true;
+  everything.shared_expert_hidden_size = 12;
+  everything.activation = Activation::kSilu;
+  auto one = plain;
+  one.num_experts = one.top_k = 1;
+  auto all = everything;
+  all.num_experts = all.top_k = 5;
+  auto single = everything;
+  single.top_k = 1;
+  auto recomputed = everything;
+  recomputed.recompute = true;
+  add(plain, 0, Skew::kUniform, Split::kEven);  // nobody has anything
+  add(everything, 0, Skew::kUniform, Split::kEven);
+  add(one, 11, Skew::kUniform, Split::kUneven);  // most ranks own no expert
+  add(all, 9, Skew::kUniform, Split::kSomeEmpty);
+  add(single, 30, Skew::kOneExpert, Split::kEven);
+  add(recomputed, 30, Skew::kOneExpert, Split::kOnOneRank);
+  add(everything, 1, Skew::kZipf, Split::kOnOneRank);
+  add(plain, 20, Skew::kEmptyExperts, Split::kUneven, true);
+  for (int64_t i = 0; i < sample; ++i) {
+    MoEOptions options;
+    options.hidden_size = random.integer(1, 40);
+    options.expert_hidden_size = random.integer(1, 40);
+    options.num_experts = random.pick<int64_t>({1, 2, 3, 5, 8, 16});
+    options.top_k = random.integer(1, options.num_experts);
+    options.activation = static_cast<Activation>(random.integer(0, 3));
+    options.glu = random.chance();
+    options.bias = random.chance();
+    options.shared_expert_hidden_size = random.chance() ? random.integer(1, 20) : 0;
+    options.renormalize = random.chance();
+    options.recompute = random.chance();
+    options.dtype = random.pick(all_dtypes());
+    if (options.activation == Activation::kRelu && options.bias) {
+      // In 16 bits the product is rounded before the bias joins it: near 0 their sum's sign is open.
+      options.dtype = accumulation_type(options.dtype);
+    }
+    options.seed = random.next();
+    add(options, random.integer(0, 60), random.pick(all_skews()), random.pick(all_splits()),
+        random.chance(0.25));
+  }
+  return cases;
+}
+
+void set_parameters(MoELayer& layer, const NamedTensors& parameters) {
+  const torch::NoGradGuard no_grad;
+  const auto& placement = layer->exchange().placement();
+  const auto rank = layer->exchange().communicator().rank();
+  const auto first = placement.first_expert(rank);
+  for (auto& parameter : layer->named_parameters()) {
+    auto values = parameters.at(parameter.key());
+    if (parameter.key().rfind("experts.", 0) == 0) {
+      values = values.slice(0, first, first + placement.local_experts(rank));
+    }
+    parameter.value().copy_(values);
+  }
+}
+
+MoELayer make_layer(const LayerCase& layer_case, std::shared_ptr<Communicator> communicator) {
+  MoELayer layer(layer_case.options, std::move(communicator));
+  set_parameters(layer, layer_case.parameters);
+  return layer;
+}
+
+torch::Tensor loss_of(const LayerCase& layer_case, const MoEOutput& output,
+                      const torch::Tensor& doutput) {
+  auto loss = (output.output.to(torch::kFloat64) * doutput.to(torch::kFloat64)).sum();
+  if (output.balance_loss.defined()) {
+    loss = loss + layer_case.balance_coefficient * output.balance_loss +
+           layer_case.z_coefficient * output.z_loss;
+  }
+  return loss;
+}
+
+Step run_step(MoELayer& layer, const LayerCase& layer_case, const std::vector<int64_t>& counts,
+              int rank) {
+  Step step;
+  const auto device = layer_case.options.device;
+  step.x = shard(layer_case.x, counts, rank).to(device).requires_grad_();
+  if (layer_case.routing_from_outside) {
+    Routing routing;
+    routing.expert_ids = shard(layer_case.expert_ids, counts, rank).to(device);
+    step.weights = shard(layer_case.weights, counts, rank).to(device).requires_grad_();
+    routing.weights = step.weights;
+    step.output = layer->forward(step.x, routing);
+  } else {
+    step.output = layer->forward(step.x);
+  }
+  const auto doutput = shard(layer_case.doutput, counts, rank).to(device);
+  loss_of(layer_case, step.output, doutput).backward();
+  return step;
+}
+
+NamedTensors gather_gradients(MoELayer& layer, Communicator& communicator) {
+  NamedTensors gradients;
+  for (const auto& parameter : layer->named_parameters()) {
+    const auto& value = parameter.value();
+    const auto gradient =
+        (value.grad().defined() ? value.grad().detach() : torch::zeros_like(value).detach())
+            .to(torch::kCPU, torch::kFloat64);
+    gradients[parameter.key()] = parameter.key().rfind("experts.", 0) == 0
+                                     ? gather_rows(communicator, gradient)
+                                     : sum_over_ranks(communicator, gradient);
+  }
+  return gradients;
+}
+
+reference::DenseMoE make_reference(const NamedTensors& parameters, const MoEOptions& options) {
+  const auto find = [&](const std::string& name) {
+    const auto found = parameters.find(name);
+    return found == parameters.end() ? torch::Tensor() : found->second.to(torch::kFloat64);
+  };
+  reference::DenseMoE dense;
+  dense.gate = find("router.weight");
+  dense.up_weight = find("experts.up_weight");
+  dense.up_bias = find("experts.up_bias");
+  dense.down_weight = find("experts.down_weight");
+  dense.down_bias = find("experts.down_bias");
+  dense.shared_up_weight = find("shared_expert.up_weight");
+  dense.shared_up_bias = find("shared_expert.up_bias");
+  dense.shared_down_weight = find("shared_expert.down_weight");
+  dense.shared_down_bias = find("shared_expert.down_bias");
+  dense.top_k = options.top_k;
+  dense.activation = options.activation;
+  dense.glu = options.glu;
+  dense.renormalize = options.renormalize;
+  return dense;
+}
+
+Expected run_reference(const LayerCase& layer_case, int ranks) {
+  NamedTensors leaves;
+  for (const auto& [name, value] : layer_case.parameters) {
+    leaves[name] = value.to(torch::kFloat64).clone().requires_grad_();
+  }
+  const auto dense = make_reference(leaves, layer_case.options);
+  const auto x = layer_case.x.to(torch::kFloat64).clone().requires_grad_();
+  Expected expected;
+  if (layer_case.routing_from_outside) {
+    const auto weights = layer_case.weights.to(torch::kFloat64).clone().requires_grad_();
+    expected.result = dense.forward(x, layer_case.expert_ids, weights);
+  } else {
+    expected.result = dense.forward(x);
+    expected.result.weights.retain_grad();
+  }
+  // Every rank adds the same auxiliary losses to its own.
+  auto loss = (expected.result.output * layer_case.doutput.to(torch::kFloat64)).sum();
+  if (expected.result.balance_loss.defined()) {
+    loss = loss + ranks * (layer_case.balance_coefficient * expected.result.balance_loss +
+                           layer_case.z_coefficient * expected.result.z_loss);
+  }
+  loss.backward();
+  const auto gradient_of = [](const torch::Tensor& leaf) {
+    return leaf.grad().defined() ? leaf.grad() : torch::zeros_like(leaf);
+  };
+  expected.dx = gradient_of(x);
+  expected.dweights = gradient_of(expected.result.weights);
+  for (const auto& [name, leaf] : leaves) {
+    expected.gradients[name] = gradient_of(leaf);
+  }
+  return expected;
+}
+
+}  // namespace anabranch::test
