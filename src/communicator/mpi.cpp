@@ -19,7 +19,7 @@ namespace anabranch {
 namespace {
 
 // A tag holds the group's id, the low bits of the call's number in the group, and the kind of call:
-// messages of different calls are never taken for each other. Tag 0 is for notices.
+// messages of calls close to each other are never mixed up. Tag 0 is for notices.
 constexpr int kCallKinds = 8;
 constexpr int kCallNumbers = 16;
 constexpr int kTagsPerGroup = kCallKinds * kCallNumbers;
