@@ -61,29 +61,29 @@ nlohmann::json measure(const Shape& shape, bool zipf, int rounds) {
   const auto part = [](const torch::Tensor& t, int64_t first, int64_t rows) {
     return t.narrow(0, first, rows);
   };
-  const auto times = milliseconds(
-      {[&] { engine->forward(x, weight, counts, y); },
-       [&] {
-         for_each_expert(counts, [&](int64_t e, int64_t first, int64_t rows) {
-           auto out = part(y, first, rows);
-           at::mm_out(out, part(x, first, rows), weight[e].t());
-         });
-       },
-       [&] { engine->dgrad(dy, weight, counts, dx); },
-       [&] {
-         for_each_expert(counts, [&](int64_t e, int64_t first, int64_t rows) {
-           auto out = part(dx, first, rows);
-           at::mm_out(out, part(dy, first, rows), weight[e]);
-         });
-       },
-       [&] { engine->wgrad(dy, x, counts, dweight); },
-       [&] {
-         for_each_expert(counts, [&](int64_t e, int64_t first, int64_t rows) {
-           auto out = dweight[e];
-           at::mm_out(out, part(dy, first, rows).t(), part(x, first, rows));
-         });
-       }},
-      rounds);
+  const auto times =
+      milliseconds({[&] { engine->forward(x, weight, counts, y); },
+                    [&] {
+                      for_each_expert(counts, [&](int64_t e, int64_t first, int64_t rows) {
+                        auto out = part(y, first, rows);
+                        at::mm_out(out, part(x, first, rows), weight[e].t());
+                      });
+                    },
+                    [&] { engine->dgrad(dy, weight, counts, dx); },
+                    [&] {
+                      for_each_expert(counts, [&](int64_t e, int64_t first, int64_t rows) {
+                        auto out = part(dx, first, rows);
+                        at::mm_out(out, part(dy, first, rows), weight[e]);
+                      });
+                    },
+                    [&] { engine->wgrad(dy, x, counts, dweight); },
+                    [&] {
+                      for_each_expert(counts, [&](int64_t e, int64_t first, int64_t rows) {
+                        auto out = dweight[e];
+                        at::mm_out(out, part(dy, first, rows).t(), part(x, first, rows));
+                      });
+                    }},
+                   rounds);
 
   nlohmann::json results = nlohmann::json::array();
   const double gflop = 2e-9 * static_cast<double>(shape.rows * shape.k * shape.n);

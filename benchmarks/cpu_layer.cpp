@@ -16,8 +16,9 @@ constexpr int64_t kHidden = 512;
 constexpr int64_t kInner = 1024;
 
 /// What a user would write without this library, over the layer's own parameters.
-torch::Tensor plain_moe(const torch::Tensor& x, const torch::OrderedDict<std::string, torch::Tensor>& p,
-                        int64_t experts, int64_t top_k) {
+torch::Tensor plain_moe(const torch::Tensor& x,
+                        const torch::OrderedDict<std::string, torch::Tensor>& p, int64_t experts,
+                        int64_t top_k) {
   const auto probabilities = torch::softmax(torch::mm(x, p["router.weight"].t()), 1);
   auto [weights, ids] = probabilities.topk(top_k, 1);
   weights = weights / weights.sum(1, true);
@@ -39,10 +40,8 @@ torch::Tensor plain_moe(const torch::Tensor& x, const torch::OrderedDict<std::st
 
 nlohmann::json measure(int64_t experts, int64_t top_k, int rounds) {
   torch::manual_seed(1);
-  const MoEOptions options{.hidden_size = kHidden,
-                           .expert_hidden_size = kInner,
-                           .num_experts = experts,
-                           .top_k = top_k};
+  const MoEOptions options{
+      .hidden_size = kHidden, .expert_hidden_size = kInner, .num_experts = experts, .top_k = top_k};
   MoELayer layer(options);
   const auto parameters = layer->named_parameters();
   const auto x = torch::randn({kTokens, kHidden}).requires_grad_();
@@ -64,16 +63,22 @@ nlohmann::json measure(int64_t experts, int64_t top_k, int rounds) {
   const int64_t plain_peak = peak_bytes(plain);
   constexpr double kMiB = 1 << 20;
   const double gflop = 3 * 2 * 2e-9 * static_cast<double>(kTokens * top_k * kHidden * kInner);
-  std::printf("E %2ld k %ld: %8.1f ms %6.1f GFLOP/s %7.1f MiB; plain %8.1f ms %7.1f MiB; "
-              "%.2f× the speed, %.2f× the memory\n",
-              experts, top_k, times[0], gflop / times[0] * 1e3, static_cast<double>(our_peak) / kMiB,
-              times[1], static_cast<double>(plain_peak) / kMiB, times[1] / times[0],
-              static_cast<double>(our_peak) / static_cast<double>(plain_peak));
-  return {{"tokens", kTokens},           {"hidden", kHidden},
-          {"expert_hidden", kInner},     {"experts", experts},
-          {"top_k", top_k},              {"layer_ms", times[0]},
-          {"plain_ms", times[1]},        {"speedup", times[1] / times[0]},
-          {"layer_peak_bytes", our_peak}, {"plain_peak_bytes", plain_peak}};
+  std::printf(
+      "E %2ld k %ld: %8.1f ms %6.1f GFLOP/s %7.1f MiB; plain %8.1f ms %7.1f MiB; "
+      "%.2f× the speed, %.2f× the memory\n",
+      experts, top_k, times[0], gflop / times[0] * 1e3, static_cast<double>(our_peak) / kMiB,
+      times[1], static_cast<double>(plain_peak) / kMiB, times[1] / times[0],
+      static_cast<double>(our_peak) / static_cast<double>(plain_peak));
+  return {{"tokens", kTokens},
+          {"hidden", kHidden},
+          {"expert_hidden", kInner},
+          {"experts", experts},
+          {"top_k", top_k},
+          {"layer_ms", times[0]},
+          {"plain_ms", times[1]},
+          {"speedup", times[1] / times[0]},
+          {"layer_peak_bytes", our_peak},
+          {"plain_peak_bytes", plain_peak}};
 }
 
 void run(const Arguments& arguments) {
