@@ -16,9 +16,12 @@ int64_t sum(const std::vector<int64_t>& values) {
 }
 
 void check_payload(const Payload& payload, int64_t rows, at::IntArrayRef values, const char* call) {
-  check_input(payload.rows.defined() && payload.rows.dim() == 2 && payload.rows.size(0) == rows &&
-                  payload.rows.is_contiguous(),
-              call, ": rows must be a contiguous [", rows, ", h] for this plan");
+  check_input(payload.rows.defined(), call, ": rows are undefined");
+  check_input(
+      payload.rows.dim() == 2 && payload.rows.size(0) == rows && payload.rows.is_contiguous(), call,
+      ": rows are ", payload.rows.sizes(),
+      payload.rows.is_contiguous() ? "" : " and not contiguous", ", expected a contiguous [", rows,
+      ", h] for this plan");
   check_input(!payload.values.defined() || payload.values.sizes() == values, call,
               ": values must be ", values, " for this plan, not ",
               payload.values.defined() ? payload.values.sizes() : at::IntArrayRef());

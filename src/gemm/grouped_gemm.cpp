@@ -13,8 +13,10 @@ namespace {
 
 void check_operand(const torch::Tensor& tensor, int64_t dim, const char* name,
                    const torch::Tensor& like) {
-  check_input(tensor.defined() && tensor.dim() == dim && tensor.is_contiguous(),
-              "grouped GEMM: ", name, " must be a contiguous tensor of ", dim, " dimensions");
+  check_input(tensor.defined(), "grouped GEMM: ", name, " is undefined");
+  check_input(tensor.dim() == dim && tensor.is_contiguous(), "grouped GEMM: ", name, " is ",
+              tensor.sizes(), tensor.is_contiguous() ? "" : " and not contiguous",
+              ", expected a contiguous tensor of ", dim, " dimensions");
   check_input(at::isFloatingType(tensor.scalar_type()) &&
                   tensor.scalar_type() == like.scalar_type() && tensor.device() == like.device(),
               "grouped GEMM: ", name, " is ", tensor.scalar_type(), " on ", tensor.device(),

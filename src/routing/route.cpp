@@ -49,8 +49,9 @@ struct Route : torch::autograd::Function<Route> {
 }  // namespace
 
 Routing route(const torch::Tensor& logits, int64_t top_k, bool renormalize) {
-  check_input(logits.defined() && logits.dim() == 2 && logits.size(1) > 0,
-              "route: logits must be [tokens, experts]");
+  check_input(logits.defined(), "route: logits are undefined");
+  check_input(logits.dim() == 2 && logits.size(1) > 0, "route: logits are ", logits.sizes(),
+              ", expected [tokens, experts]");
   check_input(logits.scalar_type() == torch::kFloat32 || logits.scalar_type() == torch::kFloat64,
               "route: logits are ", logits.scalar_type(), ", expected fp32 or fp64");
   check_input(top_k >= 1 && top_k <= logits.size(1), "route: top_k = ", top_k, " with ",

@@ -25,8 +25,12 @@ RouterImpl::RouterImpl(const MoEOptions& options) : options_(options) {
 }
 
 Routing RouterImpl::forward(const torch::Tensor& x) {
-  check_input(x.defined() && x.dim() == 2 && x.size(1) == weight.size(1),
-              "router: expected x of [T, ", weight.size(1), "]");
+  check_input(x.defined(), "router: x is undefined");
+  check_input(x.dim() == 2 && x.size(1) == weight.size(1), "router: x is ", x.sizes(),
+              ", expected [T, ", weight.size(1), "]");
+  check_input(x.is_floating_point() && x.device() == weight.device(), "router: x is ",
+              x.scalar_type(), " on ", x.device(), ", expected a floating type on ",
+              weight.device());
   torch::Tensor gate_input = x.to(weight.scalar_type());
   if (is_training() && options_.jitter > 0) {
     gate_input = gate_input *

@@ -37,7 +37,8 @@ def mpi_version():
 
 
 pytestmark = pytest.mark.skipif(
-    "(Open MPI) 4." not in mpi_version(), reason="--enable-recovery is of Open MPI 4"
+    not re.search(r"\((Open MPI|OpenRTE)\) 4\.", mpi_version()),  # mpirun's words, and mpiexec's
+    reason="--enable-recovery is of Open MPI 4",
 )
 
 
