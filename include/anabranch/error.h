@@ -19,7 +19,8 @@ class CommunicationError : public std::runtime_error {
   CommunicationError(const std::string& message, std::vector<int> peers)
       : std::runtime_error(message), peers_(std::move(peers)) {}
 
-  /// Ranks, within the communicator of the failed call, that the failure is laid to.
+  /// Ranks, within the communicator of the failed call, that the failure is laid to. Empty where the
+  /// cause lies outside it; the message then names the rank of the world.
   const std::vector<int>& peers() const noexcept { return peers_; }
 
  private:

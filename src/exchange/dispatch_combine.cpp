@@ -1,8 +1,6 @@
 #include <ATen/ops/empty.h>
 #include <anabranch/exchange.h>
 
-#include <numeric>
-
 #include "kernels/kernels.h"
 #include "support/check.h"
 
@@ -10,10 +8,6 @@
 
 namespace anabranch {
 namespace {
-
-int64_t sum(const std::vector<int64_t>& values) {
-  return std::accumulate(values.begin(), values.end(), int64_t{0});
-}
 
 void check_payload(const Payload& payload, int64_t rows, at::IntArrayRef values, const char* call) {
   check_input(payload.rows.defined(), call, ": rows are undefined");
@@ -75,11 +69,12 @@ Payload Exchange::combine(const Payload& results, const ExchangePlan& plan) cons
     return returned;
   }
 
-  const auto rows = at::empty({sum(plan.send_rows), results.rows.size(1)}, results.rows.options());
+  const auto rows =
+      at::empty({plan.send_tokens.size(0), results.rows.size(1)}, results.rows.options());
   std::vector<Transfer> transfers = {{results.rows, plan.receive_rows, rows, plan.send_rows}};
   torch::Tensor values;
   if (results.values.defined()) {
-    values = at::empty({sum(plan.send_assignments)}, results.values.options());
+    values = at::empty({plan.send_order.size(0)}, results.values.options());
     const auto by_arrival =
         at::empty_like(results.values).scatter_(0, plan.received_order, results.values);
     transfers.push_back({by_arrival, plan.receive_assignments, values, plan.send_assignments});
