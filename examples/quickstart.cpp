@@ -31,7 +31,7 @@ void run() {
   (result.output.square().sum() / 100 + 0.01 * result.balance_loss).backward();
   anabranch::finish_gradients(*layer, anabranch::make_parallel_groups(world));
 
-  // The layer made the same plan in its forward. Rank 0 prints for all: output of several ranks mixes.
+  // The layer made the same plan in its forward. Rank 0 prints for all: their output would mix.
   const auto router = layer->named_children()["router"]->as<anabranch::Router>();
   const auto plan = layer->exchange().plan(router->forward(x));
   const auto rows = world->all_gather(torch::tensor(plan.send_rows));  // [from, to]

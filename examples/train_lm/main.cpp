@@ -55,21 +55,35 @@ void write_sample(LanguageModel& model, const Options& options, const RunDirecto
   progress.say("\n" + text + "\n");
 }
 
-/// The whole run, on every rank; returns the exit code.
-int train(const Options& options, const std::shared_ptr<anabranch::Communicator>& world) {
+/// The text, once every rank has found it and the options good.
+Text check_and_load(const Options& options, anabranch::Communicator& world) {
   Text text;
-  together(*world, [&] {
-    check_options(options, world->size());
+  together(world, [&] {
+    check_options(options, world.size());
     text = load_text(options.data, options.training.sequence_length);
   });
-  check_same_text(text, *world);
+  check_same_text(text, world);
+  return text;
+}
+
+std::string greeting(const Options& options, const RunState& state, const Text& text,
+                     const anabranch::Communicator& world) {
+  return c10::str(options.resume ? "resuming after step " : "training from step ", state.step,
+                  " of ", options.training.steps, " on ", world.size(),
+                  world.size() == 1 ? " rank (" : " ranks (", world.name(), "), ", text.bytes(),
+                  " bytes of text");
+}
+
+/// The whole run, on every rank; returns the exit code.
+int train(const Options& options, const std::shared_ptr<anabranch::Communicator>& world) {
+  const Text text = check_and_load(options, *world);
   const auto groups = anabranch::make_parallel_groups(world, options.expert_parallel);
   LanguageModel model(options, groups.expert_parallel);
   const auto optimizer = make_optimizer(*model, options.training);
 
   const RunDirectory directory(options, text);
-  RunState state;
   std::vector<std::string> notes;
+  RunState state;
   if (options.resume) {
     state = directory.resume(*model, *optimizer, groups, notes);
   } else {
@@ -79,9 +93,7 @@ int train(const Options& options, const std::shared_ptr<anabranch::Communicator>
   for (const auto& note : notes) {
     progress.say("note: the run was begun with " + note);
   }
-  progress.say(c10::str(options.resume ? "resuming after step " : "training from step ", state.step,
-                        " of ", options.training.steps, " on ", world->size(), " ranks (",
-                        world->name(), "), ", text.bytes(), " bytes of text"));
+  progress.say(greeting(options, state, text, *world));
 
   remember_interrupts();
   Trainer trainer(options, text, groups, model, *optimizer, directory);

@@ -21,12 +21,12 @@ struct ModelOptions {
 
 /// What the curve depends on beside the model.
 struct TrainingOptions {
-  int64_t steps = 600;
+  int64_t steps = 1800;
   int64_t batch_size = 16;  ///< sequences, over all ranks
   int64_t sequence_length = 128;
   uint64_t seed = 1;
   double learning_rate = 3e-3;
-  int64_t warmup = 40;
+  int64_t warmup = 60;
   double weight_decay = 0.1;
   double clip = 1.0;  ///< 0: gradients are not clipped
   double balance_loss = 0.01;
