@@ -2,6 +2,9 @@
 #include <anabranch/moe_layer.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <limits>
+
 #include "support/collectives.h"
 #include "support/layer_case.h"
 #include "support/tolerance.h"
@@ -12,57 +15,61 @@ namespace {
 
 // What one step may err by, from the sizes of a case; see tolerance.h. Longest chain: gate (h), up
 // (h), down (n), the token's experts, and back; weight gradients also sum over the tokens. Rounded on
-// the way: hidden, activation, expert's result, partial sums, their sum, the shared expert's share;
-// backward adds the gradients at the result, the activation, the hidden values and the rows.
+// the way: hidden, with bias, activation, expert's result, with bias, partial sums, their sum, the
+// shared expert's share; backward rounds the gradients at the result, the activation, the hidden
+// values, the rows and their sums as well.
 class Limits {
  public:
-  Limits(const LayerCase& layer_case, const Expected& expected, int ranks)
-      : case_(layer_case), dweights_(max_abs(expected.dweights)) {
+  Limits(const LayerCase& layer_case, const Scale& scale, int ranks)
+      : case_(layer_case), scale_(scale) {
     const auto& options = case_.options;
     length_ = 4 * (2 * options.hidden_size + 2 * options.expert_hidden_size +
                    options.shared_expert_hidden_size + options.num_experts + ranks) +
               32;
   }
 
-  double output(const torch::Tensor& expected) const { return forward(max_abs(expected)); }
-  double dx(const torch::Tensor& expected) const {
-    const double gate = max_abs(case_.parameters.at("router.weight"));
-    return backward(max_abs(expected) + gate * dlogits(1), 0);
+  double output(const torch::Tensor& expected) const {
+    return tolerance_of_stages(case_.options.dtype, length_, scale_.output + max_abs(expected), 8);
   }
-  double dweights(const torch::Tensor& expected) const { return backward(max_abs(expected), 0); }
+  double dx(const torch::Tensor& expected) const {
+    return backward(scale_.dx + max_abs(expected) + max_abs(case_.parameters.at("router.weight")) *
+                                                        dlogits(1));
+  }
+  double dweights(const torch::Tensor& expected) const {
+    return backward(scale_.dweights + max_abs(expected));
+  }
   double gradient(const std::string& name, const torch::Tensor& expected) const {
     // What reaches the gate is a difference: its terms are larger than the result.
     const double terms = name == "router.weight"
                              ? dlogits(case_.tokens) * (1 + max_abs(case_.x.to(torch::kFloat64)))
                              : 0.0;
-    return backward(max_abs(expected) + terms, case_.tokens);
+    return backward(scale_.gradients.at(name) + max_abs(expected) + terms);
   }
   double loss(const torch::Tensor& expected) const {
     return tolerance(accumulation_type(case_.options.dtype), length_ + case_.tokens,
-                     1 + max_abs(expected), 1);
+                     1 + max_abs(expected));
   }
 
  private:
-  double forward(double magnitude) const {
-    return tolerance(case_.options.dtype, length_, magnitude, 6);
+  double backward(double root_sum_square) const {
+    return tolerance_of_stages(case_.options.dtype, 2 * length_ + case_.tokens, root_sum_square,
+                               16);
   }
-  double backward(double magnitude, int64_t tokens) const {
-    return tolerance(case_.options.dtype, 2 * length_ + tokens, magnitude, 10);
-  }
-  // Independent errors of that many tokens' logits add up as their root.
+  // Independent errors of that many tokens' logits add up as their root. Auxiliary losses add terms
+  // of the order of 1.
   double dlogits(int64_t tokens) const {
-    return (dweights_ + 1) * std::sqrt(static_cast<double>(tokens));
+    return (2 * scale_.dweights + 1) * std::sqrt(static_cast<double>(tokens));
   }
 
   const LayerCase& case_;
-  double dweights_;
+  const Scale& scale_;
   int64_t length_;
 };
 
 void expect_equals_reference(const LayerCase& layer_case, const Step& step,
                              const NamedTensors& gradients, const Expected& expected,
                              const std::vector<int64_t>& counts, int rank, int ranks) {
-  const Limits limits(layer_case, expected, ranks);
+  const Limits limits(layer_case, expected.scale, ranks);
   const auto& result = expected.result;
   EXPECT_EQ(step.output.output.scalar_type(), layer_case.options.dtype);
   EXPECT_TRUE(close(step.output.output, shard(result.output, counts, rank),
@@ -158,7 +165,7 @@ TEST_F(MoELayerTest, EqualsOneRankThatHoldsEverything) {
     expected.result.z_loss = whole.output.z_loss.detach();
     expected.result.load = whole.output.expert_load;
     expected.dx = whole.x.grad();
-    expected.dweights = torch::ones({1});
+    expected.scale = run_reference(layer_case, 1).scale;
     expected.gradients = gather_gradients(alone, *make_self_communicator());
     expect_equals_reference(layer_case, step, gather_gradients(spread, *world_), expected,
                             layer_case.counts, rank_, world_->size());
@@ -174,7 +181,7 @@ TEST_F(MoELayerTest, FinishedGradientsAreThoseOfTheMeanLoss) {
   auto layer = make_layer(layer_case, world_);
   run_step(layer, layer_case, layer_case.counts, rank_);
   finish_gradients(*layer, make_parallel_groups(world_));
-  const Limits limits(layer_case, expected, world_->size());
+  const Limits limits(layer_case, expected.scale, world_->size());
   for (const auto& parameter : layer->named_parameters()) {
     auto exact = expected.gradients.at(parameter.key()) / world_->size();
     if (parameter.key().rfind("experts.", 0) == 0) {
@@ -249,7 +256,8 @@ TEST_F(MoELayerTest, InputMayHaveAnyLeadingShapeAndStrides) {
   auto layer = make_layer(layer_case, world_);
   const auto flat = layer->forward(layer_case.x).output.detach();
   // The same tokens in another order or number: a product of matrices may round otherwise.
-  const Limits limits(layer_case, run_reference(layer_case, 1), world_->size());
+  const auto scale = run_reference(layer_case, 1).scale;
+  const Limits limits(layer_case, scale, world_->size());
   const auto expect_same = [&](const torch::Tensor& x, const torch::Tensor& expected) {
     auto leaf = x.detach().requires_grad_();
     const auto output = layer->forward(leaf).output;
@@ -297,7 +305,7 @@ TEST_F(MoELayerTest, InputNeedsNoGradient) {
   const auto output = layer->forward(x);
   loss_of(layer_case, output, shard(layer_case.doutput, layer_case.counts, rank_)).backward();
   EXPECT_FALSE(x.grad().defined());
-  const Limits limits(layer_case, expected, world_->size());
+  const Limits limits(layer_case, expected.scale, world_->size());
   for (const auto& [name, gradient] : gather_gradients(layer, *world_)) {
     const auto& exact = expected.gradients.at(name);
     EXPECT_TRUE(close(gradient, exact, limits.gradient(name, exact))) << name;
@@ -310,7 +318,7 @@ TEST_F(MoELayerTest, FrozenParametersAndInputsMayDifferBetweenRanks) {
   options.dtype = torch::kFloat64;
   const auto layer_case = small_case(options);
   const auto expected = run_reference(layer_case, world_->size());
-  const Limits limits(layer_case, expected, world_->size());
+  const Limits limits(layer_case, expected.scale, world_->size());
   for (const std::string frozen : {"router", "experts.up_weight", "experts.down", "shared_expert",
                                    ""}) {  // "": all parameters
     SCOPED_TRACE("frozen: " + frozen);

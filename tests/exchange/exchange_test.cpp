@@ -58,7 +58,7 @@ class ExchangeTest : public ::testing::Test {
 };
 
 TEST_F(ExchangeTest, DispatchBringsEachTokenOnceAndEveryValue) {
-  for (const auto& routed : routing_cases(random_, world_->size(), effort(150))) {
+  for (const auto& routed : routing_cases(random_, world_->size(), effort(80))) {
     const auto dtype = random_.pick(all_dtypes());
     const auto hidden = random_.pick<int64_t>({1, 3, 16, 65});
     SCOPED_TRACE(c10::str(routed.describe(), " h ", hidden, " ", to_string(dtype)));
@@ -80,7 +80,7 @@ TEST_F(ExchangeTest, DispatchBringsEachTokenOnceAndEveryValue) {
 }
 
 TEST_F(ExchangeTest, CombineSumsTheRowsOfATokenAndReturnsEveryValue) {
-  for (const auto& routed : routing_cases(random_, world_->size(), effort(150))) {
+  for (const auto& routed : routing_cases(random_, world_->size(), effort(80))) {
     const auto dtype = random_.pick(all_dtypes());
     const auto hidden = random_.pick<int64_t>({1, 3, 16, 65});
     SCOPED_TRACE(c10::str(routed.describe(), " h ", hidden, " ", to_string(dtype)));
@@ -132,7 +132,7 @@ TEST_F(ExchangeTest, CombineRoundsOnce) {
 
 // ⟨dispatch x, y⟩ = ⟨x, combine y⟩, summed over all ranks, for rows and values.
 TEST_F(ExchangeTest, CombineIsTheAdjointOfDispatch) {
-  for (const auto& routed : routing_cases(random_, world_->size(), effort(100))) {
+  for (const auto& routed : routing_cases(random_, world_->size(), effort(50))) {
     SCOPED_TRACE(routed.describe());
     const int64_t hidden = 7;
     const Exchange exchange(world_, routed.num_experts);
@@ -173,7 +173,7 @@ TEST_F(ExchangeTest, OneRankMovesNothing) {
 
 // Rows cross once per (token, rank), values once per assignment, nothing else does.
 TEST_F(ExchangeTest, SendsTheDeduplicatedMinimum) {
-  for (const auto& routed : routing_cases(random_, world_->size(), effort(60))) {
+  for (const auto& routed : routing_cases(random_, world_->size(), effort(30))) {
     SCOPED_TRACE(routed.describe());
     const int64_t hidden = 24;
     const Exchange exchange(world_, routed.num_experts);

@@ -166,7 +166,7 @@ class PlanTest : public ::testing::Test {
 };
 
 TEST_F(PlanTest, EqualsTheDefinitions) {
-  for (const auto& routed : routing_cases(random_, world_->size(), effort(200))) {
+  for (const auto& routed : routing_cases(random_, world_->size(), effort(120))) {
     SCOPED_TRACE(routed.describe());
     const Exchange exchange(world_, routed.num_experts);
     const auto local_ids = routed.local(routed.expert_ids, rank_);

@@ -79,7 +79,8 @@ torch::Tensor activation(const torch::Tensor& x, Activation kind) {
 
 torch::Tensor expert(const torch::Tensor& x, const torch::Tensor& up_weight,
                      const torch::Tensor& up_bias, const torch::Tensor& down_weight,
-                     const torch::Tensor& down_bias, Activation kind, bool glu) {
+                     const torch::Tensor& down_bias, Activation kind, bool glu, bool linear) {
+  const auto apply = [&](const torch::Tensor& z) { return linear ? z : activation(z, kind); };
   auto hidden = x.matmul(up_weight.t());
   if (up_bias.defined()) {
     hidden = hidden + up_bias;
@@ -87,9 +88,9 @@ torch::Tensor expert(const torch::Tensor& x, const torch::Tensor& up_weight,
   torch::Tensor activated;
   if (glu) {
     const auto inner = hidden.size(1) / 2;
-    activated = activation(hidden.slice(1, 0, inner), kind) * hidden.slice(1, inner, 2 * inner);
+    activated = apply(hidden.slice(1, 0, inner)) * hidden.slice(1, inner, 2 * inner);
   } else {
-    activated = activation(hidden, kind);
+    activated = apply(hidden);
   }
   auto result = activated.matmul(down_weight.t());
   return down_bias.defined() ? result + down_bias : result;
@@ -105,11 +106,12 @@ torch::Tensor DenseMoE::mix(const torch::Tensor& x, const torch::Tensor& expert_
   for (int64_t e = 0; e < num_experts; ++e) {
     output = output + dense.select(1, e).unsqueeze(1) *
                           expert(x, up_weight[e], row_of(up_bias, e), down_weight[e],
-                                 row_of(down_bias, e), activation, glu);
+                                 row_of(down_bias, e), activation, glu, linear);
   }
   if (shared_up_weight.defined()) {
     output = output + expert(x, shared_up_weight[0], row_of(shared_up_bias, 0),
-                             shared_down_weight[0], row_of(shared_down_bias, 0), activation, glu);
+                             shared_down_weight[0], row_of(shared_down_bias, 0), activation, glu,
+                             linear);
   }
   return output;
 }

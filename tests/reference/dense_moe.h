@@ -23,7 +23,8 @@ torch::Tensor activation(const torch::Tensor& x, Activation kind);
 /// One expert: x [T, h] → [T, h]. up [n or 2n, h], down [h, n]; biases may be undefined.
 torch::Tensor expert(const torch::Tensor& x, const torch::Tensor& up_weight,
                      const torch::Tensor& up_bias, const torch::Tensor& down_weight,
-                     const torch::Tensor& down_bias, Activation kind, bool glu);
+                     const torch::Tensor& down_bias, Activation kind, bool glu,
+                     bool linear = false);
 
 /// A whole MoE layer on one process: every expert computes every token, and a [T, E] matrix of
 /// weights, zero where a token is not routed, adds them up. In the type of its parameters;
@@ -41,6 +42,9 @@ struct DenseMoE {
   Activation activation = Activation::kGeluTanh;
   bool glu = false;
   bool renormalize = true;
+  /// No activation: what goes in comes out. With everything squared the layer and its gradients are
+  /// then the sums of squares of their terms (activations are no steeper than 1.13).
+  bool linear = false;
 
   struct Result {
     torch::Tensor output;  ///< [T, h]

@@ -257,6 +257,38 @@ reference::DenseMoE make_reference(const NamedTensors& parameters, const MoEOpti
   return dense;
 }
 
+namespace {
+
+torch::Tensor gradient_of(const torch::Tensor& leaf) {
+  return leaf.grad().defined() ? leaf.grad() : torch::zeros_like(leaf);
+}
+
+// The layer is made of products and sums, so with everything squared it gives sums of squares.
+Scale scale_of(const LayerCase& layer_case, const torch::Tensor& expert_ids,
+               const torch::Tensor& weights) {
+  const auto squared = [](const torch::Tensor& tensor) {
+    return tensor.detach().to(torch::kFloat64).square().requires_grad_();
+  };
+  NamedTensors leaves;
+  for (const auto& [name, value] : layer_case.parameters) {
+    leaves[name] = squared(value);
+  }
+  auto dense = make_reference(leaves, layer_case.options);
+  dense.linear = true;
+  const auto x = squared(layer_case.x);
+  const auto squared_weights = squared(weights);
+  const auto output = dense.forward(x, expert_ids, squared_weights).output;
+  (output * squared(layer_case.doutput).detach()).sum().backward();
+  const auto root = [](const torch::Tensor& squares) { return std::sqrt(max_abs(squares)); };
+  Scale scale = {root(output), root(gradient_of(x)), root(gradient_of(squared_weights)), {}};
+  for (const auto& [name, leaf] : leaves) {
+    scale.gradients[name] = root(gradient_of(leaf));
+  }
+  return scale;
+}
+
+}  // namespace
+
 Expected run_reference(const LayerCase& layer_case, int ranks) {
   NamedTensors leaves;
   for (const auto& [name, value] : layer_case.parameters) {
@@ -279,14 +311,13 @@ Expected run_reference(const LayerCase& layer_case, int ranks) {
                            layer_case.z_coefficient * expected.result.z_loss);
   }
   loss.backward();
-  const auto gradient_of = [](const torch::Tensor& leaf) {
-    return leaf.grad().defined() ? leaf.grad() : torch::zeros_like(leaf);
-  };
   expected.dx = gradient_of(x);
   expected.dweights = gradient_of(expected.result.weights);
   for (const auto& [name, leaf] : leaves) {
     expected.gradients[name] = gradient_of(leaf);
   }
+  expected.scale =
+      scale_of(layer_case, expected.result.expert_ids, expected.result.weights);
   return expected;
 }
 

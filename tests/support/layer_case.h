@@ -65,12 +65,20 @@ Step run_step(MoELayer& layer, const LayerCase& layer_case, const std::vector<in
 /// gradient nobody has is zero.
 NamedTensors gather_gradients(MoELayer& layer, Communicator& communicator);
 
+/// Root of the sum of squares of the terms that a result is made of, at its largest element: what
+/// rounding errors are in proportion to. Of the way through the experts alone, without the gate.
+struct Scale {
+  double output = 0, dx = 0, dweights = 0;
+  std::map<std::string, double> gradients;
+};
+
 /// Outputs and gradients of the sum of all ranks' losses, by the dense reference in fp64.
 struct Expected {
   reference::DenseMoE::Result result;
   torch::Tensor dx;
   torch::Tensor dweights;  ///< of the routing weights, wherever they come from
   NamedTensors gradients;
+  Scale scale;
 };
 Expected run_reference(const LayerCase& layer_case, int ranks);
 reference::DenseMoE make_reference(const NamedTensors& parameters, const MoEOptions& options);

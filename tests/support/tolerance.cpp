@@ -1,5 +1,6 @@
 #include "support/tolerance.h"
 
+#include <cmath>
 #include <limits>
 #include <stdexcept>
 
@@ -46,6 +47,14 @@ double tolerance(torch::Dtype dtype, int64_t reduction_length, double magnitude,
                  int64_t roundings) {
   return tolerance(dtype, reduction_length, torch::tensor(magnitude, torch::kFloat64), roundings)
       .item<double>();
+}
+
+double tolerance_of_stages(torch::Dtype dtype, int64_t reduction_length, double root_sum_square,
+                           int64_t roundings) {
+  const double relative =
+      static_cast<double>(reduction_length) * unit_roundoff(accumulation_type(dtype)) +
+      6 * std::sqrt(static_cast<double>(roundings)) * unit_roundoff(dtype);
+  return root_sum_square * relative + static_cast<double>(roundings) * smallest(dtype);
 }
 
 ::testing::AssertionResult close(const torch::Tensor& actual, const torch::Tensor& expected,

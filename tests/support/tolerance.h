@@ -17,15 +17,23 @@ namespace anabranch::test {
 //
 //     magnitude · (reduction_length · u(accumulation) + roundings · u(dtype)),
 //
-// where magnitude bounds Σ|terms|. Where stages follow one another (a whole layer) lengths and
-// roundings add up, and magnitude is the largest absolute value of the exact result: for terms of
-// random sign that is a probabilistic bound, since Σ|terms| ≈ √n · |result| while errors grow as
-// √n · u instead of n · u (Higham & Mary 2019); it holds by a factor of several.
+// where magnitude bounds Σ|terms|. That holds always.
 double tolerance(torch::Dtype dtype, int64_t reduction_length, double magnitude,
                  int64_t roundings = 1);
 /// The same, element by element.
 torch::Tensor tolerance(torch::Dtype dtype, int64_t reduction_length,
                         const torch::Tensor& magnitude, int64_t roundings = 1);
+
+/// Where stages follow one another (a whole layer) the bound above grows far beyond what happens:
+/// independent roundings add up as the root of their squares (Higham & Mary 2019). So with
+/// `root_sum_square`, √Σ terms², of all that a result is made of,
+///
+///     root_sum_square · (reduction_length · u(accumulation) + 6 · √roundings · u(dtype)),
+///
+/// six deviations, each counted as a whole roundoff. Lengths and roundings of the stages add up; the
+/// first term covers sums whose partial sums grow in proportion to their length.
+double tolerance_of_stages(torch::Dtype dtype, int64_t reduction_length, double root_sum_square,
+                           int64_t roundings);
 
 /// Half the distance from 1 to the next larger number.
 double unit_roundoff(torch::Dtype dtype);
