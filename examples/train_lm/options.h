@@ -21,7 +21,7 @@ struct ModelOptions {
 
 /// What the curve depends on beside the model.
 struct TrainingOptions {
-  int64_t steps = 1800;
+  int64_t steps = 1600;
   int64_t batch_size = 16;  ///< sequences, over all ranks
   int64_t sequence_length = 128;
   uint64_t seed = 1;
