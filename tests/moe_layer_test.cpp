@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "support/collectives.h"
+#include "support/devices.h"
 #include "support/layer_case.h"
 #include "support/tolerance.h"
 #include "support/world.h"
@@ -130,6 +131,28 @@ TEST_F(MoELayerTest, EqualsTheDenseReference) {
     const auto gradients = gather_gradients(layer, *world_);
     expect_equals_reference(layer_case, step, gradients, expected, layer_case.counts, rank_,
                             world_->size());
+  }
+}
+
+// The same on each device, in one process: MPI moves host memory only.
+class MoELayerDeviceTest : public ::testing::TestWithParam<torch::Device> {};
+INSTANTIATE_TEST_SUITE_P(Devices, MoELayerDeviceTest, ::testing::ValuesIn(devices()),
+                         [](const auto& info) { return device_name(info.param); });
+
+TEST_P(MoELayerDeviceTest, EqualsTheDenseReference) {
+  if (world()->size() > 1) {
+    GTEST_SKIP() << "one rank suffices";
+  }
+  const auto self = make_self_communicator();
+  Random random(test_seed());
+  for (auto& layer_case : layer_cases(random, 1, effort(40))) {
+    layer_case.options.device = GetParam();
+    SCOPED_TRACE(layer_case.describe());
+    const auto expected = run_reference(layer_case, 1);
+    auto layer = make_layer(layer_case, self);
+    const auto step = run_step(layer, layer_case, layer_case.counts, 0);
+    expect_equals_reference(layer_case, step, gather_gradients(layer, *self), expected,
+                            layer_case.counts, 0, 1);
   }
 }
 
