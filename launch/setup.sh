@@ -137,22 +137,18 @@ torch_version_of() {
 # Whether version $1 is at least version $2.
 at_least() { [[ $(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1) == "$2" ]]; }
 
-# Whether .venv holds what is pinned now, on the Python that was asked for, if one was. The stamp has
-# that Python on its first line, and below it the requirements.
-environment_is_ready() {
-  [[ -f $stamp ]] && [[ $(tail -n +2 "$stamp") == "$(<"$requirements")" ]] &&
+# Whether .venv is complete and on the Python that was asked for, if one was. The stamp has that
+# Python on its first line, and below it the requirements as they were.
+environment_is_whole() {
+  [[ -f $stamp ]] &&
     { [[ -z ${ANABRANCH_PYTHON:-} ]] || [[ $(head -n 1 "$stamp") == "$python" ]]; } &&
     "$venv/bin/cmake" --version >/dev/null 2>&1 &&
     "$venv/bin/ninja" --version >/dev/null 2>&1 &&
     torch_version_of "$venv/bin/python" >/dev/null
 }
 
-# Installs what launch/requirements.txt pins; with an existing torch, all but torch.
-install_requirements() {
-  local skip='^$'
-  if [[ $torch_source == existing* ]]; then skip='^torch=='; fi
-  grep -v -e "$skip" "$requirements" |
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --requirement /dev/stdin
+environment_is_ready() {
+  environment_is_whole && [[ $(tail -n +2 "$stamp") == "$(<"$requirements")" ]]
 }
 
 # Lets .venv see the packages of PYTHON behind its own: also when that is a virtual environment.
@@ -161,6 +157,14 @@ see_packages_of() {
   site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   "$1" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
     >"$site/existing-torch.pth"
+}
+
+# Installs what launch/requirements.txt pins; beside an existing torch, all but torch.
+install_requirements() {
+  local skip='^$'
+  if compgen -G "$venv/lib/python*/site-packages/existing-torch.pth" >/dev/null; then skip='^torch=='; fi
+  grep -v -e "$skip" "$requirements" |
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --requirement /dev/stdin
 }
 
 describe_result() {
@@ -193,10 +197,16 @@ elif $check_only; then
   note "missing or not up to date: launch/setup.sh makes it (python: $python, torch: $torch_source)"
   required_missing=true
 else
-  note "making .venv (python: $python, torch: $torch_source)"
-  "$python" -m venv --clear "$venv" ||
-    die "$python cannot make a virtual environment (Debian: apt-get install python3-venv)"
-  if [[ $torch_source == existing* ]]; then see_packages_of "$python"; fi
+  if environment_is_whole; then
+    note "updating .venv to what is pinned now"
+    python=$(head -n 1 "$stamp")
+  else
+    note "making .venv (python: $python, torch: $torch_source)"
+    # Without a stamp until it is complete: what an interruption leaves behind is made anew.
+    "$python" -m venv --clear "$venv" ||
+      die "$python cannot make a virtual environment (Debian: apt-get install python3-venv)"
+    if [[ $torch_source == existing* ]]; then see_packages_of "$python"; fi
+  fi
   note "installing launch/requirements.txt (with torch's wheel: about 5 GB, a minute or more)"
   install_requirements ||
     die "pip could not install launch/requirements.txt. Without a network, set ANABRANCH_PYTHON to a" \

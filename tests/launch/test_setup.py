@@ -103,6 +103,55 @@ def test_sudo_installs_what_is_missing_and_nothing_else(bare):
     assert "g++" not in install.split()  # the compiler is there
 
 
+@pytest.fixture
+def whole(bare):
+    """`bare` with MPI, and with an environment that an earlier version of the project made."""
+    folder, commands = bare
+    for name in ("mpirun", "mpicxx"):
+        executable(commands / name, "#!/bin/bash\n")
+    for name in ("cmake", "ninja"):
+        executable(folder / ".venv/bin" / name, "#!/bin/bash\necho version 1\n")
+    executable(
+        folder / ".venv/bin/python",
+        "#!/bin/bash\n"
+        'case "$*" in\n'
+        f'  "-m pip"*) cat > "{folder}/installed"; exit "${{PIP_EXIT:-0}}" ;;\n'
+        "  *torch*) echo 2.11.0 ;;\n"
+        "esac\n",
+    )
+    old = (folder / "launch/requirements.txt").read_text().replace("ninja==", "ninja==0.")
+    (folder / ".venv/anabranch-setup.txt").write_text(f"/some/python\n{old}")
+    return folder, commands
+
+
+def test_another_pin_updates_the_environment_in_place(whole):
+    folder, commands = whole
+    assert "updating .venv" in run(folder, path=commands)
+    requirements = (folder / "launch/requirements.txt").read_text()
+    assert (folder / "installed").read_text() == requirements
+    assert (folder / ".venv/anabranch-setup.txt").read_text() == f"/some/python\n{requirements}"
+    (folder / "installed").unlink()
+    assert "ready: torch 2.11.0" in run(folder, path=commands)
+    assert not (folder / "installed").exists()
+
+
+def test_an_environment_that_could_not_be_updated_is_kept(whole):
+    folder, commands = whole
+    before = (folder / ".venv/anabranch-setup.txt").read_text()
+    assert "pip could not install" in run(folder, path=commands, expect=1, PIP_EXIT="1")
+    assert (folder / ".venv/anabranch-setup.txt").read_text() == before
+
+
+def test_an_existing_torch_is_not_replaced_by_an_update(whole):
+    folder, commands = whole
+    packages = folder / ".venv/lib/python3/site-packages"
+    packages.mkdir(parents=True)
+    (packages / "existing-torch.pth").touch()
+    run(folder, path=commands)
+    assert "numpy==" in (folder / "installed").read_text()
+    assert "torch==" not in (folder / "installed").read_text()
+
+
 @pytest.mark.parametrize(
     ("version", "message"),
     [("2.7.1+cpu", "torch: existing 2.7.1"), ("1.13.1", "at least 2.6 is needed"), (None, "torch: wheel")],

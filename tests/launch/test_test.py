@@ -1,6 +1,10 @@
 """launch/test.sh and .ci/run: what they build, what they pass on, and their exit code."""
 
 import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -52,3 +56,27 @@ def test_continuous_integration_calls_it(project):
     shutil.copytree(ROOT / ".ci", project.root / ".ci")
     project.run("../.ci/run", expect=8, environment={"CTEST_EXIT": "8"})
     assert project.calls()[-1].startswith("ctest --preset release")
+
+
+@pytest.mark.skipif(not (ROOT / ".venv/bin/ninja").exists(), reason="not set up here")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_build_is_no_success(tmp_path, number):
+    """Ninja 1.13.0 reports one as a success, and tests would run on what there was before."""
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.25)\nproject(slow LANGUAGES NONE)\n"
+        "add_custom_target(wait ALL COMMAND cmake -E touch started COMMAND cmake -E sleep 60)\n"
+    )
+    cmake, ninja = (ROOT / ".venv/bin" / name for name in ("cmake", "ninja"))
+    build = tmp_path / "build"
+    subprocess.run(
+        [cmake, "-G", "Ninja", "-D", f"CMAKE_MAKE_PROGRAM={ninja}", "-S", tmp_path, "-B", build], check=True
+    )
+    process = subprocess.Popen([cmake, "--build", build])
+    for _ in range(400):
+        if (build / "started").exists():
+            break
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children:
+        subprocess.run(["kill", "-s", str(number.value), child], check=True)
+    assert process.wait(timeout=30) != 0
