@@ -99,7 +99,7 @@ void measure_activations(Bench& bench, int64_t rows, int64_t n) {
   const double total = 2.0 * static_cast<double>(n * rows);
   const auto hidden = sets({rows, n});
   const auto gated = sets({rows, 2 * n});
-  const auto dactivated = sets({rows, n});
+  auto dactivated = sets({rows, n});
   const auto weights = at::randn({rows}, kFloat);
   struct Case {
     const char* name;
@@ -112,9 +112,11 @@ void measure_activations(Bench& bench, int64_t rows, int64_t n) {
     const auto& input = glu ? gated : hidden;
     bench.run(std::string("activate ") + name, rows, n, (glu ? 3 : 2) * total,
               [&](int set) { kernels.activate(input[set], activation, glu); });
+    const Kernels::ActivationGradient gradient{at::empty_like(input[0]), at::empty_like(weights)};
     bench.run(std::string("activate_backward ") + name, rows, n, (glu ? 6 : 4) * total,
               [&](int set) {
-                kernels.activate_backward(dactivated[set], input[set], weights, activation, glu);
+                kernels.activate_backward(dactivated[set], input[set], weights, activation, glu,
+                                          gradient);
               });
   }
 }

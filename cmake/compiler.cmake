@@ -17,6 +17,8 @@ if(ANABRANCH_WERROR)
 endif()
 # The same flag for libraries and executables, so that they share the precompiled header.
 anabranch_add_flags(-fPIC)
+# Messages that name a source file name it from the project's folder.
+anabranch_add_flags("-fmacro-prefix-map=${PROJECT_SOURCE_DIR}/=")
 
 if(ANABRANCH_SANITIZE)
   anabranch_add_flags(-fsanitize=${ANABRANCH_SANITIZE} -fno-omit-frame-pointer)

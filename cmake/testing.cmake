@@ -66,7 +66,7 @@ function(anabranch_test name)
 
   add_executable(${name} ${arg_SOURCES})
   anabranch_own_target(${name})
-  # Ahead of src/: support/random.h is the tests' own.
+  # Files are named from tests/ or from src/.
   target_include_directories(${name} BEFORE PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}")
   target_link_libraries(${name} PRIVATE anabranch_test_support)
 

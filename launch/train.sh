@@ -137,12 +137,6 @@ if [[ $exit_code =~ ^(0|130|143)$ && -s $output/metrics.jsonl ]]; then
   say "Plotting"
   "$venv/bin/python" "$project_root/launch/plot.py" "$output" || exit_code=$((exit_code ? exit_code : 1))
 fi
-if ((exit_code == 0)) && [[ -s $output/sample.txt ]]; then
-  say "A sample of its text"
-  sed 's/^/    /' "$output/sample.txt"
-  echo
-fi
-
 case $exit_code in
   0) say "Done" ;;
   130 | 143) say "Interrupted; the same command with --resume continues" ;;

@@ -94,8 +94,8 @@ TEST_F(InputErrorsTest, SizesThatOverflow) {
         o.expert_hidden_size = kHuge;
       },
       "overflow");
-  expect_refused(
-      [](MoEOptions& o) { o.hidden_size = std::numeric_limits<int64_t>::max(); }, "overflow");
+  expect_refused([](MoEOptions& o) { o.hidden_size = std::numeric_limits<int64_t>::max(); },
+                 "overflow");
   expect_refused(
       [](MoEOptions& o) {
         o.shared_expert_hidden_size = kHuge;

@@ -93,7 +93,8 @@ void GradcheckTest::check(const MoEOptions& options, bool routing_from_outside) 
       const auto dw = random_.normal(point.weights.sizes());
       const auto local_dw = shard(dw, point.counts, rank_);
       expect_slope(
-          layer, point, "weights", [&](LayerCase& at, double t) { at.weights = at.weights + t * dw; },
+          layer, point, "weights",
+          [&](LayerCase& at, double t) { at.weights = at.weights + t * dw; },
           sum_over_ranks(*world_, (step.weights.grad() * local_dw).sum().item<double>()));
     }
     for (const auto& [name, gradient] : gradients) {

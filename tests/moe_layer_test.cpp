@@ -33,8 +33,8 @@ class Limits {
     return tolerance_of_stages(case_.options.dtype, length_, scale_.output + max_abs(expected), 8);
   }
   double dx(const torch::Tensor& expected) const {
-    return backward(scale_.dx + max_abs(expected) + max_abs(case_.parameters.at("router.weight")) *
-                                                        dlogits(1));
+    return backward(scale_.dx + max_abs(expected) +
+                    max_abs(case_.parameters.at("router.weight")) * dlogits(1));
   }
   double dweights(const torch::Tensor& expected) const {
     return backward(scale_.dweights + max_abs(expected));
@@ -73,18 +73,17 @@ void expect_equals_reference(const LayerCase& layer_case, const Step& step,
   const Limits limits(layer_case, expected.scale, ranks);
   const auto& result = expected.result;
   EXPECT_EQ(step.output.output.scalar_type(), layer_case.options.dtype);
-  EXPECT_TRUE(close(step.output.output, shard(result.output, counts, rank),
-                    limits.output(result.output)))
+  EXPECT_TRUE(
+      close(step.output.output, shard(result.output, counts, rank), limits.output(result.output)))
       << "output";
   EXPECT_TRUE(step.output.expert_load.cpu().equal(result.load)) << step.output.expert_load;
   EXPECT_EQ(step.output.balance_loss.defined(), !layer_case.routing_from_outside);
   EXPECT_EQ(step.output.z_loss.defined(), !layer_case.routing_from_outside);
   if (!layer_case.routing_from_outside) {
-    EXPECT_TRUE(close(step.output.balance_loss, result.balance_loss,
-                      limits.loss(result.balance_loss)))
+    EXPECT_TRUE(
+        close(step.output.balance_loss, result.balance_loss, limits.loss(result.balance_loss)))
         << "balance loss";
-    EXPECT_TRUE(close(step.output.z_loss, result.z_loss, limits.loss(result.z_loss)))
-        << "z loss";
+    EXPECT_TRUE(close(step.output.z_loss, result.z_loss, limits.loss(result.z_loss))) << "z loss";
   }
   EXPECT_TRUE(close(step.x.grad(), shard(expected.dx, counts, rank), limits.dx(expected.dx)))
       << "dx";
@@ -224,10 +223,9 @@ TEST_F(MoELayerTest, TwoRunsAgreeBitForBit) {
     const auto once = [&] {
       auto layer = make_layer(layer_case, world_);
       const auto step = run_step(layer, layer_case, layer_case.counts, rank_);
-      std::vector<torch::Tensor> results = {step.output.output, step.output.balance_loss,
-                                            step.output.z_loss, step.x.grad(),
-                                            step.weights.defined() ? step.weights.grad()
-                                                                   : torch::Tensor()};
+      std::vector<torch::Tensor> results = {
+          step.output.output, step.output.balance_loss, step.output.z_loss, step.x.grad(),
+          step.weights.defined() ? step.weights.grad() : torch::Tensor()};
       for (const auto& parameter : layer->parameters()) {
         results.push_back(parameter.grad());
       }
@@ -266,10 +264,8 @@ TEST_F(MoELayerTest, RecomputeChangesNothing) {
 // every element is written.
 TEST_F(MoELayerTest, UninitialisedMemoryIsPoisoned) {
   EXPECT_TRUE(torch::empty({64}).isnan().all().item<bool>());
-  EXPECT_TRUE(torch::empty({3}, torch::kInt64)
-                  .eq(std::numeric_limits<int64_t>::max())
-                  .all()
-                  .item<bool>());
+  EXPECT_TRUE(
+      torch::empty({3}, torch::kInt64).eq(std::numeric_limits<int64_t>::max()).all().item<bool>());
 }
 
 TEST_F(MoELayerTest, InputMayHaveAnyLeadingShapeAndStrides) {
@@ -350,16 +346,16 @@ TEST_F(MoELayerTest, FrozenParametersAndInputsMayDifferBetweenRanks) {
       parameter.value().set_requires_grad(parameter.key().rfind(frozen, 0) != 0);
     }
     const auto step = run_step(layer, layer_case, layer_case.counts, rank_);
-    EXPECT_TRUE(close(step.x.grad(), shard(expected.dx, layer_case.counts, rank_),
-                      limits.dx(expected.dx)));
+    EXPECT_TRUE(
+        close(step.x.grad(), shard(expected.dx, layer_case.counts, rank_), limits.dx(expected.dx)));
     const auto gradients = gather_gradients(layer, *world_);
     for (const auto& parameter : layer->named_parameters()) {
       const auto& exact = expected.gradients.at(parameter.key());
       if (parameter.key().rfind(frozen, 0) == 0) {
         EXPECT_FALSE(parameter.value().grad().defined()) << parameter.key();
       } else {
-        EXPECT_TRUE(close(gradients.at(parameter.key()), exact,
-                          limits.gradient(parameter.key(), exact)))
+        EXPECT_TRUE(
+            close(gradients.at(parameter.key()), exact, limits.gradient(parameter.key(), exact)))
             << parameter.key();
       }
     }

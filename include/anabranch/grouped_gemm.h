@@ -45,5 +45,9 @@ torch::Tensor grouped_gemm_dgrad(GroupedGemmEngine& engine, const torch::Tensor&
 /// dy [P, n], x [P, k] → [experts, n, k].
 torch::Tensor grouped_gemm_wgrad(GroupedGemmEngine& engine, const torch::Tensor& dy,
                                  const torch::Tensor& x, const std::vector<int64_t>& counts);
+/// The same into `dweight` [experts, n, k].
+void grouped_gemm_wgrad_out(GroupedGemmEngine& engine, const torch::Tensor& dy,
+                            const torch::Tensor& x, const std::vector<int64_t>& counts,
+                            torch::Tensor& dweight);
 
 }  // namespace anabranch

@@ -1,6 +1,6 @@
 #include <anabranch/experts.h>
 
-#include "support/random.h"
+#include "support/initialize.h"
 
 namespace anabranch {
 namespace {

@@ -67,16 +67,29 @@ torch::Tensor grouped_gemm_dgrad(GroupedGemmEngine& engine, const torch::Tensor&
   return dx;
 }
 
+void grouped_gemm_wgrad_out(GroupedGemmEngine& engine, const torch::Tensor& dy,
+                            const torch::Tensor& x, const std::vector<int64_t>& counts,
+                            torch::Tensor& dweight) {
+  check_operand(dy, 2, "dy", dy);
+  check_operand(x, 2, "x", dy);
+  check_operand(dweight, 3, "dweight", dy);
+  check_input(x.size(0) == dy.size(0), "grouped GEMM: dy has ", dy.size(0), " rows and x ",
+              x.size(0));
+  check_counts(counts, x.size(0));
+  check_input(dweight.size(0) == static_cast<int64_t>(counts.size()) &&
+                  dweight.size(1) == dy.size(1) && dweight.size(2) == x.size(1),
+              "grouped GEMM: dweight is ", dweight.sizes(), ", expected ",
+              at::IntArrayRef({static_cast<int64_t>(counts.size()), dy.size(1), x.size(1)}));
+  engine.wgrad(dy, x, counts, dweight);
+}
+
 torch::Tensor grouped_gemm_wgrad(GroupedGemmEngine& engine, const torch::Tensor& dy,
                                  const torch::Tensor& x, const std::vector<int64_t>& counts) {
   check_operand(dy, 2, "dy", dy);
   check_operand(x, 2, "x", dy);
-  check_input(x.size(0) == dy.size(0), "grouped GEMM: dy has ", dy.size(0), " rows and x ",
-              x.size(0));
-  check_counts(counts, x.size(0));
   torch::Tensor dweight =
       at::empty({static_cast<int64_t>(counts.size()), dy.size(1), x.size(1)}, dy.options());
-  engine.wgrad(dy, x, counts, dweight);
+  grouped_gemm_wgrad_out(engine, dy, x, counts, dweight);
   return dweight;
 }
 

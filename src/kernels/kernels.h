@@ -93,17 +93,16 @@ class Kernels {
   /// hidden [P, n] (glu: [P, 2n], gate then up) → [P, n].
   virtual torch::Tensor activate(const torch::Tensor& hidden, Activation activation,
                                  bool glu) const = 0;
+  /// Where the backward of the activation writes.
   struct ActivationGradient {
     torch::Tensor dhidden;   ///< [P, n or 2n], scaled by the weight
-    torch::Tensor weighted;  ///< [P, n] weight · activation(hidden)
-    torch::Tensor dweights;  ///< [P] ⟨dactivated, activation(hidden)⟩
+    torch::Tensor dweights;  ///< [P] in fp32 (fp64): ⟨dactivated, activation(hidden)⟩
   };
-  /// `dactivated` [P, n] is the gradient at the activation before the routing weight is applied.
-  /// `weights` [P] undefined means 1. `dactivated` may be overwritten.
-  virtual ActivationGradient activate_backward(const torch::Tensor& dactivated,
-                                               const torch::Tensor& hidden,
-                                               const torch::Tensor& weights, Activation activation,
-                                               bool glu) const = 0;
+  /// `dactivated` [P, n] is the gradient at the activation before the routing weight is applied, and
+  /// becomes weight · activation(hidden). `weights` [P] undefined means 1.
+  virtual void activate_backward(torch::Tensor& dactivated, const torch::Tensor& hidden,
+                                 const torch::Tensor& weights, Activation activation, bool glu,
+                                 const ActivationGradient& gradient) const = 0;
 };
 
 const Kernels& cpu_kernels();

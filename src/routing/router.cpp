@@ -4,7 +4,7 @@
 #include <limits>
 
 #include "support/check.h"
-#include "support/random.h"
+#include "support/initialize.h"
 
 namespace anabranch {
 namespace {

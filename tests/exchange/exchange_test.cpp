@@ -67,8 +67,8 @@ TEST_F(ExchangeTest, DispatchBringsEachTokenOnceAndEveryValue) {
 
     const Exchange exchange(world_, routed.num_experts);
     const auto plan = exchange.plan(local_routing(routed));
-    const auto sent = exchange.dispatch(
-        {routed.local(x, rank_), routed.local(values, rank_)}, plan);
+    const auto sent =
+        exchange.dispatch({routed.local(x, rank_), routed.local(values, rank_)}, plan);
 
     const auto arrivals = arrivals_at(routed, exchange.placement(), rank_);
     const auto rows = torch::tensor(arrivals.token_of_row, torch::kInt64);
@@ -180,12 +180,11 @@ TEST_F(ExchangeTest, SendsTheDeduplicatedMinimum) {
     const auto plan = exchange.plan(local_routing(routed));
     const auto rows_to = [&](int source, int destination) {
       const auto arrivals = arrivals_at(routed, exchange.placement(), destination);
-      const auto begin = std::accumulate(routed.counts.begin(), routed.counts.begin() + source,
-                                         int64_t{0});
-      return std::count_if(arrivals.token_of_row.begin(), arrivals.token_of_row.end(),
-                           [&](int64_t t) {
-                             return t >= begin && t < begin + routed.counts[source];
-                           });
+      const auto begin =
+          std::accumulate(routed.counts.begin(), routed.counts.begin() + source, int64_t{0});
+      return std::count_if(
+          arrivals.token_of_row.begin(), arrivals.token_of_row.end(),
+          [&](int64_t t) { return t >= begin && t < begin + routed.counts[source]; });
     };
     int64_t out = 0;
     int64_t in = 0;
@@ -218,8 +217,8 @@ TEST_F(ExchangeTest, SendsTheDeduplicatedMinimum) {
 TEST_F(ExchangeTest, WorksWithinASubgroup) {
   ANABRANCH_NEEDS_RANKS(2);
   const auto group = world_->split(rank_ % 2, rank_);
-  const auto routed = make_routing_case(random_, group->size(), 5, 2, 20, Skew::kUniform,
-                                        Split::kUneven);
+  const auto routed =
+      make_routing_case(random_, group->size(), 5, 2, 20, Skew::kUniform, Split::kUneven);
   const Exchange exchange(group, 5);
   Routing routing;
   routing.expert_ids = routed.local(routed.expert_ids, group->rank());
@@ -239,7 +238,8 @@ TEST_F(ExchangeTest, RefusesPayloadsThatDoNotFitThePlan) {
   const auto before = world_->traffic().collectives;
   EXPECT_INPUT_ERROR(exchange.dispatch({torch::zeros({4, 3}), {}}, plan), "5");
   EXPECT_INPUT_ERROR(exchange.dispatch({torch::zeros({5}), {}}, plan), "[5]");
-  EXPECT_INPUT_ERROR(exchange.dispatch({torch::zeros({5, 3}), torch::zeros({5, 1})}, plan), "[5, 1]");
+  EXPECT_INPUT_ERROR(exchange.dispatch({torch::zeros({5, 3}), torch::zeros({5, 1})}, plan),
+                     "[5, 1]");
   EXPECT_INPUT_ERROR(exchange.dispatch({torch::Tensor(), {}}, plan), "rows");
   EXPECT_INPUT_ERROR(exchange.combine({torch::zeros({plan.rows() + 1, 3}), {}}, plan),
                      std::to_string(plan.rows()));

@@ -95,7 +95,7 @@ void plan_source(NaivePlan& plan, const std::vector<Numbers>& ids, int64_t num_e
 void plan_experts(NaivePlan& plan, const std::vector<std::vector<Numbers>>& ids, int64_t rank,
                   int64_t num_experts) {
   const auto ranks = static_cast<int64_t>(ids.size());
-  std::map<std::pair<int64_t, int64_t>, int64_t> received_row;  // of (source, token)
+  std::map<std::pair<int64_t, int64_t>, int64_t> received_row;     // of (source, token)
   std::map<std::tuple<int64_t, int64_t, int64_t>, int64_t> place;  // of (source, expert, token)
   for (int64_t source = 0; source < ranks; ++source) {
     int64_t rows = 0;
@@ -137,8 +137,7 @@ void plan_experts(NaivePlan& plan, const std::vector<std::vector<Numbers>>& ids,
   }
   plan.row_offsets.push_back(0);
   for (const auto& assignments : assignments_of_row) {
-    plan.row_assignments.insert(plan.row_assignments.end(), assignments.begin(),
-                                assignments.end());
+    plan.row_assignments.insert(plan.row_assignments.end(), assignments.begin(), assignments.end());
     plan.row_offsets.push_back(static_cast<int64_t>(plan.row_assignments.size()));
   }
 }
@@ -195,8 +194,8 @@ TEST_F(PlanTest, EqualsTheDefinitions) {
 
 // A token crosses to a rank once, and no assignment is lost, whatever the plan says of itself.
 TEST_F(PlanTest, ConservesAssignmentsOverRanks) {
-  const auto routed = make_routing_case(random_, world_->size(), 8, 3, 50, Skew::kZipf,
-                                        Split::kUneven);
+  const auto routed =
+      make_routing_case(random_, world_->size(), 8, 3, 50, Skew::kZipf, Split::kUneven);
   const Exchange exchange(world_, 8);
   const auto plan = exchange.plan(routing_of(routed.local(routed.expert_ids, rank_)));
   auto totals = torch::tensor({plan.assignments()}, torch::kInt64);
@@ -208,8 +207,8 @@ TEST_F(PlanTest, ConservesAssignmentsOverRanks) {
 }
 
 TEST_F(PlanTest, AcceptsStridedIds) {
-  const auto routed = make_routing_case(random_, world_->size(), 8, 2, 30, Skew::kUniform,
-                                        Split::kUneven);
+  const auto routed =
+      make_routing_case(random_, world_->size(), 8, 2, 30, Skew::kUniform, Split::kUneven);
   const Exchange exchange(world_, 8);
   const auto ids = routed.local(routed.expert_ids, rank_);
   const auto plain = exchange.plan(routing_of(ids));
@@ -219,8 +218,8 @@ TEST_F(PlanTest, AcceptsStridedIds) {
 }
 
 TEST_F(PlanTest, ManyRowsAndExperts) {
-  const auto routed = make_routing_case(random_, world_->size(), 130, 8, 3000, Skew::kZipf,
-                                        Split::kUneven);
+  const auto routed =
+      make_routing_case(random_, world_->size(), 130, 8, 3000, Skew::kZipf, Split::kUneven);
   const Exchange exchange(world_, 130);
   const auto plan = exchange.plan(routing_of(routed.local(routed.expert_ids, rank_)));
   const auto expected = naive_plan(routed, rank_);
@@ -254,9 +253,8 @@ TEST_F(PlanTest, RefusesInvalidIdsOnEveryRank) {
     bad.expert_ids[token][slot] = value;
     return bad;
   };
-  for (const int64_t value :
-       {int64_t{6}, int64_t{-1}, std::numeric_limits<int64_t>::max(),
-        std::numeric_limits<int64_t>::min(), int64_t{1} << 32}) {
+  for (const int64_t value : {int64_t{6}, int64_t{-1}, std::numeric_limits<int64_t>::max(),
+                              std::numeric_limits<int64_t>::min(), int64_t{1} << 32}) {
     SCOPED_TRACE(value);
     expect_refusal_everywhere(*world_, exchange, good, with(4, 1, value), "token 4");
   }

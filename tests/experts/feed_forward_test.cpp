@@ -18,9 +18,7 @@ const std::vector<Activation> kActivations = {Activation::kGeluTanh, Activation:
 
 class FeedForwardTest : public ::testing::TestWithParam<torch::Device> {
  protected:
-  torch::Tensor draw(torch::IntArrayRef sizes) {
-    return random_.normal(sizes).to(GetParam());
-  }
+  torch::Tensor draw(torch::IntArrayRef sizes) { return random_.normal(sizes).to(GetParam()); }
   Random random_{test_seed()};
 };
 INSTANTIATE_TEST_SUITE_P(Devices, FeedForwardTest, ::testing::ValuesIn(devices()),
@@ -36,8 +34,8 @@ TEST_P(FeedForwardTest, EqualsOneExpertAfterAnother) {
     for (const bool glu : {false, true}) {
       for (const bool bias : {false, true}) {
         for (const bool weighted : {false, true}) {
-          SCOPED_TRACE(c10::str("activation ", static_cast<int>(activation), " glu ", glu,
-                                " bias ", bias, " weighted ", weighted));
+          SCOPED_TRACE(c10::str("activation ", static_cast<int>(activation), " glu ", glu, " bias ",
+                                bias, " weighted ", weighted));
           const int64_t m = glu ? 2 * n : n;
           const Projection up = {draw({4, m, h}), bias ? draw({4, m}) : torch::Tensor()};
           const Projection down = {draw({4, h, n}), bias ? draw({4, h}) : torch::Tensor()};
@@ -48,10 +46,8 @@ TEST_P(FeedForwardTest, EqualsOneExpertAfterAnother) {
 
           const auto hidden = project(feed_forward, x, up, counts);
           const auto y = project(feed_forward, activate(feed_forward, hidden), down, counts);
-          const auto down_gradient =
-              down_backward(feed_forward, dy, hidden, values, down, counts);
-          const auto up_gradient =
-              up_backward(feed_forward, down_gradient.dhidden, x, up, counts);
+          const auto down_gradient = down_backward(feed_forward, dy, hidden, values, down, counts);
+          const auto up_gradient = up_backward(feed_forward, down_gradient.dhidden, x, up, counts);
 
           const auto leaf = [](const torch::Tensor& tensor) {
             return tensor.defined() ? tensor.detach().clone().requires_grad_() : torch::Tensor();

@@ -92,8 +92,8 @@ void GroupedGemmTest::expect_all_three(const std::vector<int64_t>& counts, int64
                                        torch::Dtype dtype) {
   const auto rows = sum(counts);
   const auto experts = static_cast<int64_t>(counts.size());
-  SCOPED_TRACE(c10::str("counts ", c10::Join(",", counts), " n ", n, " k ", k, " ",
-                        to_string(dtype)));
+  SCOPED_TRACE(
+      c10::str("counts ", c10::Join(",", counts), " n ", n, " k ", k, " ", to_string(dtype)));
   const auto x = random_.normal({rows, k}, dtype).to(torch::kFloat64);
   const auto dy = random_.normal({rows, n}, dtype).to(torch::kFloat64);
   const auto weight = random_.normal({experts, n, k}, dtype).to(torch::kFloat64);
@@ -127,9 +127,9 @@ TEST_P(GroupedGemmTest, EqualsOneProductPerExpert) {
 
 TEST_P(GroupedGemmTest, Corners) {
   for (const auto dtype : all_dtypes()) {
-    expect_all_three({0, 0, 0}, 5, 4, dtype);          // no rows at all
-    expect_all_three({}, 5, 4, dtype);                 // no experts
-    expect_all_three({0, 513, 0, 0}, 33, 65, dtype);   // one expert takes all
+    expect_all_three({0, 0, 0}, 5, 4, dtype);         // no rows at all
+    expect_all_three({}, 5, 4, dtype);                // no experts
+    expect_all_three({0, 513, 0, 0}, 33, 65, dtype);  // one expert takes all
     expect_all_three({1, 1, 1, 1, 1}, 1, 1, dtype);
     expect_all_three({7}, 129, 1, dtype);
     expect_all_three(std::vector<int64_t>(64, 2), 16, 16, dtype);
@@ -143,7 +143,8 @@ TEST_P(GroupedGemmTest, LargeEnoughToBeCutIntoPieces) {
 
 TEST_P(GroupedGemmTest, WritesZeroForAnExpertWithoutRows) {
   for (const auto dtype : all_dtypes()) {
-    auto dweight = torch::full({3, 4, 5}, 77, torch::TensorOptions(dtype).device(GetParam().device));
+    auto dweight =
+        torch::full({3, 4, 5}, 77, torch::TensorOptions(dtype).device(GetParam().device));
     const auto dy = on_device(random_.normal({6, 4}), dtype);
     const auto x = on_device(random_.normal({6, 5}), dtype);
     engine_->wgrad(dy, x, {0, 6, 0}, dweight);
@@ -214,6 +215,8 @@ TEST_P(GroupedGemmTest, RefusesWhatDoesNotFit) {
   EXPECT_INPUT_ERROR(grouped_gemm_dgrad(*engine_, dy, weight, {2, 2}), "5");
   EXPECT_INPUT_ERROR(grouped_gemm_wgrad(*engine_, dy.slice(0, 0, 4), x, {2, 3}), "4");
   EXPECT_INPUT_ERROR(grouped_gemm_wgrad(*engine_, dy, x, {2, 2}), "5");
+  auto narrow = torch::empty({2, dy.size(1), x.size(1) - 1}, x.options());
+  EXPECT_INPUT_ERROR(grouped_gemm_wgrad_out(*engine_, dy, x, {2, 3}, narrow), "dweight");
   EXPECT_INPUT_ERROR(grouped_gemm_wgrad(*engine_, dy.to(torch::kMeta), x, {2, 3}), "meta");
 }
 

@@ -223,10 +223,10 @@ TEST_F(CudaKernelsTest, WideActivations) {
       EXPECT_TRUE(close(cuda_->activate(on_gpu(hidden), activation, glu),
                         cpu_.activate(hidden64, activation, glu),
                         tolerance(dtype, kTranscendental, size)));
-      const auto exact = cpu_.activate_backward(dactivated.to(torch::kFloat64).clone(), hidden64,
-                                                weights.to(torch::kFloat64), activation, glu);
-      const auto result = cuda_->activate_backward(on_gpu(dactivated).clone(), on_gpu(hidden),
-                                                   on_gpu(weights), activation, glu);
+      const auto exact = activate_backward(cpu_, dactivated.to(torch::kFloat64), hidden64,
+                                           weights.to(torch::kFloat64), activation, glu);
+      const auto result = activate_backward(*cuda_, on_gpu(dactivated), on_gpu(hidden),
+                                            on_gpu(weights), activation, glu);
       const double scale = size * max_abs(weights);
       EXPECT_TRUE(close(result.weighted, exact.weighted, tolerance(dtype, kTranscendental, scale)));
       EXPECT_TRUE(close(result.dhidden, exact.dhidden,
@@ -281,7 +281,7 @@ TEST_F(CudaKernelsTest, TwoRunsAgreeBitForBit) {
   const auto weights = on_gpu(random_.normal({3000}, torch::kFloat32));
   const std::vector<int64_t> counts = {1000, 0, 1700, 300};
   const auto gradient = [&] {
-    return cuda_->activate_backward(dactivated.clone(), hidden, weights, Activation::kSilu, true);
+    return activate_backward(*cuda_, dactivated, hidden, weights, Activation::kSilu, true);
   };
   const auto first = gradient();
   const auto bias = cuda_->bias_gradient(hidden, weights, counts);

@@ -49,10 +49,10 @@ TEST_P(FeedForwardKernelsTest, ActivateSurvivesLargeValues) {
     const auto result = kernels_.activate(on_device(hidden), activation, false).cpu();
     const auto expected = torch::tensor({{0.0F, 1e4F, 0.0F, 90.0F, 0.0F}});
     EXPECT_TRUE(close(result, expected, 1e-4)) << static_cast<int>(activation);
-    const auto gradient = kernels_.activate_backward(on_device(torch::ones({1, 5})),
-                                                     on_device(hidden), {}, activation, false);
-    EXPECT_TRUE(close(gradient.dhidden.slice(1, 0, 4), torch::tensor({{0.0F, 1.0F, 0.0F, 1.0F}}),
-                      1e-4))
+    const auto gradient = activate_backward(kernels_, on_device(torch::ones({1, 5})),
+                                            on_device(hidden), {}, activation, false);
+    EXPECT_TRUE(
+        close(gradient.dhidden.slice(1, 0, 4), torch::tensor({{0.0F, 1.0F, 0.0F, 1.0F}}), 1e-4))
         << static_cast<int>(activation);
   }
 }
@@ -78,18 +78,18 @@ TEST_P(FeedForwardKernelsTest, ActivateBackwardEqualsAutograd) {
           const auto dactivated64 = dactivated.to(torch::kFloat64);
           (weighted64 * dactivated64).sum().backward();
 
-          const auto result = kernels_.activate_backward(
-              on_device(dactivated).clone(), on_device(hidden),
-              weighted ? on_device(weights) : torch::Tensor(), activation, glu);
+          const auto result =
+              activate_backward(kernels_, on_device(dactivated), on_device(hidden),
+                                weighted ? on_device(weights) : torch::Tensor(), activation, glu);
           const double size = (1 + max_abs(hidden)) * (1 + max_abs(hidden));
           EXPECT_EQ(result.dhidden.scalar_type(), dtype);
           EXPECT_EQ(result.weighted.scalar_type(), dtype);
           EXPECT_EQ(result.dweights.scalar_type(), accumulation_type(dtype));
           EXPECT_TRUE(close(result.weighted, weighted64,
                             tolerance(dtype, kTranscendental, size * max_abs(weights64))));
-          EXPECT_TRUE(close(result.dhidden, hidden64.grad(),
-                            tolerance(dtype, kTranscendental,
-                                      size * max_abs(weights64) * max_abs(dactivated))));
+          EXPECT_TRUE(close(
+              result.dhidden, hidden64.grad(),
+              tolerance(dtype, kTranscendental, size * max_abs(weights64) * max_abs(dactivated))));
           // A sum of n products, none of them rounded to the storage type.
           EXPECT_TRUE(close(result.dweights, weights64.grad(),
                             tolerance(accumulation_type(dtype), n + kTranscendental,
@@ -110,8 +110,8 @@ TEST_P(FeedForwardKernelsTest, AddBiasAddsItsExpertsRow) {
     kernels_.add_bias(result, on_device(bias), counts);
     const auto own = bias.to(torch::kFloat64).index_select(0, expert_of_rows(counts));
     const auto exact = rows.to(torch::kFloat64) + own;
-    EXPECT_TRUE(close(result, exact,
-                      tolerance(dtype, 1, rows.to(torch::kFloat64).abs() + own.abs())));
+    EXPECT_TRUE(
+        close(result, exact, tolerance(dtype, 1, rows.to(torch::kFloat64).abs() + own.abs())));
   }
 }
 
@@ -129,9 +129,9 @@ TEST_P(FeedForwardKernelsTest, BiasGradientSumsAnExpertsRows) {
         const auto result = kernels_.bias_gradient(
             on_device(rows), weighted ? on_device(weights) : torch::Tensor(), counts);
         EXPECT_EQ(result.scalar_type(), dtype);
-        EXPECT_TRUE(close(result, zero.index_add(0, expert_of_rows(counts), terms),
-                          tolerance(dtype, largest + 1,
-                                    zero.index_add(0, expert_of_rows(counts), terms.abs()))))
+        EXPECT_TRUE(close(
+            result, zero.index_add(0, expert_of_rows(counts), terms),
+            tolerance(dtype, largest + 1, zero.index_add(0, expert_of_rows(counts), terms.abs()))))
             << to_string(dtype) << " weighted " << weighted << " counts " << counts;
       }
     }
@@ -144,8 +144,8 @@ TEST_P(FeedForwardKernelsTest, BiasDotIsTheProductWithItsExpertsRow) {
     const auto width = random_.pick<int64_t>({1, 7, 64, 129});
     const auto rows = random_.normal({sum(counts), width}, dtype);
     const auto bias = random_.normal({6, width}, dtype);
-    const auto terms = rows.to(torch::kFloat64) *
-                       bias.to(torch::kFloat64).index_select(0, expert_of_rows(counts));
+    const auto terms =
+        rows.to(torch::kFloat64) * bias.to(torch::kFloat64).index_select(0, expert_of_rows(counts));
     const auto result = kernels_.bias_dot(on_device(rows), on_device(bias), counts);
     EXPECT_EQ(result.scalar_type(), accumulation_type(dtype));
     EXPECT_TRUE(close(result, terms.sum(1),

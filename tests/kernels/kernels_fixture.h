@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -39,6 +40,26 @@ class KernelsTest : public ::testing::TestWithParam<torch::Device> {
   Random random_{test_seed()};
 };
 
+struct ActivationBackward {
+  torch::Tensor weighted;
+  torch::Tensor dhidden;
+  torch::Tensor dweights;
+};
+/// Backward of the activation into poisoned outputs; `dactivated` stays as it is.
+inline ActivationBackward activate_backward(const Kernels& kernels, const torch::Tensor& dactivated,
+                                            const torch::Tensor& hidden,
+                                            const torch::Tensor& weights, Activation activation,
+                                            bool glu) {
+  const auto nan = std::numeric_limits<double>::quiet_NaN();
+  ActivationBackward result{
+      dactivated.clone(), torch::full_like(hidden, nan),
+      torch::full({hidden.size(0)}, nan,
+                  hidden.options().dtype(accumulation_type(hidden.scalar_type())))};
+  kernels.activate_backward(result.weighted, hidden, weights, activation, glu,
+                            {result.dhidden, result.dweights});
+  return result;
+}
+
 inline std::vector<int64_t> numbers(const torch::Tensor& tensor) {
   const auto flat = tensor.cpu().to(torch::kInt64).contiguous();
   return {flat.const_data_ptr<int64_t>(), flat.const_data_ptr<int64_t>() + flat.numel()};
@@ -46,6 +67,6 @@ inline std::vector<int64_t> numbers(const torch::Tensor& tensor) {
 
 }  // namespace anabranch::test
 
-#define ANABRANCH_FOR_EACH_DEVICE(fixture)                                               \
-  INSTANTIATE_TEST_SUITE_P(Devices, fixture, ::testing::ValuesIn(devices()),             \
+#define ANABRANCH_FOR_EACH_DEVICE(fixture)                                   \
+  INSTANTIATE_TEST_SUITE_P(Devices, fixture, ::testing::ValuesIn(devices()), \
                            [](const auto& info) { return device_name(info.param); })

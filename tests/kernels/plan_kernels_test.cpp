@@ -39,9 +39,8 @@ TEST_P(PlanKernelsTest, PlanSendEqualsTheDefinition) {
     for (int64_t r = 0; r < ranks; ++r) {
       rank_rows.push_back(0);
       for (int64_t t = 0; t < tokens; ++t) {
-        const bool goes = std::any_of(
-            flat.begin() + t * top_k, flat.begin() + (t + 1) * top_k,
-            [&](int64_t e) { return e >= first[r] && e < first[r + 1]; });
+        const bool goes = std::any_of(flat.begin() + t * top_k, flat.begin() + (t + 1) * top_k,
+                                      [&](int64_t e) { return e >= first[r] && e < first[r + 1]; });
         if (goes) {
           rows_of_token[t].push_back(static_cast<int64_t>(send_tokens.size()));
           send_tokens.push_back(t);
@@ -109,9 +108,8 @@ TEST_P(PlanKernelsTest, OrderArrivalsBringsExpertsTogether) {
         }
       }
     }
-    const auto order =
-        kernels_.order_arrivals(on_device(torch::tensor(segment_rows, torch::kInt32)),
-                                on_device(rows), on_device(counts));
+    const auto order = kernels_.order_arrivals(
+        on_device(torch::tensor(segment_rows, torch::kInt32)), on_device(rows), on_device(counts));
     EXPECT_EQ(numbers(order.received_order), received_order) << counts;
     EXPECT_EQ(numbers(order.assignment_rows), assignment_rows) << counts;
   }
@@ -120,15 +118,14 @@ TEST_P(PlanKernelsTest, OrderArrivalsBringsExpertsTogether) {
 TEST_P(PlanKernelsTest, GroupListsMembersInOrder) {
   for (const int64_t size : {0, 1, 7, 1000, 5000}) {
     for (const int64_t groups : {1, 2, 33, 4000}) {
-      const auto group_of = (random_.uniform({size}) * static_cast<double>(groups))
-                                .floor()
-                                .to(torch::kInt64);
+      const auto group_of =
+          (random_.uniform({size}) * static_cast<double>(groups)).floor().to(torch::kInt64);
       const auto csr = kernels_.group(on_device(group_of), groups);
       EXPECT_EQ(numbers(csr.members),
                 numbers(std::get<1>(group_of.sort(/*stable=*/true, 0, false))));
       const auto counts = group_of.bincount({}, groups);
-      EXPECT_EQ(numbers(csr.offsets), numbers(torch::cat({torch::zeros({1}, torch::kInt64),
-                                                          counts.cumsum(0)})));
+      EXPECT_EQ(numbers(csr.offsets),
+                numbers(torch::cat({torch::zeros({1}, torch::kInt64), counts.cumsum(0)})));
     }
   }
 }

@@ -83,17 +83,17 @@ TEST_P(RowsTest, SumIsTheAdjointOfGather) {
   for (int64_t i = 0; i < effort(20); ++i) {
     const auto rows = random_.integer(1, 80);
     const auto assignments = random_.integer(0, 200);
-    const auto index = (random_.uniform({assignments}) * static_cast<double>(rows))
-                           .floor()
-                           .to(torch::kInt64);
+    const auto index =
+        (random_.uniform({assignments}) * static_cast<double>(rows)).floor().to(torch::kInt64);
     const auto groups = kernels_.group(on_device(index), rows);
     const auto x = on_device(random_.normal({rows, 9}));
     const auto y = on_device(random_.normal({assignments, 9}));
     const auto gathered = kernels_.gather_rows(x, on_device(index));
     const auto forward = (gathered * y).sum().item<double>();
     const auto backward = (x * kernels_.sum_rows(y, groups, {})).sum().item<double>();
-    EXPECT_NEAR(forward, backward, tolerance(torch::kFloat64, 2 * 9 * (assignments + rows),
-                                             (gathered * y).abs().sum().item<double>()));
+    EXPECT_NEAR(forward, backward,
+                tolerance(torch::kFloat64, 2 * 9 * (assignments + rows),
+                          (gathered * y).abs().sum().item<double>()));
   }
 }
 

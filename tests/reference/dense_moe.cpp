@@ -15,8 +15,8 @@ TopK top_k_of_softmax(const torch::Tensor& logits, int64_t top_k, bool renormali
   const auto exponentials = (logits - largest).exp();
   const auto probabilities = exponentials / exponentials.sum(1, /*keepdim=*/true);
   // A stable descending sort keeps equal probabilities in the order of their experts.
-  const auto order = std::get<1>(
-      probabilities.detach().sort(/*stable=*/true, /*dim=*/1, /*descending=*/true));
+  const auto order =
+      std::get<1>(probabilities.detach().sort(/*stable=*/true, /*dim=*/1, /*descending=*/true));
   const auto expert_ids = order.slice(1, 0, top_k).contiguous();
   auto weights = probabilities.gather(1, expert_ids);
   if (renormalize) {
@@ -100,18 +100,18 @@ torch::Tensor DenseMoE::mix(const torch::Tensor& x, const torch::Tensor& expert_
                             const torch::Tensor& weights) const {
   const auto num_experts = up_weight.size(0);
   // [T, E]: the weight of each pair, zero where the token does not go.
-  const auto dense = torch::zeros({x.size(0), num_experts}, weights.options())
-                         .scatter(1, expert_ids, weights);
+  const auto dense =
+      torch::zeros({x.size(0), num_experts}, weights.options()).scatter(1, expert_ids, weights);
   auto output = torch::zeros_like(x);
   for (int64_t e = 0; e < num_experts; ++e) {
-    output = output + dense.select(1, e).unsqueeze(1) *
-                          expert(x, up_weight[e], row_of(up_bias, e), down_weight[e],
-                                 row_of(down_bias, e), activation, glu, linear);
+    output = output + dense.select(1, e).unsqueeze(1) * expert(x, up_weight[e], row_of(up_bias, e),
+                                                               down_weight[e], row_of(down_bias, e),
+                                                               activation, glu, linear);
   }
   if (shared_up_weight.defined()) {
-    output = output + expert(x, shared_up_weight[0], row_of(shared_up_bias, 0),
-                             shared_down_weight[0], row_of(shared_down_bias, 0), activation, glu,
-                             linear);
+    output =
+        output + expert(x, shared_up_weight[0], row_of(shared_up_bias, 0), shared_down_weight[0],
+                        row_of(shared_down_bias, 0), activation, glu, linear);
   }
   return output;
 }
@@ -129,7 +129,7 @@ DenseMoE::Result DenseMoE::forward(const torch::Tensor& x) const {
 
 DenseMoE::Result DenseMoE::forward(const torch::Tensor& x, const torch::Tensor& expert_ids,
                                    const torch::Tensor& weights) const {
-  return {mix(x, expert_ids, weights), {}, {}, expert_ids, weights,
+  return {mix(x, expert_ids, weights),           {}, {}, expert_ids, weights,
           load_of(expert_ids, up_weight.size(0))};
 }
 

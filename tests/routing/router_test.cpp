@@ -66,8 +66,8 @@ TEST_P(RouteTest, EqualsReferenceForwardAndBackward) {
     EXPECT_TRUE(routing.expert_ids.cpu().equal(expected.expert_ids));
     EXPECT_EQ(routing.weights.scalar_type(), dtype);
     EXPECT_TRUE(close(routing.weights, expected.weights, tolerance(dtype, length, 1.0)));
-    EXPECT_TRUE(routing.counts.cpu().equal(
-        expected.expert_ids.reshape({-1}).bincount({}, num_experts)));
+    EXPECT_TRUE(
+        routing.counts.cpu().equal(expected.expert_ids.reshape({-1}).bincount({}, num_experts)));
     EXPECT_TRUE(close(routing.probability_sum, expected.probabilities.sum(0),
                       tolerance(dtype, length + tokens, static_cast<double>(tokens))));
     const auto square_sum = log_sum.square().sum();
@@ -75,10 +75,10 @@ TEST_P(RouteTest, EqualsReferenceForwardAndBackward) {
                       tolerance(dtype, length + tokens, square_sum.item<double>() + tokens)));
     EXPECT_EQ(routing.first_nonfinite_token.item<int64_t>(), -1);
     // Each gradient is a difference of terms no larger than these.
-    const double magnitude = 2 * max_abs(dweights) + 2 * max_abs(dsum) +
-                             2 * max_abs(log_sum) * max_abs(dsquare);
-    EXPECT_TRUE(close(logits.grad(), logits64.grad(),
-                      tolerance(dtype, 2 * length + top_k, magnitude)));
+    const double magnitude =
+        2 * max_abs(dweights) + 2 * max_abs(dsum) + 2 * max_abs(log_sum) * max_abs(dsquare);
+    EXPECT_TRUE(
+        close(logits.grad(), logits64.grad(), tolerance(dtype, 2 * length + top_k, magnitude)));
   }
 }
 
@@ -90,7 +90,8 @@ TEST_P(RouteTest, TiesGoToTheLowestExpert) {
       const auto routing = route(on_device(logits), top_k, true);
       const auto expected =
           reference::top_k_of_softmax(logits.to(torch::kFloat64), top_k, true).expert_ids;
-      EXPECT_TRUE(routing.expert_ids.cpu().equal(expected)) << "E " << num_experts << " k " << top_k;
+      EXPECT_TRUE(routing.expert_ids.cpu().equal(expected))
+          << "E " << num_experts << " k " << top_k;
     }
   }
 }
@@ -109,8 +110,8 @@ TEST_P(RouteTest, LargeLogitsNeitherOverflowNorVanish) {
   EXPECT_TRUE(close(routing.weights, torch::tensor({{first, 1 - first}, {0.5, 0.5}}),
                     tolerance(torch::kFloat32, 8, 1)));
   const auto squares = (routing.squared_logsumexp_sum.to(torch::kFloat64)).item<double>();
-  const double expected = std::pow(3e4 + std::log1p(std::exp(-1.0)), 2) +
-                          std::pow(-3e4 + std::log(3.0), 2);
+  const double expected =
+      std::pow(3e4 + std::log1p(std::exp(-1.0)), 2) + std::pow(-3e4 + std::log(3.0), 2);
   EXPECT_NEAR(squares, expected, tolerance(torch::kFloat32, 8, expected));
 }
 
@@ -138,9 +139,8 @@ TEST_P(RouteTest, TwoRunsAgreeBitForBit) {
     ((routing.weights * on_device(dweights)).sum() + routing.squared_logsumexp_sum +
      routing.probability_sum.square().sum())
         .backward();
-    return std::vector<torch::Tensor>{routing.expert_ids, routing.weights,
-                                      routing.probability_sum, routing.squared_logsumexp_sum,
-                                      logits.grad()};
+    return std::vector<torch::Tensor>{routing.expert_ids, routing.weights, routing.probability_sum,
+                                      routing.squared_logsumexp_sum, logits.grad()};
   };
   const auto first = once();
   const auto second = once();
@@ -201,8 +201,7 @@ TEST_F(RouterTest, EqualsReferenceForEveryInputType) {
     const auto expected = reference::top_k_of_softmax(x64.matmul(gate64.t()), 2, true);
     (expected.weights * dweights).sum().backward();
 
-    const double logit_magnitude =
-        max_abs(x64.detach().abs().matmul(gate64.detach().abs().t()));
+    const double logit_magnitude = max_abs(x64.detach().abs().matmul(gate64.detach().abs().t()));
     EXPECT_TRUE(routing.expert_ids.equal(expected.expert_ids));
     EXPECT_TRUE(close(routing.weights, expected.weights,
                       tolerance(gate_type, 48 + 16, 1 + logit_magnitude)));

@@ -47,9 +47,9 @@ void skew_the_gate(Random& random, LayerCase& drawn) {
   if (drawn.skew == Skew::kUniform) {
     return;
   }
-  auto preferences = skewed_preferences(random, drawn.options.num_experts, drawn.options.top_k,
-                                        drawn.skew)
-                         .clamp(-8, 8);
+  auto preferences =
+      skewed_preferences(random, drawn.options.num_experts, drawn.options.top_k, drawn.skew)
+          .clamp(-8, 8);
   auto& gate = drawn.parameters.at("router.weight");
   gate.select(1, 0).copy_(preferences / 2);
 }
@@ -88,8 +88,8 @@ std::string LayerCase::describe() const {
                   static_cast<int>(options.activation), options.glu ? " glu" : "",
                   options.bias ? " bias" : "", " shared ", options.shared_expert_hidden_size,
                   options.renormalize ? " renormalize" : "", options.recompute ? " recompute" : "",
-                  " ", to_string(options.dtype), " tokens ", tokens, " (",
-                  c10::Join("+", counts), ") ", to_string(skew), " ", to_string(split),
+                  " ", to_string(options.dtype), " tokens ", tokens, " (", c10::Join("+", counts),
+                  ") ", to_string(skew), " ", to_string(split),
                   routing_from_outside ? " routing from outside" : "");
 }
 
@@ -108,10 +108,8 @@ LayerCase draw_layer_case(Random& random, int ranks, const MoEOptions& options, 
   drawn.x = draw_smooth_input(random, drawn);
   drawn.doutput = random.normal({tokens, options.hidden_size}, options.dtype);
   if (routing_from_outside) {
-    drawn.expert_ids =
-        random_expert_ids(random, tokens, options.num_experts, options.top_k, skew);
-    drawn.weights =
-        random.normal({tokens, options.top_k}, accumulation_type(options.dtype));
+    drawn.expert_ids = random_expert_ids(random, tokens, options.num_experts, options.top_k, skew);
+    drawn.weights = random.normal({tokens, options.top_k}, accumulation_type(options.dtype));
   }
   return drawn;
 }
@@ -316,8 +314,7 @@ Expected run_reference(const LayerCase& layer_case, int ranks) {
   for (const auto& [name, leaf] : leaves) {
     expected.gradients[name] = gradient_of(leaf);
   }
-  expected.scale =
-      scale_of(layer_case, expected.result.expert_ids, expected.result.weights);
+  expected.scale = scale_of(layer_case, expected.result.expert_ids, expected.result.weights);
   return expected;
 }
 

@@ -87,8 +87,8 @@ class FailurePrinter : public ::testing::EmptyTestEventListener {
     }
     // In one piece, so that the ranks' reports do not mix.
     std::cerr << c10::str("[rank ", session().harness->rank(), "] ", test_, "\n  ",
-                          result.file_name() ? result.file_name() : "?", ":",
-                          result.line_number(), ": ", result.message(), "\n")
+                          result.file_name() ? result.file_name() : "?", ":", result.line_number(),
+                          ": ", result.message(), "\n")
               << std::flush;
   }
 

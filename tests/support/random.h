@@ -36,9 +36,7 @@ class Random {
   torch::Tensor uniform(torch::IntArrayRef sizes, torch::Dtype dtype = torch::kFloat64) {
     return at::rand(sizes, generator_, torch::kFloat64).to(dtype);
   }
-  torch::Tensor permutation(int64_t size) {
-    return at::randperm(size, generator_, torch::kInt64);
-  }
+  torch::Tensor permutation(int64_t size) { return at::randperm(size, generator_, torch::kInt64); }
 
  private:
   std::mt19937_64 engine_;

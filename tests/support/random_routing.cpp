@@ -14,10 +14,14 @@ const std::vector<Skew>& all_skews() {
 
 std::string to_string(Skew skew) {
   switch (skew) {
-    case Skew::kUniform: return "uniform";
-    case Skew::kZipf: return "zipf";
-    case Skew::kOneExpert: return "one_expert";
-    case Skew::kEmptyExperts: return "empty_experts";
+    case Skew::kUniform:
+      return "uniform";
+    case Skew::kZipf:
+      return "zipf";
+    case Skew::kOneExpert:
+      return "one_expert";
+    case Skew::kEmptyExperts:
+      return "empty_experts";
   }
   return "?";
 }
@@ -46,8 +50,8 @@ torch::Tensor skewed_preferences(Random& random, int64_t num_experts, int64_t to
 }
 
 // Gumbel's trick: the top k of (log-preference + Gumbel noise) is a sample without replacement.
-torch::Tensor random_expert_ids(Random& random, int64_t tokens, int64_t num_experts,
-                                int64_t top_k, Skew skew) {
+torch::Tensor random_expert_ids(Random& random, int64_t tokens, int64_t num_experts, int64_t top_k,
+                                Skew skew) {
   const auto noise = -(-random.uniform({tokens, num_experts}).clamp_min(1e-12).log()).log();
   const auto scores = skewed_preferences(random, num_experts, top_k, skew) + noise;
   const auto chosen = std::get<1>(scores.topk(top_k, 1));
@@ -62,10 +66,14 @@ const std::vector<Split>& all_splits() {
 
 std::string to_string(Split split) {
   switch (split) {
-    case Split::kEven: return "even";
-    case Split::kUneven: return "uneven";
-    case Split::kSomeEmpty: return "some_empty";
-    case Split::kOnOneRank: return "on_one_rank";
+    case Split::kEven:
+      return "even";
+    case Split::kUneven:
+      return "uneven";
+    case Split::kSomeEmpty:
+      return "some_empty";
+    case Split::kOnOneRank:
+      return "on_one_rank";
   }
   return "?";
 }

@@ -21,8 +21,8 @@ std::string to_string(Skew skew);
 torch::Tensor skewed_preferences(Random& random, int64_t num_experts, int64_t top_k, Skew skew);
 
 /// [T, top_k] int64, distinct within a token, the slots in no particular order.
-torch::Tensor random_expert_ids(Random& random, int64_t tokens, int64_t num_experts,
-                                int64_t top_k, Skew skew);
+torch::Tensor random_expert_ids(Random& random, int64_t tokens, int64_t num_experts, int64_t top_k,
+                                Skew skew);
 
 /// How a global batch lies over the ranks.
 enum class Split {

@@ -26,18 +26,17 @@ RoutingCase make_routing_case(Random& random, int ranks, int64_t num_experts, in
 
 std::vector<RoutingCase> routing_cases(Random& random, int ranks, int64_t sample) {
   std::vector<RoutingCase> cases;
-  const auto add = [&](int64_t num_experts, int64_t top_k, int64_t tokens, Skew skew,
-                       Split split) {
+  const auto add = [&](int64_t num_experts, int64_t top_k, int64_t tokens, Skew skew, Split split) {
     cases.push_back(make_routing_case(random, ranks, num_experts, top_k, tokens, skew, split));
   };
-  add(8, 2, 0, Skew::kUniform, Split::kEven);             // nobody has anything
-  add(1, 1, 5, Skew::kUniform, Split::kUneven);           // one expert: most ranks own none
-  add(2, 2, 9, Skew::kUniform, Split::kSomeEmpty);        // W > E
-  add(5, 5, 17, Skew::kUniform, Split::kUneven);          // every token to every expert
-  add(16, 16, 6, Skew::kUniform, Split::kOnOneRank);      // the same, from one rank
-  add(8, 1, 40, Skew::kOneExpert, Split::kEven);          // one expert takes all
+  add(8, 2, 0, Skew::kUniform, Split::kEven);         // nobody has anything
+  add(1, 1, 5, Skew::kUniform, Split::kUneven);       // one expert: most ranks own none
+  add(2, 2, 9, Skew::kUniform, Split::kSomeEmpty);    // W > E
+  add(5, 5, 17, Skew::kUniform, Split::kUneven);      // every token to every expert
+  add(16, 16, 6, Skew::kUniform, Split::kOnOneRank);  // the same, from one rank
+  add(8, 1, 40, Skew::kOneExpert, Split::kEven);      // one expert takes all
   add(16, 3, 40, Skew::kOneExpert, Split::kSomeEmpty);
-  add(8, 2, 1, Skew::kZipf, Split::kOnOneRank);           // a single token
+  add(8, 2, 1, Skew::kZipf, Split::kOnOneRank);  // a single token
   for (int64_t i = 0; i < sample; ++i) {
     const auto num_experts = random.pick<int64_t>({1, 2, 3, 5, 8, 16});
     const auto top_k = random.integer(1, num_experts);

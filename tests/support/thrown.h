@@ -41,11 +41,11 @@ Thrown thrown_by(const Call& call) {
 }  // namespace anabranch::test
 
 /// The call throws an InputError whose message holds `text`.
-#define EXPECT_INPUT_ERROR(call, text)                                                      \
-  do {                                                                                      \
+#define EXPECT_INPUT_ERROR(call, text)                                                       \
+  do {                                                                                       \
     const auto thrown_here = ::anabranch::test::thrown_by([&] { static_cast<void>(call); }); \
-    EXPECT_TRUE(thrown_here.kind == ::anabranch::test::Thrown::Kind::kInput &&              \
-                thrown_here.says(text))                                                     \
-        << #call << "\n  expected an InputError that says \"" << (text) << "\"\n  got "     \
-        << thrown_here;                                                                     \
+    EXPECT_TRUE(thrown_here.kind == ::anabranch::test::Thrown::Kind::kInput &&               \
+                thrown_here.says(text))                                                      \
+        << #call << "\n  expected an InputError that says \"" << (text) << "\"\n  got "      \
+        << thrown_here;                                                                      \
   } while (false)

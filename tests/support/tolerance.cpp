@@ -11,10 +11,14 @@ namespace {
 // error is.
 double smallest(torch::Dtype dtype) {
   switch (dtype) {
-    case torch::kFloat16: return 5.9604644775390625e-8;
-    case torch::kBFloat16: return 9.183549615799121e-41;
-    case torch::kFloat32: return std::numeric_limits<float>::denorm_min();
-    default: return std::numeric_limits<double>::denorm_min();
+    case torch::kFloat16:
+      return 5.9604644775390625e-8;
+    case torch::kBFloat16:
+      return 9.183549615799121e-41;
+    case torch::kFloat32:
+      return std::numeric_limits<float>::denorm_min();
+    default:
+      return std::numeric_limits<double>::denorm_min();
   }
 }
 
@@ -22,11 +26,16 @@ double smallest(torch::Dtype dtype) {
 
 double unit_roundoff(torch::Dtype dtype) {
   switch (dtype) {
-    case torch::kFloat16: return 0x1p-11;
-    case torch::kBFloat16: return 0x1p-8;
-    case torch::kFloat32: return 0x1p-24;
-    case torch::kFloat64: return 0x1p-53;
-    default: throw std::invalid_argument("no roundoff for " + to_string(dtype));
+    case torch::kFloat16:
+      return 0x1p-11;
+    case torch::kBFloat16:
+      return 0x1p-8;
+    case torch::kFloat32:
+      return 0x1p-24;
+    case torch::kFloat64:
+      return 0x1p-53;
+    default:
+      throw std::invalid_argument("no roundoff for " + to_string(dtype));
   }
 }
 
@@ -112,8 +121,8 @@ double tolerance_of_stages(torch::Dtype dtype, int64_t reduction_length, double 
   if (actual.numel() == 0 || bytes(actual).equal(bytes(expected))) {
     return ::testing::AssertionSuccess();
   }
-  const auto difference = actual.detach().cpu().to(torch::kFloat64) -
-                          expected.detach().cpu().to(torch::kFloat64);
+  const auto difference =
+      actual.detach().cpu().to(torch::kFloat64) - expected.detach().cpu().to(torch::kFloat64);
   return ::testing::AssertionFailure()
          << difference.ne(0).sum().item<int64_t>() << " of " << actual.numel()
          << " elements differ, by at most " << max_abs(difference);

@@ -25,8 +25,8 @@ int64_t effort(int64_t count);
 }  // namespace anabranch::test
 
 /// Skips the test on every rank unless it runs on at least that many.
-#define ANABRANCH_NEEDS_RANKS(count)                                    \
-  if (::anabranch::test::world()->size() < (count)) {                   \
-    GTEST_SKIP() << "needs " << (count) << " ranks";                    \
-  }                                                                     \
+#define ANABRANCH_NEEDS_RANKS(count)                  \
+  if (::anabranch::test::world()->size() < (count)) { \
+    GTEST_SKIP() << "needs " << (count) << " ranks";  \
+  }                                                   \
   static_assert(true, "")

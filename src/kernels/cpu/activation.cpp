@@ -75,15 +75,12 @@ torch::Tensor CpuKernels::activate(const torch::Tensor& hidden, Activation activ
   return activated;
 }
 
-Kernels::ActivationGradient CpuKernels::activate_backward(const torch::Tensor& dactivated,
-                                                          const torch::Tensor& hidden,
-                                                          const torch::Tensor& weights,
-                                                          Activation activation, bool glu) const {
+void CpuKernels::activate_backward(torch::Tensor& dactivated, const torch::Tensor& hidden,
+                                   const torch::Tensor& weights, Activation activation, bool glu,
+                                   const ActivationGradient& gradient) const {
   const int64_t rows = dactivated.size(0);
   const int64_t n = dactivated.size(1);
   const auto compute_type = at::toOpMathType(hidden.scalar_type());
-  ActivationGradient gradient{at::empty_like(hidden), dactivated,
-                              at::empty({rows}, hidden.options().dtype(compute_type))};
   for_each_block(rows, hidden.size(1), [&](int64_t first, int64_t count) {
     const auto block = hidden.narrow(0, first, count);
     const auto gate = block.narrow(1, 0, n).to(compute_type);
@@ -105,9 +102,8 @@ Kernels::ActivationGradient CpuKernels::activate_backward(const torch::Tensor& d
       dresult.mul_(block.narrow(1, n, n));
     }
     dhidden.narrow(1, 0, n).copy_(apply_backward(dresult, gate, activation));
-    gradient.weighted.narrow(0, first, count).copy_(activated);
+    dactivated.narrow(0, first, count).copy_(activated);
   });
-  return gradient;
 }
 
 const Kernels& cpu_kernels() {

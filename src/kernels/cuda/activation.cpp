@@ -1,4 +1,4 @@
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty.h>
 
 #include "kernels/cuda/cuda_kernels.h"
 #include "kernels/cuda/tensors.h"
@@ -33,21 +33,14 @@ torch::Tensor CudaKernels::activate(const torch::Tensor& hidden, Activation acti
   return activated;
 }
 
-Kernels::ActivationGradient CudaKernels::activate_backward(const torch::Tensor& dactivated,
-                                                           const torch::Tensor& hidden,
-                                                           const torch::Tensor& weights,
-                                                           Activation activation, bool glu) const {
+void CudaKernels::activate_backward(torch::Tensor& dactivated, const torch::Tensor& hidden,
+                                    const torch::Tensor& weights, Activation activation, bool glu,
+                                    const ActivationGradient& gradient) const {
   const OnDevice stream(hidden);
-  const int64_t rows = dactivated.size(0);
-  // `weighted` takes the place of `dactivated`.
-  ActivationGradient gradient{at::empty_like(hidden), dactivated,
-                              at::empty({rows}, cuda::accumulate_options(hidden))};
   cuda::launch_activate_backward(
-      {cuda::scalar_of(hidden), kind_of(activation), glu, rows, dactivated.size(1)},
+      {cuda::scalar_of(hidden), kind_of(activation), glu, dactivated.size(0), dactivated.size(1)},
       dactivated.const_data_ptr(), hidden.const_data_ptr(), cuda::address_or_null(weights),
-      gradient.dhidden.data_ptr(), gradient.weighted.data_ptr(), gradient.dweights.data_ptr(),
-      stream);
-  return gradient;
+      gradient.dhidden.data_ptr(), dactivated.data_ptr(), gradient.dweights.data_ptr(), stream);
 }
 
 }  // namespace anabranch

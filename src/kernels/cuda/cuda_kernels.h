@@ -33,9 +33,9 @@ class CudaKernels : public Kernels {
                          const std::vector<int64_t>& counts) const override;
   torch::Tensor activate(const torch::Tensor& hidden, Activation activation,
                          bool glu) const override;
-  ActivationGradient activate_backward(const torch::Tensor& dactivated, const torch::Tensor& hidden,
-                                       const torch::Tensor& weights, Activation activation,
-                                       bool glu) const override;
+  void activate_backward(torch::Tensor& dactivated, const torch::Tensor& hidden,
+                         const torch::Tensor& weights, Activation activation, bool glu,
+                         const ActivationGradient& gradient) const override;
 };
 
 }  // namespace anabranch
