@@ -18,15 +18,15 @@ using torch::autograd::variable_list;
 
 /// What forward leaves for backward besides tensors.
 struct Step : torch::CustomClassHolder {
-  Step(const Exchange& exchange, ExchangePlan plan, FeedForward feed_forward, bool recompute)
+  Step(const Exchange& exchange, ExchangePlan plan, FeedForward expert, bool recompute)
       : exchange(exchange),
         plan(std::move(plan)),
-        feed_forward(std::move(feed_forward)),
+        expert(std::move(expert)),
         recompute(recompute) {}
 
   Exchange exchange;
   ExchangePlan plan;
-  FeedForward feed_forward;
+  FeedForward expert;
   bool recompute;
 };
 
@@ -40,21 +40,16 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
                                const std::optional<torch::Tensor>& down_bias,
                                const c10::intrusive_ptr<Step>& step) {
     const ExchangePlan& plan = step->plan;
-    const FeedForward& feed_forward = step->feed_forward;
-    const Projection up = projection(up_weight, up_bias);
-    const Projection down = projection(down_weight, down_bias);
+    const ExpertProjections experts{projection(up_weight, up_bias),
+                                    projection(down_weight, down_bias)};
 
     const auto [rows, values] = step->exchange.dispatch({x, weights}, plan);
-    auto hidden = project(feed_forward, permute(rows, plan), up, plan.expert_counts);
-    const auto saved_hidden = step->recompute ? torch::Tensor() : hidden;
-    auto activated = activate(feed_forward, hidden);
-    hidden.reset();
-    const auto results = project(feed_forward, activated, down, plan.expert_counts);
-    activated.reset();
+    const auto [results, hidden] = feed_forward(step->expert, permuted(rows, plan), experts,
+                                                plan.expert_counts, !step->recompute);
     const auto y = step->exchange.combine({unpermute(results, values, plan), {}}, plan).rows;
 
-    context->save_for_backward(
-        {rows, values, saved_hidden, up.weight, up.bias, down.weight, down.bias});
+    context->save_for_backward({rows, values, hidden, experts.up.weight, experts.up.bias,
+                                experts.down.weight, experts.down.bias});
     context->saved_data["step"] = torch::IValue::make_capsule(step);
     return y;
   }
@@ -64,31 +59,24 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
     const auto saved = context->get_saved_variables();
     const torch::Tensor& rows = saved[0];
     const torch::Tensor& values = saved[1];
-    const Projection up{saved[3], saved[4]};
-    const Projection down{saved[5], saved[6]};
+    const torch::Tensor& hidden = saved[2];
+    const ExpertProjections experts{{saved[3], saved[4]}, {saved[5], saved[6]}};
     const auto step =
         c10::static_intrusive_pointer_cast<Step>(context->saved_data["step"].toCapsule());
     const ExchangePlan& plan = step->plan;
-    const FeedForward& feed_forward = step->feed_forward;
 
     const auto dy_rows = step->exchange.dispatch({gradients[0].contiguous(), {}}, plan).rows;
-    const auto hidden = step->recompute
-                            ? project(feed_forward, permute(rows, plan), up, plan.expert_counts)
-                            : saved[2];
-    auto downstream = down_backward(feed_forward, permute(dy_rows, plan), hidden, values, down,
-                                    plan.expert_counts);
-    const auto upstream =
-        up_backward(feed_forward, downstream.dhidden, permute(rows, plan), up, plan.expert_counts);
-    downstream.dhidden.reset();
-    const auto [dx, dweights] =
-        step->exchange.combine({unpermute(upstream.dx, {}, plan), downstream.dvalues}, plan);
+    const auto [gradients_of, drows, dvalues] =
+        feed_forward_backward(step->expert, permuted(dy_rows, plan), permuted(rows, plan), hidden,
+                              values, experts, plan.expert_counts);
+    const auto [dx, dweights] = step->exchange.combine({unpermute(drows, {}, plan), dvalues}, plan);
 
     return {dx,
             dweights,
-            upstream.parameters.weight,
-            upstream.parameters.bias,
-            downstream.parameters.weight,
-            downstream.parameters.bias,
+            gradients_of.up.weight,
+            gradients_of.up.bias,
+            gradients_of.down.weight,
+            gradients_of.down.bias,
             {}};
   }
 };
@@ -116,14 +104,14 @@ MoEOutput MoELayerImpl::forward(const torch::Tensor& x) {
 MoEOutput MoELayerImpl::forward(const torch::Tensor& x, const Routing& routing) {
   const auto tokens = layer_tokens(x, options_);
   check_layer_routing(routing, tokens.size(0), options_);
-  const FeedForward feed_forward{engine_, options_.activation, options_.glu};
-  const auto step = c10::make_intrusive<Step>(exchange_, exchange_.plan(routing), feed_forward,
-                                              options_.recompute);
+  const FeedForward expert{engine_, options_.activation, options_.glu};
+  const auto step =
+      c10::make_intrusive<Step>(exchange_, exchange_.plan(routing), expert, options_.recompute);
   auto y =
       ThroughExperts::apply(tokens, routing.weights, experts_->up_weight, given(experts_->up_bias),
                             experts_->down_weight, given(experts_->down_bias), step);
   if (shared_expert_) {
-    y = y + through_shared_expert(tokens, shared_expert_, feed_forward);
+    y = y + through_shared_expert(tokens, shared_expert_, expert);
   }
   const auto losses = auxiliary_losses(
       sum_over_ranks(batch_sums(routing, options_.num_experts), exchange_.communicator()),

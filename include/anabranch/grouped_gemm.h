@@ -39,9 +39,17 @@ std::vector<std::string> grouped_gemm_engines(torch::Device device);
 /// x [P, k], weight [experts, n, k], Σ counts = P → [P, n]. Checks shapes; no autograd.
 torch::Tensor grouped_gemm(GroupedGemmEngine& engine, const torch::Tensor& x,
                            const torch::Tensor& weight, const std::vector<int64_t>& counts);
+/// The same into `y` [P, n].
+void grouped_gemm_out(GroupedGemmEngine& engine, const torch::Tensor& x,
+                      const torch::Tensor& weight, const std::vector<int64_t>& counts,
+                      torch::Tensor& y);
 /// dy [P, n], weight [experts, n, k] → [P, k].
 torch::Tensor grouped_gemm_dgrad(GroupedGemmEngine& engine, const torch::Tensor& dy,
                                  const torch::Tensor& weight, const std::vector<int64_t>& counts);
+/// The same into `dx` [P, k].
+void grouped_gemm_dgrad_out(GroupedGemmEngine& engine, const torch::Tensor& dy,
+                            const torch::Tensor& weight, const std::vector<int64_t>& counts,
+                            torch::Tensor& dx);
 /// dy [P, n], x [P, k] → [experts, n, k].
 torch::Tensor grouped_gemm_wgrad(GroupedGemmEngine& engine, const torch::Tensor& dy,
                                  const torch::Tensor& x, const std::vector<int64_t>& counts);

@@ -1,12 +1,15 @@
 #include "experts/feed_forward.h"
 
 #include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include <algorithm>
 #include <numeric>
 
 #include "kernels/kernels.h"
+#include "support/large_pages.h"
 
 namespace anabranch {
 namespace {
@@ -17,6 +20,22 @@ struct Part {
   int64_t first_row;
   int64_t rows;
   ExpertCounts counts;
+
+  torch::Tensor rows_of(const torch::Tensor& tensor) const {
+    return tensor.defined() ? tensor.narrow(0, first_row, rows) : tensor;
+  }
+  torch::Tensor take(const IndexedRows& from) const {
+    return from.index.defined()
+               ? kernels_for(from.rows.device()).gather_rows(from.rows, rows_of(from.index))
+               : rows_of(from.rows);
+  }
+  torch::Tensor experts_of(const torch::Tensor& tensor) const {
+    return tensor.defined() ? tensor.narrow(0, first_expert, static_cast<int64_t>(counts.size()))
+                            : tensor;
+  }
+  Projection experts_of(const Projection& projection) const {
+    return {experts_of(projection.weight), experts_of(projection.bias)};
+  }
 };
 
 /// Whole experts in parts of about equal rows, at most `parts` of them (an expert is never cut).
@@ -25,9 +44,9 @@ std::vector<Part> cut(const ExpertCounts& counts, int64_t parts) {
   std::vector<Part> result;
   int64_t row = 0;
   for (size_t e = 0; e < counts.size(); ++e) {
-    const auto wanted = static_cast<int64_t>(result.size());
+    const auto made = static_cast<int64_t>(result.size());
     // A new part begins where the ones before it have had their share.
-    if (result.empty() || (row > 0 && row * parts >= total * wanted)) {
+    if (result.empty() || (row > result.back().first_row && row * parts >= total * made)) {
       result.push_back({static_cast<int64_t>(e), row, 0, {}});
     }
     result.back().counts.push_back(counts[e]);
@@ -37,65 +56,119 @@ std::vector<Part> cut(const ExpertCounts& counts, int64_t parts) {
   return result;
 }
 
-/// A part's intermediate values are alive at a time. On a GPU every launch counts, and an engine
+/// Only one part's intermediate values are alive at a time, in memory that is warm from the part
+/// before; many threads want larger parts to share. On a GPU every launch counts, and an engine
 /// balances itself over all experts: one part.
-int64_t parts_on(torch::Device device) { return device.is_cpu() ? 4 : 1; }
+std::vector<Part> parts_of(const ExpertCounts& counts, torch::Device device) {
+  return cut(counts, device.is_cpu() ? std::clamp(32 / at::get_num_threads(), 1, 8) : 1);
+}
 
-}  // namespace
-
-torch::Tensor project(const FeedForward& feed_forward, const torch::Tensor& rows,
-                      const Projection& projection, const ExpertCounts& counts) {
-  auto result = grouped_gemm(*feed_forward.engine, rows, projection.weight, counts);
+/// rows [P, in] → result [P, out].
+void project(const FeedForward& expert, const torch::Tensor& rows, const Projection& projection,
+             const ExpertCounts& counts, torch::Tensor& result) {
+  grouped_gemm_out(*expert.engine, rows, projection.weight, counts, result);
   if (projection.bias.defined()) {
     kernels_for(result.device()).add_bias(result, projection.bias, counts);
   }
-  return result;
 }
 
-torch::Tensor activate(const FeedForward& feed_forward, const torch::Tensor& hidden) {
-  return kernels_for(hidden.device()).activate(hidden, feed_forward.activation, feed_forward.glu);
+torch::Tensor up_projection(const FeedForward& expert, const Part& part, const IndexedRows& x,
+                            const Projection& up) {
+  auto hidden = at::empty({part.rows, up.weight.size(1)}, up.weight.options());
+  project(expert, part.take(x), part.experts_of(up), part.counts, hidden);
+  return hidden;
 }
 
-DownGradient down_backward(const FeedForward& feed_forward, const torch::Tensor& dy,
-                           const torch::Tensor& hidden, const torch::Tensor& values,
-                           const Projection& down, const ExpertCounts& counts) {
-  const Kernels& kernels = kernels_for(dy.device());
-  DownGradient gradient;
-  gradient.parameters.weight = at::empty_like(down.weight);
-  gradient.dhidden = at::empty_like(hidden);
-  gradient.dvalues =
-      at::empty({dy.size(0)}, hidden.options().dtype(at::toOpMathType(hidden.scalar_type())));
-  for (const Part& part : cut(counts, parts_on(dy.device()))) {
-    const auto rows_of = [&part](const torch::Tensor& tensor) {
-      return tensor.defined() ? tensor.narrow(0, part.first_row, part.rows) : tensor;
-    };
-    const auto experts = static_cast<int64_t>(part.counts.size());
-    const auto dy_part = rows_of(dy);
-    // The gradient at the activation, then the weighted activation.
-    auto activated =
-        grouped_gemm_dgrad(*feed_forward.engine, dy_part,
-                           down.weight.narrow(0, part.first_expert, experts), part.counts);
-    kernels.activate_backward(activated, rows_of(hidden), rows_of(values), feed_forward.activation,
-                              feed_forward.glu,
-                              {rows_of(gradient.dhidden), rows_of(gradient.dvalues)});
-    auto dweight = gradient.parameters.weight.narrow(0, part.first_expert, experts);
-    grouped_gemm_wgrad_out(*feed_forward.engine, dy_part, activated, part.counts, dweight);
-  }
+Projection empty_like(const Projection& projection) {
+  return {at::empty_like(projection.weight),
+          projection.bias.defined() ? at::empty_like(projection.bias) : torch::Tensor()};
+}
+
+/// A part's backward, written to its places in `gradient`; `hidden` is the part's own.
+void backward_of(const Part& part, const FeedForward& expert, const IndexedRows& dy,
+                 const IndexedRows& x, const torch::Tensor& hidden, const torch::Tensor& values,
+                 const ExpertProjections& parameters, FeedForwardGradient& gradient) {
+  const Kernels& kernels = kernels_for(hidden.device());
+  const Projection up = part.experts_of(parameters.up);
+  const Projection down = part.experts_of(parameters.down);
+  Projection dup = part.experts_of(gradient.parameters.up);
+  Projection ddown = part.experts_of(gradient.parameters.down);
+  auto dvalues = part.rows_of(gradient.dvalues);
+
+  auto dresults = part.take(dy);
+  // The gradient at the activation; then, in its place, the weighted activation.
+  auto activated = grouped_gemm_dgrad(*expert.engine, dresults, down.weight, part.counts);
+  auto dhidden = at::empty_like(hidden);
+  kernels.activate_backward(activated, hidden, values, expert.activation, expert.glu,
+                            {dhidden, dvalues});
+  grouped_gemm_wgrad_out(*expert.engine, dresults, activated, part.counts, ddown.weight);
   if (down.bias.defined()) {
-    gradient.parameters.bias = kernels.bias_gradient(dy, values, counts);
-    gradient.dvalues.add_(kernels.bias_dot(dy, down.bias, counts));
+    ddown.bias.copy_(kernels.bias_gradient(dresults, values, part.counts));
+    dvalues.add_(kernels.bias_dot(dresults, down.bias, part.counts));
   }
-  return gradient;
+  activated.reset();
+  dresults.reset();
+
+  grouped_gemm_wgrad_out(*expert.engine, dhidden, part.take(x), part.counts, dup.weight);
+  if (up.bias.defined()) {
+    dup.bias.copy_(kernels.bias_gradient(dhidden, {}, part.counts));
+  }
+  if (!gradient.dx.defined()) {  // not sooner: another part's rows may have left their memory
+    gradient.dx = on_large_pages(
+        at::empty({gradient.dvalues.size(0), up.weight.size(2)}, up.weight.options()));
+  }
+  auto dx = part.rows_of(gradient.dx);
+  grouped_gemm_dgrad_out(*expert.engine, dhidden, up.weight, part.counts, dx);
 }
 
-UpGradient up_backward(const FeedForward& feed_forward, const torch::Tensor& dhidden,
-                       const torch::Tensor& x, const Projection& up, const ExpertCounts& counts) {
-  UpGradient gradient;
-  gradient.parameters.weight = grouped_gemm_wgrad(*feed_forward.engine, dhidden, x, counts);
-  if (up.bias.defined()) {
-    gradient.parameters.bias = kernels_for(x.device()).bias_gradient(dhidden, {}, counts);
+}  // namespace
+
+FeedForwardOutput feed_forward(const FeedForward& expert, const IndexedRows& x,
+                               const ExpertProjections& parameters, const ExpertCounts& counts,
+                               bool keep_hidden) {
+  const auto options = x.rows.options();
+  const int64_t rows = (x.index.defined() ? x.index : x.rows).size(0);
+  FeedForwardOutput output;
+  if (keep_hidden) {
+    output.hidden = on_large_pages(at::empty({rows, parameters.up.weight.size(1)}, options));
   }
-  gradient.dx = grouped_gemm_dgrad(*feed_forward.engine, dhidden, up.weight, counts);
+  for (const Part& part : parts_of(counts, x.rows.device())) {
+    torch::Tensor hidden;
+    if (keep_hidden) {
+      hidden = part.rows_of(output.hidden);
+      project(expert, part.take(x), part.experts_of(parameters.up), part.counts, hidden);
+    } else {
+      hidden = up_projection(expert, part, x, parameters.up);
+    }
+    const auto activated =
+        kernels_for(hidden.device()).activate(hidden, expert.activation, expert.glu);
+    hidden.reset();
+    if (!output.results.defined()) {
+      output.results = on_large_pages(at::empty({rows, parameters.down.weight.size(1)}, options));
+    }
+    auto results = part.rows_of(output.results);
+    project(expert, activated, part.experts_of(parameters.down), part.counts, results);
+  }
+  return output;
+}
+
+FeedForwardGradient feed_forward_backward(const FeedForward& expert, const IndexedRows& dy,
+                                          const IndexedRows& x, const torch::Tensor& hidden,
+                                          const torch::Tensor& values,
+                                          const ExpertProjections& parameters,
+                                          const ExpertCounts& counts) {
+  const auto options = x.rows.options();
+  const int64_t rows = (x.index.defined() ? x.index : x.rows).size(0);
+  FeedForwardGradient gradient;
+  gradient.parameters = {empty_like(parameters.up), empty_like(parameters.down)};
+  gradient.dvalues =
+      at::empty({rows}, options.dtype(at::toOpMathType(options.dtype().toScalarType())));
+  for (const Part& part : parts_of(counts, x.rows.device())) {
+    backward_of(
+        part, expert, dy, x,
+        hidden.defined() ? part.rows_of(hidden) : up_projection(expert, part, x, parameters.up),
+        part.rows_of(values), parameters, gradient);
+  }
   return gradient;
 }
 

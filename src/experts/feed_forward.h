@@ -5,6 +5,8 @@
 
 #include <optional>
 
+#include "experts/permute.h"
+
 namespace anabranch {
 
 /// What an expert computes, besides its parameters.
@@ -30,32 +32,35 @@ inline Projection projection(const torch::Tensor& weight,
   return {weight, bias.value_or(torch::Tensor())};
 }
 
+/// The parameters of the local experts, or their gradients.
+struct ExpertProjections {
+  Projection up;    ///< out: n, or 2n (gate, then up) for a GLU
+  Projection down;  ///< in: n
+};
+
 /// Rows of each local expert, expert-major.
 using ExpertCounts = std::vector<int64_t>;
 
-/// [P, in] → [P, out].
-torch::Tensor project(const FeedForward& feed_forward, const torch::Tensor& rows,
-                      const Projection& projection, const ExpertCounts& counts);
-/// hidden [P, n or 2n] → [P, n].
-torch::Tensor activate(const FeedForward& feed_forward, const torch::Tensor& hidden);
-
-struct DownGradient {
-  Projection parameters;
-  torch::Tensor dhidden;  ///< [P, n or 2n], scaled by the routing weights
-  torch::Tensor dvalues;  ///< [P], of the routing weights
+struct FeedForwardOutput {
+  torch::Tensor results;  ///< [P, h]
+  torch::Tensor hidden;   ///< [P, n or 2n], what the activation was given; undefined if not kept
 };
-/// Backward of down(activate(hidden)) scaled by `values` [P] (undefined: 1), given the gradient
-/// `dy` [P, h] of the scaled result. Needs neither the activation nor the result itself.
-DownGradient down_backward(const FeedForward& feed_forward, const torch::Tensor& dy,
-                           const torch::Tensor& hidden, const torch::Tensor& values,
-                           const Projection& down, const ExpertCounts& counts);
+/// down(activation(up(x))) of every expert on its own rows of `x` [P, h].
+FeedForwardOutput feed_forward(const FeedForward& expert, const IndexedRows& x,
+                               const ExpertProjections& parameters, const ExpertCounts& counts,
+                               bool keep_hidden);
 
-struct UpGradient {
-  Projection parameters;
-  torch::Tensor dx;  ///< [P, h]
+struct FeedForwardGradient {
+  ExpertProjections parameters;
+  torch::Tensor dx;       ///< [P, h]
+  torch::Tensor dvalues;  ///< [P] in fp32 (fp64), of the routing weights
 };
-/// Backward of the up-projection of `x` [P, h].
-UpGradient up_backward(const FeedForward& feed_forward, const torch::Tensor& dhidden,
-                       const torch::Tensor& x, const Projection& up, const ExpertCounts& counts);
+/// Backward of `values` [P] (undefined: 1) times the results, given the gradient `dy` [P, h] of that
+/// product. Needs neither the activation nor the results; `hidden` undefined is computed again.
+FeedForwardGradient feed_forward_backward(const FeedForward& expert, const IndexedRows& dy,
+                                          const IndexedRows& x, const torch::Tensor& hidden,
+                                          const torch::Tensor& values,
+                                          const ExpertProjections& parameters,
+                                          const ExpertCounts& counts);
 
 }  // namespace anabranch

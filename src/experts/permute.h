@@ -7,6 +7,16 @@ namespace anabranch {
 /// Received rows [R, h] into expert-major order [P, h].
 torch::Tensor permute(const torch::Tensor& rows, const ExchangePlan& plan);
 
+/// P rows, row p being rows[index[p]]; rows[p] where the index is undefined.
+struct IndexedRows {
+  torch::Tensor rows;
+  torch::Tensor index;
+};
+/// permute(rows, plan), to be gathered where it is read.
+inline IndexedRows permuted(const torch::Tensor& rows, const ExchangePlan& plan) {
+  return {rows, plan.assignment_rows};
+}
+
 /// Expert-major rows [P, h] back into received rows [R, h]: each the sum of its assignments', weighted
 /// by `weights` [P] where defined. Without weights the adjoint of permute.
 torch::Tensor unpermute(const torch::Tensor& assignments, const torch::Tensor& weights,

@@ -8,9 +8,9 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct FeedForwardHolder : torch::CustomClassHolder {
-  explicit FeedForwardHolder(FeedForward value) : value(std::move(value)) {}
-  FeedForward value;
+struct ExpertHolder : torch::CustomClassHolder {
+  explicit ExpertHolder(FeedForward expert) : expert(std::move(expert)) {}
+  FeedForward expert;
 };
 
 /// A group of one expert that owns every row.
@@ -20,31 +20,31 @@ struct ThroughSharedExpert : torch::autograd::Function<ThroughSharedExpert> {
                                const std::optional<torch::Tensor>& up_bias,
                                const torch::Tensor& down_weight,
                                const std::optional<torch::Tensor>& down_bias,
-                               const c10::intrusive_ptr<FeedForwardHolder>& feed_forward) {
-    const ExpertCounts counts = {x.size(0)};
-    const Projection up = projection(up_weight, up_bias);
-    const Projection down = projection(down_weight, down_bias);
-    const auto hidden = project(feed_forward->value, x, up, counts);
-    context->save_for_backward({x, hidden, up.weight, up.bias, down.weight, down.bias});
-    context->saved_data["feed_forward"] = torch::IValue::make_capsule(feed_forward);
-    return project(feed_forward->value, activate(feed_forward->value, hidden), down, counts);
+                               const c10::intrusive_ptr<ExpertHolder>& holder) {
+    const ExpertProjections shared{projection(up_weight, up_bias),
+                                   projection(down_weight, down_bias)};
+    const auto [y, hidden] =
+        feed_forward(holder->expert, {x, {}}, shared, {x.size(0)}, /*keep_hidden=*/true);
+    context->save_for_backward(
+        {x, hidden, shared.up.weight, shared.up.bias, shared.down.weight, shared.down.bias});
+    context->saved_data["expert"] = torch::IValue::make_capsule(holder);
+    return y;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     const torch::NoGradGuard no_grad;
     const auto saved = context->get_saved_variables();
-    const auto feed_forward = c10::static_intrusive_pointer_cast<FeedForwardHolder>(
-        context->saved_data["feed_forward"].toCapsule());
-    const ExpertCounts counts = {saved[0].size(0)};
-    const auto down = down_backward(feed_forward->value, gradients[0].contiguous(), saved[1],
-                                    /*values=*/{}, {saved[4], saved[5]}, counts);
-    const auto up =
-        up_backward(feed_forward->value, down.dhidden, saved[0], {saved[2], saved[3]}, counts);
-    return {up.dx,
-            up.parameters.weight,
-            up.parameters.bias,
-            down.parameters.weight,
-            down.parameters.bias,
+    const auto holder =
+        c10::static_intrusive_pointer_cast<ExpertHolder>(context->saved_data["expert"].toCapsule());
+    const torch::Tensor& x = saved[0];
+    const auto [gradients_of, dx, dvalues] = feed_forward_backward(
+        holder->expert, {gradients[0].contiguous(), {}}, {x, {}}, saved[1], /*values=*/{},
+        {{saved[2], saved[3]}, {saved[4], saved[5]}}, {x.size(0)});
+    return {dx,
+            gradients_of.up.weight,
+            gradients_of.up.bias,
+            gradients_of.down.weight,
+            gradients_of.down.bias,
             {}};
   }
 };
@@ -59,10 +59,10 @@ Experts make_shared_expert(const MoEOptions& options) {
 }
 
 torch::Tensor through_shared_expert(const torch::Tensor& x, const Experts& shared_expert,
-                                    const FeedForward& feed_forward) {
+                                    const FeedForward& expert) {
   return ThroughSharedExpert::apply(x, shared_expert->up_weight, given(shared_expert->up_bias),
                                     shared_expert->down_weight, given(shared_expert->down_bias),
-                                    c10::make_intrusive<FeedForwardHolder>(feed_forward));
+                                    c10::make_intrusive<ExpertHolder>(expert));
 }
 
 }  // namespace anabranch

@@ -12,6 +12,6 @@ Experts make_shared_expert(const MoEOptions& options);
 
 /// x [T, h] → [T, h]: every token through the shared expert, with weight 1.
 torch::Tensor through_shared_expert(const torch::Tensor& x, const Experts& shared_expert,
-                                    const FeedForward& feed_forward);
+                                    const FeedForward& expert);
 
 }  // namespace anabranch

@@ -20,21 +20,16 @@ struct Piece {
   int64_t cost;
 };
 
-/// Cuts experts into pieces of similar cost, a few per thread, largest first. `extent(count)` is the
-/// number of output rows of an expert with `count` tokens.
+/// Experts cut into pieces of at most `largest` tokens' worth of work, largest first. `extent(count)`
+/// is the number of output rows of an expert with `count` tokens.
 template <typename Extent>
-std::vector<Piece> cut(const std::vector<int64_t>& counts, const Extent& extent) {
-  constexpr int64_t kPiecesPerThread = 4;
+std::vector<Piece> cut(const std::vector<int64_t>& counts, int64_t largest, const Extent& extent) {
   constexpr int64_t kSmallestExtent = 64;
-  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
-  const int64_t target = threads == 1 ? total : total / (threads * kPiecesPerThread) + 1;
   std::vector<Piece> pieces;
   int64_t first_row = 0;
   for (size_t e = 0; e < counts.size(); ++e) {
     const int64_t rows = extent(counts[e]);
-    const int64_t wanted =
-        std::max<int64_t>(1, (counts[e] + target - 1) / std::max<int64_t>(1, target));
+    const int64_t wanted = std::max<int64_t>(1, (counts[e] + largest - 1) / largest);
     const int64_t step = std::max(kSmallestExtent, (rows + wanted - 1) / wanted);
     for (int64_t start = 0; start < rows; start += step) {
       const int64_t size = std::min(step, rows - start);
@@ -44,6 +39,32 @@ std::vector<Piece> cut(const std::vector<int64_t>& counts, const Extent& extent)
   }
   std::stable_sort(pieces.begin(), pieces.end(),
                    [](const Piece& a, const Piece& b) { return a.cost > b.cost; });
+  return pieces;
+}
+
+/// The most work of a thread, when each takes the next piece as it becomes free.
+int64_t longest_share(const std::vector<Piece>& pieces, int threads) {
+  std::vector<int64_t> shares(threads);
+  for (const Piece& piece : pieces) {
+    *std::min_element(shares.begin(), shares.end()) += piece.cost;
+  }
+  return *std::max_element(shares.begin(), shares.end());
+}
+
+/// Pieces that keep all threads busy to the end, and no smaller than that takes: a product packs its
+/// whole other operand, however few rows it has itself.
+template <typename Extent>
+std::vector<Piece> cut(const std::vector<int64_t>& counts, const Extent& extent) {
+  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  const int64_t share = total / threads + 1;
+  std::vector<Piece> pieces;
+  for (const int64_t per_share : {1, 2, 4}) {
+    pieces = cut(counts, share / per_share + 1, extent);
+    if (threads == 1 || longest_share(pieces, threads) <= share + share / 20) {
+      break;
+    }
+  }
   return pieces;
 }
 

@@ -24,6 +24,13 @@ void check_operand(const torch::Tensor& tensor, int64_t dim, const char* name,
               like.device());
 }
 
+void check_output(const torch::Tensor& tensor, at::IntArrayRef sizes, const char* name,
+                  const torch::Tensor& like) {
+  check_operand(tensor, static_cast<int64_t>(sizes.size()), name, like);
+  check_input(tensor.sizes() == sizes, "grouped GEMM: ", name, " is ", tensor.sizes(),
+              ", expected ", sizes);
+}
+
 void check_counts(const std::vector<int64_t>& counts, int64_t rows) {
   int64_t total = 0;
   for (const int64_t count : counts) {
@@ -49,38 +56,40 @@ torch::Tensor grouped_gemm(GroupedGemmEngine& engine, const torch::Tensor& x,
                            const torch::Tensor& weight, const std::vector<int64_t>& counts) {
   check_operand(x, 2, "x", x);
   check_operand(weight, 3, "weight", x);
+  torch::Tensor y = at::empty({x.size(0), weight.size(1)}, x.options());
+  grouped_gemm_out(engine, x, weight, counts, y);
+  return y;
+}
+
+void grouped_gemm_out(GroupedGemmEngine& engine, const torch::Tensor& x,
+                      const torch::Tensor& weight, const std::vector<int64_t>& counts,
+                      torch::Tensor& y) {
+  check_operand(x, 2, "x", x);
+  check_operand(weight, 3, "weight", x);
   check_weight(weight, x.size(1), 2, counts);
   check_counts(counts, x.size(0));
-  torch::Tensor y = at::empty({x.size(0), weight.size(1)}, x.options());
+  check_output(y, {x.size(0), weight.size(1)}, "y", x);
   engine.forward(x, weight, counts, y);
-  return y;
 }
 
 torch::Tensor grouped_gemm_dgrad(GroupedGemmEngine& engine, const torch::Tensor& dy,
                                  const torch::Tensor& weight, const std::vector<int64_t>& counts) {
   check_operand(dy, 2, "dy", dy);
   check_operand(weight, 3, "weight", dy);
-  check_weight(weight, dy.size(1), 1, counts);
-  check_counts(counts, dy.size(0));
   torch::Tensor dx = at::empty({dy.size(0), weight.size(2)}, dy.options());
-  engine.dgrad(dy, weight, counts, dx);
+  grouped_gemm_dgrad_out(engine, dy, weight, counts, dx);
   return dx;
 }
 
-void grouped_gemm_wgrad_out(GroupedGemmEngine& engine, const torch::Tensor& dy,
-                            const torch::Tensor& x, const std::vector<int64_t>& counts,
-                            torch::Tensor& dweight) {
+void grouped_gemm_dgrad_out(GroupedGemmEngine& engine, const torch::Tensor& dy,
+                            const torch::Tensor& weight, const std::vector<int64_t>& counts,
+                            torch::Tensor& dx) {
   check_operand(dy, 2, "dy", dy);
-  check_operand(x, 2, "x", dy);
-  check_operand(dweight, 3, "dweight", dy);
-  check_input(x.size(0) == dy.size(0), "grouped GEMM: dy has ", dy.size(0), " rows and x ",
-              x.size(0));
-  check_counts(counts, x.size(0));
-  check_input(dweight.size(0) == static_cast<int64_t>(counts.size()) &&
-                  dweight.size(1) == dy.size(1) && dweight.size(2) == x.size(1),
-              "grouped GEMM: dweight is ", dweight.sizes(), ", expected ",
-              at::IntArrayRef({static_cast<int64_t>(counts.size()), dy.size(1), x.size(1)}));
-  engine.wgrad(dy, x, counts, dweight);
+  check_operand(weight, 3, "weight", dy);
+  check_weight(weight, dy.size(1), 1, counts);
+  check_counts(counts, dy.size(0));
+  check_output(dx, {dy.size(0), weight.size(2)}, "dx", dy);
+  engine.dgrad(dy, weight, counts, dx);
 }
 
 torch::Tensor grouped_gemm_wgrad(GroupedGemmEngine& engine, const torch::Tensor& dy,
@@ -91,6 +100,19 @@ torch::Tensor grouped_gemm_wgrad(GroupedGemmEngine& engine, const torch::Tensor&
       at::empty({static_cast<int64_t>(counts.size()), dy.size(1), x.size(1)}, dy.options());
   grouped_gemm_wgrad_out(engine, dy, x, counts, dweight);
   return dweight;
+}
+
+void grouped_gemm_wgrad_out(GroupedGemmEngine& engine, const torch::Tensor& dy,
+                            const torch::Tensor& x, const std::vector<int64_t>& counts,
+                            torch::Tensor& dweight) {
+  check_operand(dy, 2, "dy", dy);
+  check_operand(x, 2, "x", dy);
+  check_input(x.size(0) == dy.size(0), "grouped GEMM: dy has ", dy.size(0), " rows and x ",
+              x.size(0));
+  check_counts(counts, x.size(0));
+  check_output(dweight, {static_cast<int64_t>(counts.size()), dy.size(1), x.size(1)}, "dweight",
+               dy);
+  engine.wgrad(dy, x, counts, dweight);
 }
 
 std::vector<std::string> grouped_gemm_engines(torch::Device device) {

@@ -24,65 +24,109 @@ class FeedForwardTest : public ::testing::TestWithParam<torch::Device> {
 INSTANTIATE_TEST_SUITE_P(Devices, FeedForwardTest, ::testing::ValuesIn(devices()),
                          [](const auto& info) { return device_name(info.param); });
 
-// Up, activation, down and back, in fp64, expert by expert against autograd.
+struct Gradients {
+  torch::Tensor y;
+  Projection up;
+  Projection down;
+  torch::Tensor x;
+  torch::Tensor values;
+};
+
+torch::Tensor leaf(const torch::Tensor& tensor) {
+  return tensor.defined() ? tensor.detach().clone().requires_grad_() : torch::Tensor();
+}
+
+/// Expert by expert, by autograd.
+Gradients expected(const torch::Tensor& x, const torch::Tensor& dy, const torch::Tensor& values,
+                   const ExpertProjections& parameters, const ExpertCounts& counts,
+                   const FeedForward& expert) {
+  const Projection up = {leaf(parameters.up.weight), leaf(parameters.up.bias)};
+  const Projection down = {leaf(parameters.down.weight), leaf(parameters.down.bias)};
+  const auto x_leaf = leaf(x);
+  const auto values_leaf = leaf(values.defined() ? values : torch::ones_like(x.select(1, 0)));
+  const auto of = [](const torch::Tensor& bias, int64_t e) {
+    return bias.defined() ? bias[e] : torch::Tensor();
+  };
+  std::vector<torch::Tensor> results;
+  int64_t row = 0;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    const auto e = static_cast<int64_t>(i);
+    results.push_back(reference::expert(x_leaf.slice(0, row, row + counts[i]), up.weight[e],
+                                        of(up.bias, e), down.weight[e], of(down.bias, e),
+                                        expert.activation, expert.glu));
+    row += counts[i];
+  }
+  const auto y = torch::cat(results);
+  (y * values_leaf.unsqueeze(1) * dy).sum().backward();
+  const auto grad = [](const torch::Tensor& tensor) {
+    return tensor.defined() ? tensor.grad() : torch::Tensor();
+  };
+  return {y,
+          {up.weight.grad(), grad(up.bias)},
+          {down.weight.grad(), grad(down.bias)},
+          x_leaf.grad(),
+          values_leaf.grad()};
+}
+
+// Up, activation, down and back, in fp64; experts without rows, more experts than parts, rows given
+// by index.
 TEST_P(FeedForwardTest, EqualsOneExpertAfterAnother) {
-  const ExpertCounts counts = {4, 0, 9, 1};
   const int64_t h = 6;
   const int64_t n = 5;
-  const int64_t rows = 14;
+  const std::vector<ExpertCounts> splits = {
+      {4, 0, 9, 1}, {0, 0, 7}, {5, 0}, {0, 0, 0}, {1, 2, 0, 3, 1, 0, 0, 4, 1, 2, 6, 1, 0}};
   for (const auto activation : kActivations) {
-    for (const bool glu : {false, true}) {
-      for (const bool bias : {false, true}) {
-        for (const bool weighted : {false, true}) {
-          SCOPED_TRACE(c10::str("activation ", static_cast<int>(activation), " glu ", glu, " bias ",
-                                bias, " weighted ", weighted));
-          const int64_t m = glu ? 2 * n : n;
-          const Projection up = {draw({4, m, h}), bias ? draw({4, m}) : torch::Tensor()};
-          const Projection down = {draw({4, h, n}), bias ? draw({4, h}) : torch::Tensor()};
-          const auto x = draw({rows, h});
-          const auto dy = draw({rows, h});
-          const auto values = weighted ? draw({rows}) : torch::Tensor();
-          const FeedForward feed_forward = {make_grouped_gemm_engine(GetParam()), activation, glu};
+    for (int flags = 0; flags < 32; ++flags) {
+      const bool glu = flags & 1;
+      const bool bias = flags & 2;
+      const bool weighted = flags & 4;
+      const bool indexed = flags & 8;
+      const bool kept = flags & 16;
+      const auto counts = random_.pick(splits);
+      const int64_t rows = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+      SCOPED_TRACE(c10::str("activation ", static_cast<int>(activation), " glu ", glu, " bias ",
+                            bias, " weighted ", weighted, " indexed ", indexed, " kept ", kept,
+                            " counts ", counts));
+      const auto experts = static_cast<int64_t>(counts.size());
+      const int64_t m = glu ? 2 * n : n;
+      const auto some = [&](bool wanted, torch::IntArrayRef sizes) {
+        return wanted ? draw(sizes) : torch::Tensor();
+      };
+      const ExpertProjections parameters = {{draw({experts, m, h}), some(bias, {experts, m})},
+                                            {draw({experts, h, n}), some(bias, {experts, h})}};
+      const auto given_rows = [&] {
+        return indexed ? IndexedRows{draw({3, h}),
+                                     torch::randint(3, {rows}, torch::kInt64).to(GetParam())}
+                       : IndexedRows{draw({rows, h}), {}};
+      };
+      const auto all = [](const IndexedRows& from) {
+        return from.index.defined() ? from.rows.index_select(0, from.index) : from.rows;
+      };
+      const auto x = given_rows();
+      const auto dy = given_rows();
+      const auto values = some(weighted, {rows});
+      const FeedForward expert = {make_grouped_gemm_engine(GetParam()), activation, glu};
 
-          const auto hidden = project(feed_forward, x, up, counts);
-          const auto y = project(feed_forward, activate(feed_forward, hidden), down, counts);
-          const auto down_gradient = down_backward(feed_forward, dy, hidden, values, down, counts);
-          const auto up_gradient = up_backward(feed_forward, down_gradient.dhidden, x, up, counts);
+      const auto [y, hidden] = feed_forward(expert, x, parameters, counts, kept);
+      EXPECT_EQ(hidden.defined(), kept);
+      const auto actual = feed_forward_backward(expert, dy, x, hidden, values, parameters, counts);
+      const auto exact = expected(all(x), all(dy), values, parameters, counts, expert);
 
-          const auto leaf = [](const torch::Tensor& tensor) {
-            return tensor.defined() ? tensor.detach().clone().requires_grad_() : torch::Tensor();
-          };
-          const Projection up_leaf = {leaf(up.weight), leaf(up.bias)};
-          const Projection down_leaf = {leaf(down.weight), leaf(down.bias)};
-          const auto x_leaf = leaf(x);
-          const auto values_leaf = leaf(weighted ? values : torch::ones_like(x.select(1, 0)));
-          std::vector<torch::Tensor> results;
-          int64_t row = 0;
-          for (size_t e = 0; e < counts.size(); ++e) {
-            const auto index = static_cast<int64_t>(e);
-            results.push_back(reference::expert(
-                x_leaf.slice(0, row, row + counts[e]), up_leaf.weight[index],
-                bias ? up_leaf.bias[index] : torch::Tensor(), down_leaf.weight[index],
-                bias ? down_leaf.bias[index] : torch::Tensor(), activation, glu));
-            row += counts[e];
-          }
-          const auto expected = torch::cat(results);
-          (expected * values_leaf.unsqueeze(1) * dy).sum().backward();
-
-          const auto near = [&](const torch::Tensor& actual, const torch::Tensor& exact) {
-            return close(actual, exact,
-                         tolerance(torch::kFloat64, 8 * (rows + h + m + n), 1 + max_abs(exact)));
-          };
-          EXPECT_TRUE(near(y, expected));
-          EXPECT_TRUE(near(down_gradient.dvalues, values_leaf.grad()));
-          EXPECT_TRUE(near(down_gradient.parameters.weight, down_leaf.weight.grad()));
-          EXPECT_TRUE(near(up_gradient.parameters.weight, up_leaf.weight.grad()));
-          EXPECT_TRUE(near(up_gradient.dx, x_leaf.grad()));
-          if (bias) {
-            EXPECT_TRUE(near(down_gradient.parameters.bias, down_leaf.bias.grad()));
-            EXPECT_TRUE(near(up_gradient.parameters.bias, up_leaf.bias.grad()));
-          }
-        }
+      const auto near = [&](const torch::Tensor& result, const torch::Tensor& reference) {
+        const double size = reference.numel() > 0 ? max_abs(reference) : 0;
+        return close(result, reference,
+                     tolerance(torch::kFloat64, 8 * (rows + h + m + n), 1 + size));
+      };
+      EXPECT_TRUE(near(y, exact.y));
+      EXPECT_TRUE(near(actual.dvalues, exact.values));
+      EXPECT_TRUE(near(actual.dx, exact.x));
+      EXPECT_TRUE(near(actual.parameters.down.weight, exact.down.weight));
+      EXPECT_TRUE(near(actual.parameters.up.weight, exact.up.weight));
+      EXPECT_EQ(actual.parameters.up.bias.defined(), bias);
+      EXPECT_EQ(actual.parameters.down.bias.defined(), bias);
+      if (bias) {
+        EXPECT_TRUE(near(actual.parameters.down.bias, exact.down.bias));
+        EXPECT_TRUE(near(actual.parameters.up.bias, exact.up.bias));
       }
     }
   }
