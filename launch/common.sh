@@ -5,6 +5,14 @@ project_root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$project_root/.venv
 readonly project_root venv
 
+# What this cluster needs, where its user has said so (launch/README.md).
+# shellcheck disable=SC2034
+rank_prefix=() site_mpirun_flags=() site_srun_flags=()
+if [[ -r $project_root/launch/site.sh ]]; then
+  # shellcheck source=/dev/null
+  source "$project_root/launch/site.sh"
+fi
+
 say() { printf '\n==> %s\n' "$*"; }
 note() { printf '    %s\n' "$*"; }
 warn() { printf 'warning: %s\n' "$*" >&2; }
@@ -53,7 +61,9 @@ prepare_mpirun() {
   mpirun_flags=()
   if ! mpirun --version 2>/dev/null | grep -q -e 'Open MPI' -e OpenRTE; then return; fi
   # Ranks have threads, so they are not bound to one core each.
-  mpirun_flags=(--oversubscribe --bind-to none -x OMP_NUM_THREADS)
+  mpirun_flags=(--oversubscribe --bind-to none)
+  if [[ -n ${OMP_NUM_THREADS:-} ]]; then mpirun_flags+=(-x OMP_NUM_THREADS); fi
+  mpirun_flags+=("${site_mpirun_flags[@]}")
   # As root, OpenMPI wants to be told twice; in a container root is the only user there is.
   if [[ $(id -u) -eq 0 ]]; then
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
@@ -63,4 +73,66 @@ prepare_mpirun() {
   export OMPI_MCA_btl_vader_single_copy_mechanism=${OMPI_MCA_btl_vader_single_copy_mechanism:-none}
   # With more ranks than cores, who waits makes way.
   if (($1 > $2)); then export OMPI_MCA_mpi_yield_when_idle=1; fi
+}
+
+# Sets rank_command to what goes between a launcher and the program: the site's prefix, such as a
+# container, and anabranch-bind where it is built.
+# shellcheck disable=SC2034
+prepare_rank_command() {
+  local bind=$project_root/build/$1/tools/anabranch-bind
+  rank_command=("${rank_prefix[@]}")
+  if [[ -x $bind ]]; then
+    rank_command+=("$bind")
+  else
+    warn "ranks are not bound: ${bind#"$project_root"/} is not built"
+  fi
+}
+
+# Runs mpirun with ARGUMENTS, waits for it, and leaves its exit code in `exit_code`.
+#
+# mpirun answers a signal by killing its ranks within a second, too soon to save a checkpoint. So it
+# gets none: it is in a session of its own, out of reach of the terminal's Ctrl-C, and the signal goes
+# to the ranks on this machine, who agree to stop with all the others. A second signal is for mpirun.
+# shellcheck disable=SC2034
+run_ranks() {
+  setsid mpirun "$@" </dev/null &
+  mpirun_pid=$!
+  interrupted=false
+  trap 'interrupt INT' INT
+  trap 'interrupt TERM' TERM HUP
+  wait_for "$mpirun_pid"
+  trap - INT TERM HUP
+}
+
+# Waits for PID, also through signals that are trapped, and leaves its exit code in `exit_code`.
+# shellcheck disable=SC2034
+wait_for() {
+  while true; do
+    exit_code=0
+    wait "$1" || exit_code=$?
+    # A signal ends `wait` too: then the process is still there.
+    kill -0 "$1" 2>/dev/null || break
+  done
+}
+
+# shellcheck disable=SC2317  # traps call it
+interrupt() {
+  if $interrupted; then
+    kill -s TERM "$mpirun_pid" 2>/dev/null || true
+    return
+  fi
+  interrupted=true
+  local child started=()
+  while read -r child; do
+    # The others are ssh or srun, which hold the ranks of other machines.
+    if tr '\0' '\n' <"/proc/$child/environ" 2>/dev/null | grep -q '^OMPI_COMM_WORLD_RANK='; then
+      started+=("$child")
+    fi
+  done < <(cat /proc/"$mpirun_pid"/task/*/children 2>/dev/null | tr ' ' '\n')
+  if ((${#started[@]})); then
+    kill -s "$1" "${started[@]}" 2>/dev/null || true
+  else
+    # All ranks are elsewhere: mpirun passes this one signal on.
+    kill -s USR1 "$mpirun_pid" 2>/dev/null || true
+  fi
 }

@@ -63,6 +63,8 @@ has_venv() { "${ANABRANCH_PYTHON:-python3}" -c 'import ensurepip, venv' 2>/dev/n
 
 has_mpi() { has_command mpirun && has_command mpicxx; }
 
+has_slurm() { has_command slurmctld && has_command slurmd && has_command munged; }
+
 # One line each: what | is it there? | Debian's packages | required or optional | without root
 readonly system_needs=(
   "C++20 compiler (g++ 12 or newer)|has_cxx20|g++|required|module load gcc, or CXX=/path/to/g++"
@@ -74,6 +76,9 @@ readonly system_needs=(
   "Google Benchmark|has_header benchmark/benchmark.h|libbenchmark-dev|optional|without it no benchmarks are built"
   "Python's venv module|has_venv|python3 python3-venv|required|module load python, or ANABRANCH_PYTHON=/path/to/python3"
   "ccache|has_command ccache|ccache|optional|without it a second clean build takes as long as the first"
+  "hwloc|has_header hwloc.h|libhwloc-dev|optional|without it ranks are not bound to GPUs and cores"
+  "Slurm's daemons and munge, for tests|has_slurm|slurm-wlm munge|optional|without them the tests of jobs under Slurm are skipped"
+  "iproute2, for tests|has_command tc|iproute2|optional|without it the tests over several hosts are skipped"
   "King James text (bible)|has_command bible|bible-kjv|optional|without it launch/train.sh needs --data FILE"
 )
 

@@ -80,40 +80,6 @@ use_king_james() {
   mv "$data.partial" "$data"
 }
 
-# Starts the ranks, waits for them, and leaves their exit code in `exit_code`.
-#
-# mpirun answers a signal by killing its ranks within a second, too soon to save a checkpoint. So it
-# gets none: it is in a session of its own, out of reach of the terminal's Ctrl-C, and the signal goes
-# to its children, the ranks on this machine, who agree to stop with all the others. A second signal
-# is for mpirun.
-run_ranks() {
-  setsid mpirun "$@" </dev/null &
-  mpirun_pid=$!
-  interrupted=false
-  trap 'interrupt INT' INT
-  trap 'interrupt TERM' TERM HUP
-  while true; do
-    exit_code=0
-    wait "$mpirun_pid" || exit_code=$?
-    # A signal ends `wait` too: then mpirun is still there.
-    kill -0 "$mpirun_pid" 2>/dev/null || break
-  done
-  trap - INT TERM HUP
-}
-
-# shellcheck disable=SC2317  # the traps above call it
-interrupt() {
-  local children
-  if $interrupted; then
-    kill -s TERM "$mpirun_pid" 2>/dev/null || true
-    return
-  fi
-  interrupted=true
-  children=$(cat /proc/"$mpirun_pid"/task/*/children 2>/dev/null) || return 0
-  # shellcheck disable=SC2086
-  kill -s "$1" $children 2>/dev/null || true
-}
-
 "$project_root/launch/setup.sh"
 build "$preset" train_lm
 
@@ -131,7 +97,7 @@ if [[ -t 1 ]]; then style=bar; fi
 say "Training on $ranks ranks with $threads threads each"
 exit_code=0
 run_ranks -n "$ranks" "${mpirun_flags[@]}" "${extra_mpirun_flags[@]}" \
-  "$program" --progress "$style" --data "$data" --output "$output" "${program_arguments[@]}"
+  "${rank_prefix[@]}" "$program" --progress "$style" --data "$data" --output "$output" "${program_arguments[@]}"
 
 if [[ $exit_code =~ ^(0|130|143)$ && -s $output/metrics.jsonl ]]; then
   say "Plotting"

@@ -9,7 +9,10 @@ namespace {
 
 volatile std::sig_atomic_t pending_signal = 0;
 
-extern "C" void remember_signal(int signal) { pending_signal = signal; }
+// USR1 is the one signal that mpirun passes on to the ranks of all machines.
+extern "C" void remember_signal(int signal) {
+  pending_signal = signal == SIGUSR1 ? SIGTERM : signal;
+}
 
 }  // namespace
 
@@ -17,7 +20,7 @@ void remember_interrupts() {
   struct sigaction action = {};
   action.sa_handler = remember_signal;
   action.sa_flags = SA_RESTART;
-  for (const int signal : {SIGINT, SIGTERM}) {
+  for (const int signal : {SIGINT, SIGTERM, SIGUSR1}) {
     if (sigaction(signal, &action, nullptr) != 0) {
       throw std::system_error(errno, std::generic_category(), "sigaction");
     }

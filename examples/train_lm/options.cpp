@@ -18,7 +18,8 @@ constexpr const char* kDescription =
 
 constexpr const char* kFooter =
     "\nDIR holds metrics.jsonl, options.json, sample.txt and checkpoint/.\n"
-    "SIGINT and SIGTERM end the run after the current step, with a checkpoint.\n"
+    "SIGINT, SIGTERM and SIGUSR1 (taken for SIGTERM) end the run after the current step, with a\n"
+    "checkpoint.\n"
     "Exit code: 0 done; 2 wrong options or data; 128 + signal interrupted, to be continued with\n"
     "--resume; 1 any other error.";
 

@@ -4,6 +4,7 @@
 #include <anabranch/options.h>
 #include <anabranch/router.h>
 #include <anabranch/expert_placement.h>
+#include <anabranch/rank_discovery.h>
 #include <anabranch/communicator.h>
 #include <anabranch/exchange.h>
 #include <anabranch/grouped_gemm.h>

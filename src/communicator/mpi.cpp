@@ -4,12 +4,15 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
+#include <anabranch/error.h>
+#include <anabranch/rank_discovery.h>
 
 #include <algorithm>
 #include <numeric>
 #include <tuple>
 #include <utility>
 
+#include "communicator/agreement.h"
 #include "communicator/chunks.h"
 #include "communicator/mpi_messages.h"
 #include "communicator/mpi_watch.h"
@@ -237,6 +240,34 @@ std::shared_ptr<Communicator> MpiCommunicator::split(int color, int key) {
                                            rank_in_group, options_, piece_bytes_);
 }
 
+/// What sets the ranks that the launcher started apart from those that MPI knows; empty: nothing.
+std::string launch_error(const Communicator& world) {
+  try {
+    const RankInfo info = discover_rank();
+    if (info.launcher.empty() || (info.rank == world.rank() && info.size == world.size())) {
+      return {};
+    }
+    return c10::str("this process is rank ", info.rank, " of ", info.size, " to ", info.launcher,
+                    ", but rank ", world.rank(), " of ", world.size(),
+                    " to MPI: start it with the mpirun of the MPI it is linked with, or with srun "
+                    "--mpi=TYPE, of a type that this MPI knows (srun --mpi=list)");
+  } catch (const InputError& error) {
+    return error.what();
+  }
+}
+
+/// Refuses, on every rank together, a job that was not started as its ranks believe.
+void check_launch(Communicator& world) {
+  const auto errors = all_gather_strings(world, launch_error(world));
+  check_input(errors[world.rank()].empty(), "make_mpi_communicator: ", errors[world.rank()]);
+  for (int rank = 0; rank < world.size(); ++rank) {
+    if (!errors[rank].empty()) {
+      throw CommunicationError(
+          c10::str("make_mpi_communicator: rank ", rank, " says: ", errors[rank]), {rank});
+    }
+  }
+}
+
 }  // namespace
 
 std::shared_ptr<Communicator> make_mpi_communicator(const CommunicatorOptions& options,
@@ -248,6 +279,7 @@ std::shared_ptr<Communicator> make_mpi_communicator(const CommunicatorOptions& o
   std::iota(all.begin(), all.end(), 0);
   MpiCommunicator world(runtime, Group(kWorldGroup, std::move(all), runtime.size()), runtime.rank(),
                         options, piece_bytes);
+  check_launch(world);
   return world.split(/*color=*/0, /*key=*/0);
 }
 

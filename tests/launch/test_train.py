@@ -203,6 +203,6 @@ def test_the_real_scripts_are_clean():
         pytest.skip("needs shellcheck")
     import subprocess
 
-    scripts = [*map(str, (ROOT / "launch").glob("*.sh")), str(ROOT / ".ci/run")]
+    scripts = [*map(str, (ROOT / "launch").rglob("*.sh")), *map(str, (ROOT / "launch/slurm").iterdir()), str(ROOT / ".ci/run")]
     result = subprocess.run([shellcheck, "-x", *scripts], capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stdout

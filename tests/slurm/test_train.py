@@ -1,0 +1,139 @@
+"""launch/slurm/train.sbatch on a real Slurm: jobs that end early go on where they were."""
+
+import json
+import re
+
+import pytest
+from conftest import BUILD, ROOT
+
+STEPS = 60
+MODEL = {
+    "hidden": 32,
+    "expert-hidden": 64,
+    "layers": 2,
+    "heads": 2,
+    "experts": 5,
+    "steps": STEPS,
+    "batch-size": 8,
+    "sequence-length": 32,
+    "warmup": 4,
+    "validation-interval": STEPS,
+    "validation-sequences": 4,
+    "log-interval": 1,
+    "checkpoint-interval": 10,
+    "sample-length": 8,
+    "deadline": 20,
+}
+
+pytestmark = pytest.mark.skipif(not (BUILD / "examples/train_lm").exists(), reason="train_lm is not built")
+
+
+class Run:
+    """One submitted training run on `ranks` ranks of two hosts."""
+
+    def __init__(self, cluster, name, ranks, launcher="srun", options=None):
+        self.cluster = cluster
+        self.output = cluster.base / name
+        self.log = cluster.base / f"{name}.log"
+        options = {"data": ROOT / "docs/architecture.md", "output": self.output, **MODEL, **(options or {})}
+        arguments = [word for key, value in options.items() for word in (f"--{key}", value)]
+        flags = ["--nodes=2", f"--ntasks-per-node={ranks // 2}", f"--output={self.log}", "--time=20"]
+        environment = {"ANABRANCH_LAUNCHER": launcher, "ANABRANCH_PROGRAM": BUILD / "examples/train_lm"}
+        self.job = cluster.submit("train.sbatch", *arguments, flags=flags, environment=environment)
+
+    def finish(self, state="COMPLETED"):
+        self.cluster.wait_for_end(self.job, self.log, state)
+        return self
+
+    def steps(self):
+        file = self.output / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def wait_for_step(self, step):
+        self.cluster.wait_until(lambda: len(self.steps()) >= step, 60, self.log)
+
+    def curve(self):
+        """What does not depend on the clock, of every step."""
+        timing = ("seconds", "tokens_per_second")
+        return [{k: v for k, v in step.items() if k not in timing} for step in self.steps()]
+
+
+def time_is_near(cluster, run):
+    # What --signal=B:USR1@300 does 300 s before the limit.
+    cluster.slurm("scancel", "--batch", "--signal=USR1", run.job)
+
+
+def preempted(cluster, run):
+    cluster.slurm("scontrol", "requeue", run.job)
+
+
+def a_rank_is_killed(cluster, run):
+    # The hosts share one PID namespace.
+    kill = "pkill -KILL --oldest --ns $$ --nslist net -f -- '--output [^ ]*a_rank_is_killed'"
+    cluster.run("n2", ["bash", "-c", f"exec {kill}"])
+
+
+# Ranks, launcher, and what happens at a third of the steps.
+CASES = [(2, "srun", time_is_near), (2, "mpirun", time_is_near), (4, "srun", preempted), (4, "srun", a_rank_is_killed)]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(cluster, interrupted):
+    """Curves by number of ranks."""
+    runs = {ranks: Run(cluster, f"uninterrupted{ranks}", ranks) for ranks in (2, 4)}
+    return {ranks: run.finish().curve() for ranks, run in runs.items()}
+
+
+@pytest.fixture(scope="session")
+def interrupted(cluster):
+    """A run of each case, all at once, after its interruption."""
+    runs = {case: Run(cluster, f"{case[2].__name__}_{case[1]}", *case[:2]) for case in CASES}
+    waiting = dict(runs)
+
+    def interrupt_those_due():
+        for case, run in list(waiting.items()):
+            if len(run.steps()) >= STEPS // 3:
+                case[2](cluster, run)
+                del waiting[case]
+        return not waiting
+
+    cluster.wait_until(interrupt_those_due, 120, next(iter(runs.values())).log)
+    return runs
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[2].__name__}-{case[1]}-{case[0]}")
+def test_an_interrupted_job_goes_on_by_itself(cluster, uninterrupted, interrupted, case):
+    ranks, launcher, interrupt = case
+    run = interrupted[case].finish()
+    assert cluster.job(run.job)["Restarts"] == "1", cluster.explain(run.job, run.log)
+    log = run.log.read_text()
+    resumed = re.search(r"resuming after step (\d+)", log)
+    assert resumed and STEPS // 6 <= int(resumed[1]) < STEPS, log
+    assert f"on {ranks} ranks (mpi)" in log
+    assert [step["step"] for step in run.curve()] == list(range(1, STEPS + 1))
+    assert run.curve() == uninterrupted[ranks]
+    if interrupt is a_rank_is_killed:
+        assert re.search(r"srun: error: n2: task [23]: Killed", log), log
+    assert no_process_is_left(cluster, run), cluster.explain(run.job, run.log)
+
+
+def no_process_is_left(cluster, run):
+    return cluster.run("head", ["pgrep", "--full", f"[-]-output {run.output}"], check=False).stdout == ""
+
+
+def test_wrong_options_end_the_job_for_good(cluster):
+    run = Run(cluster, "refused", 2, options={"top-k": 9}).finish("FAILED")
+    assert cluster.job(run.job)["Restarts"] == "0"
+    assert "--top-k 9 is more than --experts 5" in run.log.read_text()
+    assert "not requeued" in run.log.read_text()
+
+
+def test_a_cancelled_job_stays_cancelled(cluster):
+    run = Run(cluster, "cancelled", 2)
+    run.wait_for_step(5)
+    cluster.slurm("scancel", run.job)
+    run.finish("CANCELLED")
+    # The ranks' last words come after the end of the job's state.
+    cluster.wait_until(lambda: "to continue: the same command" in run.log.read_text(), 20, run.log)
+    assert cluster.job(run.job)["Restarts"] == "0"
