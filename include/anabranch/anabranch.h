@@ -6,6 +6,7 @@
 #include <anabranch/expert_placement.h>
 #include <anabranch/rank_discovery.h>
 #include <anabranch/communicator.h>
+#include <anabranch/hierarchical.h>
 #include <anabranch/exchange.h>
 #include <anabranch/grouped_gemm.h>
 #include <anabranch/experts.h>

@@ -8,6 +8,8 @@
 namespace anabranch {
 namespace {
 
+constexpr const char* kPmix = "PMIx";
+
 int to_number(const std::string& variable, const std::string& text) {
   int value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
@@ -63,10 +65,11 @@ Statement pmi(const Environment& environment) {
           read(environment, {"MPI_LOCALNRANKS", "PMI_LOCAL_SIZE"})};
 }
 
-/// Its other numbers are asked from a server; Slurm or mpirun say them beside it.
+/// Its other numbers are asked from a server; Slurm or mpirun say them beside it. An MPI that nobody
+/// launched leaves it too, in its own process.
 Statement pmix(const Environment& environment) {
   Statement statement;
-  statement.launcher = "PMIx";
+  statement.launcher = kPmix;
   statement.rank = read(environment, {"PMIX_RANK"});
   return statement;
 }
@@ -115,6 +118,9 @@ std::vector<Statement> read_statements(const Environment& environment) {
     if (statement.rank) {
       statements.push_back(std::move(statement));
     }
+  }
+  if (statements.size() == 1 && statements.front().launcher == kPmix) {
+    statements.clear();
   }
   return statements;
 }

@@ -85,6 +85,10 @@ TEST(RankDiscovery, PmixAndPmiOfSlurm) {
   expect(with(kSlurmStep, {{"PMI_RANK", "2"}, {"PMI_SIZE", "4"}}), "PMI", 2, 4, 2, 3);
 }
 
+TEST(RankDiscovery, PmixAloneIsAnMpiThatNobodyLaunched) {
+  expect({{"PMIX_RANK", "0"}, {"PMIX_NAMESPACE", "933298177"}}, "", 0, 1, 0, 1);
+}
+
 TEST(RankDiscovery, SlurmsTasksOfANode) {
   const auto local_size = [](const std::string& words, int node) {
     return discover(with(kSlurmStep, {{"SLURM_STEP_TASKS_PER_NODE", words},
@@ -157,7 +161,6 @@ TEST(RankDiscovery, WhatIsNoRankIsRefused) {
   EXPECT_INPUT_ERROR(discover(with(kHydra, {{"MPI_LOCALRANKID", "3"}})),
                      "MPI_LOCALRANKID is 3, expected less than MPI_LOCALNRANKS, 3");
   EXPECT_INPUT_ERROR(discover({{"RANK", "1"}}), "nothing says how many ranks there are");
-  EXPECT_INPUT_ERROR(discover({{"PMIX_RANK", "0"}}), "nothing says how many ranks there are");
 }
 
 TEST(RankDiscovery, FindsTheRanksOfThisJob) {

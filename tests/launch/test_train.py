@@ -31,6 +31,8 @@ if "--fail" in arguments:
     sys.exit(2)
 (output / "metrics.jsonl").write_text('{{"step": 1, "loss": 2.0, "imbalance": 1.5, "load": [[0.5, 0.5]]}}\\n')
 (output / "sample.txt").write_text("In the beginning was the stub")
+if rank == "0":
+    print("In the beginning was the stub")
 if "--wait" in arguments:
     while not received:
         time.sleep(0.05)
