@@ -16,9 +16,9 @@ namespace {
 
 /// Neighbouring experts and their rows.
 struct Part {
-  int64_t first_expert;
-  int64_t first_row;
-  int64_t rows;
+  int64_t first_expert = 0;
+  int64_t first_row = 0;
+  int64_t rows = 0;
   ExpertCounts counts;
 
   torch::Tensor rows_of(const torch::Tensor& tensor) const {
@@ -38,15 +38,16 @@ struct Part {
   }
 };
 
-/// Whole experts in parts of about equal rows, at most `parts` of them (an expert is never cut).
+/// Whole experts in parts of about equal rows, at most `parts` of them (an expert is never cut) and at
+/// least one, also of no experts.
 std::vector<Part> cut(const ExpertCounts& counts, int64_t parts) {
   const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
-  std::vector<Part> result;
+  std::vector<Part> result(1);
   int64_t row = 0;
   for (size_t e = 0; e < counts.size(); ++e) {
     const auto made = static_cast<int64_t>(result.size());
     // A new part begins where the ones before it have had their share.
-    if (result.empty() || (row > result.back().first_row && row * parts >= total * made)) {
+    if (row > result.back().first_row && row * parts >= total * made) {
       result.push_back({static_cast<int64_t>(e), row, 0, {}});
     }
     result.back().counts.push_back(counts[e]);

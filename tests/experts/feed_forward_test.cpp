@@ -132,5 +132,20 @@ TEST_P(FeedForwardTest, EqualsOneExpertAfterAnother) {
   }
 }
 
+TEST_P(FeedForwardTest, RankWithoutExperts) {
+  const FeedForward expert = {make_grouped_gemm_engine(GetParam()), Activation::kGelu, false};
+  const ExpertProjections parameters = {{draw({0, 5, 6}), draw({0, 5})},
+                                        {draw({0, 6, 5}), draw({0, 6})}};
+  const IndexedRows none = {draw({0, 6}), {}};
+  const auto [y, hidden] = feed_forward(expert, none, parameters, {}, /*keep_hidden=*/true);
+  EXPECT_EQ(y.sizes(), (std::vector<int64_t>{0, 6}));
+  EXPECT_EQ(hidden.sizes(), (std::vector<int64_t>{0, 5}));
+  const auto gradient = feed_forward_backward(expert, none, none, hidden, {}, parameters, {});
+  EXPECT_EQ(gradient.dx.sizes(), (std::vector<int64_t>{0, 6}));
+  EXPECT_EQ(gradient.dvalues.sizes(), (std::vector<int64_t>{0}));
+  EXPECT_EQ(gradient.parameters.up.weight.sizes(), parameters.up.weight.sizes());
+  EXPECT_EQ(gradient.parameters.down.bias.sizes(), parameters.down.bias.sizes());
+}
+
 }  // namespace
 }  // namespace anabranch::test
