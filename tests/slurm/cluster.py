@@ -52,7 +52,7 @@ InactiveLimit=0
 MinJobAge=3600
 JobRequeue=1
 {nodes}
-PartitionName=all Nodes=ALL Default=YES MaxTime=30 State=UP OverSubscribe=NO
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 State=UP OverSubscribe=NO
 """
 
 

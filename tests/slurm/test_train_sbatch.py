@@ -37,7 +37,7 @@ class Run:
         self.log = cluster.base / f"{name}.log"
         options = {"data": ROOT / "docs/architecture.md", "output": self.output, **MODEL, **(options or {})}
         arguments = [word for key, value in options.items() for word in (f"--{key}", value)]
-        flags = ["--nodes=2", f"--ntasks-per-node={ranks // 2}", f"--output={self.log}", "--time=20"]
+        flags = ["--nodes=2", f"--ntasks-per-node={ranks // 2}", f"--output={self.log}"]
         environment = {"ANABRANCH_LAUNCHER": launcher, "ANABRANCH_PROGRAM": BUILD / "examples/train_lm"}
         self.job = cluster.submit("train.sbatch", *arguments, flags=flags, environment=environment)
 

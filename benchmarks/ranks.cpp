@@ -1,0 +1,80 @@
+#include "ranks.h"
+
+#include <ATen/ops/tensor.h>
+#include <anabranch/rank_discovery.h>
+
+#include <algorithm>
+#include <chrono>
+#include <fstream>
+#include <iostream>
+#include <stdexcept>
+#include <utility>
+
+#include "communicator/agreement.h"
+
+namespace anabranch::benchmark {
+
+const std::map<std::string, AllToAll>& all_to_all_names() {
+  static const std::map<std::string, AllToAll> names = {{"flat", AllToAll::kFlat},
+                                                        {"hierarchical", AllToAll::kHierarchical},
+                                                        {"auto", AllToAll::kAuto}};
+  return names;
+}
+
+std::string to_string(AllToAll way) {
+  for (const auto& [name, value] : all_to_all_names()) {
+    if (value == way) {
+      return name;
+    }
+  }
+  throw std::invalid_argument("no such all-to-all");
+}
+
+std::shared_ptr<Communicator> make_world(AllToAll way) {
+  if (discover_rank().launcher.empty()) {
+    return make_self_communicator();
+  }
+  auto world = make_mpi_communicator();
+  if (way == AllToAll::kFlat) {
+    return world;
+  }
+  HierarchicalOptions options;
+  options.all_to_all = way;
+  return make_hierarchical_communicator(std::move(world), options);
+}
+
+double seconds_from_barrier(Communicator& world, const std::function<void()>& call) {
+  world.barrier();
+  const auto begin = std::chrono::steady_clock::now();
+  call();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+std::vector<double> over_ranks_max(Communicator& world, const std::vector<double>& values) {
+  const auto most = std::get<0>(world.all_gather(at::tensor(values, at::kDouble)).max(0));
+  const auto* data = most.const_data_ptr<double>();
+  return {data, data + most.numel()};
+}
+
+double median(std::vector<double> values) {
+  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
+  return values[values.size() / 2];
+}
+
+std::vector<std::string> nodes(Communicator& world) {
+  return all_gather_strings(world, discover_rank().node);
+}
+
+void write_record(const nlohmann::json& record, const std::string& file) {
+  if (file.empty()) {
+    std::cout << record.dump() << std::endl;
+    return;
+  }
+  std::ofstream stream(file, std::ios::app);
+  stream << record.dump() << '\n';
+  if (!stream.flush()) {
+    throw std::runtime_error("cannot write " + file);
+  }
+}
+
+}  // namespace anabranch::benchmark

@@ -1,0 +1,38 @@
+#pragma once
+
+#include <anabranch/communicator.h>
+#include <anabranch/hierarchical.h>
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+// What the benchmarks over several ranks share.
+
+namespace anabranch::benchmark {
+
+/// For CLI11: flat, hierarchical, auto.
+const std::map<std::string, AllToAll>& all_to_all_names();
+std::string to_string(AllToAll way);
+
+/// MPI's ranks, with rows that take the way asked for; this process alone where no launcher started it.
+std::shared_ptr<Communicator> make_world(AllToAll way);
+
+/// Seconds that `call` takes from a common start (a barrier): what this rank needed.
+double seconds_from_barrier(Communicator& world, const std::function<void()>& call);
+
+/// The largest of the ranks' values, for each entry.
+std::vector<double> over_ranks_max(Communicator& world, const std::vector<double>& values);
+
+double median(std::vector<double> values);
+
+/// Names of the ranks' hosts.
+std::vector<std::string> nodes(Communicator& world);
+
+/// One line of JSON, to `file` (appended) or to standard output where it is empty; rank 0 alone.
+void write_record(const nlohmann::json& record, const std::string& file);
+
+}  // namespace anabranch::benchmark

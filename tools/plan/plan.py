@@ -1,0 +1,242 @@
+"""Predicts training steps of Mixture-of-Experts models on clusters of 8 to 16,384 GPUs.
+
+    anabranch-plan layouts   --machine M.json --model N.json --gpus 512 [--skew 1 | --trace metrics.jsonl]
+    anabranch-plan step      ... --expert-parallel 64 --all-to-all hierarchical --overlap 2 --plot timeline.png
+    anabranch-plan scale     ... --gpus 8,64,512,4096,16384 --output DIR
+    anabranch-plan calibrate --ranks 2 --launcher "launch/mpirun.sh -n {ranks}" --output M.json
+    anabranch-plan check     --machine M.json [--points DIR/points]
+
+It simulates a layer's forward and backward on every rank of an expert-parallel group: who computes, and which
+message holds which link when; then adds the sum of gradients. docs/planner.md says what is in the model and
+what is not, and how far its predictions were off. Machines and models: tools/plan/machines and models.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy
+
+import calibrate
+import check
+import plots
+import routing
+from machine import Refused, machine_from, read_machine, read_model
+from timeline import Layout, Planner
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+# Networks of a node against which `scale` holds the machine's own.
+BANDWIDTHS = [0.1e9 / 8, 1e9 / 8, 10e9 / 8, 100e9 / 8, 400e9 / 8]
+LATENCIES = [5e-6, 5e-4, 5e-3, 5e-2]
+INTERNET = (1e9 / 8, 2e-2)
+
+
+def popularities_of(arguments, model):
+    if arguments.trace:
+        return routing.from_metrics(arguments.trace, model.experts)
+    generator = numpy.random.default_rng(arguments.seed)
+    return [routing.zipf(model.experts, arguments.skew, generator)]
+
+
+def planner_of(arguments):
+    machine, model = read_machine(arguments.machine), read_model(arguments.model)
+    return Planner(machine, model, popularities_of(arguments, model), arguments.seed)
+
+
+def table(predictions, machine):
+    lines = [
+        "  GPUs   EP    DP  all-to-all    overlap   step, s  compute  exchange  all-reduce  memory, GB  imbalance",
+    ]
+    for p in predictions:
+        layout = p.layout
+        fits = " " if p.memory <= machine.memory else "!"
+        lines.append(
+            f"{layout.gpus:6d} {layout.expert_parallel:4d} {layout.gpus // layout.expert_parallel:5d}  "
+            f"{layout.all_to_all:12s} {layout.overlap:8d} {p.step:9.4f} {p.compute / p.step:8.0%} "
+            f"{p.exchange / p.step:9.0%} {p.all_reduce / p.step:11.0%} {p.memory / 1e9:10.1f}{fits} {p.rank_imbalance:9.2f}"
+        )
+    if any(p.memory > machine.memory for p in predictions):
+        lines.append(f"!: more than the {machine.memory / 1e9:.0f} GB of a GPU")
+    return "\n".join(lines)
+
+
+def write_json(path, values):
+    Path(path).write_text(json.dumps(values, indent=1, default=float) + "\n")
+
+
+def run_layouts(arguments):
+    planner = planner_of(arguments)
+    for gpus in arguments.gpus:
+        check_gpus(gpus, planner.machine)
+        found = planner.layouts(gpus)
+        print(table(found[: arguments.top], planner.machine))
+        if arguments.json:
+            write_json(arguments.json, [prediction.summary() for prediction in found])
+
+
+def check_gpus(gpus, machine):
+    if gpus < 1 or (gpus > machine.gpus_per_node and gpus % machine.gpus_per_node):
+        raise Refused(f"--gpus {gpus}: expected whole nodes of {machine.gpus_per_node}")
+
+
+def run_step(arguments):
+    planner = planner_of(arguments)
+    gpus = arguments.gpus[0]
+    check_gpus(gpus, planner.machine)
+    group = arguments.expert_parallel or min(gpus, planner.model.experts)
+    size = planner.machine.gpus_per_node
+    if gpus % group or (group % size and size % group) or group > planner.model.experts:
+        raise Refused(
+            f"--expert-parallel {group}: expected at most {planner.model.experts} GPUs, whole nodes or a part of "
+            f"one that divides it, and a divisor of {gpus}"
+        )
+    prediction = planner.predict(Layout(gpus, group, arguments.all_to_all, arguments.overlap))
+    print(table([prediction], planner.machine))
+    if arguments.json:
+        write_json(arguments.json, prediction.summary())
+    if arguments.plot:
+        plots.timeline(prediction, arguments.plot)
+
+
+def best(planner, gpus):
+    return planner.layouts(gpus)[0]
+
+
+def run_scale(arguments):
+    machine, model = read_machine(arguments.machine), read_model(arguments.model)
+    popularities = popularities_of(arguments, model)
+    networks = {
+        machine.name: machine,
+        "100 Gb/s and 30 µs a node": plots.slower(machine, 100e9 / 8, 3e-5),
+        "the internet: 1 Gb/s and 20 ms a node": plots.slower(machine, *INTERNET),
+    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    by_machine = {}
+    for name, described in networks.items():
+        planner = Planner(described, model, popularities, arguments.seed)
+        by_machine[name] = []
+        for gpus in arguments.gpus:
+            check_gpus(gpus, described)
+            by_machine[name].append(best(planner, gpus))
+        print(name)
+        print(table(by_machine[name], described))
+    plots.scale(by_machine, arguments.output / "scale.png")
+
+    gpus = arguments.gpus[-1]
+    shares = []
+    for latency in LATENCIES:
+        row = [Planner(plots.slower(machine, b, latency), model, popularities, arguments.seed) for b in BANDWIDTHS]
+        shares.append([(lambda p: p.compute / p.step)(best(planner, gpus)) for planner in row])
+    plots.internet(BANDWIDTHS, LATENCIES, shares, gpus, arguments.output / "internet.png")
+    plots.timeline(by_machine[machine.name][-1], arguments.output / "timeline.png")
+    write_json(
+        arguments.output / "scale.json",
+        {
+            "machine": dataclasses.asdict(machine),
+            "model": dataclasses.asdict(model),
+            "best": {name: [p.summary() for p in found] for name, found in by_machine.items()},
+            "internet": {"bandwidths": BANDWIDTHS, "latencies": LATENCIES, "compute_share": shares, "gpus": gpus},
+        },
+    )
+
+
+def run_calibrate(arguments):
+    records = calibrate.measure(
+        arguments.program, arguments.launcher, arguments.ranks, calibrate.SIZES, arguments.rounds
+    )
+    values = calibrate.fit(records, arguments.name)
+    machine_from(values, "calibrate")
+    write_json(arguments.output, values)
+    print(json.dumps(values, indent=1, default=float))
+
+
+def run_check(arguments):
+    if arguments.points:
+        machine = read_machine(arguments.machine)
+        files = sorted(Path(arguments.points).glob("*.json"))
+        if not files:
+            raise Refused(f"--points {arguments.points}: no records there")
+        rows = list(check.measured(machine, [json.loads(file.read_text()) for file in files]))
+        of = "measured"
+    else:
+        rows = list(check.published(read_machine(arguments.machine)))
+        of = "published"
+    print(check.table(rows, of))
+    ratios = [predicted / known for _, _, known, predicted in rows]
+    within = sum(abs(ratio - 1) <= 0.2 for ratio in ratios)
+    print(f"\n{within} of {len(ratios)} within 20 %, from {min(ratios):.2f} to {max(ratios):.2f}")
+
+
+def numbers(text):
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers such as 8,64") from error
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        prog="anabranch-plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, run, text, machine=HERE / "machines/h100_infiniband.json"):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        if machine:
+            sub.add_argument("--machine", type=Path, default=machine, help="JSON (see tools/plan/machines)")
+        return sub
+
+    def of_a_model(sub, gpus):
+        sub.add_argument("--model", type=Path, default=HERE / "models/olmoe.json", help="JSON (see tools/plan/models)")
+        sub.add_argument("--gpus", type=numbers, default=gpus)
+        load = sub.add_mutually_exclusive_group()
+        load.add_argument("--skew", type=float, default=0.5, help="s of Zipf's law for the experts' popularity")
+        load.add_argument("--trace", type=Path, help="metrics.jsonl of train_lm, whose last load counts")
+        sub.add_argument("--seed", type=int, default=0)
+
+    sub = command("layouts", run_layouts, "all layouts, the best first")
+    of_a_model(sub, [64])
+    sub.add_argument("--top", type=int, default=10, help="how many to print")
+    sub.add_argument("--json", type=Path, help="file for all of them")
+
+    sub = command("step", run_step, "one layout")
+    of_a_model(sub, [64])
+    sub.add_argument("--expert-parallel", type=int, help="GPUs of a group (default: as many as possible)")
+    sub.add_argument("--all-to-all", choices=["flat", "hierarchical"], default="flat")
+    sub.add_argument("--overlap", type=int, choices=range(1, 17), default=1, metavar="PARTS")
+    sub.add_argument("--json", type=Path)
+    sub.add_argument("--plot", type=Path, help="file for the timeline")
+
+    sub = command("scale", run_scale, "best layouts over GPUs and networks, with plots")
+    of_a_model(sub, [8, 64, 512, 4096, 16384])
+    sub.add_argument("--output", type=Path, default=Path("runs/plan"), metavar="DIR")
+
+    sub = command("calibrate", run_calibrate, "measures this machine and writes its description", machine=None)
+    sub.add_argument("--ranks", type=int, default=1)
+    sub.add_argument("--launcher", default=f"{ROOT}/launch/mpirun.sh -n {{ranks}}", help="with {ranks} in it")
+    sub.add_argument("--program", type=Path, default=ROOT / "build/release/benchmarks/benchmark_step")
+    sub.add_argument("--rounds", type=int, default=7)
+    sub.add_argument("--name", default="calibrated")
+    sub.add_argument("--output", type=Path, required=True)
+
+    sub = command("check", run_check, "predictions beside published or measured times", HERE / "machines/h800_deepep.json")
+    sub.add_argument("--points", type=Path, help="records of launch/scaling.py (default: published results)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    arguments = parse(argv)
+    try:
+        arguments.run(arguments)
+    except Refused as problem:
+        print(f"anabranch-plan: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

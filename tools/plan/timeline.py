@@ -1,0 +1,239 @@
+"""A training step's timeline: compute and communication of every rank of an expert-parallel group."""
+
+import dataclasses
+
+import numpy
+
+import routing
+from network import Fabric
+
+# How often data crosses a GPU's memory: indices of the plan; rows around the experts' GEMMs; rows of an
+# exchange, read and written. Rough: `calibrate` finds the `copy` that goes with them.
+PLAN_PASSES = 10.0
+ROW_PASSES = 6.0
+GATHER_PASSES = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the model lies on the GPUs."""
+
+    gpus: int
+    expert_parallel: int  # consecutive GPUs that share one set of experts; the rest is data parallel
+    all_to_all: str = "flat"
+    overlap: int = 1  # parts of the tokens whose exchange overlaps with others' experts
+
+
+@dataclasses.dataclass
+class Event:
+    """One stage of a part, on every rank."""
+
+    name: str
+    kind: str  # "compute" or "exchange"
+    begin: numpy.ndarray
+    end: numpy.ndarray
+
+
+@dataclasses.dataclass
+class Prediction:
+    layout: Layout
+    step: float  # s
+    compute: float  # s, of the busiest rank
+    exchange: float  # s of exchange that no rank's compute covers, per step
+    all_reduce: float  # s of gradients' sums that backward does not cover
+    memory: float  # bytes of a GPU
+    rank_imbalance: float
+    events: list  # of one layer
+
+    @property
+    def exposed(self):
+        return self.step - self.compute
+
+    def summary(self):
+        layout = dataclasses.asdict(self.layout)
+        return {
+            **layout,
+            "data_parallel": self.layout.gpus // self.layout.expert_parallel,
+            "step_s": self.step,
+            "compute_s": self.compute,
+            "exposed_communication_s": self.exposed,
+            "exposed_exchange_s": self.exchange,
+            "exposed_all_reduce_s": self.all_reduce,
+            "memory_bytes": self.memory,
+            "rank_imbalance": self.rank_imbalance,
+        }
+
+
+class LayerTimeline:
+    """Forward and backward of one layer. Two things a rank does at once: compute, and exchange."""
+
+    def __init__(self, machine, model, layout, popularity, generator):
+        self.machine, self.model, self.layout = machine, model, layout
+        self.ranks = layout.expert_parallel
+        self.fabric = Fabric(machine, self.ranks)
+        self.rows, self.assignments = routing.traffic(
+            popularity, model.top_k, model.tokens, self.ranks, generator
+        )
+        self.local_experts = numpy.bincount(routing.owners(model.experts, self.ranks), minlength=self.ranks)
+        self.compute_free = numpy.zeros(self.ranks)
+        self.exchange_free = numpy.zeros(self.ranks)
+        self.busy = numpy.zeros(self.ranks)
+        self.events = []
+
+    def run(self):
+        """(seconds of forward, seconds of both)."""
+        self._compute("dense and route", self._dense(1), self.compute_free)
+        counts = numpy.full((self.ranks, self.ranks), 8.0 * (3 + self.model.experts / self.ranks))
+        indices = 8.0 * PLAN_PASSES * (self.model.tokens * self.model.top_k + self.assignments)
+        fixed = self.machine.stage + indices / self.machine.copy
+        plan = self._exchange("plan", counts, self.compute_free, fixed, way="flat")
+        self._through_experts("", plan, 1)
+        forward = max(self.compute_free.max(), self.exchange_free.max())
+        self.compute_free[:] = self.exchange_free[:] = forward
+        self._through_experts(" backward", self.compute_free.copy(), 2)
+        self._compute("dense backward", self._dense(2), numpy.maximum(self.compute_free, self.exchange_free))
+        return forward, self.compute_free.max()
+
+    def _through_experts(self, suffix, ready, factor):
+        """Parts in turn: while one part's experts compute, the next is dispatched and the last combined."""
+        parts = self.layout.overlap
+        there = self.model.dispatch_bytes or self.model.bytes
+        arrived, computed = [], []
+        order = [("dispatch", 0)]
+        for part in range(parts):
+            if part + 1 < parts:
+                order.append(("dispatch", part + 1))
+            order.append(("combine", part))
+        for stage, part in order:
+            if stage == "dispatch":
+                size = self.rows / parts * self.model.hidden * (there if factor == 1 else self.model.bytes)
+                arrived.append(self._exchange(f"dispatch{suffix}", size, ready, self._move()))
+            else:
+                work = self._experts(factor) / parts + self.machine.stage * (1 - 1 / parts)
+                computed.append(self._compute(f"experts{suffix}", work, arrived[part]))
+                size = self.rows.T / parts * self.model.hidden * self.model.bytes
+                self._exchange(f"combine{suffix}", size, computed[part], self._move())
+
+    def _dense(self, factor):
+        if not self.model.routed:
+            return 0.0
+        per_token = 2.0 * (self.model.dense_parameters + self.model.hidden * self.model.experts)
+        return factor * self.model.tokens * per_token / self.machine.flops + self.machine.stage
+
+    def _experts(self, factor):
+        """GEMMs, and the rows that permutation and activation read and write."""
+        moved = ROW_PASSES * self.assignments * (self.model.hidden + self.model.expert_hidden) * self.model.bytes
+        flops = self.model.expert_flops(self.assignments)
+        seconds = flops / self.machine.flops + moved / self.machine.copy
+        return factor * (seconds + self.local_experts * self.machine.expert) + self.machine.stage
+
+    def _move(self):
+        """Gathering rows to send them, or summing those that have come."""
+        if self.ranks == 1:
+            return 0.0
+        moved = GATHER_PASSES * self.rows.sum(axis=1) * self.model.hidden * self.model.bytes
+        return self.machine.stage + moved / self.layout.overlap / self.machine.copy
+
+    def _compute(self, name, seconds, ready):
+        begin = numpy.maximum(ready, self.compute_free)
+        end = begin + seconds
+        self.compute_free = end
+        self.busy += seconds
+        self.events.append(Event(name, "compute", begin, end))
+        return end
+
+    def _exchange(self, name, size, ready, fixed, way=None):
+        begin = numpy.maximum(ready, self.exchange_free)
+        end = self.fabric.all_to_all(size, begin + fixed, way or self.layout.all_to_all)
+        self.exchange_free = end
+        self.events.append(Event(name, "exchange", begin, end))
+        return end
+
+
+def memory_of(model, layout, received_rows, assignments):
+    """Bytes of the fullest rank: parameters, gradients and optimizer, and what forward saves."""
+    dense = model.layers * model.dense_parameters
+    experts = model.layers * model.expert_parameters * -(-model.experts // layout.expert_parallel)
+    states = (dense + experts) * (2 * model.bytes + model.optimizer_bytes)
+    hidden_values = model.expert_hidden * (2 if model.glu else 1)
+    saved = received_rows * model.hidden + assignments * hidden_values + 8 * model.tokens * model.hidden
+    return states + model.layers * saved * model.bytes
+
+
+class Planner:
+    """Steps of one model on one machine; a layout's layers are simulated once."""
+
+    def __init__(self, machine, model, popularities, seed=0):
+        """`popularities` [n, experts]: of as many layers as are simulated, for all the model has."""
+        self.machine, self.model, self.popularities, self.seed = machine, model, popularities, seed
+        self._layers = {}
+
+    def predict(self, layout):
+        """A step on `layout.gpus` GPUs."""
+        model, machine = self.model, self.machine
+        layers = self._simulate(layout)
+        scale = model.layers / len(layers)
+        forward = scale * sum(entry.forward for entry in layers)
+        both = scale * sum(entry.both for entry in layers)
+        compute = scale * sum(entry.timeline.busy.max() for entry in layers)
+        reduce = self._all_reduce(layout)
+        # A layer's gradients travel while the layers before it run backward; the first layer's cannot.
+        hidden_behind = (both - forward) * (model.layers - 1) / model.layers
+        exposed_reduce = max(reduce / model.layers, reduce - hidden_behind)
+        first = layers[0].timeline
+        return Prediction(
+            layout=layout,
+            step=both + exposed_reduce,
+            compute=compute,
+            exchange=both - compute,
+            all_reduce=exposed_reduce,
+            memory=memory_of(model, layout, first.rows.sum(axis=0).max(), first.assignments.max()),
+            rank_imbalance=float(first.assignments.max() / first.assignments.mean()),
+            events=first.events,
+        )
+
+    def layouts(self, gpus, overlaps=(1, 2, 4)):
+        """Predictions of all layouts: those that fit into memory first, then by step time."""
+        found = [self.predict(layout) for layout in layouts_of(self.machine, self.model, gpus, overlaps)]
+        return sorted(found, key=lambda prediction: (prediction.memory > self.machine.memory, prediction.step))
+
+    def _simulate(self, layout):
+        key = (layout.expert_parallel, layout.all_to_all, layout.overlap)
+        if key not in self._layers:
+            generator = numpy.random.default_rng(self.seed)
+            self._layers[key] = []
+            for popularity in self.popularities:
+                timeline = LayerTimeline(self.machine, self.model, layout, popularity, generator)
+                self._layers[key].append(_Layer(timeline, *timeline.run()))
+        return self._layers[key]
+
+    def _all_reduce(self, layout):
+        """Seconds of the sums of all gradients, dense ones over all GPUs, experts' over their replicas."""
+        model, machine = self.model, self.machine
+        fabric = Fabric(machine, 1)
+        replicas = layout.gpus // layout.expert_parallel
+        spread = max(1, min(replicas, machine.gpus_per_node // layout.expert_parallel))
+        local = -(-model.experts // layout.expert_parallel)
+        dense = model.layers * model.dense_parameters * model.bytes
+        experts = model.layers * model.expert_parameters * local * model.bytes
+        seconds = fabric.all_reduce(dense, layout.gpus, min(layout.gpus, machine.gpus_per_node))
+        return seconds + fabric.all_reduce(experts, replicas, spread)
+
+
+@dataclasses.dataclass
+class _Layer:
+    timeline: LayerTimeline
+    forward: float
+    both: float
+
+
+def layouts_of(machine, model, gpus, overlaps):
+    """Every layout worth a look: whole nodes, or parts of a node, that divide the GPUs."""
+    for group in range(1, min(gpus, model.experts) + 1):
+        whole = group % machine.gpus_per_node == 0 or machine.gpus_per_node % group == 0
+        if gpus % group or not whole:
+            continue
+        ways = ("flat", "hierarchical") if group > machine.gpus_per_node else ("flat",)
+        for way in ways:
+            for overlap in overlaps if group > 1 else (1,):
+                yield Layout(gpus, group, way, overlap)
