@@ -29,19 +29,25 @@ def layer(measured):
             f"E {case['experts']}, k {case['top_k']}",
             f"{case['layer_ms']:.0f}",
             f"{case['plain_ms']:.0f}",
+            f"{case['unbound_ms']:.0f}",
             f"{case['speedup']:.2f}",
+            f"{case['speedup_over_unbound']:.2f}",
             f"{case['layer_peak_bytes'] / MIB:.0f}",
             f"{case['plain_peak_bytes'] / MIB:.0f}",
+            f"{case['unbound_peak_bytes'] / MIB:.0f}",
         )
         for case in measured["results"]
     ]
     case = measured["results"][0]
-    header = ("experts", "layer, ms", "plain, ms", "speed-up", "layer, peak MiB", "plain, peak MiB")
+    header = (
+        "experts", "layer, ms", "plain, ms", "unbound, ms", "speed-up", "over unbound",
+        "layer, peak MiB", "plain, peak MiB", "unbound, peak MiB",
+    )
     return f"""## One layer on the CPU, forward and backward with its router
 
 fp32, {case['tokens']} tokens, hidden {case['hidden']}, expert hidden {case['expert_hidden']}, one
 process. "Plain" is the same MoE in LibTorch operations: `index_select`, an `mm` per expert,
-`index_add`, autograd. Peak: most bytes the tensors of one step held at once, over the parameters.
+`index_add`, autograd; its weights indexed by expert, or unbound once. Peak: most bytes the tensors of one step held at once, over the parameters.
 
 {table(header, rows)}
 
