@@ -3,6 +3,7 @@
 
 #include <anabranch/communicator.h>
 #include <anabranch/error.h>
+#include <anabranch/hierarchical.h>
 
 #include <chrono>
 #include <fstream>
@@ -29,7 +30,14 @@ constexpr int kSignalBase = 128;
 std::shared_ptr<anabranch::Communicator> make_world(const Options& options) {
   anabranch::CommunicatorOptions communicator_options;
   communicator_options.deadline = std::chrono::seconds(options.deadline);
-  return anabranch::make_mpi_communicator(communicator_options);
+  auto world = anabranch::make_mpi_communicator(communicator_options);
+  if (options.all_to_all == "flat") {
+    return world;
+  }
+  anabranch::HierarchicalOptions hierarchical;
+  hierarchical.all_to_all = options.all_to_all == "auto" ? anabranch::AllToAll::kAuto
+                                                         : anabranch::AllToAll::kHierarchical;
+  return anabranch::make_hierarchical_communicator(std::move(world), hierarchical);
 }
 
 /// Refuses ranks that see different files under one name.

@@ -56,6 +56,9 @@ void add_run_options(CLI::App& app, Options& options) {
   app.add_option("--device", options.device, "where to compute")->check(CLI::IsMember({"cpu"}));
   app.add_option("--expert-parallel", options.expert_parallel,
                  "ranks that share one set of experts and balance it; 0: all");
+  app.add_option("--all-to-all", options.all_to_all,
+                 "the way of tokens between nodes; auto: the faster, as measured")
+      ->check(CLI::IsMember({"flat", "hierarchical", "auto"}));
   app.add_flag("--recompute", options.recompute, "less memory for more work in backward");
   app.add_option("--deadline", options.deadline, "seconds a rank waits for another");
   app.add_option("--log-interval", options.log_interval, "steps between lines of metrics");

@@ -52,6 +52,7 @@ struct Options {
 
   std::string device = "cpu";
   int64_t expert_parallel = 0;  ///< ranks that share one set of experts; 0: all
+  std::string all_to_all = "flat";
   bool recompute = false;
   int64_t deadline = 300;  ///< seconds
 

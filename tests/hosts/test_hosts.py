@@ -56,11 +56,14 @@ def test_training_over_hosts_is_training_on_one(hosts):
     _, together = train(hosts, 1, 4, "together", "--steps", 8)
     assert len(curve(spread)) == 8
     assert curve(spread) == curve(together)
+    for way in ("hierarchical", "auto"):
+        _, other = train(hosts, 2, 2, way, "--steps", 8, "--all-to-all", way)
+        assert curve(other) == curve(together)
 
 
 @needs(TRAIN)
 def test_a_killed_rank_on_another_host_ends_the_job_and_is_named(hosts):
-    words, output = [], hosts.base / "killed"
+    output = hosts.base / "killed"
     log = hosts.base / "killed.log"
     command = hosts.command(2, 2, TRAIN, "--data", ROOT / "docs/architecture.md", "--output", output)
     words = ["--steps", "100000", "--hidden", "16", "--log-interval", "1", "--deadline", "20", "--progress", "lines"]
@@ -73,8 +76,9 @@ def test_a_killed_rank_on_another_host_ends_the_job_and_is_named(hosts):
     hosts.run("n2", ["bash", "-c", "exec pkill -KILL --oldest --ns $$ --nslist net train_lm"])
     assert job.wait(timeout=60) != 0
     text = log.read_text()
-    # mpirun's words, or a surviving rank's: rank 2 or 3 is the one on n2.
-    assert re.search(r"rank [23] .*(signal 9|killed)|rank [23]\b", text, re.IGNORECASE), text
+    # mpirun's words, or those of a rank that has lost it: ranks 2 and 3 are on n2.
+    named = r"process rank [23] with PID \d+ on node n2 exited on signal 9|rank [013]: error: .*rank [23]\b"
+    assert re.search(named, text), text
     left = hosts.run("head", ["pgrep", "--full", f"[-]-output {output}"], check=False).stdout
     assert left == ""
 

@@ -118,9 +118,12 @@ class VirtualHosts:
         """Starts `command` on `host` in the background; it ends with the hosts at the latest."""
         return subprocess.Popen([*self.enter(host), *map(str, command)], stdin=subprocess.DEVNULL, **options)
 
-    def shape(self, host, megabits, burst_kilobytes=64):
-        """Slows what `host` sends to `megabits` a second (a token bucket)."""
+    def shape(self, host, megabits, packet_microseconds=0, burst_kilobytes=64):
+        """Slows what `host` sends to `megabits` a second (a token bucket). A packet takes so many
+        microseconds more than its bytes, as where a network is limited by messages rather than by bytes."""
         rate = ["rate", f"{megabits}mbit", "burst", f"{burst_kilobytes}kb", "latency", "100ms"]
+        if packet_microseconds:
+            rate += ["overhead", str(packet_microseconds * megabits // 8)]
         self.run(host, ["tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *rate])
 
     def bytes_sent(self, host):

@@ -20,7 +20,7 @@ SIZES = [
     (1024, 256, 512, 8, 1),
     (1024, 128, 256, 32, 2),
     (512, 256, 512, 32, 4),
-    (2048, 256, 256, 8, 2),
+    (1024, 256, 256, 8, 2),
 ]
 EXCHANGES = ("dispatch", "combine", "dispatch_backward", "combine_backward")
 FP32 = 4

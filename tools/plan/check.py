@@ -96,3 +96,9 @@ def table(rows, of):
     for what, unit, known, predicted in rows:
         lines.append(f"| {what} | {known:.4g} {unit} | {predicted:.4g} {unit} | {predicted / known:.2f} |")
     return "\n".join(lines)
+
+
+def verdict(rows):
+    ratios = [predicted / known for _, _, known, predicted in rows]
+    within = sum(abs(ratio - 1) <= 0.2 for ratio in ratios)
+    return f"{within} of {len(ratios)} within 20 %, from {min(ratios):.2f} to {max(ratios):.2f}."

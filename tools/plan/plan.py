@@ -165,9 +165,7 @@ def run_check(arguments):
         rows = list(check.published(read_machine(arguments.machine)))
         of = "published"
     print(check.table(rows, of))
-    ratios = [predicted / known for _, _, known, predicted in rows]
-    within = sum(abs(ratio - 1) <= 0.2 for ratio in ratios)
-    print(f"\n{within} of {len(ratios)} within 20 %, from {min(ratios):.2f} to {max(ratios):.2f}")
+    print(f"\n{check.verdict(rows)}")
 
 
 def numbers(text):
