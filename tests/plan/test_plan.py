@@ -269,10 +269,20 @@ def test_calibration_finds_the_machine_it_was_measured_on(ranks, nodes, generato
     assert getattr(described, link).message == pytest.approx(1e-4, rel=1e-3)
 
 
-def test_costs_are_never_negative():
-    features = numpy.array([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]])
-    assert calibrate.nonnegative_fit(features, numpy.array([3.0, 2.0, 1.0]))[1] == 0
-    assert calibrate.nonnegative_fit(features, numpy.array([1.0, 2.0, 3.0])) == pytest.approx([0, 1])
+def test_costs_are_never_negative_and_outliers_count_little():
+    features = numpy.array([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0], [1.0, 4.0], [1.0, 5.0]])
+    assert calibrate.nonnegative_fit(features, numpy.array([5.0, 4.0, 3.0, 2.0, 1.0]))[1] == 0
+    assert calibrate.nonnegative_fit(features, features[:, 1]) == pytest.approx([0, 1], abs=1e-6)
+    assert calibrate.nonnegative_fit(features, numpy.array([1.0, 2.0, 30.0, 4.0, 5.0]))[1] == pytest.approx(1, rel=0.1)
+
+
+def test_ranks_that_share_cores_take_turns():
+    alone, shared = (planner(cluster(cores_per_node=cores)).predict(Layout(4, 4)) for cores in (0.0, 2.0))
+    assert shared.compute == pytest.approx(2 * alone.compute, rel=0.1)
+    record = {"ranks": 4, "nodes": ["a", "a", "b", "b"]}
+    assert calibrate.turns(record, [1, 2, 3, 4], 0) == 4
+    assert calibrate.turns(record, [1, 2, 3, 4], 1.0) == 7
+    assert calibrate.turns(record, 1.0, 2.0) == 1
 
 
 def test_published_results_are_met():

@@ -44,16 +44,28 @@ def measure(program, launcher, ranks, sizes, rounds, skew=0.0):
     return records
 
 
-def nonnegative_fit(features, targets):
-    """x ≥ 0 that minimises the relative errors of features · x: the best of all choices of zeros."""
-    rows = features / targets[:, None]
-    scale = numpy.maximum(numpy.abs(rows).max(axis=0), 1e-300)
+def nonnegative_fit(features, targets, rounds=20):
+    """x ≥ 0 for which features · x is off by the smallest factors: least absolute relative errors, of either
+    side alike, by reweighted least squares. Outliers, as a busy machine makes them, count little."""
+    weights = 1 / targets
+    for _ in range(rounds):
+        x = _least_squares(features * weights[:, None], targets * weights)
+        found = numpy.maximum(features @ x, 1e-3 * targets)
+        size = numpy.sqrt(found * targets)
+        weights = 1 / size / numpy.sqrt(numpy.maximum(numpy.abs(found - targets) / size, 1e-3))
+    return x
+
+
+def _least_squares(features, targets):
+    """x ≥ 0 that minimises |features · x − targets|: the best of all choices of zeros."""
+    scale = numpy.maximum(numpy.abs(features).max(axis=0), 1e-300)
     best, least = numpy.zeros(features.shape[1]), numpy.inf
     for count in range(1, features.shape[1] + 1):
         for chosen in itertools.combinations(range(features.shape[1]), count):
             columns = list(chosen)
-            x = numpy.linalg.lstsq(rows[:, columns] / scale[columns], numpy.ones(len(rows)), rcond=None)[0]
-            error = ((rows[:, columns] / scale[columns] @ x - 1) ** 2).sum()
+            part = features[:, columns] / scale[columns]
+            x = numpy.linalg.lstsq(part, targets, rcond=None)[0]
+            error = ((part @ x - targets) ** 2).sum()
             if (x >= 0).all() and error < least:
                 least = error
                 best = numpy.zeros(features.shape[1])
@@ -76,11 +88,22 @@ def port_load(record):
     return max(out.max(), into.max()), size * (record["ranks"] - size)
 
 
-def equations(record):
+def turns(record, values, cores):
+    """The longest of the ranks' values, or what the cores of a node have to do for all its ranks."""
+    values = numpy.broadcast_to(numpy.asarray(values, dtype=float), record["ranks"])
+    longest = values.max()
+    if cores:
+        names = numpy.asarray(record["nodes"])
+        longest = max(longest, *(values[names == name].sum() / cores for name in set(record["nodes"])))
+    return longest
+
+
+def equations(record, cores=0.0):
     """(features, seconds) of each stage. Features: fixed cost, local experts, FLOPs, bytes in memory,
-    messages and bytes of the busiest port."""
-    assigned = max(record["assignments"])
-    local = -(-record["experts"] // record["ranks"])
+    messages and bytes of the busiest port. `cores` as in Machine.cores_per_node."""
+    assigned = turns(record, record["assignments"], cores)
+    local = turns(record, -(-record["experts"] // record["ranks"]), cores)
+    once = turns(record, 1.0, cores)
     hidden, inner = record["hidden"], record["expert_hidden"]
     flops = 2.0 * 2 * hidden * inner * assigned
     moved = timeline.ROW_PASSES * assigned * (hidden + inner) * FP32
@@ -89,17 +112,17 @@ def equations(record):
     gathered = timeline.GATHER_PASSES * rows * hidden * FP32 if record["ranks"] > 1 else 0.0
     indices = 8.0 * timeline.PLAN_PASSES * (record["tokens_per_rank"] * record["top_k"] + assigned)
     seconds = {name: value / 1e3 for name, value in record["stage_ms"].items()}
-    yield [1, local, flops, moved, 0, 0], seconds["experts"]
-    yield [1, 2 * local, 2 * flops, 2 * moved, 0, 0], seconds["experts_backward"]
+    yield [once, local, flops, moved, 0, 0], seconds["experts"]
+    yield [once, 2 * local, 2 * flops, 2 * moved, 0, 0], seconds["experts_backward"]
     yield [1, 0, 0, indices, messages, 0], seconds["plan"]
     if record["ranks"] > 1:
         for name in EXCHANGES:
             yield [1, 0, 0, gathered, messages, load], seconds[name]
 
 
-def fit(records, name):
+def fit(records, name, cores=0.0):
     """The description, as JSON has it, of the machine on which `records` were measured."""
-    pairs = [pair for record in records for pair in equations(record)]
+    pairs = [pair for record in records for pair in equations(record, cores)]
     features = numpy.asarray([pair[0] for pair in pairs], dtype=float)
     seconds = numpy.asarray([pair[1] for pair in pairs])
     stage, expert, per_flop, per_byte, message, per_link_byte = nonnegative_fit(features, seconds)
@@ -122,6 +145,7 @@ def fit(records, name):
         "gpus_per_nic": size,
         "stage": stage,
         "expert": expert,
+        "cores_per_node": cores,
         "source": f"calibrated at {first['ranks']} ranks on {nodes} node(s), {first['threads']} thread(s) a rank, "
         f"median error of a stage {numpy.median(error):.0%}",
     }

@@ -29,6 +29,7 @@ class Machine:
     gpus_per_nic: int = 1
     stage: float = 0.0  # s, fixed cost of a stage
     expert: float = 0.0  # s, fixed cost of a local expert in a stage
+    cores_per_node: float = 0.0  # that its ranks take turns at, where ranks compute on CPUs; 0: a GPU each
     source: str = ""  # where the numbers are from
 
 

@@ -147,7 +147,7 @@ def run_calibrate(arguments):
     records = calibrate.measure(
         arguments.program, arguments.launcher, arguments.ranks, calibrate.SIZES, arguments.rounds
     )
-    values = calibrate.fit(records, arguments.name)
+    values = calibrate.fit(records, arguments.name, arguments.cores_per_node)
     machine_from(values, "calibrate")
     write_json(arguments.output, values)
     print(json.dumps(values, indent=1, default=float))
@@ -218,6 +218,7 @@ def parse(argv):
     sub.add_argument("--launcher", default=f"{ROOT}/launch/mpirun.sh -n {{ranks}}", help="with {ranks} in it")
     sub.add_argument("--program", type=Path, default=ROOT / "build/release/benchmarks/benchmark_step")
     sub.add_argument("--rounds", type=int, default=7)
+    sub.add_argument("--cores-per-node", type=float, default=0.0, help="where a node has more ranks than cores")
     sub.add_argument("--name", default="calibrated")
     sub.add_argument("--output", type=Path, required=True)
 

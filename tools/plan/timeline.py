@@ -136,11 +136,21 @@ class LayerTimeline:
 
     def _compute(self, name, seconds, ready):
         begin = numpy.maximum(ready, self.compute_free)
+        seconds = self._with_turns(numpy.broadcast_to(seconds, self.ranks))
         end = begin + seconds
         self.compute_free = end
         self.busy += seconds
         self.events.append(Event(name, "compute", begin, end))
         return end
+
+    def _with_turns(self, seconds):
+        """Ranks that share cores are done no sooner than their cores can have done the work of all."""
+        cores = self.machine.cores_per_node
+        if not cores:
+            return seconds
+        work = numpy.zeros(self.fabric.node[-1] + 1)
+        numpy.add.at(work, self.fabric.node, seconds)
+        return numpy.maximum(seconds, work[self.fabric.node] / cores)
 
     def _exchange(self, name, size, ready, fixed, way=None):
         begin = numpy.maximum(ready, self.exchange_free)
