@@ -36,7 +36,7 @@ set(ANABRANCH_MPIEXEC_FLAGS "" CACHE STRING "Flags of mpiexec in the tests (defa
 set(mpiexec_flags ${ANABRANCH_MPIEXEC_FLAGS})
 set(test_environment
     OMP_NUM_THREADS=1
-    "LSAN_OPTIONS=suppressions=${PROJECT_SOURCE_DIR}/tests/sanitizers/leaks.txt:print_suppressions=0"
+    "LSAN_OPTIONS=suppressions=${PROJECT_SOURCE_DIR}/tests/sanitizers/leaks.txt:print_suppressions=0:leak_check_at_exit=0:use_tls=0"
     "UBSAN_OPTIONS=print_stacktrace=1"
     "TSAN_OPTIONS=suppressions=${PROJECT_SOURCE_DIR}/tests/sanitizers/threads.txt")
 if(ANABRANCH_MPI)

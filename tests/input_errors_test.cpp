@@ -225,8 +225,13 @@ TEST_F(InputErrorsTest, StridedRoutingIsHandled) {
   ASSERT_FALSE(strided.weights.is_contiguous());
   EXPECT_TRUE(identical(layer->forward(x, strided).output, layer->forward(x, plain).output));
   strided.expert_ids = torch::tensor({{3, 1}}).expand({4, 2});
-  strided.weights = torch::ones({1, 1}).expand({4, 2});
-  EXPECT_TRUE(layer->forward(x, strided).output.isfinite().all().item<bool>());
+  for (const auto& weights : {torch::tensor({{0.25F, 0.75F}}), torch::tensor({{0.5F}}),
+                              random_.uniform({4, 1}, torch::kFloat32)}) {
+    strided.weights = weights.expand({4, 2});
+    plain.expert_ids = strided.expert_ids.contiguous();
+    plain.weights = strided.weights.contiguous();
+    EXPECT_TRUE(identical(layer->forward(x, strided).output, layer->forward(x, plain).output));
+  }
 }
 
 void InputErrorsTest::expect_disagreement(const std::string& field, const Change& change,

@@ -29,7 +29,7 @@ Payload Exchange::dispatch(const Payload& tokens, const ExchangePlan& plan) cons
   const Kernels& kernels = kernels_for(tokens.rows.device());
   torch::Tensor ordered_values;  // by (destination, expert, token)
   if (tokens.values.defined()) {
-    ordered_values = kernels.gather_rows(tokens.values.flatten(), plan.send_order);
+    ordered_values = kernels.gather_rows(tokens.values.contiguous().view(-1), plan.send_order);
   }
   if (communicator_->size() == 1) {
     return {tokens.rows, ordered_values};
