@@ -38,17 +38,6 @@ class Event {
   cudaEvent_t event_ = nullptr;
 };
 
-double batch_milliseconds(const std::function<void()>& call, int calls) {
-  Event begin;
-  Event end;
-  begin.record();
-  for (int i = 0; i < calls; ++i) {
-    call();
-  }
-  end.record();
-  return end.milliseconds_since(begin) / calls;
-}
-
 double median(std::vector<double> values) {
   std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
   return values[values.size() / 2];
@@ -72,6 +61,17 @@ std::string cublas_version() {
 }
 
 }  // namespace
+
+double batch_milliseconds(const std::function<void()>& call, int calls) {
+  Event begin;
+  Event end;
+  begin.record();
+  for (int i = 0; i < calls; ++i) {
+    call();
+  }
+  end.record();
+  return end.milliseconds_since(begin) / calls;
+}
 
 double gpu_milliseconds(const std::function<void()>& call) {
   constexpr double kBatchMilliseconds = 8;

@@ -15,6 +15,9 @@ namespace anabranch::benchmark {
 /// calls that follow one another, after a warm-up.
 double gpu_milliseconds(const std::function<void()>& call);
 
+/// Milliseconds of one of so many calls that follow one another, by events around them all.
+double batch_milliseconds(const std::function<void()>& call, int calls);
+
 /// Microseconds of host time of one call whose work the host does not wait for.
 double host_microseconds(const std::function<void()>& call);
 

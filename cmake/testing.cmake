@@ -1,8 +1,12 @@
 # Tests, as CTest sees them.
 #
-#   anabranch_test(NAME SOURCES file... [RANKS n...] [LABELS label...] [TIMEOUT seconds])
+#   anabranch_test(NAME [CPU_ONLY | CUDA_ONLY] SOURCES file... [RANKS n...] [CUDA_RANKS n...]
+#                  [COMMUNICATORS name...] [LABELS label...] [TIMEOUT seconds])
 #     Builds one GoogleTest program of the files, with the project's own main, and runs all of it on
-#     each number of ranks (default 1 2 3 4): CTest's NAME.np1, NAME.np2, ...
+#     each number of ranks (default 1 2 3 4): CTest's NAME.np1, NAME.np2, ... In a build with CUDA
+#     each of CUDA_RANKS (default: those of 1 2 4 in RANKS) is a test NAME.cuda.npN besides, labelled
+#     gpu, which is skipped where there is no GPU. COMMUNICATORS: others than the usual one to run on
+#     3 ranks as well, and mpi on 2 with tensors in GPU memory.
 #
 #   anabranch_script_test(NAME COMMAND argument... [LABELS label...] [TIMEOUT seconds]
 #                         [ENVIRONMENT variable=value...])
@@ -52,13 +56,51 @@ if(ANABRANCH_MPI)
   endif()
 endif()
 
+# Several ranks on one GPU: NCCL 2.30.3 and newer can, when it is told so. They take turns on it, so
+# tests that wait for each other's ranks do not run beside others.
+set(cuda_environment NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=8)
+
+# One program on that many ranks as CTest's NAME.
+function(anabranch_add_ranks name program ranks)
+  cmake_parse_arguments(PARSE_ARGV 3 arg "" "TIMEOUT" "ARGUMENTS;LABELS;ENVIRONMENT;RESOURCE_LOCK")
+  if(ANABRANCH_MPI)
+    set(command "${MPIEXEC_EXECUTABLE}" ${mpiexec_flags} ${MPIEXEC_NUMPROC_FLAG} ${ranks}
+                $<TARGET_FILE:${program}>)
+  elseif(ranks EQUAL 1)
+    set(command ${program})
+  else()
+    return()
+  endif()
+  set(processors ${ranks})
+  if(processors GREATER ANABRANCH_CORES)
+    set(processors ${ANABRANCH_CORES})
+  endif()
+  add_test(NAME ${name} COMMAND ${command} ${arg_ARGUMENTS})
+  set_tests_properties(
+    ${name}
+    PROPERTIES ENVIRONMENT "${test_environment};${arg_ENVIRONMENT}" PROCESSORS ${processors}
+               TIMEOUT ${arg_TIMEOUT} LABELS "np${ranks};${arg_LABELS}"
+               SKIP_REGULAR_EXPRESSION "no test was run: " RESOURCE_LOCK "${arg_RESOURCE_LOCK}")
+endfunction()
+
 function(anabranch_test name)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "" "TIMEOUT" "SOURCES;RANKS;LABELS")
+  cmake_parse_arguments(PARSE_ARGV 1 arg "CPU_ONLY;CUDA_ONLY" "TIMEOUT"
+                        "SOURCES;RANKS;CUDA_RANKS;COMMUNICATORS;LABELS")
   if(arg_UNPARSED_ARGUMENTS OR NOT arg_SOURCES)
     message(FATAL_ERROR "anabranch_test(${name}): no SOURCES, or unknown: ${arg_UNPARSED_ARGUMENTS}")
   endif()
   if(NOT arg_RANKS)
     set(arg_RANKS 1 2 3 4)
+  endif()
+  if(NOT arg_CUDA_RANKS)
+    foreach(ranks IN ITEMS 1 2 4)
+      if(ranks IN_LIST arg_RANKS)
+        list(APPEND arg_CUDA_RANKS ${ranks})
+      endif()
+    endforeach()
+  endif()
+  if(arg_CUDA_ONLY)
+    set(arg_RANKS "")
   endif()
   if(NOT arg_TIMEOUT)
     set(arg_TIMEOUT 300)
@@ -70,25 +112,26 @@ function(anabranch_test name)
   target_include_directories(${name} BEFORE PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}")
   target_link_libraries(${name} PRIVATE anabranch_test_support)
 
+  set(common LABELS ${arg_LABELS} TIMEOUT ${arg_TIMEOUT})
   foreach(ranks IN LISTS arg_RANKS)
-    if(ANABRANCH_MPI)
-      set(command "${MPIEXEC_EXECUTABLE}" ${mpiexec_flags} ${MPIEXEC_NUMPROC_FLAG} ${ranks}
-                  $<TARGET_FILE:${name}>)
-    elseif(ranks EQUAL 1)
-      set(command ${name})
-    else()
-      continue()
-    endif()
-    set(processors ${ranks})
-    if(processors GREATER ANABRANCH_CORES)
-      set(processors ${ANABRANCH_CORES})
-    endif()
-    add_test(NAME ${name}.np${ranks} COMMAND ${command})
-    set_tests_properties(
-      ${name}.np${ranks}
-      PROPERTIES ENVIRONMENT "${test_environment}" PROCESSORS ${processors} TIMEOUT ${arg_TIMEOUT}
-                 LABELS "np${ranks};${arg_LABELS}")
+    anabranch_add_ranks(${name}.np${ranks} ${name} ${ranks} ${common} ARGUMENTS --device cpu)
   endforeach()
+  foreach(communicator IN LISTS arg_COMMUNICATORS)
+    anabranch_add_ranks(${name}.${communicator}.np3 ${name} 3 ${common}
+                        ARGUMENTS --device cpu --communicator ${communicator})
+  endforeach()
+  if(arg_CPU_ONLY OR NOT ANABRANCH_WITH_CUDA)
+    return()
+  endif()
+  set(common LABELS gpu ${arg_LABELS} TIMEOUT ${arg_TIMEOUT} ENVIRONMENT ${cuda_environment}
+      RESOURCE_LOCK gpu)
+  foreach(ranks IN LISTS arg_CUDA_RANKS)
+    anabranch_add_ranks(${name}.cuda.np${ranks} ${name} ${ranks} ${common} ARGUMENTS --device cuda)
+  endforeach()
+  if(arg_COMMUNICATORS)
+    anabranch_add_ranks(${name}.cuda.mpi.np2 ${name} 2 ${common}
+                        ARGUMENTS --device cuda --communicator mpi)
+  endif()
 endfunction()
 
 function(anabranch_script_test name)

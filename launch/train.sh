@@ -8,6 +8,8 @@
 #   --data FILE             text to train on, any file (default: the King James Bible, as Debian's
 #                           command `bible` prints it)
 #   --output DIR            where everything goes (default: runs/train_lm)
+#   --device cuda           on this machine's GPUs, one for each rank (several ranks on one need NCCL
+#                           2.30.3 and NCCL_MULTI_RANK_GPU_ENABLE=1); builds with CUDA, needs nvcc
 #   --resume                continue the run in DIR, on any number of ranks
 #   --steps N               optimizer steps
 #   --batch-size N          sequences a step, over all ranks
@@ -24,8 +26,6 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 preset=release
-readonly program=$project_root/build/$preset/examples/train_lm
-
 ranks=2
 data=
 output=$project_root/runs/train_lm
@@ -35,17 +35,21 @@ program_arguments=()
 
 while (($#)); do
   case $1 in
-    --data=* | --output=* | --mpirun-flags=*)
+    --data=* | --output=* | --mpirun-flags=* | --device=*)
       set -- "${1%%=*}" "${1#*=}" "${@:2}"
       continue
       ;;
-    -n | --data | --output | --mpirun-flags)
+    -n | --data | --output | --mpirun-flags | --device)
       (($# > 1)) || die "$1 needs a value (try --help)"
       case $1 in
         -n) ranks=$2 ;;
         --data) data=$2 ;;
         --output) output=$2 ;;
         --mpirun-flags) read -ra extra_mpirun_flags <<<"$2" ;;
+        --device)
+          program_arguments+=(--device "$2")
+          if [[ $2 == cuda ]]; then preset=cuda; fi
+          ;;
       esac
       shift
       ;;
@@ -54,6 +58,8 @@ while (($#)); do
   esac
   shift
 done
+
+readonly program=$project_root/build/$preset/examples/train_lm
 
 if $show_help; then
   print_header_of "$0"

@@ -119,6 +119,7 @@ double gradient_norm(const torch::nn::Module& model, const ParallelGroups& group
   }
   // One group of expert-parallel ranks holds every expert once; replicated ones are rank 0's.
   const auto gathered = groups.world->all_gather(squares).cpu();
+  groups.world->check();
   const auto* values = gathered.const_data_ptr<double>();
   double sum = values[1];
   for (int rank = 0; rank < groups.expert_parallel->size(); ++rank) sum += values[2 * rank];

@@ -54,10 +54,11 @@ Expected expected_gradient(const std::vector<std::shared_ptr<ShardedModel>>& mod
   auto magnitude = torch::zeros_like(sum);
   for (int other = 0; other < world()->size(); ++other) {
     if (is_expert && other % expert_parallel_size != rank % expert_parallel_size) continue;
-    const auto gradient = models[other]->named_parameters()[name].grad();
+    auto gradient = models[other]->named_parameters()[name].grad();
     if (!gradient.defined()) continue;
-    sum += gradient.to(torch::kFloat64);
-    magnitude += gradient.to(torch::kFloat64).abs();
+    gradient = gradient.to(torch::kCPU, torch::kFloat64);
+    sum += gradient;
+    magnitude += gradient.abs();
   }
   return {sum / world()->size(), magnitude / world()->size()};
 }
@@ -102,6 +103,7 @@ MoEOptions layer_options() {
   options.glu = true;
   options.bias = true;
   options.dtype = torch::kFloat64;
+  options.device = device();
   return options;
 }
 
@@ -115,8 +117,8 @@ TEST(Gradients, OfALayerAreThoseOfOneRankWithTheWholeBatch) {
   constexpr int64_t kTokens = 7;  // of a rank
   Random random(test_seed());
   const int ranks = world()->size();
-  const auto x = random.normal({ranks * kTokens, 6});
-  const auto weights = random.normal({ranks * kTokens, 6});
+  const auto x = on_device(random.normal({ranks * kTokens, 6}));
+  const auto weights = on_device(random.normal({ranks * kTokens, 6}));
   MoELayer whole(layer_options());
   backward_of_mean(whole, x, weights);
   const double expected_norm =
@@ -244,8 +246,8 @@ TEST(Gradients, NormOfNothingIsZero) {
 TEST(Gradients, NormOfATensorInManyPieces) {
   torch::nn::Module model;
   const int64_t elements = (int64_t{1} << 22) * 2 + 3;
-  auto parameter = model.register_parameter("parameter", torch::zeros({elements}));
-  parameter.mutable_grad() = torch::full({elements}, 3.0);
+  auto parameter = model.register_parameter("parameter", on_device(torch::zeros({elements})));
+  parameter.mutable_grad() = torch::full_like(parameter, 3.0);
   const auto groups = make_parallel_groups(world());
   const double expected = 3 * std::sqrt(static_cast<double>(elements));
   EXPECT_NEAR(gradient_norm(model, groups), expected, 1e-12 * expected);
@@ -274,7 +276,7 @@ TEST(Gradients, ClippingScalesTheWholeGradient) {
     for (const auto& parameter : parallel_parameters(*model)) {
       if (!parameter.tensor.requires_grad()) continue;
       const auto unclipped =
-          before->named_parameters()[parameter.name].grad().to(torch::kFloat64) / 3;
+          before->named_parameters()[parameter.name].grad().to(torch::kCPU, torch::kFloat64) / 3;
       // The factor is rounded to the gradient's type, and so is the product.
       EXPECT_TRUE(close(parameter.tensor.grad(), unclipped,
                         tolerance(torch::kFloat32, 0, unclipped.abs(), 2)))

@@ -6,6 +6,7 @@
 #include <functional>
 #include <limits>
 
+#include "support/devices.h"
 #include "support/random_routing.h"
 #include "support/thrown.h"
 #include "support/tolerance.h"
@@ -20,6 +21,7 @@ MoEOptions good_options() {
   options.expert_hidden_size = 6;
   options.num_experts = 5;
   options.top_k = 2;
+  options.device = device();
   return options;
 }
 
@@ -37,7 +39,7 @@ class InputErrorsTest : public ::testing::Test {
   }
   void expect_disagreement(const std::string& field, const Change& change, int culprit);
   void expect_works(MoELayer& layer) {
-    const auto output = layer->forward(random_.normal({3, 8}, torch::kFloat32)).output;
+    const auto output = layer->forward(on_device(random_.normal({3, 8}, torch::kFloat32))).output;
     EXPECT_TRUE(output.isfinite().all().item<bool>());
   }
   // `bad` on the last rank, `good` on the others.
@@ -125,12 +127,12 @@ TEST_F(InputErrorsTest, WrongInputIsRefusedBeforeCommunication) {
   MoELayer layer(good_options(), world_);
   const auto before = world_->traffic().collectives;
   EXPECT_INPUT_ERROR(layer->forward(torch::Tensor()), "undefined");
-  EXPECT_INPUT_ERROR(layer->forward(torch::zeros({3, 7})), "hidden_size = 8");
-  EXPECT_INPUT_ERROR(layer->forward(torch::zeros({8, 3})), "[8, 3]");
-  EXPECT_INPUT_ERROR(layer->forward(torch::zeros({})), "[]");
-  EXPECT_INPUT_ERROR(layer->forward(torch::zeros({3, 8}, torch::kFloat64)), "Double");
-  EXPECT_INPUT_ERROR(layer->forward(torch::zeros({3, 8}, torch::kBFloat16)), "BFloat16");
-  EXPECT_INPUT_ERROR(layer->forward(torch::zeros({3, 8}, torch::kInt32)), "Int");
+  EXPECT_INPUT_ERROR(layer->forward(on_device(torch::zeros({3, 7}))), "hidden_size = 8");
+  EXPECT_INPUT_ERROR(layer->forward(on_device(torch::zeros({8, 3}))), "[8, 3]");
+  EXPECT_INPUT_ERROR(layer->forward(on_device(torch::zeros({}))), "[]");
+  EXPECT_INPUT_ERROR(layer->forward(on_device(torch::zeros({3, 8}, torch::kFloat64))), "Double");
+  EXPECT_INPUT_ERROR(layer->forward(on_device(torch::zeros({3, 8}, torch::kBFloat16))), "BFloat16");
+  EXPECT_INPUT_ERROR(layer->forward(on_device(torch::zeros({3, 8}, torch::kInt32))), "Int");
   EXPECT_INPUT_ERROR(layer->forward(torch::zeros({3, 8}, torch::kMeta)), "meta");
   EXPECT_EQ(world_->traffic().collectives, before);
   expect_works(layer);
@@ -138,10 +140,10 @@ TEST_F(InputErrorsTest, WrongInputIsRefusedBeforeCommunication) {
 
 TEST_F(InputErrorsTest, WrongRoutingIsRefusedBeforeCommunication) {
   MoELayer layer(good_options(), world_);
-  const auto x = torch::zeros({3, 8});
+  const auto x = on_device(torch::zeros({3, 8}));
   Routing good;
-  good.expert_ids = torch::tensor({{0, 1}, {2, 3}, {4, 0}});
-  good.weights = torch::ones({3, 2});
+  good.expert_ids = on_device(torch::tensor({{0, 1}, {2, 3}, {4, 0}}));
+  good.weights = on_device(torch::ones({3, 2}));
   const auto before = world_->traffic().collectives;
   const auto refuse = [&](const std::function<void(Routing&)>& change, const std::string& text) {
     auto routing = good;
@@ -173,7 +175,7 @@ TEST_F(InputErrorsTest, NonFiniteGate) {
     const torch::NoGradGuard no_grad;
     gate[2].fill_(1);
   }
-  const auto good = random_.normal({6, 8}, torch::kFloat32);
+  const auto good = on_device(random_.normal({6, 8}, torch::kFloat32));
   for (const float value :
        {std::nanf(""), std::numeric_limits<float>::infinity(), -HUGE_VALF, 3e38F}) {
     SCOPED_TRACE(value);
@@ -192,10 +194,10 @@ TEST_F(InputErrorsTest, NonFiniteGate) {
 
 TEST_F(InputErrorsTest, InvalidRoutingFromOutside) {
   MoELayer layer(good_options(), world_);
-  const auto x = random_.normal({3, 8}, torch::kFloat32);
+  const auto x = on_device(random_.normal({3, 8}, torch::kFloat32));
   Routing good;
-  good.expert_ids = torch::tensor({{0, 1}, {2, 3}, {4, 0}});
-  good.weights = torch::ones({3, 2});
+  good.expert_ids = on_device(torch::tensor({{0, 1}, {2, 3}, {4, 0}}));
+  good.weights = on_device(torch::ones({3, 2}));
   const auto expect_bad = [&](const std::function<void(Routing&)>& change) {
     Routing bad = good;
     bad.expert_ids = good.expert_ids.clone();
@@ -215,19 +217,19 @@ TEST_F(InputErrorsTest, InvalidRoutingFromOutside) {
 // Strides of routing from outside do not matter. (LibTorch itself has no negative strides.)
 TEST_F(InputErrorsTest, StridedRoutingIsHandled) {
   MoELayer layer(good_options(), world_);
-  const auto x = random_.normal({4, 8}, torch::kFloat32);
+  const auto x = on_device(random_.normal({4, 8}, torch::kFloat32));
   Routing plain;
-  plain.expert_ids = random_expert_ids(random_, 4, 5, 2, Skew::kUniform);
-  plain.weights = random_.uniform({4, 2}, torch::kFloat32);
+  plain.expert_ids = on_device(random_expert_ids(random_, 4, 5, 2, Skew::kUniform));
+  plain.weights = on_device(random_.uniform({4, 2}, torch::kFloat32));
   Routing strided;
   strided.expert_ids = plain.expert_ids.t().contiguous().t();
   strided.weights = plain.weights.t().contiguous().t();
   ASSERT_FALSE(strided.weights.is_contiguous());
   EXPECT_TRUE(identical(layer->forward(x, strided).output, layer->forward(x, plain).output));
-  strided.expert_ids = torch::tensor({{3, 1}}).expand({4, 2});
+  strided.expert_ids = on_device(torch::tensor({{3, 1}})).expand({4, 2});
   for (const auto& weights : {torch::tensor({{0.25F, 0.75F}}), torch::tensor({{0.5F}}),
                               random_.uniform({4, 1}, torch::kFloat32)}) {
-    strided.weights = weights.expand({4, 2});
+    strided.weights = on_device(weights).expand({4, 2});
     plain.expert_ids = strided.expert_ids.contiguous();
     plain.weights = strided.weights.contiguous();
     EXPECT_TRUE(identical(layer->forward(x, strided).output, layer->forward(x, plain).output));

@@ -31,6 +31,8 @@ Share share_of(int64_t items, int64_t rank, int64_t ranks);
 struct Batch {
   torch::Tensor inputs;   ///< [B, S] int64
   torch::Tensor targets;  ///< [B, S] int64, the byte after each input
+
+  Batch to(torch::Device device) const { return {inputs.to(device), targets.to(device)}; }
 };
 
 /// This share of the global batch of `step`, which depends on `seed` and `step` alone.

@@ -18,14 +18,15 @@ double validation_bits_per_byte(LanguageModel& model, const Text& text, const Op
   model->eval();
   const int64_t sequences = options.validation_sequences;
   const int64_t length = options.training.sequence_length;
+  const torch::Device device(options.device);
   torch::Tensor sum = at::zeros({}, at::kDouble);
   // Every rank takes part in every piece, also where its share of it is empty.
   for (int64_t first = 0; first < sequences; first += options.training.batch_size) {
     const int64_t piece = std::min(options.training.batch_size, sequences - first);
     Share share = share_of(piece, world.rank(), world.size());
     share.first += first;
-    const Batch batch = validation_batch(text, sequences, length, share);
-    sum += summed_loss(model(batch.inputs).logits, batch.targets).to(at::kDouble);
+    const Batch batch = validation_batch(text, sequences, length, share).to(device);
+    sum += summed_loss(model(batch.inputs).logits, batch.targets).to(at::kCPU, at::kDouble);
   }
   world.all_reduce(sum);
   model->train();

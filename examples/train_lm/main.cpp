@@ -1,9 +1,11 @@
 // Trains a Mixture-of-Experts language model on any text: data parallel over all ranks, its experts
 // spread over them.  mpirun -n 2 train_lm --data FILE   (--help tells all)
 
+#include <ATen/Context.h>
 #include <anabranch/communicator.h>
 #include <anabranch/error.h>
 #include <anabranch/hierarchical.h>
+#include <anabranch/rank_discovery.h>
 
 #include <chrono>
 #include <fstream>
@@ -16,6 +18,7 @@
 #include "optimizer.h"
 #include "options.h"
 #include "progress.h"
+#include "require.h"
 #include "run_directory.h"
 #include "sample.h"
 #include "trainer.h"
@@ -27,10 +30,30 @@ constexpr int kFailed = 1;
 constexpr int kRefused = 2;
 constexpr int kSignalBase = 128;
 
-std::shared_ptr<anabranch::Communicator> make_world(const Options& options) {
-  anabranch::CommunicatorOptions communicator_options;
-  communicator_options.deadline = std::chrono::seconds(options.deadline);
-  auto world = anabranch::make_mpi_communicator(communicator_options);
+anabranch::CommunicatorOptions communicator_options(const Options& options) {
+  return {std::chrono::seconds(options.deadline)};
+}
+
+/// The same ranks for tensors on the device: each has a GPU of its host's to itself, as far as they
+/// go, and `options.device` says which. Collective.
+std::shared_ptr<anabranch::Communicator> move_to_device(
+    Options& options, const std::shared_ptr<anabranch::Communicator>& world) {
+  if (options.device == "cpu") {
+    return world;
+  }
+  together(*world, [&] {
+    const auto gpus = static_cast<int>(at::getNumGPUs());
+    require(at::hasCUDA() && gpus > 0, "--device cuda: no GPU is to be seen");
+    const int place = anabranch::discover_rank().local_rank.value_or(world->rank());
+    options.device = c10::str("cuda:", place % gpus);
+  });
+  return anabranch::make_nccl_communicator(world, torch::Device(options.device),
+                                           communicator_options(options));
+}
+
+/// Its all-to-all as --all-to-all says. Collective.
+std::shared_ptr<anabranch::Communicator> with_all_to_all(
+    const Options& options, std::shared_ptr<anabranch::Communicator> world) {
   if (options.all_to_all == "flat") {
     return world;
   }
@@ -78,8 +101,8 @@ std::string greeting(const Options& options, const RunState& state, const Text& 
                      const anabranch::Communicator& world) {
   return c10::str(options.resume ? "resuming after step " : "training from step ", state.step,
                   " of ", options.training.steps, " on ", world.size(),
-                  world.size() == 1 ? " rank (" : " ranks (", world.name(), "), ", text.bytes(),
-                  " bytes of text");
+                  world.size() == 1 ? " rank (" : " ranks (", world.name(), ", ",
+                  torch::Device(options.device).type(), "), ", text.bytes(), " bytes of text");
 }
 
 /// The whole run, on every rank; returns the exit code.
@@ -133,10 +156,11 @@ int leave_together(int exit_code, anabranch::Communicator& world) {
 }
 
 int run(int argc, char** argv, std::shared_ptr<anabranch::Communicator>& world) {
-  const CommandLine command_line = parse_command_line(argc, argv);
-  world = make_world(command_line.options);
+  CommandLine command_line = parse_command_line(argc, argv);
+  world = anabranch::make_mpi_communicator(communicator_options(command_line.options));
   try {
     if (command_line.train) {
+      world = with_all_to_all(command_line.options, move_to_device(command_line.options, world));
       return leave_together(train(command_line.options, world), *world);
     }
     if (world->rank() == 0) {

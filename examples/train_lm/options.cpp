@@ -53,7 +53,8 @@ void add_run_options(CLI::App& app, Options& options) {
   app.add_option("--output", options.output, "DIR for all that the run writes");
   app.add_flag("--resume", options.resume, "continue the run in DIR from its checkpoint");
   app.add_option("--stop-at", options.stop_at, "save and leave after this step; 0: the last");
-  app.add_option("--device", options.device, "where to compute")->check(CLI::IsMember({"cpu"}));
+  app.add_option("--device", options.device, "where to compute; cuda: a GPU for each rank, by NCCL")
+      ->check(CLI::IsMember({"cpu", "cuda"}));
   app.add_option("--expert-parallel", options.expert_parallel,
                  "ranks that share one set of experts and balance it; 0: all");
   app.add_option("--all-to-all", options.all_to_all,

@@ -26,7 +26,8 @@ std::string sample_text(LanguageModel& model, const Options& options,
                         anabranch::Communicator& world) {
   const torch::NoGradGuard no_grad;
   model->eval();
-  const torch::Tensor no_tokens = at::empty({0, 1}, at::kLong);
+  const torch::Device device(options.device);
+  const torch::Tensor no_tokens = at::empty({0, 1}, at::TensorOptions(at::kLong).device(device));
   auto generator = make_generator(options.training.seed, Stream::kSample, 0);
   std::string text = world.rank() == 0 ? options.sample.prompt : "";
   for (int64_t i = 0; i < options.sample.length; ++i) {
@@ -34,7 +35,7 @@ std::string sample_text(LanguageModel& model, const Options& options,
       model(no_tokens);
       continue;
     }
-    const auto logits = model(context_of(text, options.training.sequence_length)).logits;
+    const auto logits = model(context_of(text, options.training.sequence_length).to(device)).logits;
     const auto last = logits.select(1, -1).squeeze(0).to(at::kCPU, at::kDouble);
     const auto probabilities = at::softmax(last / options.sample.temperature, 0);
     const auto drawn = at::multinomial(probabilities, 1, /*replacement=*/false, generator);

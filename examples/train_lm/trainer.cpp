@@ -47,7 +47,8 @@ std::pair<Metrics, int> Trainer::step(int64_t step) {
   metrics.ranks = groups_.world->size();
   const double loss_sum =
       backward(training_batch(text_, training.batch_size, training.sequence_length, training.seed,
-                              step, share),
+                              step, share)
+                   .to(torch::Device(options_.device)),
                metrics);
   update(metrics);
   const int signal = sum_over_ranks(loss_sum, metrics);

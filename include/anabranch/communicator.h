@@ -48,7 +48,7 @@ class Communicator {
 
   int rank() const noexcept { return rank_; }
   int size() const noexcept { return size_; }
-  /// "self", "mpi", ...
+  /// "self", "mpi", "store", "nccl"
   virtual std::string name() const = 0;
 
   /// Exchanges the rows of all transfers at once. Zero rows to or from any peer are fine.
@@ -62,6 +62,10 @@ class Communicator {
   void barrier();
   /// Ranks with the same `color` form a new group, ordered by (`key`, rank). Collective.
   virtual std::shared_ptr<Communicator> split(int color, int key) = 0;
+
+  /// Throws the CommunicationError of a collective that failed after its call had returned, on a
+  /// stream. To be called when the host has waited for that stream, before it uses what came.
+  virtual void check() {}
 
   const Traffic& traffic() const noexcept { return traffic_; }
   void reset_traffic() noexcept { traffic_ = {}; }
@@ -85,15 +89,36 @@ class Communicator {
 /// One process on its own; any device.
 std::shared_ptr<Communicator> make_self_communicator();
 
-/// MPI_COMM_WORLD's ranks, for tensors in host memory. Initialises MPI if nobody has, and then
-/// finalises it at exit. Throws std::runtime_error in a build without MPI.
+/// MPI_COMM_WORLD's ranks. Initialises MPI if nobody has, and then finalises it at exit. Tensors in
+/// GPU memory are handed to an MPI that says it is CUDA-aware, and staged through pinned host memory
+/// otherwise; either way a call waits for the current stream. Throws std::runtime_error in a build
+/// without MPI.
 std::shared_ptr<Communicator> make_mpi_communicator(const CommunicatorOptions& options = {});
 
-/// The ranks of `bootstrap`, which NCCL's id travels through, for tensors on `device`, this rank's
-/// GPU. Collectives run on the caller's current stream; a failure is thrown by the next call, and by
-/// `barrier`, which waits. Collective. Throws std::runtime_error in a build without NCCL.
+/// Ranks that meet at a store on `host`:`port`, kept by rank 0 (c10d's TCPStore; port 0 takes a free
+/// one where there is one rank only). For tensors in host memory, and for few bytes: what NCCL needs
+/// to start where there is no MPI. Used by one thread at a time, with all groups split from it.
+/// torchrun's MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE fit.
+/// Throws CommunicationError if the store cannot be reached within the deadline.
+std::shared_ptr<Communicator> make_store_communicator(const std::string& host, int port, int rank,
+                                                      int size,
+                                                      const CommunicatorOptions& options = {});
+
+/// The ranks of `bootstrap`, for tensors on `device`, this rank's GPU, by NCCL on the caller's
+/// current stream. Tensors in host memory take the way of `bootstrap`, which NCCL's id travels
+/// through as well. A failure on the stream ends in a CommunicationError from the next call, `check`
+/// or `barrier`, which waits. Collective. A rank that fails here is named on all. Throws
+/// std::runtime_error in a build without NCCL.
 std::shared_ptr<Communicator> make_nccl_communicator(std::shared_ptr<Communicator> bootstrap,
                                                      torch::Device device,
                                                      const CommunicatorOptions& options = {});
+
+/// The same for ranks that have no other way to each other than an id, which one of them made by
+/// `make_nccl_unique_id` and the caller has brought to all. Tensors in host memory go through a store.
+std::shared_ptr<Communicator> make_nccl_communicator(const std::string& unique_id, int rank,
+                                                     int size, torch::Device device,
+                                                     const CommunicatorOptions& options = {});
+/// An id of NCCL's for one group of ranks: bytes, not text.
+std::string make_nccl_unique_id();
 
 }  // namespace anabranch

@@ -51,7 +51,7 @@ class Exchange {
  public:
   Exchange(std::shared_ptr<Communicator> communicator, int64_t num_experts);
 
-  /// The one place where the host learns counts. Collective. Invalid routing (expert ids out of
+  /// The one place where the host learns counts, and waits for the current stream. Collective. Invalid routing (expert ids out of
   /// range or twice in a token, a gate that is not finite) on any rank is an InputError on that rank
   /// and a CommunicationError naming it on the others; nothing else has been exchanged by then.
   ExchangePlan plan(const Routing& routing) const;
@@ -67,7 +67,8 @@ class Exchange {
  private:
   std::shared_ptr<Communicator> communicator_;
   ExpertPlacement placement_;
-  torch::Tensor message_layout_;  // what of its counts a rank tells each other rank
+  /// What of its counts a rank tells each other rank; on the device of the last plan.
+  mutable torch::Tensor message_layout_;
 };
 
 }  // namespace anabranch

@@ -10,14 +10,7 @@
 namespace anabranch {
 
 void do_together(Communicator& communicator, const std::function<void()>& work) {
-  std::string failure;
-  try {
-    work();
-  } catch (const std::exception& error) {
-    failure = error.what();
-    if (failure.empty()) failure = "an exception without a message";
-  }
-  const auto failures = all_gather_strings(communicator, failure);
+  const auto failures = run_together(communicator, work);
   const auto first = std::find_if(failures.begin(), failures.end(),
                                   [](const std::string& text) { return !text.empty(); });
   if (first == failures.end()) return;

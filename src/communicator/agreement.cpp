@@ -97,4 +97,30 @@ void check_agreement(Communicator& communicator, const Fields& fields) {
   }
 }
 
+std::vector<std::string> run_together(Communicator& communicator,
+                                      const std::function<void()>& work) {
+  std::string failure;
+  try {
+    work();
+  } catch (const std::exception& error) {
+    failure = *error.what() == '\0' ? "an exception without a message" : error.what();
+  }
+  return all_gather_strings(communicator, failure);
+}
+
+void succeed_together(Communicator& communicator, const std::function<void()>& work) {
+  const std::vector<std::string> failures = run_together(communicator, work);
+  std::string message;
+  std::vector<int> ranks;
+  for (int rank = 0; rank < communicator.size(); ++rank) {
+    if (!failures[rank].empty()) {
+      message += c10::str(message.empty() ? "" : "; ", "rank ", rank, ": ", failures[rank]);
+      ranks.push_back(rank);
+    }
+  }
+  if (!ranks.empty()) {
+    throw CommunicationError(message, std::move(ranks));
+  }
+}
+
 }  // namespace anabranch

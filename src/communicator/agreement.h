@@ -2,6 +2,7 @@
 
 #include <anabranch/communicator.h>
 
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -15,5 +16,14 @@ std::vector<std::string> all_gather_strings(Communicator& communicator, const st
 /// CommunicationError that names the ranks, the fields and both values. Collective.
 void check_agreement(Communicator& communicator,
                      const std::vector<std::pair<std::string, std::string>>& fields);
+
+/// Runs `work` on every rank, and returns what each rank's threw, empty where it threw nothing.
+/// Collective.
+std::vector<std::string> run_together(Communicator& communicator,
+                                      const std::function<void()>& work);
+
+/// As above; where it threw on any rank, every rank throws a CommunicationError that names the ranks
+/// and what each threw. Collective.
+void succeed_together(Communicator& communicator, const std::function<void()>& work);
 
 }  // namespace anabranch

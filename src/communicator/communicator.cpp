@@ -78,6 +78,9 @@ void Communicator::all_to_all_v(const std::vector<Transfer>& transfers) {
   for (const Transfer& transfer : transfers) {
     check_transfer(transfer, rank_, size_);
     check_device(transfer.send.device());
+    check_input(transfer.send.device() == transfers.front().send.device(),
+                "all_to_all_v: tensors on ", transfers.front().send.device(), " and on ",
+                transfer.send.device());
   }
   const at::NoGradGuard no_grad;
   do_all_to_all_v(transfers);

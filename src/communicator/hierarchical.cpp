@@ -46,6 +46,7 @@ class HierarchicalCommunicator final : public Communicator {
   std::shared_ptr<Communicator> split(int color, int key) override {
     return make_hierarchical_communicator(flat_->split(color, key), options_);
   }
+  void check() override { flat_->check(); }
   const std::vector<AllToAllChoice>& choices() const { return choices_; }
 
  protected:

@@ -17,6 +17,7 @@
 #include "communicator/mpi_messages.h"
 #include "communicator/mpi_watch.h"
 #include "support/check.h"
+#include "support/stream.h"
 
 namespace anabranch {
 namespace {
@@ -51,8 +52,29 @@ std::vector<int64_t> byte_offsets(const at::Tensor& tensor, const std::vector<in
   return offsets;
 }
 
-/// Messages between host memories over MPI. Every collective is made of exchanges of messages
-/// between pairs of ranks, so every wait is for ranks that can be named.
+/// A tensor that MPI can read and write in the place of another: itself, or a copy in pinned memory.
+at::Tensor reachable(const at::Tensor& tensor) {
+  if (tensor.is_cpu() || mpi_is_cuda_aware()) {
+    return tensor;
+  }
+  return at::empty(tensor.sizes(), tensor.options().device(at::kCPU).pinned_memory(true));
+}
+
+at::Tensor reachable_copy(const at::Tensor& tensor) {
+  at::Tensor reached = reachable(tensor);
+  return reached.is_same(tensor) ? reached : reached.copy_(tensor);
+}
+
+/// Nothing is to be done where the tensor itself was reached. Ordered on the current stream; pinned
+/// memory is not used again before that.
+void bring_back(const at::Tensor& reached, const at::Tensor& tensor) {
+  if (!reached.is_same(tensor)) {
+    tensor.copy_(reached, /*non_blocking=*/true);
+  }
+}
+
+/// Messages over MPI. Every collective is made of exchanges of messages between pairs of ranks, so
+/// every wait is for ranks that can be named.
 class MpiCommunicator final : public Communicator {
  public:
   MpiCommunicator(MpiRuntime& runtime, Group group, int rank, CommunicatorOptions options,
@@ -74,12 +96,14 @@ class MpiCommunicator final : public Communicator {
   void do_broadcast(torch::Tensor& tensor, int root) override;
   void do_barrier() override;
   void check_device(torch::Device device) const override {
-    check_input(device.is_cpu(), "the mpi communicator moves tensors in host memory, not on ",
-                device);
+    check_input(device.is_cpu() || device.is_cuda(),
+                "the mpi communicator moves tensors in host or GPU memory, not on ", device);
   }
 
  private:
   Watch begin(Call call);
+  void exchange_rows(const std::vector<Transfer>& transfers);
+  void sum(torch::Tensor& tensor);
   void exchange(Watch& watch, std::vector<Parcel> parcels, std::vector<at::Tensor> buffers);
   void gather(Watch& watch, const at::Tensor& tensor, const at::Tensor& gathered);
   /// The `i`th rank to send to, this one first: each rank sends to another at a time.
@@ -105,7 +129,10 @@ void MpiCommunicator::exchange(Watch& watch, std::vector<Parcel> parcels,
   for (Parcel& parcel : parcels) {
     parcel.peer = group_.members[parcel.peer];
   }
-  Messages messages(runtime_, std::move(buffers));
+  // MPI does not know streams.
+  std::for_each(buffers.begin(), buffers.end(), wait_for_stream);
+  const bool by_host = buffers.empty() || buffers.front().is_cpu();
+  Messages messages(runtime_, std::move(buffers), by_host);
   try {
     messages.post(parcels, tag_of(watch.call()), piece_bytes_);
     while (!messages.poll()) {
@@ -120,6 +147,18 @@ void MpiCommunicator::exchange(Watch& watch, std::vector<Parcel> parcels,
 }
 
 void MpiCommunicator::do_all_to_all_v(const std::vector<Transfer>& transfers) {
+  std::vector<Transfer> reached = transfers;
+  for (Transfer& transfer : reached) {
+    transfer.send = reachable_copy(transfer.send);
+    transfer.receive = reachable(transfer.receive);
+  }
+  exchange_rows(reached);
+  for (size_t i = 0; i < transfers.size(); ++i) {
+    bring_back(reached[i].receive, transfers[i].receive);
+  }
+}
+
+void MpiCommunicator::exchange_rows(const std::vector<Transfer>& transfers) {
   Watch watch = begin(Call::kAllToAllV);
   std::vector<Parcel> parcels;
   std::vector<at::Tensor> buffers;
@@ -138,12 +177,18 @@ void MpiCommunicator::do_all_to_all_v(const std::vector<Transfer>& transfers) {
   exchange(watch, std::move(parcels), std::move(buffers));
 }
 
-/// Every rank sums one chunk of the tensor, in rank order, and sends the sum to all: each element
-/// crosses the wire twice, and is the same on every rank and in every run.
 void MpiCommunicator::do_all_reduce(torch::Tensor& tensor) {
   if (size() == 1) {
     return;
   }
+  at::Tensor reached = reachable_copy(tensor);
+  sum(reached);
+  bring_back(reached, tensor);
+}
+
+/// Every rank sums one chunk of the tensor, in rank order, and sends the sum to all: each element
+/// crosses the wire twice, and is the same on every rank and in every run.
+void MpiCommunicator::sum(torch::Tensor& tensor) {
   Watch watch = begin(Call::kAllReduce);
   const at::Tensor flat = tensor.view({-1});
   const auto item = static_cast<int64_t>(tensor.element_size());
@@ -184,21 +229,27 @@ void MpiCommunicator::gather(Watch& watch, const at::Tensor& tensor, const at::T
 
 void MpiCommunicator::do_all_gather(const torch::Tensor& tensor, torch::Tensor& gathered) {
   Watch watch = begin(Call::kAllGather);
-  gather(watch, tensor, gathered);
+  const at::Tensor reached = reachable(gathered);
+  gather(watch, reachable_copy(tensor), reached);
+  bring_back(reached, gathered);
 }
 
 void MpiCommunicator::do_broadcast(torch::Tensor& tensor, int root) {
   Watch watch = begin(Call::kBroadcast);
+  const at::Tensor reached = rank() == root ? reachable_copy(tensor) : reachable(tensor);
   const auto bytes = static_cast<int64_t>(tensor.nbytes());
   std::vector<Parcel> parcels;
   if (rank() == root) {
     for (int i = 1; i < size(); ++i) {
-      parcels.push_back({peer(i), bytes_of(tensor), bytes, nullptr, 0});
+      parcels.push_back({peer(i), bytes_of(reached), bytes, nullptr, 0});
     }
   } else {
-    parcels.push_back({root, nullptr, 0, mutable_bytes_of(tensor), bytes});
+    parcels.push_back({root, nullptr, 0, mutable_bytes_of(reached), bytes});
   }
-  exchange(watch, std::move(parcels), {tensor});
+  exchange(watch, std::move(parcels), {reached});
+  if (rank() != root) {
+    bring_back(reached, tensor);
+  }
 }
 
 void MpiCommunicator::do_barrier() {

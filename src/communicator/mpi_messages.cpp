@@ -8,8 +8,8 @@
 
 namespace anabranch {
 
-Messages::Messages(MpiRuntime& runtime, std::vector<at::Tensor> buffers)
-    : runtime_(runtime), buffers_(std::move(buffers)) {}
+Messages::Messages(MpiRuntime& runtime, std::vector<at::Tensor> buffers, bool by_host)
+    : runtime_(runtime), buffers_(std::move(buffers)), by_host_(by_host) {}
 
 Messages::~Messages() {
   if (outstanding_ > 0) {
@@ -21,13 +21,13 @@ void Messages::post(const std::vector<Parcel>& parcels, int tag, int64_t piece_b
   const std::lock_guard lock(runtime_.mutex());
   for (const Direction direction : {Direction::kIncoming, Direction::kOutgoing}) {
     for (const Parcel& parcel : parcels) {
-      if (parcel.peer != runtime_.rank()) {
+      if (parcel.peer != runtime_.rank() || !by_host_) {
         start(parcel, direction, tag, piece_bytes);
       }
     }
   }
   for (const Parcel& parcel : parcels) {
-    if (parcel.peer == runtime_.rank() && parcel.send_bytes > 0) {
+    if (parcel.peer == runtime_.rank() && by_host_ && parcel.send_bytes > 0) {
       std::memcpy(parcel.receive, parcel.send, parcel.send_bytes);
     }
   }

@@ -25,7 +25,8 @@ struct Parcel {
 /// into them at any time.
 class Messages {
  public:
-  Messages(MpiRuntime& runtime, std::vector<at::Tensor> buffers);
+  /// `by_host`: the memory is the host's, and what is for this rank itself is copied without MPI.
+  Messages(MpiRuntime& runtime, std::vector<at::Tensor> buffers, bool by_host);
   ~Messages();
   Messages(const Messages&) = delete;
   Messages& operator=(const Messages&) = delete;
@@ -50,6 +51,7 @@ class Messages {
 
   MpiRuntime& runtime_;
   std::vector<at::Tensor> buffers_;
+  bool by_host_;
   std::vector<Piece> pieces_;  ///< of the requests
   std::vector<MPI_Request> requests_;
   std::vector<int> indices_;

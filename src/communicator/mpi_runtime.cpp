@@ -2,6 +2,9 @@
 
 #include <anabranch/error.h>
 #include <c10/util/StringUtil.h>
+#if __has_include(<mpi-ext.h>)
+#include <mpi-ext.h>
+#endif
 #include <signal.h>
 #include <stdlib.h>  // on_exit
 #include <unistd.h>
@@ -9,6 +12,7 @@
 #include <memory>
 #include <thread>
 
+#include "communicator/describe.h"
 #include "communicator/mpi_notice.h"
 #include "communicator/waiting_time.h"
 
@@ -85,6 +89,23 @@ void check_mpi(int code, const char* call, const char* file, int line) {
   }
   throw MpiError(c10::str(call, " failed: ", std::string(text, length), " (code ", code, ") at ",
                           file, ":", line));
+}
+
+bool mpi_is_cuda_aware() {
+#ifdef MPIX_CUDA_AWARE_SUPPORT
+  return MPIX_Query_cuda_support() == 1;
+#else
+  return false;
+#endif
+}
+
+std::string describe_mpi() {
+  char text[MPI_MAX_LIBRARY_VERSION_STRING] = {};
+  int length = 0;
+  ANABRANCH_CHECK_MPI(MPI_Get_library_version(text, &length));
+  const std::string version(text, length);
+  return c10::str("MPI: ", version.substr(0, version.find_first_of(",\n")), ", ",
+                  mpi_is_cuda_aware() ? "CUDA-aware" : "not CUDA-aware: GPU memory is staged");
 }
 
 MpiRuntime& MpiRuntime::get(std::chrono::milliseconds deadline) {

@@ -22,6 +22,9 @@ class MpiError : public std::runtime_error {
 void check_mpi(int code, const char* call, const char* file, int line);
 #define ANABRANCH_CHECK_MPI(call) ::anabranch::check_mpi((call), #call, __FILE__, __LINE__)
 
+/// Whether MPI reads and writes GPU memory, by its own word.
+bool mpi_is_cuda_aware();
+
 /// Why communication has ended, and through whom (ranks of MPI_COMM_WORLD).
 struct Failure {
   std::string text;

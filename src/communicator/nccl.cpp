@@ -3,27 +3,15 @@
 #include <anabranch/communicator.h>
 #include <c10/util/StringUtil.h>
 
-#include <cstring>
-
+#include "communicator/agreement.h"
 #include "communicator/chunks.h"
+#include "communicator/nccl_bootstrap.h"
 #include "communicator/nccl_watch.h"
 #include "support/check.h"
 #include "support/cuda_device.h"
 
 namespace anabranch {
 namespace {
-
-ncclUniqueId share_unique_id(Communicator& bootstrap) {
-  ncclUniqueId id;
-  torch::Tensor bytes = at::empty({sizeof(id)}, at::kByte);
-  if (bootstrap.rank() == 0) {
-    check_nccl(ncclGetUniqueId(&id), "ncclGetUniqueId");
-    std::memcpy(bytes.mutable_data_ptr(), &id, sizeof(id));
-  }
-  bootstrap.broadcast(bytes, 0);
-  std::memcpy(&id, bytes.const_data_ptr(), sizeof(id));
-  return id;
-}
 
 size_t row_bytes(const torch::Tensor& rows) {
   size_t bytes = rows.element_size();
@@ -33,7 +21,7 @@ size_t row_bytes(const torch::Tensor& rows) {
   return bytes;
 }
 
-/// NCCL over GPUs of all ranks, on the caller's current stream.
+/// NCCL over GPUs of all ranks, on the caller's current stream; `bootstrap` for host memory.
 class NcclCommunicator final : public Communicator {
  public:
   NcclCommunicator(std::shared_ptr<Communicator> bootstrap, torch::Device device,
@@ -42,13 +30,13 @@ class NcclCommunicator final : public Communicator {
         bootstrap_(std::move(bootstrap)),
         device_(device),
         options_(options),
-        progress_(*bootstrap_, options.deadline),
-        group_(share_unique_id(*bootstrap_), rank(), size(), options.deadline),
-        watch_(group_, progress_, device.index(), options.deadline) {}
+        progress_(*bootstrap_),
+        group_(join_nccl_group(*bootstrap_, progress_, options.deadline)),
+        watch_(*group_, progress_, device.index(), options.deadline) {}
 
   ~NcclCommunicator() override {
     try {
-      watch_.synchronize();
+      watch_.finish();
     } catch (const std::exception&) {
       // Whoever cares has been told by the call that failed.
     }
@@ -60,8 +48,14 @@ class NcclCommunicator final : public Communicator {
     return make_nccl_communicator(bootstrap_->split(color, key), device_, options_);
   }
 
+  void check() override { watch_.check(); }
+
  protected:
   void do_all_to_all_v(const std::vector<Transfer>& transfers) override {
+    if (!transfers.empty() && in_host_memory(transfers.front().send)) {
+      bootstrap_->all_to_all_v(transfers);
+      return;
+    }
     const OnDevice stream(device_);
     for (const Transfer& transfer : transfers) {
       copy_own_rows(transfer, stream);
@@ -75,6 +69,10 @@ class NcclCommunicator final : public Communicator {
 
   /// Every rank sums one chunk in rank order, in fp32 for 16-bit types, and hands it to all.
   void do_all_reduce(torch::Tensor& tensor) override {
+    if (in_host_memory(tensor)) {
+      bootstrap_->all_reduce(tensor);
+      return;
+    }
     const OnDevice stream(device_);
     std::vector<int64_t> lengths;
     for (int peer = 0; peer < size(); ++peer) {
@@ -109,6 +107,10 @@ class NcclCommunicator final : public Communicator {
   }
 
   void do_all_gather(const torch::Tensor& tensor, torch::Tensor& gathered) override {
+    if (in_host_memory(tensor)) {
+      gathered.copy_(bootstrap_->all_gather(tensor));
+      return;
+    }
     const OnDevice stream(device_);
     watch_.run("all_gather", stream, [&](ncclComm_t comm) {
       check_nccl(ncclAllGather(tensor.const_data_ptr(), gathered.data_ptr(), tensor.nbytes(),
@@ -118,6 +120,10 @@ class NcclCommunicator final : public Communicator {
   }
 
   void do_broadcast(torch::Tensor& tensor, int root) override {
+    if (in_host_memory(tensor)) {
+      bootstrap_->broadcast(tensor, root);
+      return;
+    }
     const OnDevice stream(device_);
     watch_.run("broadcast", stream, [&](ncclComm_t comm) {
       check_nccl(ncclBroadcast(tensor.data_ptr(), tensor.data_ptr(), tensor.nbytes(), ncclInt8,
@@ -134,14 +140,24 @@ class NcclCommunicator final : public Communicator {
           ncclAllReduce(token.data_ptr(), token.data_ptr(), 1, ncclInt8, ncclSum, comm, stream),
           "ncclAllReduce");
     });
-    watch_.synchronize();
+    check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+    check();
   }
 
   void check_device(torch::Device device) const override {
-    check_input(device == device_, "nccl: tensor on ", device, ", expected ", device_);
+    check_input(device == device_ || device.is_cpu(), "nccl: tensor on ", device, ", expected ",
+                device_, " or host memory");
   }
 
  private:
+  /// The ranks' host memories do not know of a failure on the GPUs' way.
+  bool in_host_memory(const torch::Tensor& tensor) {
+    if (tensor.is_cpu()) {
+      check();
+    }
+    return tensor.is_cpu();
+  }
+
   static void send(const void* data, size_t bytes, int peer, ncclComm_t comm, cudaStream_t stream) {
     if (bytes > 0) {
       check_nccl(ncclSend(data, bytes, ncclInt8, peer, comm, stream), "ncclSend");
@@ -191,7 +207,7 @@ class NcclCommunicator final : public Communicator {
   torch::Device device_;
   CommunicatorOptions options_;
   NcclProgress progress_;
-  NcclGroup group_;
+  std::unique_ptr<NcclGroup> group_;
   NcclWatch watch_;
 };
 
@@ -202,8 +218,28 @@ std::shared_ptr<Communicator> make_nccl_communicator(std::shared_ptr<Communicato
                                                      const CommunicatorOptions& options) {
   check_input(bootstrap != nullptr, "make_nccl_communicator: no bootstrap communicator");
   check_input(device.is_cuda(), "make_nccl_communicator: ", device, " is not a GPU");
+  check_input(options.deadline.count() > 0, "make_nccl_communicator: the deadline is ",
+              options.deadline.count(), " ms, expected more than 0");
+  succeed_together(*bootstrap, [&] {
+    const auto index = device.has_index() ? device.index() : c10::cuda::current_device();
+    if (index >= c10::cuda::device_count()) {
+      throw std::runtime_error(c10::str("there is no ", device, ", only ",
+                                        static_cast<int>(c10::cuda::device_count()), " GPUs"));
+    }
+    device = torch::Device(torch::kCUDA, index);
+  });
   const c10::cuda::CUDAGuard guard(device);
-  return std::make_shared<NcclCommunicator>(std::move(bootstrap), guard.current_device(), options);
+  return std::make_shared<NcclCommunicator>(std::move(bootstrap), device, options);
+}
+
+std::shared_ptr<Communicator> make_nccl_communicator(const std::string& unique_id, int rank,
+                                                     int size, torch::Device device,
+                                                     const CommunicatorOptions& options) {
+  check_input(device.is_cuda(), "make_nccl_communicator: ", device, " is not a GPU");
+  check_input(size >= 1 && rank >= 0 && rank < size, "make_nccl_communicator: rank ", rank, " of ",
+              size);
+  return make_nccl_communicator(meet_through_nccl(unique_id, rank, size, device, options), device,
+                                options);
 }
 
 }  // namespace anabranch

@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 #include <thread>
+#include <utility>
 
 namespace anabranch {
 
@@ -13,13 +14,12 @@ void check_nccl(ncclResult_t result, const char* call, std::source_location plac
   }
 }
 
-NcclGroup::NcclGroup(const ncclUniqueId& id, int rank, int size, std::chrono::milliseconds deadline)
-    : deadline_(deadline) {
+NcclGroup::NcclGroup(const ncclUniqueId& id, int rank, int size, const KeepWaiting& keep_waiting) {
   ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
   config.blocking = 0;
   check_nccl(ncclCommInitRankConfig(&comm_, size, id, rank, &config), "ncclCommInitRankConfig");
   try {
-    await("ncclCommInitRankConfig");
+    await("ncclCommInitRankConfig", keep_waiting);
   } catch (...) {
     abort();
     throw;
@@ -28,7 +28,8 @@ NcclGroup::NcclGroup(const ncclUniqueId& id, int rank, int size, std::chrono::mi
 
 NcclGroup::~NcclGroup() { abort(); }
 
-void NcclGroup::launch(const std::function<void(ncclComm_t)>& calls) {
+void NcclGroup::launch(const std::function<void(ncclComm_t)>& calls,
+                       const KeepWaiting& keep_waiting) {
   check_nccl(ncclGroupStart(), "ncclGroupStart");
   try {
     calls(comm_);
@@ -37,7 +38,7 @@ void NcclGroup::launch(const std::function<void(ncclComm_t)>& calls) {
     throw;
   }
   check_nccl(ncclGroupEnd(), "ncclGroupEnd");
-  await("ncclGroupEnd");
+  await("ncclGroupEnd", keep_waiting);
 }
 
 std::string NcclGroup::asynchronous_error() const {
@@ -49,6 +50,13 @@ std::string NcclGroup::asynchronous_error() const {
   return std::string(ncclGetErrorString(state)) + " (" + ncclGetLastError(comm_) + ")";
 }
 
+void NcclGroup::finalize(const KeepWaiting& keep_waiting) {
+  check_nccl(ncclCommFinalize(comm_), "ncclCommFinalize");
+  await("ncclCommFinalize", keep_waiting);
+  const ncclComm_t comm = std::exchange(comm_, nullptr);
+  check_nccl(ncclCommDestroy(comm), "ncclCommDestroy");
+}
+
 void NcclGroup::abort() noexcept {
   if (comm_ != nullptr) {
     static_cast<void>(ncclCommAbort(comm_));
@@ -56,8 +64,7 @@ void NcclGroup::abort() noexcept {
   }
 }
 
-void NcclGroup::await(const char* call) {
-  const auto begin = std::chrono::steady_clock::now();
+void NcclGroup::await(const char* call, const KeepWaiting& keep_waiting) {
   ncclResult_t state = ncclInProgress;
   for (;;) {
     check_nccl(ncclCommGetAsyncError(comm_, &state), "ncclCommGetAsyncError");
@@ -65,10 +72,7 @@ void NcclGroup::await(const char* call) {
       check_nccl(state, call);
       return;
     }
-    if (std::chrono::steady_clock::now() - begin > deadline_) {
-      throw std::runtime_error(std::string(call) + " is still in progress after " +
-                               std::to_string(deadline_.count()) + " ms");
-    }
+    keep_waiting();
     std::this_thread::yield();
   }
 }

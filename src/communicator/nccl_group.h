@@ -2,7 +2,6 @@
 
 #include <nccl.h>
 
-#include <chrono>
 #include <functional>
 #include <source_location>
 #include <string>
@@ -18,28 +17,32 @@ namespace anabranch {
 void check_nccl(ncclResult_t result, const char* call,
                 std::source_location place = std::source_location::current());
 
-/// One ncclComm_t, owned. It does not block: what a call starts is awaited for a bounded time, so
-/// that a peer that never comes cannot hold this rank for good.
+/// One ncclComm_t, owned. It does not block: while a call is in progress `keep_waiting` is called
+/// again and again, and throws when that has become vain, so that a peer that never comes cannot
+/// hold this rank for good.
 class NcclGroup {
  public:
-  /// Collective over `size` ranks with the same `id`. Throws std::runtime_error after `deadline`.
-  NcclGroup(const ncclUniqueId& id, int rank, int size, std::chrono::milliseconds deadline);
+  using KeepWaiting = std::function<void()>;
+
+  /// Collective over `size` ranks with the same `id`.
+  NcclGroup(const ncclUniqueId& id, int rank, int size, const KeepWaiting& keep_waiting);
   /// Aborts what is still running.
   ~NcclGroup();
   NcclGroup(const NcclGroup&) = delete;
   NcclGroup& operator=(const NcclGroup&) = delete;
 
   /// Runs `calls`, which launch on a stream, as one group and waits until they are launched.
-  void launch(const std::function<void(ncclComm_t)>& calls);
+  void launch(const std::function<void(ncclComm_t)>& calls, const KeepWaiting& keep_waiting);
   /// NCCL's word on what has failed in the background; empty if nothing has.
   std::string asynchronous_error() const;
+  /// Ends in peace, when all that was launched has ended. No launch may follow.
+  void finalize(const KeepWaiting& keep_waiting);
   /// Ends everything in flight: streams go on with undefined data. No launch may follow.
   void abort() noexcept;
 
  private:
-  void await(const char* call);
+  void await(const char* call, const KeepWaiting& keep_waiting);
 
-  std::chrono::milliseconds deadline_;
   ncclComm_t comm_ = nullptr;
 };
 

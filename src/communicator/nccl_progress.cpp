@@ -1,87 +1,156 @@
 #include "communicator/nccl_progress.h"
 
+#include <netdb.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cstring>
+#include <random>
 #include <sstream>
 #include <thread>
-#include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
 #include "communicator/agreement.h"
+#include "communicator/host_name.h"
 
 namespace anabranch {
 namespace {
 
-constexpr const char* kFailure = "failure";
+constexpr size_t kMostCulprits = 64;
+constexpr int kRepeats = 3;  // of a failure, as a datagram may be lost
 
-std::string key_of(int rank) { return "rank " + std::to_string(rank); }
-
-std::string host_name() {
-  char name[256] = {};
-  if (gethostname(name, sizeof(name) - 1) != 0) {
-    throw std::runtime_error("gethostname failed");
-  }
-  return name;
+[[noreturn]] void fail(const char* call) {
+  throw std::runtime_error(std::string(call) + " failed: " + std::strerror(errno));
 }
 
-c10::intrusive_ptr<c10d::Store> connect(const std::string& host, int port, bool is_server,
-                                        std::chrono::milliseconds timeout) {
-  c10d::TCPStoreOptions options;
-  options.port = static_cast<uint16_t>(port);
-  options.isServer = is_server;
-  options.waitWorkers = false;
-  options.timeout = timeout;
-  return c10::make_intrusive<c10d::TCPStore>(host, options);
+int open_socket() {
+  const int descriptor = socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+  if (descriptor < 0) {
+    fail("socket");
+  }
+  sockaddr_in any = {};
+  any.sin_family = AF_INET;
+  if (bind(descriptor, reinterpret_cast<const sockaddr*>(&any), sizeof(any)) != 0) {
+    close(descriptor);
+    fail("bind");
+  }
+  return descriptor;
+}
+
+int port_of(int descriptor) {
+  sockaddr_in own = {};
+  socklen_t length = sizeof(own);
+  if (getsockname(descriptor, reinterpret_cast<sockaddr*>(&own), &length) != 0) {
+    fail("getsockname");
+  }
+  return ntohs(own.sin_port);
+}
+
+sockaddr_in resolve(const std::string& host, int port) {
+  addrinfo hints = {};
+  hints.ai_family = AF_INET;
+  hints.ai_socktype = SOCK_DGRAM;
+  addrinfo* found = nullptr;
+  const int error = getaddrinfo(host.c_str(), nullptr, &hints, &found);
+  if (error != 0) {
+    throw std::runtime_error("getaddrinfo finds no address of " + host + ": " +
+                             gai_strerror(error));
+  }
+  sockaddr_in address = {};
+  std::memcpy(&address, found->ai_addr, sizeof(address));
+  freeaddrinfo(found);
+  address.sin_port = htons(static_cast<uint16_t>(port));
+  return address;
+}
+
+uint64_t random_number() {
+  std::random_device device;
+  return (uint64_t{device()} << 32) | device();
 }
 
 }  // namespace
 
-NcclProgress::NcclProgress(Communicator& bootstrap, std::chrono::milliseconds deadline)
-    : rank_(bootstrap.rank()), size_(bootstrap.size()) {
-  // A host's name need not lead to itself in a container: ranks of one host take the loop device.
-  const auto hosts = all_gather_strings(bootstrap, host_name());
-  const bool one_host = std::equal(hosts.begin() + 1, hosts.end(), hosts.begin());
-  const std::string host = one_host ? "127.0.0.1" : hosts[0];
-  int port = 0;
-  if (rank_ == 0) {
-    const auto server = connect(host, 0, true, deadline);
-    port = c10::static_intrusive_pointer_cast<c10d::TCPStore>(server)->getPort();
-    store_ = server;
-  }
-  port = std::stoi(all_gather_strings(bootstrap, std::to_string(port))[0]);
-  if (rank_ != 0) {
-    store_ = connect(host, port, false, deadline);
-  }
-  publish(0);
-  bootstrap.barrier();  // from here on every rank's key exists
+struct NcclProgress::Datagram {
+  uint64_t group = 0;
+  int64_t started = 0;
+  int32_t rank = 0;
+  int32_t failed = 0;
+  int32_t num_culprits = 0;
+  int32_t culprits[kMostCulprits] = {};
+  char text[768] = {};  ///< zero-terminated
+};
+
+NcclProgress::NcclProgress(Communicator& bootstrap)
+    : rank_(bootstrap.rank()), socket_(open_socket()), states_(bootstrap.size()) {
+  const std::string host = host_name();
+  const auto introductions =
+      all_gather_strings(bootstrap, c10::str(host, ' ', port_of(socket_), ' ', random_number()));
+  succeed_together(bootstrap, [&] {
+    for (const std::string& introduction : introductions) {
+      std::string name;
+      int port = 0;
+      uint64_t number = 0;
+      std::istringstream(introduction) >> name >> port >> number;
+      group_ ^= number;
+      addresses_.push_back(resolve(reachable_name(name, host), port));
+    }
+  });
 }
 
-NcclProgress::~NcclProgress() = default;
+NcclProgress::~NcclProgress() { close(socket_); }
+
+void NcclProgress::send_to_all(const Datagram& datagram) const {
+  for (size_t peer = 0; peer < addresses_.size(); ++peer) {
+    if (static_cast<int>(peer) != rank_) {
+      // A dead peer is no error of this rank's.
+      static_cast<void>(sendto(socket_, &datagram, sizeof(datagram), MSG_NOSIGNAL,
+                               reinterpret_cast<const sockaddr*>(&addresses_[peer]),
+                               sizeof(addresses_[peer])));
+    }
+  }
+}
 
 void NcclProgress::publish(int64_t started) {
-  store_->set(key_of(rank_), std::to_string(++beats_) + " " + std::to_string(started));
+  Datagram datagram;
+  datagram.group = group_;
+  datagram.rank = rank_;
+  datagram.started = started;
+  send_to_all(datagram);
 }
 
-std::vector<NcclProgress::State> NcclProgress::read() {
-  std::vector<State> states;
-  for (int rank = 0; rank < size_; ++rank) {
-    State state;
-    std::istringstream(store_->get_to_str(key_of(rank))) >> state.beats >> state.started;
-    states.push_back(state);
+void NcclProgress::listen() {
+  Datagram datagram;
+  for (;;) {
+    const ssize_t length = recv(socket_, &datagram, sizeof(datagram), 0);
+    if (length < 0 && errno != ECONNREFUSED) {  // refused: an earlier one, by a dead peer
+      return;
+    }
+    const bool ours = length == sizeof(datagram) && datagram.group == group_ &&
+                      datagram.rank >= 0 && datagram.rank < static_cast<int>(states_.size());
+    if (!ours) {
+      continue;
+    }
+    State& state = states_[datagram.rank];
+    ++state.beats;
+    state.started = std::max(state.started, datagram.started);
+    if (datagram.failed != 0 && !announced_.has_value()) {
+      announced_ = {datagram.text, {datagram.culprits, datagram.culprits + datagram.num_culprits}};
+    }
   }
-  return states;
 }
 
 std::vector<int> NcclProgress::missing(int64_t sequence, std::chrono::milliseconds heartbeat) {
-  const auto before = read();
-  for (int i = 0; i < 3; ++i) {
-    std::this_thread::sleep_for(heartbeat);
+  listen();
+  const std::vector<State> before = states_;
+  for (int i = 0; i < 6; ++i) {
     publish(sequence);  // this rank is alive
+    std::this_thread::sleep_for(heartbeat / 2);
+    listen();
   }
-  const auto after = read();
   std::vector<int> ranks;
-  for (int rank = 0; rank < size_; ++rank) {
-    const bool dead = after[rank].beats == before[rank].beats;
-    if (dead || after[rank].started < sequence) {
+  for (int rank = 0; rank < static_cast<int>(states_.size()); ++rank) {
+    const bool silent = states_[rank].beats == before[rank].beats;
+    if (rank != rank_ && (silent || states_[rank].started < sequence)) {
       ranks.push_back(rank);
     }
   }
@@ -89,30 +158,16 @@ std::vector<int> NcclProgress::missing(int64_t sequence, std::chrono::millisecon
 }
 
 void NcclProgress::announce(const Failure& failure) {
-  std::ostringstream message;
-  message << failure.culprits.size() << ' ';
-  for (const int culprit : failure.culprits) {
-    message << culprit << ' ';
+  Datagram datagram;
+  datagram.group = group_;
+  datagram.rank = rank_;
+  datagram.failed = 1;
+  datagram.num_culprits = static_cast<int32_t>(std::min(failure.culprits.size(), kMostCulprits));
+  std::copy_n(failure.culprits.begin(), datagram.num_culprits, datagram.culprits);
+  failure.text.copy(datagram.text, sizeof(datagram.text) - 1);
+  for (int i = 0; i < kRepeats; ++i) {
+    send_to_all(datagram);
   }
-  message << failure.text;
-  store_->compareSet(kFailure, std::string(), message.str());
-}
-
-std::optional<NcclProgress::Failure> NcclProgress::announced() {
-  if (!store_->check({kFailure})) {
-    return std::nullopt;
-  }
-  std::istringstream message(store_->get_to_str(kFailure));
-  size_t count = 0;
-  message >> count;
-  Failure failure;
-  failure.culprits.resize(count);
-  for (int& culprit : failure.culprits) {
-    message >> culprit;
-  }
-  message.ignore();  // the blank before the text
-  failure.text.assign(std::istreambuf_iterator<char>(message), {});
-  return failure;
 }
 
 }  // namespace anabranch

@@ -10,6 +10,8 @@ namespace {
 
 constexpr std::chrono::milliseconds kGlance{10};
 constexpr std::chrono::milliseconds kLongestHeartbeat{1000};
+/// How long a group that has ended its work may take to say good-bye.
+constexpr std::chrono::milliseconds kLongestFarewell{5000};
 
 bool has_ended(cudaEvent_t event) {
   const cudaError_t status = cudaEventQuery(event);
@@ -28,12 +30,16 @@ CudaEvent recorded(cudaStream_t stream) {
 
 }  // namespace
 
+std::chrono::milliseconds NcclWatch::heartbeat_for(std::chrono::milliseconds deadline) {
+  return std::min(kLongestHeartbeat, deadline / 16);
+}
+
 NcclWatch::NcclWatch(NcclGroup& group, NcclProgress& progress, int device,
                      std::chrono::milliseconds deadline)
     : group_(group),
       progress_(progress),
       deadline_(deadline),
-      heartbeat_(std::min(kLongestHeartbeat, deadline / 8)),
+      heartbeat_(heartbeat_for(deadline)),
       thread_([this, device] { watch(device); }) {}
 
 NcclWatch::~NcclWatch() {
@@ -57,35 +63,49 @@ void NcclWatch::run(const char* name, cudaStream_t stream,
   std::unique_lock group_lock(group_mutex_);
   check();
   CudaEvent begin = recorded(stream);
+  std::unique_lock lock(mutex_);
+  const int64_t sequence = ++started_;
+  lock.unlock();
   std::string error;
+  const auto start = Clock::now();
   try {
-    group_.launch(calls);
+    group_.launch(calls, [&] {
+      if (ending_ || Clock::now() - start > deadline_) {
+        throw std::runtime_error(c10::str("not launched within ", deadline_.count(), " ms"));
+      }
+    });
   } catch (const std::runtime_error& failed) {
     error = failed.what();
   }
   group_lock.unlock();
-  std::unique_lock lock(mutex_);
-  ++started_;
+  lock.lock();
   if (error.empty()) {
-    running_.push_back({name, started_, std::move(begin), recorded(stream), std::nullopt});
+    running_.push_back({name, sequence, std::move(begin), recorded(stream), std::nullopt});
     return;
   }
-  launch_trouble_ = Trouble{c10::str(name, ": ", error), started_};
+  launch_trouble_ = Trouble{c10::str(name, ": ", error), sequence};
   changed_.wait(lock, [&] { return failure_.has_value(); });
   lock.unlock();
   check();
 }
 
-void NcclWatch::synchronize() {
+void NcclWatch::finish() {
   std::unique_lock lock(mutex_);
   changed_.wait(lock, [&] { return running_.empty() || failure_.has_value(); });
   lock.unlock();
   check();
+  const std::lock_guard group_lock(group_mutex_);
+  const auto start = Clock::now();
+  group_.finalize([&] {
+    if (Clock::now() - start > std::min(kLongestFarewell, deadline_)) {
+      throw std::runtime_error("ncclCommFinalize takes too long");
+    }
+  });
 }
 
 void NcclWatch::watch(int device) {
   static_cast<void>(cudaSetDevice(device));  // its events' own calls will tell
-  auto next_signs = Clock::now();
+  next_sign_ = Clock::now();
   for (;;) {
     {
       std::unique_lock lock(mutex_);
@@ -93,33 +113,25 @@ void NcclWatch::watch(int device) {
         return;
       }
     }
-    if (Clock::now() >= next_signs) {
-      exchange_signs();
-      next_signs = Clock::now() + heartbeat_;
-    }
+    exchange_signs(Clock::now());
     if (const auto trouble = look()) {
       fail(*trouble);
     }
   }
 }
 
-void NcclWatch::exchange_signs() {
+void NcclWatch::exchange_signs(Clock::time_point now) {
   std::unique_lock lock(mutex_);
   const int64_t started = started_;
   const bool failed = failure_.has_value();
   lock.unlock();
-  if (progress_lost_) {
-    return;
-  }
-  try {
+  if (now >= next_sign_) {
     progress_.publish(started);
-    const auto elsewhere = progress_.announced();
-    if (elsewhere.has_value() && !failed) {
-      end_with(*elsewhere);
-    }
-  } catch (const std::exception&) {
-    // Rank 0 may have ended in peace. If anything still waits for it, that will be late.
-    progress_lost_ = true;
+    next_sign_ = now + heartbeat_;
+  }
+  progress_.listen();
+  if (progress_.announced().has_value() && !failed) {
+    end_with(*progress_.announced());
   }
 }
 
@@ -158,17 +170,13 @@ std::optional<NcclWatch::Trouble> NcclWatch::look() {
 }
 
 void NcclWatch::fail(const Trouble& trouble) {
-  NcclProgress::Failure failure{trouble.reason, {}};
-  try {
-    failure.culprits = progress_.missing(trouble.sequence, heartbeat_);
-    failure.text += failure.culprits.empty()
-                        ? "; every rank is alive and has made the call"
-                        : c10::str("; no sign of rank ", c10::Join(", ", failure.culprits));
-    progress_.announce(failure);
-  } catch (const std::exception&) {
-    failure.culprits = {0};
-    failure.text += "; rank 0, which keeps the progress of all, cannot be reached";
-  }
+  NcclProgress::Failure failure{c10::str("rank ", progress_.rank(), ": ", trouble.reason),
+                                progress_.missing(trouble.sequence, heartbeat_)};
+  failure.text += failure.culprits.empty()
+                      ? "; every rank is alive and has made the call"
+                      : c10::str("; no sign of rank ", c10::Join(", ", failure.culprits),
+                                 " (dead, stalled, or not making the call)");
+  progress_.announce(failure);
   end_with(failure);
 }
 
@@ -177,6 +185,7 @@ void NcclWatch::end_with(const NcclProgress::Failure& failure) {
     const std::lock_guard lock(mutex_);
     failure_ = failure;
   }
+  ending_ = true;
   const std::lock_guard group_lock(group_mutex_);
   group_.abort();
   changed_.notify_all();

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
@@ -13,9 +14,13 @@ namespace anabranch {
 
 /// Watches a group's collectives from a thread of its own: one that does not end within its deadline,
 /// or that NCCL reports as failed, ends all of them, here and on the other ranks, and is told by
-/// `check`. The time of a collective begins when the stream has come to it.
+/// `check`: before streams go on, so that who has waited for a stream learns it there. The time of a
+/// collective begins when the stream has come to it.
 class NcclWatch {
  public:
+  /// How often a rank tells the others that it lives.
+  static std::chrono::milliseconds heartbeat_for(std::chrono::milliseconds deadline);
+
   NcclWatch(NcclGroup& group, NcclProgress& progress, int device,
             std::chrono::milliseconds deadline);
   ~NcclWatch();
@@ -26,8 +31,8 @@ class NcclWatch {
   void check();
   /// Launches `calls` on `stream` as the group's next collective. Throws like `check`.
   void run(const char* name, cudaStream_t stream, const std::function<void(ncclComm_t)>& calls);
-  /// Waits until all collectives have ended. Throws like `check`.
-  void synchronize();
+  /// Waits until all collectives have ended, then lets the group go. Throws like `check`.
+  void finish();
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -46,7 +51,7 @@ class NcclWatch {
   };
 
   void watch(int device);
-  void exchange_signs();
+  void exchange_signs(Clock::time_point now);
   std::optional<Trouble> look();
   void fail(const Trouble& trouble);
   void end_with(const NcclProgress::Failure& failure);
@@ -55,16 +60,17 @@ class NcclWatch {
   NcclProgress& progress_;
   std::chrono::milliseconds deadline_;
   std::chrono::milliseconds heartbeat_;
-  bool progress_lost_ = false;  ///< rank 0, which keeps it, cannot be reached; of the thread alone
-  std::mutex group_mutex_;      ///< held while launching and while aborting
-  std::mutex mutex_;            ///< guards what follows
+  Clock::time_point next_sign_;       ///< of the thread alone
+  std::atomic<bool> ending_ = false;  ///< whoever launches is to give up
+  std::mutex group_mutex_;            ///< held while launching and while aborting
+  std::mutex mutex_;                  ///< guards what follows
   std::condition_variable changed_;
   std::deque<Collective> running_;
   int64_t started_ = 0;
   std::optional<Trouble> launch_trouble_;
   std::optional<NcclProgress::Failure> failure_;
   bool stop_ = false;
-  std::thread thread_;
+  std::thread thread_;  ///< the last member: it uses all others
 };
 
 }  // namespace anabranch

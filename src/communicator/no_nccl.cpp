@@ -2,13 +2,32 @@
 
 #include <stdexcept>
 
+#include "communicator/describe.h"
+
 // Built in the place of nccl.cpp where there is no NCCL.
 namespace anabranch {
+namespace {
+
+[[noreturn]] void refuse(const char* call) {
+  throw std::runtime_error(std::string(call) + ": this build of anabranch has no NCCL");
+}
+
+}  // namespace
 
 std::shared_ptr<Communicator> make_nccl_communicator(std::shared_ptr<Communicator> /*bootstrap*/,
                                                      torch::Device /*device*/,
                                                      const CommunicatorOptions& /*options*/) {
-  throw std::runtime_error("make_nccl_communicator: this build of anabranch has no NCCL");
+  refuse("make_nccl_communicator");
 }
+
+std::shared_ptr<Communicator> make_nccl_communicator(const std::string& /*unique_id*/, int /*rank*/,
+                                                     int /*size*/, torch::Device /*device*/,
+                                                     const CommunicatorOptions& /*options*/) {
+  refuse("make_nccl_communicator");
+}
+
+std::string make_nccl_unique_id() { refuse("make_nccl_unique_id"); }
+
+std::string describe_nccl() { return "NCCL: not built"; }
 
 }  // namespace anabranch

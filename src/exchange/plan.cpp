@@ -1,5 +1,7 @@
+#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/isfinite.h>
 #include <anabranch/error.h>
 #include <anabranch/exchange.h>
@@ -9,6 +11,7 @@
 
 #include "kernels/kernels.h"
 #include "support/check.h"
+#include "support/stream.h"
 
 namespace anabranch {
 namespace {
@@ -44,8 +47,12 @@ torch::Tensor first_nonfinite_token(const Routing& routing) {
   if (routing.first_nonfinite_token.defined()) {
     return routing.first_nonfinite_token;
   }
-  const auto bad = at::isfinite(routing.weights).all(1).logical_not().nonzero().flatten();
-  return bad.numel() > 0 ? bad[0] : torch::full({}, -1, routing.expert_ids.options());
+  const auto tokens = routing.weights.size(0);
+  const auto finite = at::isfinite(routing.weights).all(1);
+  const auto numbers = at::arange(tokens, routing.expert_ids.options());
+  const auto none = at::full({1}, tokens, routing.expert_ids.options());
+  const auto first = at::cat({numbers.masked_fill(finite, tokens), none}).min();
+  return first.masked_fill(first == tokens, -1);
 }
 
 /// The refusal of this rank's own routing.
@@ -109,6 +116,17 @@ struct Announced {
   std::vector<const int64_t*> from;  // [W] header and this rank's experts
 };
 
+/// The values in host memory: here the host waits for the device, once a step. What a failed
+/// collective has left is no count.
+torch::Tensor counts_on_host(const torch::Tensor& values, Communicator& communicator) {
+  auto on_host = at::empty(values.sizes(),
+                           values.options().device(torch::kCPU).pinned_memory(values.is_cuda()));
+  on_host.copy_(values, /*non_blocking=*/true);
+  wait_for_stream(values);
+  communicator.check();
+  return on_host;
+}
+
 /// One small exchange, then the one copy that the host waits for.
 Announced announce(Communicator& communicator, const ExpertPlacement& placement,
                    const torch::Tensor& message) {
@@ -122,7 +140,8 @@ Announced announce(Communicator& communicator, const ExpertPlacement& placement,
   announced.received = at::empty({ranks, width}, message.options());
   communicator.all_to_all_v(
       {{message, sizes, announced.received.flatten(), std::vector<int64_t>(ranks, width)}});
-  announced.on_host = at::cat({message, announced.received.flatten()}).cpu();
+  announced.on_host =
+      counts_on_host(at::cat({message, announced.received.flatten()}), communicator);
   const auto* sent = announced.on_host.const_data_ptr<int64_t>();
   const auto* received = sent + message.numel();
   for (int64_t rank = 0; rank < ranks; ++rank) {
@@ -171,10 +190,11 @@ ExchangePlan Exchange::plan(const Routing& routing) const {
   const auto invalid = kernels.first_invalid_token(ids, placement_.num_experts);
   const SendPlan send = kernels.plan_send(ids, first_experts(placement_));
 
+  message_layout_ = message_layout_.to(ids.device());
   const auto announced = announce(
       *communicator_, placement_,
       at::cat({nonfinite.reshape(1), invalid.reshape(1), send.rank_rows, send.expert_counts})
-          .index_select(0, message_layout_.to(ids.device())));
+          .index_select(0, message_layout_));
   const int64_t* own = announced.to[0];
   if (own[kNonfiniteToken] >= 0 || own[kInvalidToken] >= 0) {
     refuse(routing, placement_.num_experts, own[kNonfiniteToken], own[kInvalidToken]);

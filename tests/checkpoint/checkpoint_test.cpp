@@ -10,6 +10,7 @@
 
 #include "checkpoint/checkpoint_case.h"
 #include "checkpoint/index.h"
+#include "support/devices.h"
 #include "support/shared_directory.h"
 #include "support/thrown.h"
 #include "support/tolerance.h"
@@ -93,6 +94,7 @@ TEST(Checkpoint, OfALayerLoadsAtAnyNumberOfRanks) {
   options.expert_hidden_size = 4;
   options.shared_expert_hidden_size = 3;
   options.num_experts = 5;
+  options.device = device();
   options.glu = options.bias = true;
   const auto expected = MoELayer(options)->named_parameters();
   const SharedDirectory directory;

@@ -17,7 +17,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr ShardedModel::Options kOptions{.num_experts = 3};
+const ShardedModel::Options kOptions{.num_experts = 3};
 
 std::string read_file(const fs::path& path) {
   std::ifstream file(path, std::ios::binary);

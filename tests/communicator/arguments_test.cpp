@@ -4,6 +4,7 @@
 
 #include <limits>
 
+#include "support/devices.h"
 #include "support/thrown.h"
 #include "support/world.h"
 
@@ -13,7 +14,8 @@ namespace {
 /// Sends one row of three to every rank; tests spoil it.
 Transfer valid_transfer() {
   const std::vector<int64_t> rows(world()->size(), 1);
-  return {torch::ones({world()->size(), 3}), rows, torch::ones({world()->size(), 3}), rows};
+  const auto ones = on_device(torch::ones({world()->size(), 3}));
+  return {ones, rows, ones.clone(), rows};
 }
 
 template <typename Spoil>
@@ -30,24 +32,25 @@ TEST(Arguments, AllToAllVRefusesTensors) {
   expect_refused([](Transfer& t) { t.send = t.send.to_sparse(); }, "expected a dense tensor");
   expect_refused(
       [&](Transfer& t) {
-        t.send = torch::ones({size, 6}).slice(1, 0, 6, 2);
+        t.send = on_device(torch::ones({size, 6})).slice(1, 0, 6, 2);
       },
       "is not contiguous");
   expect_refused(
       [&](Transfer& t) {
-        t.receive = torch::ones({size + 1, 6}).slice(1, 0, 3);
+        t.receive = on_device(torch::ones({size + 1, 6})).slice(1, 0, 3);
       },
       "is not contiguous");
   expect_refused([](Transfer& t) { t.receive = t.receive.to(torch::kBFloat16); },
                  "send is Float, receive is BFloat16");
   expect_refused([](Transfer& t) { t.receive = t.receive.to(torch::kMeta); },
-                 "send is on cpu, receive is on meta");
+                 c10::str("send is on ", device(), ", receive is on meta"));
   expect_refused(
       [&](Transfer& t) {
-        t.receive = torch::ones({size, 4});
+        t.receive = on_device(torch::ones({size, 4}));
       },
       "send has rows of [3], receive has rows of [4]");
-  expect_refused([](Transfer& t) { t.send = torch::tensor(1.0F); }, "no dimension of rows");
+  expect_refused([](Transfer& t) { t.send = on_device(torch::tensor(1.0F)); },
+                 "no dimension of rows");
   expect_refused([](Transfer& t) { t.receive = t.send; }, "overlap in memory");
 }
 
@@ -73,11 +76,22 @@ TEST(Arguments, AllToAllVRefusesCounts) {
   }
 }
 
+TEST(Arguments, AllToAllVRefusesTensorsOfDifferentDevices) {
+  if (device().is_cpu()) {
+    GTEST_SKIP() << "needs a GPU";
+  }
+  const std::vector<int64_t> rows(world()->size(), 1);
+  const auto in_host = torch::ones({world()->size(), 3});
+  EXPECT_INPUT_ERROR(
+      world()->all_to_all_v({valid_transfer(), {in_host, rows, in_host.clone(), rows}}),
+      c10::str("tensors on ", device(), " and on cpu"));
+}
+
 TEST(Arguments, OtherCollectivesRefuseTensors) {
   torch::Tensor undefined;
-  auto strided = torch::ones({4, 6}).slice(1, 0, 6, 2);
-  auto flags = torch::ones({3}, torch::kBool);
-  auto valid = torch::ones({3});
+  auto strided = on_device(torch::ones({4, 6})).slice(1, 0, 6, 2);
+  auto flags = on_device(torch::ones({3}, torch::kBool));
+  auto valid = on_device(torch::ones({3}));
   EXPECT_INPUT_ERROR(world()->all_reduce(undefined), "undefined");
   EXPECT_INPUT_ERROR(world()->all_reduce(strided), "not contiguous");
   EXPECT_INPUT_ERROR(world()->all_reduce(flags), "cannot sum Bool");
@@ -91,23 +105,23 @@ TEST(Arguments, OtherCollectivesRefuseTensors) {
 
 TEST(Arguments, MpiRefusesOtherDevicesAndSenselessDeadlines) {
   if (world()->name() != "mpi") {
-    GTEST_SKIP() << "the other communicator takes any device";
+    GTEST_SKIP() << "of the mpi communicator";
   }
   auto elsewhere = torch::empty({4}, torch::kMeta);
-  EXPECT_INPUT_ERROR(world()->all_reduce(elsewhere), "host memory, not on meta");
-  EXPECT_INPUT_ERROR(world()->all_gather(elsewhere), "host memory, not on meta");
-  EXPECT_INPUT_ERROR(world()->broadcast(elsewhere, 0), "host memory, not on meta");
+  EXPECT_INPUT_ERROR(world()->all_reduce(elsewhere), "host or GPU memory, not on meta");
+  EXPECT_INPUT_ERROR(world()->all_gather(elsewhere), "host or GPU memory, not on meta");
+  EXPECT_INPUT_ERROR(world()->broadcast(elsewhere, 0), "host or GPU memory, not on meta");
   const std::vector<int64_t> rows(world()->size(), 0);
   const auto none = torch::empty({0, 3}, torch::kMeta);
   EXPECT_INPUT_ERROR(world()->all_to_all_v({{none, rows, torch::empty_like(none), rows}}),
-                     "host memory, not on meta");
+                     "host or GPU memory, not on meta");
   EXPECT_INPUT_ERROR(make_mpi_communicator({std::chrono::milliseconds(0)}), "deadline is 0 ms");
 }
 
 TEST(Arguments, RefusedCallsLeaveTheCommunicatorUsable) {
   expect_refused([](Transfer& t) { t.send_rows[0] = -1; }, "send_rows[0] is -1");
   world()->all_to_all_v({valid_transfer()});
-  auto sum = torch::ones({2});
+  auto sum = on_device(torch::ones({2}));
   world()->all_reduce(sum);
   EXPECT_EQ(sum[1].item<float>(), world()->size());
 }
@@ -144,10 +158,10 @@ TEST(Traffic, CountsRowsForOtherRanks) {
     }
   }
   const std::vector<int64_t> ones(size, 1);
-  group->all_to_all_v(
-      {{torch::ones({rows.sent, 5}, torch::kFloat64), send_rows,
-        torch::ones({rows.received, 5}, torch::kFloat64), receive_rows},
-       {torch::ones({size}, torch::kFloat16), ones, torch::ones({size}, torch::kFloat16), ones}});
+  group->all_to_all_v({{on_device(torch::ones({rows.sent, 5}, torch::kFloat64)), send_rows,
+                        on_device(torch::ones({rows.received, 5}, torch::kFloat64)), receive_rows},
+                       {on_device(torch::ones({size}, torch::kFloat16)), ones,
+                        on_device(torch::zeros({size}, torch::kFloat16)), ones}});
   expect_traffic(*group, moved, 1);
   group->reset_traffic();
   expect_traffic(*group, {0, 0}, 0);
@@ -157,11 +171,11 @@ TEST(Traffic, CountsTheOtherCollectives) {
   const auto group = world()->split(0, 0);
   const int64_t others = group->size() - 1;
 
-  group->all_gather(torch::ones({7}));  // 28 bytes
+  group->all_gather(on_device(torch::ones({7})));  // 28 bytes
   expect_traffic(*group, {others * 28, others * 28}, 1);
   group->reset_traffic();
 
-  auto tensor = torch::ones({3}, torch::kInt64);  // 24 bytes
+  auto tensor = on_device(torch::ones({3}, torch::kInt64));  // 24 bytes
   group->broadcast(tensor, 0);
   expect_traffic(*group, group->rank() == 0 ? Moved{others * 24, 0} : Moved{0, others > 0 ? 24 : 0},
                  1);
@@ -169,7 +183,7 @@ TEST(Traffic, CountsTheOtherCollectives) {
 
   // 12 elements are divisible by 1, 2, 3 and 4: every rank sends the others their chunks of
   // 12 / size, and then its sum to the others.
-  auto terms = torch::ones({12});
+  auto terms = on_device(torch::ones({12}));
   group->all_reduce(terms);
   const int64_t moved = 2 * others * (12 / group->size()) * 4;
   expect_traffic(*group, {moved, moved}, 1);

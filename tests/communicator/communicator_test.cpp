@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "communicator/mpi.h"
+#include "support/devices.h"
 #include "support/random.h"
 #include "support/tolerance.h"
 #include "support/world.h"
@@ -78,8 +79,8 @@ Expected make_transfer(const Communicator& communicator, const Counts& counts, i
     sent.push_back({rank, peer, counts[rank][peer]});
     received.push_back({peer, rank, counts[peer][rank]});
   }
-  expected.transfer.send = marked_rows(sent, columns, dtype);
-  expected.received = marked_rows(received, columns, dtype);
+  expected.transfer.send = on_device(marked_rows(sent, columns, dtype));
+  expected.received = on_device(marked_rows(received, columns, dtype));
   expected.transfer.receive = torch::full_like(expected.received, 126);  // no mark
   return expected;
 }
@@ -139,8 +140,8 @@ TEST(AllToAllV, MovesRowsOfAnyShape) {
   for (const std::vector<int64_t>& shape : {std::vector<int64_t>{}, {3, 4}, {0}, {2, 1, 5}}) {
     std::vector<int64_t> sizes = {2 * size};
     sizes.insert(sizes.end(), shape.begin(), shape.end());
-    const auto send = torch::full(sizes, world()->rank(), torch::kFloat32);
-    const auto receive = torch::full(sizes, -1.0F);
+    const auto send = on_device(torch::full(sizes, world()->rank(), torch::kFloat32));
+    const auto receive = torch::full_like(send, -1.0F);
     world()->all_to_all_v({{send, rows, receive, rows}});
     for (int peer = 0; peer < size; ++peer) {
       EXPECT_TRUE(receive.narrow(0, 2 * peer, 2).eq(peer).all().item<bool>());
@@ -163,7 +164,7 @@ TEST(AllToAllV, CutsLongMessagesIntoPieces) {
          make_transfer(*communicator, everything_to(0, world()->size(), 8), 2, torch::kInt32),
          make_transfer(*communicator, random_counts(random, world()->size(), 3), 40,
                        torch::kBFloat16)});
-    auto sum = torch::full({100}, communicator->rank() + 1);
+    auto sum = on_device(torch::full({100}, communicator->rank() + 1));
     communicator->all_reduce(sum);
     EXPECT_TRUE(sum.eq(world()->size() * (world()->size() + 1) / 2).all().item<bool>());
   }
@@ -190,7 +191,7 @@ torch::Tensor sum_of_terms(int size, int64_t elements, torch::Dtype dtype) {
 TEST(AllReduce, SumsInRankOrderAndRoundsOnce) {
   for (const auto dtype : kDtypes) {
     for (const int64_t elements : {0, 1, 2, 3, 4, 5, 1000, 70'001}) {
-      auto tensor = term(world()->rank(), elements, dtype);
+      auto tensor = on_device(term(world()->rank(), elements, dtype));
       world()->all_reduce(tensor);
       EXPECT_TRUE(identical(tensor, sum_of_terms(world()->size(), elements, dtype)))
           << to_string(dtype) << ", " << elements << " elements";
@@ -200,14 +201,14 @@ TEST(AllReduce, SumsInRankOrderAndRoundsOnce) {
 
 TEST(AllReduce, KeepsWholeNumbersExact) {
   const int64_t large = (int64_t{1} << 53) + 1;  // no double
-  auto tensor = torch::full({2, 3}, large, torch::kInt64);
+  auto tensor = on_device(torch::full({2, 3}, large, torch::kInt64));
   world()->all_reduce(tensor);
   EXPECT_TRUE(tensor.eq(large * world()->size()).all().item<bool>());
 }
 
 TEST(AllReduce, AgreesBitForBitOverRunsAndRanks) {
   for (const auto dtype : {torch::kFloat32, torch::kBFloat16}) {
-    auto first = term(world()->rank(), 5000, dtype);
+    auto first = on_device(term(world()->rank(), 5000, dtype));
     auto second = first.clone();
     world()->all_reduce(first);
     world()->all_reduce(second);
@@ -220,7 +221,7 @@ TEST(AllReduce, AgreesBitForBitOverRunsAndRanks) {
 }
 
 TEST(AllReduce, TakesParameters) {
-  auto parameter = torch::ones({3, 5}, torch::requires_grad());
+  auto parameter = on_device(torch::ones({3, 5})).requires_grad_();
   world()->all_reduce(parameter);
   EXPECT_TRUE(parameter.eq(world()->size()).all().item<bool>());
   EXPECT_TRUE(parameter.is_leaf() && parameter.requires_grad());
@@ -230,7 +231,8 @@ TEST(AllGather, CollectsEveryTypeAndShape) {
   for (const auto dtype : kDtypes) {
     for (const std::vector<int64_t>& shape :
          {std::vector<int64_t>{}, {0}, {1}, {3, 4}, {2, 0, 3}, {50'000}}) {
-      const auto gathered = world()->all_gather(torch::full(shape, world()->rank() + 1, dtype));
+      const auto gathered =
+          world()->all_gather(on_device(torch::full(shape, world()->rank() + 1, dtype)));
       ASSERT_EQ(gathered.dim(), static_cast<int64_t>(shape.size()) + 1);
       ASSERT_EQ(gathered.size(0), world()->size());
       for (int rank = 0; rank < world()->size(); ++rank) {
@@ -244,12 +246,36 @@ TEST(Broadcast, OverwritesWithTheRootsTensor) {
   for (const auto dtype : kDtypes) {
     for (int root = 0; root < world()->size(); ++root) {
       for (const int64_t elements : {0, 1, 40'000}) {
-        auto tensor = torch::full({elements, 2}, world()->rank(), dtype);
+        auto tensor = on_device(torch::full({elements, 2}, world()->rank(), dtype));
         world()->broadcast(tensor, root);
         EXPECT_TRUE(identical(tensor, torch::full({elements, 2}, root, dtype)));
       }
     }
   }
+}
+
+// Agreements, counts and checkpoints travel in host memory, whatever the layer computes on.
+TEST(HostMemory, IsMovedByEveryCommunicator) {
+  const auto rank = world()->rank();
+  const auto size = world()->size();
+  const auto gathered = world()->all_gather(torch::full({3}, rank, torch::kInt64));
+  for (int peer = 0; peer < size; ++peer) {
+    EXPECT_TRUE(gathered[peer].eq(peer).all().item<bool>());
+  }
+  auto sum = torch::ones({5}, torch::kFloat64);
+  world()->all_reduce(sum);
+  EXPECT_TRUE(sum.eq(size).all().item<bool>());
+  auto token = torch::full({2}, rank, torch::kFloat32);
+  world()->broadcast(token, size - 1);
+  EXPECT_TRUE(token.eq(size - 1).all().item<bool>());
+  const std::vector<int64_t> rows(size, 1);
+  const auto send = torch::full({size, 2}, rank, torch::kFloat32);
+  const auto receive = torch::full_like(send, -1);
+  world()->all_to_all_v({{send, rows, receive, rows}});
+  for (int peer = 0; peer < size; ++peer) {
+    EXPECT_TRUE(receive[peer].eq(peer).all().item<bool>());
+  }
+  world()->check();
 }
 
 TEST(Barrier, NobodyLeavesBeforeAllHaveCome) {

@@ -3,6 +3,7 @@
 
 #include <thread>
 
+#include "support/devices.h"
 #include "support/random.h"
 #include "support/world.h"
 
@@ -10,7 +11,7 @@ namespace anabranch::test {
 namespace {
 
 int64_t sum_of(Communicator& communicator, int64_t value) {
-  auto tensor = torch::full({3}, value, torch::kInt64);
+  auto tensor = on_device(torch::full({3}, value, torch::kInt64));
   communicator.all_reduce(tensor);
   EXPECT_TRUE(tensor.eq(tensor[0]).all().item<bool>());
   return tensor[0].item<int64_t>();
@@ -27,7 +28,7 @@ TEST(Split, GroupsByColorAndOrdersByKey) {
   EXPECT_EQ(group->rank(), members - 1 - rank / 2);
   EXPECT_EQ(group->name(), world()->name());
 
-  const auto ranks = group->all_gather(torch::tensor(rank));
+  const auto ranks = group->all_gather(on_device(torch::tensor(rank)));
   for (int i = 0; i < members; ++i) {
     EXPECT_EQ(ranks[i].item<int>(), color + 2 * (members - 1 - i));
   }
@@ -42,13 +43,13 @@ TEST(Split, OrdersEqualKeysByRank) {
 TEST(Split, MovesRowsWithinEachGroup) {
   const auto group = world()->split(world()->rank() / 2, world()->rank());
   const std::vector<int64_t> rows(group->size(), 1);
-  const auto send = torch::full({group->size(), 4}, world()->rank(), torch::kFloat32);
-  const auto receive = torch::full({group->size(), 4}, -1.0F);
+  const auto send = on_device(torch::full({group->size(), 4}, world()->rank(), torch::kFloat32));
+  const auto receive = torch::full_like(send, -1.0F);
   group->all_to_all_v({{send, rows, receive, rows}});
   for (int peer = 0; peer < group->size(); ++peer) {
     EXPECT_TRUE(receive[peer].eq(world()->rank() / 2 * 2 + peer).all().item<bool>());
   }
-  auto token = torch::full({1}, world()->rank(), torch::kFloat32);
+  auto token = on_device(torch::full({1}, world()->rank(), torch::kFloat32));
   group->broadcast(token, group->size() - 1);
   EXPECT_EQ(token.item<float>(), std::min(world()->rank() / 2 * 2 + 1, world()->size() - 1));
   group->barrier();
@@ -80,6 +81,12 @@ TEST(Split, GroupsOutliveTheirParent) {
 }
 
 TEST(Split, TwoThreadsUseTwoGroupsAtOnce) {
+  if (world()->name() == "nccl") {
+    GTEST_SKIP() << "on one stream, two of NCCL's groups must be used in the same order everywhere";
+  }
+  if (world()->name() == "store") {
+    GTEST_SKIP() << "a store answers one thread at a time";
+  }
   const auto left = world()->split(0, world()->rank());
   const auto right = world()->split(0, -world()->rank());
   const auto work = [](const std::shared_ptr<Communicator>& communicator, int64_t value) {

@@ -30,7 +30,8 @@ TIMING = {"tokens_per_second", "seconds"}
 
 # More ranks than cores: who waits makes way.
 ENVIRONMENT = dict(
-    os.environ,
+    # Several ranks on one GPU.
+    {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "8"} | os.environ,
     OMP_NUM_THREADS="1",
     OMPI_ALLOW_RUN_AS_ROOT="1",
     OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
@@ -199,6 +200,26 @@ def resume_copy(half_run, text, directory, ranks):
     shutil.copytree(half_run, directory)
     run(ranks, "--data", text, "--output", directory, *model_options(), "--resume")
     return directory
+
+
+def gpus():
+    """How many ranks can have a GPU here: any number, where NCCL lets several have the same."""
+    info = PROGRAMS / "info"
+    text = subprocess.run([info], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"^GPUs: (\d+)", text, re.M)
+    if not found or "NCCL 2" not in text:
+        return 0
+    return math.inf if "several ranks on one GPU" in text else int(found[1])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_first_steps_on_gpus_are_those_on_the_cpu(train, ranks):
+    if gpus() < ranks:
+        pytest.skip(f"no GPU, or too few for {ranks} ranks, or a build without NCCL")
+    changes = {"dtype": "float32", "batch_size": 8}
+    expected = read_metrics(train(1, **changes))
+    metrics = read_metrics(train(ranks, device="cuda", **changes))
+    assert_same_curve(metrics, expected, tolerance("float32", 8))
 
 
 def test_resume_continues_the_very_same_curve(half_run, whole_run, text, tmp_path):

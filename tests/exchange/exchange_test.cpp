@@ -49,7 +49,7 @@ class ExchangeTest : public ::testing::Test {
   Routing local_routing(const RoutingCase& routed) const {
     Routing routing;
     routing.expert_ids = routed.local(routed.expert_ids, rank_);
-    routing.weights = torch::ones(routing.expert_ids.sizes(), torch::kFloat32);
+    routing.weights = torch::ones_like(routing.expert_ids, torch::kFloat32);
     return routing;
   }
   std::shared_ptr<Communicator> world_ = world();
@@ -101,7 +101,7 @@ TEST_F(ExchangeTest, CombineSumsTheRowsOfATokenAndReturnsEveryValue) {
       magnitude.index_add_(0, row_tokens, rows.to(torch::kFloat64).abs());
       values.index_copy_(0, flat, results);
       if (w == rank_) {
-        own = {rows, results};
+        own = {on_device(rows), on_device(results)};
       }
     }
     const auto combined = exchange.combine(own, plan);
@@ -121,11 +121,11 @@ TEST_F(ExchangeTest, CombineRoundsOnce) {
   const int ranks = world_->size();
   const Exchange exchange(world_, ranks);
   Routing routing;
-  routing.expert_ids = torch::arange(ranks).unsqueeze(0).contiguous();
-  routing.weights = torch::ones({1, ranks});
+  routing.expert_ids = on_device(torch::arange(ranks).unsqueeze(0).contiguous());
+  routing.weights = on_device(torch::ones({1, ranks}));
   const auto plan = exchange.plan(routing);
   const double part = rank_ == 0 ? 256 : (rank_ <= 2 ? 1 : 0);
-  const auto rows = torch::full({plan.rows(), 4}, part, torch::kBFloat16);
+  const auto rows = on_device(torch::full({plan.rows(), 4}, part, torch::kBFloat16));
   const auto combined = exchange.combine({rows, {}}, plan).rows;
   EXPECT_TRUE(identical(combined, torch::full({1, 4}, 258, torch::kBFloat16)));
 }
@@ -138,8 +138,9 @@ TEST_F(ExchangeTest, CombineIsTheAdjointOfDispatch) {
     const Exchange exchange(world_, routed.num_experts);
     const auto plan = exchange.plan(local_routing(routed));
     Random own(test_seed() + static_cast<uint64_t>(rank_));
-    const Payload x = {own.normal({plan.tokens, hidden}), own.normal({plan.tokens, plan.top_k})};
-    const Payload y = {own.normal({plan.rows(), hidden}), own.normal({plan.assignments()})};
+    const auto draw = [&](torch::IntArrayRef sizes) { return on_device(own.normal(sizes)); };
+    const Payload x = {draw({plan.tokens, hidden}), draw({plan.tokens, plan.top_k})};
+    const Payload y = {draw({plan.rows(), hidden}), draw({plan.assignments()})};
     const auto there = exchange.dispatch(x, plan);
     const auto back = exchange.combine(y, plan);
     const auto dot = [&](const torch::Tensor& a, const torch::Tensor& b) {
@@ -161,10 +162,10 @@ TEST_F(ExchangeTest, OneRankMovesNothing) {
   const auto routed = make_routing_case(random_, 1, 8, 3, 20, Skew::kUniform, Split::kEven);
   const Exchange exchange(self, 8);
   Routing routing;
-  routing.expert_ids = routed.expert_ids;
-  routing.weights = torch::ones({20, 3});
+  routing.expert_ids = on_device(routed.expert_ids);
+  routing.weights = on_device(torch::ones({20, 3}));
   const auto plan = exchange.plan(routing);
-  const auto x = random_.normal({20, 5}, torch::kFloat32);
+  const auto x = on_device(random_.normal({20, 5}, torch::kFloat32));
   EXPECT_TRUE(identical(exchange.dispatch({x, {}}, plan).rows, x));
   EXPECT_TRUE(identical(exchange.combine({x, {}}, plan).rows, x));
   EXPECT_EQ(exchange.dispatch({x, {}}, plan).rows.data_ptr(), x.data_ptr());  // not even a copy
@@ -192,7 +193,7 @@ TEST_F(ExchangeTest, SendsTheDeduplicatedMinimum) {
       out += w == rank_ ? 0 : rows_to(rank_, w);
       in += w == rank_ ? 0 : rows_to(w, rank_);
     }
-    const auto x = random_.normal({plan.tokens, hidden}, torch::kBFloat16);
+    const auto x = on_device(random_.normal({plan.tokens, hidden}, torch::kBFloat16));
     world_->reset_traffic();
     const auto there = exchange.dispatch({x, {}}, plan);
     EXPECT_EQ(world_->traffic().bytes_sent, out * hidden * 2);
@@ -206,7 +207,7 @@ TEST_F(ExchangeTest, SendsTheDeduplicatedMinimum) {
       return std::accumulate(counts.begin(), counts.end(), int64_t{0}) - counts[rank_];
     };
     world_->reset_traffic();
-    exchange.dispatch({x, torch::ones({plan.tokens, plan.top_k})}, plan);
+    exchange.dispatch({x, on_device(torch::ones({plan.tokens, plan.top_k}))}, plan);
     EXPECT_EQ(world_->traffic().bytes_sent,
               out * hidden * 2 + elsewhere(plan.send_assignments) * 4);
     EXPECT_EQ(world_->traffic().bytes_received,
@@ -222,7 +223,7 @@ TEST_F(ExchangeTest, WorksWithinASubgroup) {
   const Exchange exchange(group, 5);
   Routing routing;
   routing.expert_ids = routed.local(routed.expert_ids, group->rank());
-  routing.weights = torch::ones(routing.expert_ids.sizes());
+  routing.weights = torch::ones_like(routing.expert_ids, torch::kFloat32);
   const auto plan = exchange.plan(routing);
   const auto x = random_.normal({20, 3}, torch::kFloat32);
   const auto sent = exchange.dispatch({routed.local(x, group->rank()), {}}, plan);

@@ -6,6 +6,7 @@
 #include <set>
 #include <tuple>
 
+#include "support/devices.h"
 #include "support/routing_case.h"
 #include "support/thrown.h"
 #include "support/tolerance.h"
@@ -152,8 +153,8 @@ NaivePlan naive_plan(const RoutingCase& routed, int64_t rank) {
 
 Routing routing_of(const torch::Tensor& expert_ids) {
   Routing routing;
-  routing.expert_ids = expert_ids;
-  routing.weights = torch::ones(expert_ids.sizes(), torch::kFloat32);
+  routing.expert_ids = on_device(expert_ids);
+  routing.weights = on_device(torch::ones(expert_ids.sizes(), torch::kFloat32));
   return routing;
 }
 
@@ -270,7 +271,7 @@ TEST_F(PlanTest, RefusesAGateThatIsNotFiniteOnEveryRank) {
   const Exchange exchange(world_, 6);
   const auto ids = random_expert_ids(random_, 7, 6, 2, Skew::kUniform);
   auto bad = routing_of(ids);
-  bad.first_nonfinite_token = torch::tensor(3, torch::kInt64);
+  bad.first_nonfinite_token = on_device(torch::tensor(3, torch::kInt64));
   expect_refusal_everywhere(*world_, exchange, routing_of(ids), bad, "token 3");
 }
 
@@ -283,7 +284,7 @@ TEST_F(PlanTest, RefusesWrongTensorsBeforeCommunication) {
   EXPECT_INPUT_ERROR(exchange.plan(routing_of(ids.reshape({4}))), "[4]");
   EXPECT_INPUT_ERROR(exchange.plan(routing_of(ids.slice(1, 0, 0))), "0");
   auto routing = routing_of(ids);
-  routing.weights = torch::ones({2, 1});
+  routing.weights = on_device(torch::ones({2, 1}));
   EXPECT_INPUT_ERROR(exchange.plan(routing), "weights");
   EXPECT_EQ(world_->traffic().collectives, before);
 }

@@ -1,6 +1,7 @@
 #include <anabranch/experts.h>
 #include <gtest/gtest.h>
 
+#include "support/devices.h"
 #include "support/tolerance.h"
 #include "support/world.h"
 
@@ -15,6 +16,7 @@ MoEOptions options_with(bool glu, bool bias) {
   options.glu = glu;
   options.bias = bias;
   options.seed = 11;
+  options.device = device();
   return options;
 }
 
@@ -80,6 +82,7 @@ TEST(ExpertsTest, InitialValuesAreScaledByFanIn) {
   options.hidden_size = 64;
   options.expert_hidden_size = 100;
   options.num_experts = 4;
+  options.device = device();
   const Experts experts(options, ExpertPlacement{4, 1}, 0);
   const auto expect_uniform = [](const torch::Tensor& values, double fan_in) {
     const double bound = 1 / std::sqrt(fan_in);

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "support/collectives.h"
+#include "support/devices.h"
 #include "support/routing_case.h"
 #include "support/tolerance.h"
 #include "support/world.h"
@@ -19,12 +20,12 @@ TEST(PermuteTest, UnpermuteIsTheAdjoint) {
     const Exchange exchange(world(), routed.num_experts);
     Routing routing;
     routing.expert_ids = routed.local(routed.expert_ids, world()->rank());
-    routing.weights = torch::ones(routing.expert_ids.sizes());
+    routing.weights = torch::ones_like(routing.expert_ids, torch::kFloat32);
     const auto plan = exchange.plan(routing);
     Random own(test_seed() + static_cast<uint64_t>(world()->rank()));
-    const auto x = own.normal({plan.rows(), 5});
-    const auto y = own.normal({plan.assignments(), 5});
-    const auto weights = own.normal({plan.assignments()});
+    const auto x = on_device(own.normal({plan.rows(), 5}));
+    const auto y = on_device(own.normal({plan.assignments(), 5}));
+    const auto weights = on_device(own.normal({plan.assignments()}));
     const auto permuted = permute(x, plan);
     const auto length = 10 * (plan.rows() + plan.assignments());
 

@@ -1,6 +1,7 @@
-// One rank of a job in which something goes wrong: fault_rank SCENARIO DEADLINE_MS
+// One rank of a job in which something goes wrong: fault_rank SCENARIO DEADLINE_MS [mpi|nccl] [CULPRIT]
 //
 // Says on standard error how it ended, as one line: "ended rank=0 seconds=2.0 peers=2 what=...".
+#include <ATen/Context.h>
 #include <anabranch/communicator.h>
 #include <anabranch/error.h>
 #include <anabranch/moe_layer.h>
@@ -27,17 +28,23 @@ using std::chrono::milliseconds;
 using Clock = std::chrono::steady_clock;
 
 /// The rank that every scenario with one culprit has it in.
-constexpr int kCulprit = 2;
+int culprit = 2;
 
 milliseconds deadline;
+torch::Device device(torch::kCPU);
 Clock::time_point began;
 
 /// Rows between all pairs of ranks, some of them longer than MPI sends without a handshake.
 void exchange_once(Communicator& communicator) {
   const std::vector<int64_t> rows(communicator.size(), 100);
   const int64_t total = 100 * communicator.size();
-  communicator.all_to_all_v({{at::ones({total, 16}), rows, at::empty({total, 16}), rows},
-                             {at::ones({total, 4096}), rows, at::empty({total, 4096}), rows}});
+  const at::Tensor narrow = at::ones({total, 16}, device);
+  const at::Tensor wide = at::ones({total, 4096}, device);
+  const at::Tensor received = at::empty_like(wide);
+  communicator.all_to_all_v(
+      {{narrow, rows, at::empty_like(narrow), rows}, {wide, rows, received, rows}});
+  received.select(0, 0).cpu();  // waits for a stream
+  communicator.check();
 }
 
 void exchange_for_ever(Communicator& communicator) {
@@ -48,7 +55,7 @@ void exchange_for_ever(Communicator& communicator) {
 
 /// Sends the culprit `signal` after 300 ms, in the middle of whatever it does.
 void schedule(const Communicator& communicator, int signal) {
-  if (communicator.rank() == kCulprit) {
+  if (communicator.rank() == culprit) {
     std::thread([signal] {
       std::this_thread::sleep_for(milliseconds(300));
       kill(getpid(), signal);
@@ -74,6 +81,7 @@ anabranch::MoEOptions layer_options() {
   options.expert_hidden_size = 128;
   options.num_experts = 8;
   options.top_k = 2;
+  options.device = device;
   return options;
 }
 
@@ -86,18 +94,19 @@ void killed_in_a_training_step(Communicator& communicator) {
   anabranch::MoELayer layer(layer_options(), share(communicator));
   schedule(communicator, SIGKILL);
   while (true) {
-    const auto x = torch::randn({200, 64}, torch::requires_grad());
+    const auto x = torch::randn({200, 64}, device).requires_grad_();
     layer->forward(x).output.sum().backward();
   }
 }
 
 /// Comes when the others have given up.
 void late(Communicator& communicator) {
-  if (communicator.rank() == kCulprit) {
+  if (communicator.rank() == culprit) {
     std::this_thread::sleep_for(2 * deadline);
   }
-  at::Tensor sum = at::ones({10});
+  at::Tensor sum = at::ones({10}, device);
   communicator.all_reduce(sum);
+  communicator.barrier();
 }
 
 /// Every rank needs longer for its own work than collectives may wait, but all do.
@@ -107,14 +116,14 @@ void slow_together(Communicator& communicator) {
 }
 
 void leaves(Communicator& communicator) {
-  if (communicator.rank() != kCulprit) {
+  if (communicator.rank() != culprit) {
     communicator.barrier();
   }
 }
 
 void throws(Communicator& communicator) {
   exchange_once(communicator);
-  if (communicator.rank() == kCulprit) {
+  if (communicator.rank() == culprit) {
     throw std::runtime_error("no more data");
   }
   exchange_for_ever(communicator);
@@ -122,12 +131,12 @@ void throws(Communicator& communicator) {
 
 void other_options(Communicator& communicator) {
   anabranch::MoEOptions options = layer_options();
-  options.top_k = communicator.rank() == kCulprit ? 3 : 2;
+  options.top_k = communicator.rank() == culprit ? 3 : 2;
   const anabranch::MoELayer layer(options, share(communicator));
 }
 
 void other_calls(Communicator& communicator) {
-  if (communicator.rank() == kCulprit) {
+  if (communicator.rank() == culprit) {
     communicator.barrier();
   } else {
     at::Tensor sum = at::ones({10});
@@ -136,7 +145,7 @@ void other_calls(Communicator& communicator) {
 }
 
 void other_shapes(Communicator& communicator) {
-  communicator.all_gather(at::ones({communicator.rank() == kCulprit ? 5 : 4}));
+  communicator.all_gather(at::ones({communicator.rank() == culprit ? 5 : 4}));
 }
 
 /// Rank 3 waits for 0, in the world, 0 for 1, in a group of two, 1 for 2, in another, and 2 is dead.
@@ -144,7 +153,7 @@ void chain(Communicator& communicator) {
   const int rank = communicator.rank();
   const auto front = communicator.split(rank <= 1 ? 0 : 1, rank);
   const auto middle = communicator.split(rank == 1 || rank == 2 ? 0 : 1, rank);
-  if (rank == kCulprit) {
+  if (rank == culprit) {
     raise(SIGKILL);
   }
   // The first to lose patience is the rank farthest from the culprit.
@@ -166,13 +175,27 @@ void stay_away() {
   MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &level);
   int rank = 0;
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
-  if (rank == kCulprit) {
+  if (rank == culprit) {
     std::this_thread::sleep_for(2 * deadline);
   }
 }
 
+/// The culprit stays away while the others make an NCCL group.
+std::shared_ptr<Communicator> start_nccl(const std::shared_ptr<Communicator>& mpi,
+                                         const std::string& scenario) {
+  const char* local = std::getenv("OMPI_COMM_WORLD_LOCAL_RANK");
+  const int gpus = static_cast<int>(at::getNumGPUs());
+  device = torch::Device(torch::kCUDA,
+                         static_cast<c10::DeviceIndex>(std::atoi(local ? local : "0") % gpus));
+  if (scenario == "absent_from_nccl" && mpi->rank() == culprit) {
+    std::this_thread::sleep_for(2 * deadline);
+  }
+  return anabranch::make_nccl_communicator(mpi, device, {deadline});
+}
+
 const std::map<std::string, std::function<void(Communicator&)>> scenarios = {
     {"absent", [](Communicator& communicator) { communicator.barrier(); }},
+    {"absent_from_nccl", [](Communicator& communicator) { communicator.barrier(); }},
     {"killed", killed},
     {"killed_in_a_training_step", killed_in_a_training_step},
     {"stalled", stalled},
@@ -200,8 +223,12 @@ void report(const std::vector<int>& peers, const std::string& what) {
 
 int main(int argc, char** argv) {
   if (argc < 3) {
-    std::fprintf(stderr, "usage: fault_rank SCENARIO DEADLINE_MS\n");
+    std::fprintf(stderr, "usage: fault_rank SCENARIO DEADLINE_MS [mpi|nccl] [CULPRIT]\n");
     return 2;
+  }
+  const bool with_nccl = argc > 3 && std::string(argv[3]) == "nccl";
+  if (argc > 4) {
+    culprit = std::atoi(argv[4]);
   }
   deadline = milliseconds(std::stol(argv[2]));
   const std::string scenario = argv[1];
@@ -213,6 +240,11 @@ int main(int argc, char** argv) {
     }
     began = Clock::now();
     communicator = anabranch::make_mpi_communicator({deadline});
+    if (with_nccl) {
+      communicator = start_nccl(communicator, scenario);
+      communicator->barrier();
+      began = Clock::now();
+    }
     scenarios.at(scenario)(*communicator);
   } catch (const anabranch::CommunicationError& error) {
     report(error.peers(), error.what());

@@ -28,6 +28,8 @@ SURVIVOR_MARGIN = 3.0
 PROGRAM = os.environ.get("ANABRANCH_FAULT_RANK", "build/release/tests/fault_rank")
 MPIEXEC = os.environ.get("MPIEXEC", "mpirun")
 MARKER = "ANABRANCH_FAULT_JOB"
+# Several ranks on one GPU.
+SHARED_GPU = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "8"}
 
 
 def mpi_version():
@@ -67,13 +69,13 @@ class Outcome:
 class Job:
     """The ranks of one mpirun, recognised by a variable in their environment."""
 
-    def __init__(self, log, scenario, deadline, recovery, flags):
+    def __init__(self, log, scenario, deadline, recovery, flags, communicator, culprit):
         self.log = log
         self.marker = f"{MARKER}={uuid.uuid4()}"
-        environment = dict(os.environ, OMP_NUM_THREADS="1")
+        environment = SHARED_GPU | dict(os.environ, OMP_NUM_THREADS="1")
         environment.update([self.marker.split("=")])
         environment.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
-        command = [PROGRAM, scenario, str(round(deadline * 1000))]
+        command = [PROGRAM, scenario, str(round(deadline * 1000)), communicator, str(culprit)]
         if recovery:
             note = 'echo "status rank=$OMPI_COMM_WORLD_RANK code=$?" >&2'
             command = ["bash", "-c", f'"$@"; {note}', "rank"] + command
@@ -143,8 +145,12 @@ class Job:
 def start(tmp_path):
     jobs = []
 
-    def start_job(scenario, deadline=DEADLINE, recovery=True, flags=()):
-        jobs.append(Job(tmp_path / f"{len(jobs)}.log", scenario, deadline, recovery, list(flags)))
+    def start_job(
+        scenario, deadline=DEADLINE, recovery=True, flags=(), communicator="mpi", culprit=CULPRIT
+    ):
+        log = tmp_path / f"{len(jobs)}.log"
+        flags = list(flags)
+        jobs.append(Job(log, scenario, deadline, recovery, flags, communicator, culprit))
         return jobs[-1]
 
     yield start_job
@@ -152,10 +158,12 @@ def start(tmp_path):
         job.end()
 
 
-def check_survivors(outcome, deadline=DEADLINE, says=f"rank {CULPRIT}"):
+def check_survivors(outcome, deadline=DEADLINE, says=f"rank {CULPRIT}", culprit=CULPRIT):
     """Every survivor ended by an exception, in time, and named the culprit."""
-    assert [ending.rank for ending in outcome.survivors] == [0, 1, 3], outcome.output
-    for ending in outcome.survivors:
+    survivors = [ending for rank, ending in sorted(outcome.endings.items()) if rank != culprit]
+    expected = [rank for rank in range(RANKS) if rank != culprit]
+    assert [ending.rank for ending in survivors] == expected, outcome.output
+    for ending in survivors:
         assert says in ending.what, outcome.output
         assert ending.seconds < deadline + SURVIVOR_MARGIN, outcome.output
         assert outcome.statuses[ending.rank] == 1, outcome.output
@@ -255,3 +263,74 @@ def test_plain_mpirun_ends_the_job_within_the_deadline(start, scenario):
 def test_plain_mpirun_ends_the_job_at_once_after_an_exception(start, scenario):
     outcome = start(scenario, deadline=60.0, recovery=False).outcome(MARGIN)
     assert outcome.returncode == 1, outcome.output
+
+
+def nccl_obstacle():
+    """Why ranks cannot be tied by NCCL here; empty if they can."""
+    info = pathlib.Path(PROGRAM).parent.parent / "examples" / "info"
+    text = subprocess.run([info], capture_output=True, text=True).stdout if info.exists() else ""
+    gpus = re.search(r"^GPUs: (\d+)", text, re.M)
+    if not gpus or "NCCL 2" not in text:
+        return "no GPU, or a build without NCCL"
+    if int(gpus[1]) < RANKS and "several ranks on one GPU" not in text:
+        return f"{RANKS} ranks on {gpus[1]} GPUs need NCCL 2.30.3"
+    return ""
+
+
+NCCL_OBSTACLE = nccl_obstacle()
+needs_nccl = pytest.mark.skipif(bool(NCCL_OBSTACLE), reason=NCCL_OBSTACLE)
+# The first collective of ranks that share a GPU takes long.
+NCCL_DEADLINE = 6.0
+NCCL_MARGIN = 60.0
+
+
+@needs_nccl
+@pytest.mark.parametrize("scenario", ["killed", "killed_in_a_training_step"])
+@pytest.mark.parametrize("culprit", [0, CULPRIT])
+def test_nccl_killed(start, scenario, culprit):
+    job = start(scenario, NCCL_DEADLINE, communicator="nccl", culprit=culprit)
+    outcome = job.outcome(NCCL_DEADLINE + NCCL_MARGIN)
+    check_survivors(outcome, NCCL_DEADLINE, says=f"rank {culprit}", culprit=culprit)
+    for rank, ending in outcome.endings.items():
+        assert ending.peers == [culprit], outcome.output
+
+
+@needs_nccl
+def test_nccl_stalled_and_woken_too_late(start):
+    culprit = CULPRIT
+    job = start("stalled", NCCL_DEADLINE, communicator="nccl")
+    survivors = set(range(RANKS)) - {culprit}
+    job.wait_until(lambda: set(job.endings()) >= survivors, NCCL_DEADLINE + NCCL_MARGIN)
+    (stopped,) = job.pids(state="T")
+    os.kill(stopped, signal.SIGCONT)
+    outcome = job.outcome(NCCL_DEADLINE + NCCL_MARGIN)
+    check_survivors(outcome, NCCL_DEADLINE, says=f"rank {culprit}", culprit=culprit)
+    assert all(outcome.endings[rank].peers == [culprit] for rank in survivors), outcome.output
+    assert outcome.statuses[culprit] == 1
+
+
+@needs_nccl
+@pytest.mark.parametrize("scenario", ["late", "absent_from_nccl"])
+def test_nccl_rank_that_comes_too_late(start, scenario):
+    outcome = start(scenario, NCCL_DEADLINE, communicator="nccl").outcome(
+        3 * NCCL_DEADLINE + NCCL_MARGIN
+    )
+    check_survivors(outcome, 2 * NCCL_DEADLINE)
+    assert all(ending.peers == [CULPRIT] for ending in outcome.survivors), outcome.output
+
+
+@needs_nccl
+def test_nccl_ends_by_an_exception(start):
+    outcome = start("throws", NCCL_DEADLINE, communicator="nccl").outcome(
+        NCCL_DEADLINE + NCCL_MARGIN
+    )
+    check_survivors(outcome, NCCL_DEADLINE)
+    assert outcome.endings[CULPRIT].what == "no more data"
+
+
+@needs_nccl
+def test_nccl_long_computations_are_no_reason_for_alarm(start):
+    outcome = start("slow_together", NCCL_DEADLINE, communicator="nccl").outcome(
+        2 * NCCL_DEADLINE + NCCL_MARGIN
+    )
+    assert outcome.returncode == 0, outcome.output

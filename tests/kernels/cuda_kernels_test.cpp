@@ -17,7 +17,7 @@ constexpr int64_t kTranscendental = 32;
 class CudaKernelsTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    if (devices().size() < 2) {
+    if (!have_cuda()) {
       GTEST_SKIP() << "no GPU on this machine";
     }
     cuda_ = &cuda_kernels();

@@ -19,7 +19,7 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 class RouteTest : public ::testing::TestWithParam<torch::Device> {
  protected:
-  torch::Tensor on_device(const torch::Tensor& tensor) { return tensor.to(GetParam()); }
+  torch::Tensor on_device(const torch::Tensor& tensor) const { return tensor.to(GetParam()); }
   Random random_{test_seed()};
 };
 INSTANTIATE_TEST_SUITE_P(Devices, RouteTest, ::testing::ValuesIn(devices()),
@@ -176,6 +176,7 @@ class RouterTest : public ::testing::Test {
     options.expert_hidden_size = 4;
     options.num_experts = num_experts;
     options.top_k = top_k;
+    options.device = device();
     return options;
   }
   Random random_{test_seed()};
@@ -191,18 +192,18 @@ TEST_F(RouterTest, EqualsReferenceForEveryInputType) {
     ASSERT_EQ(router->weight.scalar_type(), gate_type);
     ASSERT_EQ(router->weight.sizes(), torch::IntArrayRef({6, 48}));
 
-    const auto x = random_.normal({33, 48}, dtype).requires_grad_();
+    const auto x = on_device(random_.normal({33, 48}, dtype)).requires_grad_();
     const auto routing = router->forward(x);
     const auto dweights = random_.normal({33, 2});
-    (routing.weights * dweights.to(gate_type)).sum().backward();
+    (routing.weights * on_device(dweights.to(gate_type))).sum().backward();
 
-    const auto x64 = x.detach().to(torch::kFloat64).requires_grad_();
-    const auto gate64 = router->weight.detach().to(torch::kFloat64).requires_grad_();
+    const auto x64 = x.detach().cpu().to(torch::kFloat64).requires_grad_();
+    const auto gate64 = router->weight.detach().cpu().to(torch::kFloat64).requires_grad_();
     const auto expected = reference::top_k_of_softmax(x64.matmul(gate64.t()), 2, true);
     (expected.weights * dweights).sum().backward();
 
     const double logit_magnitude = max_abs(x64.detach().abs().matmul(gate64.detach().abs().t()));
-    EXPECT_TRUE(routing.expert_ids.equal(expected.expert_ids));
+    EXPECT_TRUE(routing.expert_ids.cpu().equal(expected.expert_ids));
     EXPECT_TRUE(close(routing.weights, expected.weights,
                       tolerance(gate_type, 48 + 16, 1 + logit_magnitude)));
     EXPECT_EQ(x.grad().scalar_type(), dtype);
@@ -237,7 +238,7 @@ TEST_F(RouterTest, JitterMultipliesTheGateInputInTrainingOnly) {
     const torch::NoGradGuard no_grad;
     router->weight.copy_(torch::tensor({{1.0F}, {0.0F}}));
   }
-  const auto x = torch::ones({4000, 1});
+  const auto x = on_device(torch::ones({4000, 1}));
   const auto noise = [&] {
     const auto routing = router->forward(x);
     return routing.weights.select(1, 0).detach().to(torch::kFloat64).logit();
@@ -258,8 +259,8 @@ TEST_F(RouterTest, JitterMultipliesTheGateInputInTrainingOnly) {
 
 TEST_F(RouterTest, RefusesWrongInput) {
   Router router(options(16, 4, 2));
-  EXPECT_INPUT_ERROR(router->forward(torch::zeros({3, 15})), "16");
-  EXPECT_INPUT_ERROR(router->forward(torch::zeros({3, 16}, torch::kInt32)), "Int");
+  EXPECT_INPUT_ERROR(router->forward(on_device(torch::zeros({3, 15}))), "16");
+  EXPECT_INPUT_ERROR(router->forward(on_device(torch::zeros({3, 16}, torch::kInt32))), "Int");
   EXPECT_INPUT_ERROR(router->forward(torch::zeros({3, 16}, torch::kMeta)), "meta");
   EXPECT_INPUT_ERROR(router->forward(torch::Tensor()), "x");
 }

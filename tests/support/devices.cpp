@@ -2,6 +2,8 @@
 
 #include <ATen/Context.h>
 
+#include <cstdlib>
+#include <optional>
 #include <stdexcept>
 
 #include "kernels/kernels.h"
@@ -18,11 +20,38 @@ bool built_with_cuda() {
   }
 }
 
+/// Number of this process among those of its host, as mpirun's children know it before MPI does.
+int local_rank() {
+  const char* value = std::getenv("OMPI_COMM_WORLD_LOCAL_RANK");
+  return value == nullptr ? 0 : std::atoi(value);
+}
+
+std::optional<torch::Device> chosen;
+
 }  // namespace
 
+bool have_cuda() { return at::hasCUDA() && at::getNumGPUs() > 0 && built_with_cuda(); }
+
+void set_device(const std::string& name) {
+  chosen = torch::Device(name);
+  if (chosen->is_cuda() && have_cuda()) {
+    chosen = torch::Device(torch::kCUDA,
+                           static_cast<c10::DeviceIndex>(local_rank() % at::getNumGPUs()));
+  }
+}
+
+torch::Device device() { return chosen.value_or(torch::Device(torch::kCPU)); }
+
+torch::Tensor on_device(const torch::Tensor& tensor) {
+  return tensor.defined() ? tensor.to(device()) : tensor;
+}
+
 std::vector<torch::Device> devices() {
+  if (chosen.has_value()) {
+    return {*chosen};
+  }
   std::vector<torch::Device> found = {torch::Device(torch::kCPU)};
-  if (at::hasCUDA() && at::getNumGPUs() > 0 && built_with_cuda()) {
+  if (have_cuda()) {
     found.emplace_back(torch::kCUDA, 0);
   }
   return found;

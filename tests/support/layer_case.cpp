@@ -97,6 +97,7 @@ LayerCase draw_layer_case(Random& random, int ranks, const MoEOptions& options, 
                           Skew skew, Split split, bool routing_from_outside) {
   LayerCase drawn;
   drawn.options = options;
+  drawn.options.device = device();
   drawn.tokens = tokens;
   // A single coordinate cannot be the same in all tokens and tell them apart.
   drawn.skew = options.hidden_size == 1 && !routing_from_outside ? Skew::kUniform : skew;
@@ -203,19 +204,17 @@ torch::Tensor loss_of(const LayerCase& layer_case, const MoEOutput& output,
 Step run_step(MoELayer& layer, const LayerCase& layer_case, const std::vector<int64_t>& counts,
               int rank) {
   Step step;
-  const auto device = layer_case.options.device;
-  step.x = shard(layer_case.x, counts, rank).to(device).requires_grad_();
+  step.x = shard(layer_case.x, counts, rank).requires_grad_();
   if (layer_case.routing_from_outside) {
     Routing routing;
-    routing.expert_ids = shard(layer_case.expert_ids, counts, rank).to(device);
-    step.weights = shard(layer_case.weights, counts, rank).to(device).requires_grad_();
+    routing.expert_ids = shard(layer_case.expert_ids, counts, rank);
+    step.weights = shard(layer_case.weights, counts, rank).requires_grad_();
     routing.weights = step.weights;
     step.output = layer->forward(step.x, routing);
   } else {
     step.output = layer->forward(step.x);
   }
-  const auto doutput = shard(layer_case.doutput, counts, rank).to(device);
-  loss_of(layer_case, step.output, doutput).backward();
+  loss_of(layer_case, step.output, shard(layer_case.doutput, counts, rank)).backward();
   return step;
 }
 

@@ -16,6 +16,10 @@
 #include <stdexcept>
 #include <string>
 
+#include "communicator/describe.h"
+#include "communicator/store.h"
+#include "support/devices.h"
+
 // There under AddressSanitizer, null elsewhere.
 extern "C" {
 int __lsan_do_recoverable_leak_check() __attribute__((weak));
@@ -34,6 +38,7 @@ constexpr auto kHarnessDeadline = std::chrono::minutes(5);
 struct Session {
   std::shared_ptr<Communicator> harness;
   std::shared_ptr<Communicator> world;
+  std::string communicator;  ///< as asked for
   uint64_t seed = 0;
 };
 
@@ -47,7 +52,8 @@ bool started_by_a_launcher() {
          std::getenv("PMIX_RANK") != nullptr;
 }
 
-std::shared_ptr<Communicator> make_world(std::chrono::milliseconds deadline) {
+/// MPI's ranks where a launcher started this, otherwise this process alone.
+std::shared_ptr<Communicator> make_host_world(std::chrono::milliseconds deadline) {
   if (!started_by_a_launcher()) {
     return make_self_communicator();
   }
@@ -56,21 +62,97 @@ std::shared_ptr<Communicator> make_world(std::chrono::milliseconds deadline) {
   return make_mpi_communicator(options);
 }
 
-std::optional<uint64_t> requested_seed(int argc, char** argv) {
+std::shared_ptr<Communicator> make_store_world(Communicator& harness,
+                                               const CommunicatorOptions& options) {
+  auto port = torch::zeros({1}, torch::kInt64);
+  const bool serves = harness.rank() == 0;
+  c10::intrusive_ptr<c10d::Store> store;
+  int number = 0;
+  if (serves) {
+    store = open_tcp_store("127.0.0.1", number, serves, options.deadline);
+    port.fill_(number);
+  }
+  harness.broadcast(port, 0);
+  number = static_cast<int>(port.item<int64_t>());
+  if (!serves) {
+    store = open_tcp_store("127.0.0.1", number, serves, options.deadline);
+  }
+  return make_store_communicator(std::move(store), harness.rank(), harness.size(), options);
+}
+
+/// What --communicator names; by default NCCL between GPUs, and the launcher's otherwise.
+std::shared_ptr<Communicator> make_world(const std::string& kind) {
+  CommunicatorOptions options;
+  options.deadline = kTestDeadline;
+  if (kind == "store") {
+    return make_store_world(*session().harness, options);
+  }
+  auto host_world = make_host_world(options.deadline);
+  if (kind.empty() && device().is_cuda() && host_world->size() == 1) {
+    return make_self_communicator();
+  }
+  const bool between_gpus = kind.empty() && device().is_cuda() && host_world->size() > 1;
+  if (kind == "nccl" || between_gpus) {
+    return make_nccl_communicator(std::move(host_world), device(), options);
+  }
+  return host_world;
+}
+
+struct Arguments {
+  std::optional<uint64_t> seed;
+  std::string device;
+  std::string communicator;
+};
+
+/// What GoogleTest does not know.
+Arguments parse(int argc, char** argv) {
+  Arguments arguments;
+  if (const char* value = std::getenv("ANABRANCH_TEST_SEED")) {
+    arguments.seed = std::stoull(value);
+  }
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
-    if (argument.rfind("--seed=", 0) == 0) {
-      return std::stoull(argument.substr(7));
+    const auto value_of = [&](const std::string& name) -> std::optional<std::string> {
+      if (argument.rfind(name + "=", 0) == 0) {
+        return argument.substr(name.size() + 1);
+      }
+      if (argument == name && i + 1 < argc) {
+        return argv[++i];
+      }
+      return std::nullopt;
+    };
+    if (const auto seed = value_of("--seed")) {
+      arguments.seed = std::stoull(*seed);
+    } else if (const auto device = value_of("--device")) {
+      arguments.device = *device;
+    } else if (const auto communicator = value_of("--communicator")) {
+      arguments.communicator = *communicator;
+    } else if (argument.rfind("--gtest_", 0) != 0) {
+      throw std::invalid_argument("unknown argument '" + argument +
+                                  "'; known: --seed N, --device cpu|cuda, "
+                                  "--communicator mpi|store|nccl, --gtest_*");
     }
-    if (argument == "--seed" && i + 1 < argc) {
-      return std::stoull(argv[i + 1]);
-    }
-    throw std::invalid_argument("unknown argument '" + argument + "'; known: --seed N, --gtest_*");
   }
-  if (const char* value = std::getenv("ANABRANCH_TEST_SEED")) {
-    return std::stoull(value);
+  return arguments;
+}
+
+/// Why no test can run on the device that was asked for; empty if they can.
+std::string obstacle(const std::string& communicator) {
+  if (!device().is_cuda()) {
+    return "";
   }
-  return std::nullopt;
+  if (!have_cuda()) {
+    return "there is no GPU, or this build has no CUDA";
+  }
+  const char* value = std::getenv("OMPI_COMM_WORLD_LOCAL_SIZE");
+  const int ranks = value == nullptr ? 1 : std::atoi(value);
+  const int gpus = static_cast<int>(at::getNumGPUs());
+  const std::string nccl = describe_nccl();
+  if (communicator != "mpi" && ranks > gpus &&
+      nccl.find("several ranks on one GPU") == std::string::npos) {
+    return c10::str(ranks, " ranks on ", gpus, " GPUs need NCCL 2.30.3, this is: ", nccl);
+  }
+  return "";
 }
 
 uint64_t agree_on_seed(std::optional<uint64_t> requested) {
@@ -116,7 +198,7 @@ class Lockstep : public ::testing::EmptyTestEventListener {
       session().harness->all_reduce(failed);
       const auto failed_ranks = failed.item<int64_t>();
       if (failed_ranks > 0) {
-        session().world = make_world(kTestDeadline);
+        session().world = make_world(session().communicator);
         if (!failed_here) {
           ADD_FAILURE() << "failed on " << failed_ranks << " other rank(s)";
         }
@@ -139,19 +221,25 @@ void install_listeners(int rank) {
 }
 
 // Uninitialised memory reads as NaN (integers: their largest value) in every tensor the tests and
-// the library allocate: an element that nobody wrote cannot pass for a zero.
+// the library allocate: an element that nobody wrote cannot pass for a zero. A tool that looks for
+// uninitialised memory itself wants none of it: ANABRANCH_TEST_POISON=0.
 void poison_uninitialised_memory() {
+  const char* wanted = std::getenv("ANABRANCH_TEST_POISON");
+  if (wanted != nullptr && std::string(wanted) == "0") {
+    return;
+  }
   at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/true);
   at::globalContext().setDeterministicFillUninitializedMemory(true);
 }
 
-int run(int argc, char** argv) {
+int run(const Arguments& arguments) {
   // MPI_Init keeps a little of the plugins that it tries and unloads.
   if (__lsan_disable) __lsan_disable();
-  session().harness = make_world(kHarnessDeadline);
+  session().harness = make_host_world(kHarnessDeadline);
   if (__lsan_enable) __lsan_enable();
-  session().world = make_world(kTestDeadline);
-  session().seed = agree_on_seed(requested_seed(argc, argv));
+  session().communicator = arguments.communicator;
+  session().world = make_world(arguments.communicator);
+  session().seed = agree_on_seed(arguments.seed);
   const auto& harness = *session().harness;
   if (harness.size() > 1) {
     at::set_num_threads(1);
@@ -160,8 +248,9 @@ int run(int argc, char** argv) {
   GTEST_FLAG_SET(random_seed, static_cast<int>(session().seed % 99999 + 1));
   install_listeners(harness.rank());
   if (harness.rank() == 0) {
-    std::cout << "ranks " << harness.size() << " (" << harness.name() << "), seed "
-              << session().seed << " (again with --seed=" << session().seed << ")" << std::endl;
+    std::cout << "ranks " << harness.size() << " (" << world()->name() << "), " << device()
+              << ", seed " << session().seed << " (again with --seed=" << session().seed << ")"
+              << std::endl;
   }
   const int status = RUN_ALL_TESTS();
   session().world.reset();
@@ -194,12 +283,21 @@ int64_t effort(int64_t count) {
 }  // namespace anabranch::test
 
 int main(int argc, char** argv) {
-  ::testing::InitGoogleTest(&argc, argv);
-  if (GTEST_FLAG_GET(list_tests)) {
-    return RUN_ALL_TESTS();
-  }
   try {
-    return anabranch::test::run(argc, argv);
+    const auto arguments = anabranch::test::parse(argc, argv);
+    if (!arguments.device.empty()) {
+      anabranch::test::set_device(arguments.device);  // before GoogleTest asks for devices
+    }
+    ::testing::InitGoogleTest(&argc, argv);
+    if (GTEST_FLAG_GET(list_tests)) {
+      return RUN_ALL_TESTS();
+    }
+    const std::string obstacle = anabranch::test::obstacle(arguments.communicator);
+    if (!obstacle.empty()) {
+      std::cout << "no test was run: " << obstacle << std::endl;
+      return 0;
+    }
+    return anabranch::test::run(arguments);
   } catch (const std::exception& error) {
     std::cerr << "cannot run the tests: " << error.what() << std::endl;
     return 2;

@@ -37,7 +37,7 @@ std::string to_string(Split split);
 /// [ranks] token counts that sum to `tokens`.
 std::vector<int64_t> split_tokens(Random& random, int64_t tokens, int ranks, Split split);
 
-/// The rows of `batch` (dimension 0) that `rank` holds, as a copy.
+/// The rows of `batch` (dimension 0) that `rank` holds, as a copy on the test's device.
 torch::Tensor shard(const torch::Tensor& batch, const std::vector<int64_t>& counts, int rank);
 
 }  // namespace anabranch::test

@@ -18,7 +18,7 @@ struct RoutingCase {
   torch::Tensor expert_ids;     ///< [tokens, top_k], the ranks' one after another
 
   std::string describe() const;
-  /// This rank's rows of a [tokens, ...] tensor.
+  /// This rank's rows of a [tokens, ...] tensor, on the test's device.
   torch::Tensor local(const torch::Tensor& batch, int rank) const {
     return shard(batch, counts, rank);
   }

@@ -11,6 +11,7 @@ MoEOptions expert_options(const ShardedModel::Options& options, int64_t num_expe
   moe.expert_hidden_size = 4;
   moe.num_experts = num_experts;
   moe.dtype = options.dtype;
+  moe.device = options.device;
   moe.bias = num_experts > 1;
   moe.glu = num_experts > 1;
   return moe;
@@ -25,7 +26,7 @@ ShardedModel::ShardedModel(const Options& options, int64_t ranks, int64_t rank, 
     return parent.register_module(
         name, Experts(expert_options(options, count), placement, sharded ? rank : 0, sharded));
   };
-  const auto tensor_options = torch::TensorOptions(options.dtype);
+  const auto tensor_options = torch::TensorOptions(options.dtype).device(options.device);
   auto gate = register_parameter(
       "gate", torch::zeros({options.num_experts, options.hidden_size}, tensor_options));
   register_parameter("frozen", torch::zeros({7}, tensor_options), /*requires_grad=*/false);
@@ -35,8 +36,8 @@ ShardedModel::ShardedModel(const Options& options, int64_t ranks, int64_t rank, 
   block->register_parameter("bias", torch::zeros({}, tensor_options));
   single_expert_ = add_experts(*block, "experts", 1, true);
   block->register_parameter("tied", gate);
-  register_buffer("table", torch::zeros({3}, torch::kInt64));
-  block->register_buffer("mask", torch::zeros({2, 2}, torch::kBool));
+  register_buffer("table", torch::zeros({3}, tensor_options.dtype(torch::kInt64)));
+  block->register_buffer("mask", torch::zeros({2, 2}, tensor_options.dtype(torch::kBool)));
   fill(seed);
 }
 
@@ -66,8 +67,10 @@ void ShardedModel::fill(uint64_t seed) {
     const auto whole = random.normal(whole_sizes(item.key(), item.value()));
     item.value().copy_(part(item.key(), whole));
   }
-  for (auto& buffer : named_buffers())
-    buffer.value().random_(0, 2, at::detail::createCPUGenerator(random.next()));
+  for (auto& buffer : named_buffers()) {
+    const auto drawn = torch::empty(buffer.value().sizes(), buffer.value().scalar_type());
+    buffer.value().copy_(drawn.random_(0, 2, at::detail::createCPUGenerator(random.next())));
+  }
 }
 
 void ShardedModel::set_gradients(uint64_t seed, bool holes) {
@@ -78,7 +81,8 @@ void ShardedModel::set_gradients(uint64_t seed, bool holes) {
     const auto whole = random.normal(whole_sizes(item.key(), parameter), parameter.scalar_type());
     const bool hole = random.chance(0.3) && holes;
     if (!parameter.requires_grad()) continue;
-    parameter.mutable_grad() = hole ? torch::Tensor() : part(item.key(), whole).clone();
+    parameter.mutable_grad() =
+        hole ? torch::Tensor() : part(item.key(), whole).to(parameter.device()).clone();
   }
 }
 

@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 
+#include "support/devices.h"
 #include "support/random.h"
 
 namespace anabranch::test {
@@ -21,6 +22,7 @@ class ShardedModel : public torch::nn::Module {
     int64_t num_experts = 5;
     int64_t hidden_size = 6;
     torch::Dtype dtype = torch::kFloat32;
+    torch::Device device = test::device();
   };
 
   ShardedModel(const Options& options, int64_t ranks, int64_t rank, uint64_t seed);

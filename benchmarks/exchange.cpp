@@ -1,0 +1,213 @@
+// Dispatch and combine beside bare grouped ncclSend and ncclRecv of the same bytes, in the same run:
+//   mpirun -n 8 benchmark_gpu_exchange --json FILE
+// Each rank takes a GPU of its host; several on one need NCCL 2.30.3, NCCL_MULTI_RANK_GPU_ENABLE=1
+// and NCCL_NVLS_ENABLE=0, and tell about the code's overhead, not about a network.
+#include <ATen/Context.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/rand.h>
+#include <ATen/ops/randn.h>
+#include <ATen/ops/topk.h>
+#include <ATen/ops/zeros.h>
+#include <anabranch/build.h>
+#include <anabranch/exchange.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <iostream>
+
+#include "communicator/nccl_group.h"
+#include "harness.h"
+#include "support/cuda_check.h"
+
+namespace anabranch::benchmark {
+namespace {
+
+/// NCCL alone: blocking calls, no watch, no checks.
+class BareNccl {
+ public:
+  explicit BareNccl(Communicator& host) : rank_(host.rank()), size_(host.size()) {
+    auto bytes = at::zeros({NCCL_UNIQUE_ID_BYTES}, at::kByte);
+    ncclUniqueId id;
+    if (rank_ == 0) {
+      check_nccl(ncclGetUniqueId(&id), "ncclGetUniqueId");
+      std::memcpy(bytes.mutable_data_ptr(), &id, sizeof(id));
+    }
+    host.broadcast(bytes, 0);
+    std::memcpy(&id, bytes.const_data_ptr(), sizeof(id));
+    check_nccl(ncclCommInitRank(&comm_, size_, id, rank_), "ncclCommInitRank");
+  }
+  ~BareNccl() { static_cast<void>(ncclCommDestroy(comm_)); }
+  BareNccl(const BareNccl&) = delete;
+  BareNccl& operator=(const BareNccl&) = delete;
+
+  /// Rows for other ranks only.
+  void exchange(const Transfer& transfer) const {
+    const auto row = static_cast<size_t>(transfer.send.size(1) * transfer.send.element_size());
+    const auto* source = static_cast<const char*>(transfer.send.const_data_ptr());
+    auto* target = static_cast<char*>(transfer.receive.data_ptr());
+    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+    check_nccl(ncclGroupStart(), "ncclGroupStart");
+    for (int peer = 0; peer < size_; ++peer) {
+      const size_t out = static_cast<size_t>(transfer.send_rows[peer]) * row;
+      const size_t in = static_cast<size_t>(transfer.receive_rows[peer]) * row;
+      if (peer != rank_) {
+        check_nccl(ncclSend(source, out, ncclInt8, peer, comm_, stream), "ncclSend");
+        check_nccl(ncclRecv(target, in, ncclInt8, peer, comm_, stream), "ncclRecv");
+      }
+      source += out;
+      target += in;
+    }
+    check_nccl(ncclGroupEnd(), "ncclGroupEnd");
+  }
+
+ private:
+  int rank_;
+  int size_;
+  ncclComm_t comm_ = nullptr;
+};
+
+/// Largest of all ranks' values.
+double largest(Communicator& host, double value) {
+  return host.all_gather(at::empty({}, at::kDouble).fill_(value)).max().item<double>();
+}
+
+/// The calls beside each other, in turn: milliseconds of each, of the slowest rank, the median of
+/// rounds of as many calls on every rank.
+std::vector<double> milliseconds(Communicator& host,
+                                 const std::vector<std::function<void()>>& calls) {
+  constexpr int kRounds = 9;
+  constexpr int kCalls = 10;
+  std::vector<std::vector<double>> times(calls.size());
+  for (int round = -1; round < kRounds; ++round) {  // the first is for warming up
+    for (size_t i = 0; i < calls.size(); ++i) {
+      check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+      host.barrier();
+      const double time = largest(host, batch_milliseconds(calls[i], kCalls));
+      if (round >= 0) {
+        times[i].push_back(time);
+      }
+    }
+  }
+  std::vector<double> medians;
+  for (auto& rounds : times) {
+    std::nth_element(rounds.begin(), rounds.begin() + kRounds / 2, rounds.end());
+    medians.push_back(rounds[kRounds / 2]);
+  }
+  return medians;
+}
+
+struct Case {
+  int64_t tokens, hidden, experts, top_k;
+};
+
+class Bench {
+ public:
+  Bench(std::shared_ptr<Communicator> host, torch::Device device)
+      : host_(std::move(host)),
+        nccl_(make_nccl_communicator(host_, device)),
+        bare_(*host_),
+        options_(at::TensorOptions(device).dtype(at::kBFloat16)) {}
+
+  void run(const Case& shape) {
+    const Exchange exchange(nccl_, shape.experts);
+    Routing routing;
+    const auto scores = at::rand({shape.tokens, shape.experts}, options_.dtype(at::kFloat));
+    routing.expert_ids = std::get<1>(scores.topk(shape.top_k, 1));
+    routing.weights = at::ones({shape.tokens, shape.top_k}, options_.dtype(at::kFloat));
+    const ExchangePlan plan = exchange.plan(routing);
+    const auto x = at::randn({shape.tokens, shape.hidden}, options_);
+    const auto sent = at::randn({plan.send_tokens.size(0), shape.hidden}, options_);
+    const auto received = at::randn({plan.rows(), shape.hidden}, options_);
+    const Transfer there{sent, plan.send_rows, received, plan.receive_rows};
+    const Transfer back{received, plan.receive_rows, sent, plan.send_rows};
+    nccl_->reset_traffic();
+    nccl_->all_to_all_v({there});
+    const auto bytes = largest(*host_, static_cast<double>(nccl_->traffic().bytes_sent));
+
+    const auto times =
+        milliseconds(*host_, {[&] { bare_.exchange(there); }, [&] { nccl_->all_to_all_v({there}); },
+                              [&] {
+                                exchange.dispatch({x, {}}, plan);
+                              },
+                              [&] { bare_.exchange(back); },
+                              [&] {
+                                exchange.combine({received, {}}, plan);
+                              }});
+    report(shape, bytes, times);
+  }
+
+  std::vector<Record> results;
+
+ private:
+  void report(const Case& shape, double bytes, const std::vector<double>& times) {
+    const double bare = times[0];
+    const double bare_back = times[3];
+    results.push_back(Record()
+                          .add("ranks", int64_t{host_->size()})
+                          .add("gpus", static_cast<int64_t>(at::getNumGPUs()))
+                          .add("tokens", shape.tokens)
+                          .add("hidden", shape.hidden)
+                          .add("experts", shape.experts)
+                          .add("top_k", shape.top_k)
+                          .add("bytes", static_cast<int64_t>(bytes))
+                          .add("bare_ms", bare)
+                          .add("all_to_all_ms", times[1])
+                          .add("dispatch_ms", times[2])
+                          .add("bare_back_ms", bare_back)
+                          .add("combine_ms", times[4]));
+    if (host_->rank() == 0) {
+      std::printf(
+          "W %d T %6ld h %5ld E %3ld k %ld: %7.1f MB, bare %8.3f ms %6.1f GB/s; all_to_all_v %8.3f "
+          "(%.2f) dispatch %8.3f (%.2f) combine %8.3f (%.2f)\n",
+          host_->size(), long{shape.tokens}, long{shape.hidden}, long{shape.experts},
+          long{shape.top_k}, bytes / 1e6, bare, bytes / bare / 1e6, times[1], bare / times[1],
+          times[2], bare / times[2], times[4], bare_back / times[4]);
+      std::fflush(stdout);
+    }
+  }
+
+  std::shared_ptr<Communicator> host_;
+  std::shared_ptr<Communicator> nccl_;
+  BareNccl bare_;
+  at::TensorOptions options_;
+};
+
+void run(const Arguments& arguments) {
+  const auto host = make_mpi_communicator();
+  const auto gpus = static_cast<int>(at::getNumGPUs());
+  const torch::Device device(torch::kCUDA, static_cast<c10::DeviceIndex>(host->rank() % gpus));
+  const c10::cuda::CUDAGuard guard(device);
+  if (host->size() == 1) {
+    throw std::invalid_argument("one rank has nobody to exchange with: mpirun -n 2 or more");
+  }
+  Bench bench(host, device);
+  for (const Case& shape : {Case{1024, 2048, 64, 8}, Case{16384, 2048, 64, 8},
+                            Case{16384, 4096, 8, 2}, Case{8192, 7168, 256, 8}}) {
+    bench.run(shape);
+    if (arguments.quick) {
+      break;
+    }
+  }
+  if (host->rank() == 0) {
+    std::cout << describe_build();
+    write_json(arguments, bench.results);
+  }
+  host->barrier();
+}
+
+}  // namespace
+}  // namespace anabranch::benchmark
+
+int main(int argc, char** argv) {
+  try {
+    anabranch::benchmark::run(anabranch::benchmark::parse_arguments(argc, argv));
+    return 0;
+  } catch (const std::exception& error) {
+    std::cerr << error.what() << std::endl;
+    return 1;
+  }
+}
