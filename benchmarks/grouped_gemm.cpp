@@ -140,7 +140,7 @@ void measure(const Shape& shape, bool zipf, std::vector<Record>& results) {
     };
     note("dense", [&] { run_dense(tensors, operation); });
     note("torch", [&] { run_torch(tensors, operation); });
-    for (const auto& name : cuda_engine_names()) {
+    for (const auto& name : cuda_engine_names(at::kCUDA)) {
       const auto engine = make_cuda_engine(at::kCUDA, name);
       note(name, [&] { run_engine(*engine, tensors, counts, operation); });
     }
@@ -152,7 +152,7 @@ void measure_host_time(std::vector<Record>& results) {
   const Shape shape{"host", 256, 256, 128, 128 * 16};
   const auto counts = split(shape.rows, shape.experts, false);
   Tensors tensors(shape, counts);
-  for (const auto& name : cuda_engine_names()) {
+  for (const auto& name : cuda_engine_names(at::kCUDA)) {
     const auto engine = make_cuda_engine(at::kCUDA, name);
     const auto call = [&] { run_engine(*engine, tensors, counts, Operation::kForward); };
     gpu_milliseconds(call);

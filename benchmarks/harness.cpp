@@ -88,6 +88,22 @@ double gpu_milliseconds(const std::function<void()>& call) {
   return median(batches);
 }
 
+std::vector<double> gpu_milliseconds(const std::vector<std::function<void()>>& calls) {
+  constexpr int kRounds = 9;
+  std::vector<std::vector<double>> rounds(calls.size());
+  for (int round = 0; round < kRounds; ++round) {
+    for (size_t i = 0; i < calls.size(); ++i) {
+      calls[i]();  // warm for the one that is timed
+      rounds[i].push_back(batch_milliseconds(calls[i], 2));
+    }
+  }
+  std::vector<double> medians;
+  for (const auto& times : rounds) {
+    medians.push_back(median(times));
+  }
+  return medians;
+}
+
 double host_microseconds(const std::function<void()>& call) {
   constexpr int kBatches = 20;
   std::vector<double> batches;
@@ -158,9 +174,11 @@ Arguments parse_arguments(int argc, char** argv) {
       arguments.json = argv[++i];
     } else if (argument == "--commit" && i + 1 < argc) {
       arguments.commit = argv[++i];
+    } else if (argument == "--engine" && i + 1 < argc) {
+      arguments.engine = argv[++i];
     } else {
       throw std::invalid_argument("unknown argument '" + argument +
-                                  "'; known: --json FILE, --commit HASH, --quick");
+                                  "'; known: --json FILE, --commit HASH, --engine NAME, --quick");
     }
   }
   return arguments;

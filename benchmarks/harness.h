@@ -17,6 +17,8 @@ double gpu_milliseconds(const std::function<void()>& call);
 
 /// Milliseconds of one of so many calls that follow one another, by events around them all.
 double batch_milliseconds(const std::function<void()>& call, int calls);
+/// The same for several calls that take turns, so that the GPU's clock is the same for all.
+std::vector<double> gpu_milliseconds(const std::vector<std::function<void()>>& calls);
 
 /// Microseconds of host time of one call whose work the host does not wait for.
 double host_microseconds(const std::function<void()>& call);
@@ -41,10 +43,11 @@ Record provenance(const std::string& commit);
 struct Arguments {
   std::string json;    ///< file to write; empty: none
   std::string commit;  ///< of the measured sources
+  std::string engine = "auto";
   bool quick = false;  ///< a few cases only
 };
 
-/// --json FILE --commit HASH --quick
+/// --json FILE --commit HASH --engine NAME --quick
 Arguments parse_arguments(int argc, char** argv);
 
 /// Writes {"provenance": ..., "results": [...]}. Throws std::runtime_error if it cannot.

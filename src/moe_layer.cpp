@@ -1,6 +1,7 @@
 #include <anabranch/communicator.h>
 #include <anabranch/moe_layer.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 
 #include "exchange/sum_over_ranks.h"
 #include "experts/feed_forward.h"
@@ -66,9 +67,11 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
     const ExchangePlan& plan = step->plan;
 
     const auto dy_rows = step->exchange.dispatch({gradients[0].contiguous(), {}}, plan).rows;
+    // Unless another backward is to read hidden again.
+    const bool overwrite_hidden = !torch::autograd::get_current_graph_task_keep_graph();
     const auto [gradients_of, drows, dvalues] =
         feed_forward_backward(step->expert, permuted(dy_rows, plan), permuted(rows, plan), hidden,
-                              values, experts, plan.expert_counts);
+                              values, experts, plan.expert_counts, overwrite_hidden);
     const auto [dx, dweights] = step->exchange.combine({unpermute(drows, {}, plan), dvalues}, plan);
 
     return {dx,

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <anabranch/options.h>
 #include <torch/types.h>
 
 #include <cstdint>
@@ -8,6 +9,12 @@
 #include <vector>
 
 namespace anabranch {
+
+/// What lies between an expert's projections: hidden [P, n] (glu: [P, 2n], gate then up) → [P, n].
+struct HiddenActivation {
+  Activation activation = Activation::kGeluTanh;
+  bool glu = false;
+};
 
 /// One way to multiply each expert's own rows by its own weight.
 ///
@@ -18,6 +25,8 @@ class GroupedGemmEngine {
  public:
   virtual ~GroupedGemmEngine() = default;
   virtual std::string name() const = 0;
+  /// Whether it multiplies weights [experts, n, k] of that type.
+  virtual bool supports(torch::Dtype dtype, int64_t n, int64_t k) const;
 
   /// y[P, n] = x[P, k] · weight[e]ᵀ, weight [experts, n, k].
   virtual void forward(const torch::Tensor& x, const torch::Tensor& weight,
@@ -28,12 +37,34 @@ class GroupedGemmEngine {
   /// dweight[e] = dy_eᵀ · x_e, [experts, n, k]; zero for an expert without rows.
   virtual void wgrad(const torch::Tensor& dy, const torch::Tensor& x,
                      const std::vector<int64_t>& counts, torch::Tensor& dweight) = 0;
+
+  // With what comes before or after, for engines that do both at once; here in two steps.
+
+  /// hidden [P, n] = forward(x, weight); returns its activation, [P, n] (glu: [P, n / 2]).
+  virtual torch::Tensor forward_activated(const torch::Tensor& x, const torch::Tensor& weight,
+                                          const std::vector<int64_t>& counts,
+                                          const HiddenActivation& activation,
+                                          torch::Tensor& hidden);
+
+  /// Backward of values · activation(hidden), followed by the projection with `weight`, whose result
+  /// has the gradient `dy`.
+  struct ActivatedGradient {
+    torch::Tensor dhidden;  ///< of hidden's shape; may be hidden itself
+    torch::Tensor dvalues;  ///< [P] fp32 (fp64)
+    torch::Tensor
+        activated;  ///< [P, n]: values · activation(hidden), which the weight's gradient needs
+  };
+  /// `values` [P] fp32 (fp64), undefined: 1.
+  virtual void dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
+                               const std::vector<int64_t>& counts,
+                               const HiddenActivation& activation, const torch::Tensor& hidden,
+                               const torch::Tensor& values, ActivatedGradient& gradient);
 };
 
 /// The engine of that name for that device: "auto" or one of `grouped_gemm_engines`.
 std::shared_ptr<GroupedGemmEngine> make_grouped_gemm_engine(torch::Device device,
                                                             const std::string& name = "auto");
-/// Names of the engines built for a device.
+/// Names of the engines that run on a device.
 std::vector<std::string> grouped_gemm_engines(torch::Device device);
 
 /// x [P, k], weight [experts, n, k], Σ counts = P → [P, n]. Checks shapes; no autograd.
@@ -50,6 +81,17 @@ torch::Tensor grouped_gemm_dgrad(GroupedGemmEngine& engine, const torch::Tensor&
 void grouped_gemm_dgrad_out(GroupedGemmEngine& engine, const torch::Tensor& dy,
                             const torch::Tensor& weight, const std::vector<int64_t>& counts,
                             torch::Tensor& dx);
+/// See GroupedGemmEngine::forward_activated: x [P, k], weight [experts, n, k].
+torch::Tensor grouped_gemm_activated(GroupedGemmEngine& engine, const torch::Tensor& x,
+                                     const torch::Tensor& weight,
+                                     const std::vector<int64_t>& counts,
+                                     const HiddenActivation& activation, torch::Tensor& hidden);
+/// See GroupedGemmEngine::dgrad_activated: dy [P, h], weight [experts, h, n], hidden [P, n or 2n].
+void grouped_gemm_dgrad_activated(GroupedGemmEngine& engine, const torch::Tensor& dy,
+                                  const torch::Tensor& weight, const std::vector<int64_t>& counts,
+                                  const HiddenActivation& activation, const torch::Tensor& hidden,
+                                  const torch::Tensor& values,
+                                  GroupedGemmEngine::ActivatedGradient& gradient);
 /// dy [P, n], x [P, k] → [experts, n, k].
 torch::Tensor grouped_gemm_wgrad(GroupedGemmEngine& engine, const torch::Tensor& dy,
                                  const torch::Tensor& x, const std::vector<int64_t>& counts);

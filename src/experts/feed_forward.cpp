@@ -73,6 +73,22 @@ void project(const FeedForward& expert, const torch::Tensor& rows, const Project
   }
 }
 
+HiddenActivation activation_of(const FeedForward& expert) {
+  return {expert.activation, expert.glu};
+}
+
+/// rows [P, h] → hidden [P, n or 2n]; returns its activation, [P, n].
+torch::Tensor project_activated(const FeedForward& expert, const torch::Tensor& rows,
+                                const Projection& up, const ExpertCounts& counts,
+                                torch::Tensor& hidden) {
+  if (!up.bias.defined()) {
+    return grouped_gemm_activated(*expert.engine, rows, up.weight, counts, activation_of(expert),
+                                  hidden);
+  }
+  project(expert, rows, up, counts, hidden);
+  return kernels_for(hidden.device()).activate(hidden, expert.activation, expert.glu);
+}
+
 torch::Tensor up_projection(const FeedForward& expert, const Part& part, const IndexedRows& x,
                             const Projection& up) {
   auto hidden = at::empty({part.rows, up.weight.size(1)}, up.weight.options());
@@ -85,10 +101,12 @@ Projection empty_like(const Projection& projection) {
           projection.bias.defined() ? at::empty_like(projection.bias) : torch::Tensor()};
 }
 
-/// A part's backward, written to its places in `gradient`; `hidden` is the part's own.
+/// A part's backward, written to its places in `gradient`; `hidden` is the part's own, and so is
+/// `dhidden`, which receives its gradient and may be the same.
 void backward_of(const Part& part, const FeedForward& expert, const IndexedRows& dy,
-                 const IndexedRows& x, const torch::Tensor& hidden, const torch::Tensor& values,
-                 const ExpertProjections& parameters, FeedForwardGradient& gradient) {
+                 const IndexedRows& x, const torch::Tensor& hidden, const torch::Tensor& dhidden,
+                 const torch::Tensor& values, const ExpertProjections& parameters,
+                 FeedForwardGradient& gradient) {
   const Kernels& kernels = kernels_for(hidden.device());
   const Projection up = part.experts_of(parameters.up);
   const Projection down = part.experts_of(parameters.down);
@@ -97,17 +115,16 @@ void backward_of(const Part& part, const FeedForward& expert, const IndexedRows&
   auto dvalues = part.rows_of(gradient.dvalues);
 
   auto dresults = part.take(dy);
-  // The gradient at the activation; then, in its place, the weighted activation.
-  auto activated = grouped_gemm_dgrad(*expert.engine, dresults, down.weight, part.counts);
-  auto dhidden = at::empty_like(hidden);
-  kernels.activate_backward(activated, hidden, values, expert.activation, expert.glu,
-                            {dhidden, dvalues});
-  grouped_gemm_wgrad_out(*expert.engine, dresults, activated, part.counts, ddown.weight);
+  GroupedGemmEngine::ActivatedGradient activation = {
+      dhidden, dvalues, at::empty({part.rows, down.weight.size(2)}, hidden.options())};
+  grouped_gemm_dgrad_activated(*expert.engine, dresults, down.weight, part.counts,
+                               activation_of(expert), hidden, values, activation);
+  grouped_gemm_wgrad_out(*expert.engine, dresults, activation.activated, part.counts, ddown.weight);
   if (down.bias.defined()) {
     ddown.bias.copy_(kernels.bias_gradient(dresults, values, part.counts));
     dvalues.add_(kernels.bias_dot(dresults, down.bias, part.counts));
   }
-  activated.reset();
+  activation.activated.reset();
   dresults.reset();
 
   grouped_gemm_wgrad_out(*expert.engine, dhidden, part.take(x), part.counts, dup.weight);
@@ -134,15 +151,10 @@ FeedForwardOutput feed_forward(const FeedForward& expert, const IndexedRows& x,
     output.hidden = on_large_pages(at::empty({rows, parameters.up.weight.size(1)}, options));
   }
   for (const Part& part : parts_of(counts, x.rows.device())) {
-    torch::Tensor hidden;
-    if (keep_hidden) {
-      hidden = part.rows_of(output.hidden);
-      project(expert, part.take(x), part.experts_of(parameters.up), part.counts, hidden);
-    } else {
-      hidden = up_projection(expert, part, x, parameters.up);
-    }
-    const auto activated =
-        kernels_for(hidden.device()).activate(hidden, expert.activation, expert.glu);
+    auto hidden = keep_hidden ? part.rows_of(output.hidden)
+                              : at::empty({part.rows, parameters.up.weight.size(1)}, options);
+    const auto activated = project_activated(expert, part.take(x), part.experts_of(parameters.up),
+                                             part.counts, hidden);
     hidden.reset();
     if (!output.results.defined()) {
       output.results = on_large_pages(at::empty({rows, parameters.down.weight.size(1)}, options));
@@ -157,7 +169,7 @@ FeedForwardGradient feed_forward_backward(const FeedForward& expert, const Index
                                           const IndexedRows& x, const torch::Tensor& hidden,
                                           const torch::Tensor& values,
                                           const ExpertProjections& parameters,
-                                          const ExpertCounts& counts) {
+                                          const ExpertCounts& counts, bool overwrite_hidden) {
   const auto options = x.rows.options();
   const int64_t rows = (x.index.defined() ? x.index : x.rows).size(0);
   FeedForwardGradient gradient;
@@ -165,10 +177,11 @@ FeedForwardGradient feed_forward_backward(const FeedForward& expert, const Index
   gradient.dvalues =
       at::empty({rows}, options.dtype(at::toOpMathType(options.dtype().toScalarType())));
   for (const Part& part : parts_of(counts, x.rows.device())) {
-    backward_of(
-        part, expert, dy, x,
-        hidden.defined() ? part.rows_of(hidden) : up_projection(expert, part, x, parameters.up),
-        part.rows_of(values), parameters, gradient);
+    const auto own =
+        hidden.defined() ? part.rows_of(hidden) : up_projection(expert, part, x, parameters.up);
+    backward_of(part, expert, dy, x, own,
+                hidden.defined() && !overwrite_hidden ? at::empty_like(own) : own,
+                part.rows_of(values), parameters, gradient);
   }
   return gradient;
 }

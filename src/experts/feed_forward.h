@@ -57,10 +57,12 @@ struct FeedForwardGradient {
 };
 /// Backward of `values` [P] (undefined: 1) times the results, given the gradient `dy` [P, h] of that
 /// product. Needs neither the activation nor the results; `hidden` undefined is computed again.
+/// `overwrite_hidden`: its gradient may take its place, and hidden is lost.
 FeedForwardGradient feed_forward_backward(const FeedForward& expert, const IndexedRows& dy,
                                           const IndexedRows& x, const torch::Tensor& hidden,
                                           const torch::Tensor& values,
                                           const ExpertProjections& parameters,
-                                          const ExpertCounts& counts);
+                                          const ExpertCounts& counts,
+                                          bool overwrite_hidden = false);
 
 }  // namespace anabranch

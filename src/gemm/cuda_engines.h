@@ -5,7 +5,7 @@
 namespace anabranch {
 
 /// Names of the engines for a GPU, best guess first; none in a build without CUDA.
-std::vector<std::string> cuda_engine_names();
+std::vector<std::string> cuda_engine_names(torch::Device device);
 
 /// `name`: one of `cuda_engine_names`, or "auto". Throws std::runtime_error in a build without CUDA.
 std::shared_ptr<GroupedGemmEngine> make_cuda_engine(torch::Device device, const std::string& name);

@@ -1,11 +1,13 @@
 #include <anabranch/grouped_gemm.h>
 
+#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 
 #include <numeric>
 
 #include "gemm/cpu_engine.h"
 #include "gemm/cuda_engines.h"
+#include "kernels/kernels.h"
 #include "support/check.h"
 
 namespace anabranch {
@@ -34,12 +36,22 @@ void check_output(const torch::Tensor& tensor, at::IntArrayRef sizes, const char
 void check_counts(const std::vector<int64_t>& counts, int64_t rows) {
   int64_t total = 0;
   for (const int64_t count : counts) {
-    check_input(count >= 0 && count <= rows - total, "grouped GEMM: counts [",
-                c10::Join(", ", counts), "] must be non-negative and sum to the ", rows, " rows");
+    if (count < 0 || count > rows - total) {  // the message would cost more than the check
+      throw InputError(c10::str("grouped GEMM: counts [", c10::Join(", ", counts),
+                                "] must be non-negative and sum to the ", rows, " rows"));
+    }
     total += count;
   }
-  check_input(total == rows, "grouped GEMM: counts [", c10::Join(", ", counts), "] sum to ", total,
-              ", not to the ", rows, " rows");
+  if (total != rows) {
+    throw InputError(c10::str("grouped GEMM: counts [", c10::Join(", ", counts), "] sum to ", total,
+                              ", not to the ", rows, " rows"));
+  }
+}
+
+void check_supported(const GroupedGemmEngine& engine, const torch::Tensor& weight) {
+  check_input(engine.supports(weight.scalar_type(), weight.size(1), weight.size(2)),
+              "grouped GEMM: the engine ", engine.name(), " does not take ", weight.scalar_type(),
+              " weights of ", weight.size(1), " x ", weight.size(2));
 }
 
 void check_weight(const torch::Tensor& weight, int64_t width, int64_t dim,
@@ -51,6 +63,30 @@ void check_weight(const torch::Tensor& weight, int64_t width, int64_t dim,
 }
 
 }  // namespace
+
+bool GroupedGemmEngine::supports(torch::Dtype /*dtype*/, int64_t /*n*/, int64_t /*k*/) const {
+  return true;
+}
+
+torch::Tensor GroupedGemmEngine::forward_activated(const torch::Tensor& x,
+                                                   const torch::Tensor& weight,
+                                                   const std::vector<int64_t>& counts,
+                                                   const HiddenActivation& activation,
+                                                   torch::Tensor& hidden) {
+  forward(x, weight, counts, hidden);
+  return kernels_for(x.device()).activate(hidden, activation.activation, activation.glu);
+}
+
+void GroupedGemmEngine::dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
+                                        const std::vector<int64_t>& counts,
+                                        const HiddenActivation& activation,
+                                        const torch::Tensor& hidden, const torch::Tensor& values,
+                                        ActivatedGradient& gradient) {
+  dgrad(dy, weight, counts, gradient.activated);
+  kernels_for(dy.device())
+      .activate_backward(gradient.activated, hidden, values, activation.activation, activation.glu,
+                         {gradient.dhidden, gradient.dvalues});
+}
 
 torch::Tensor grouped_gemm(GroupedGemmEngine& engine, const torch::Tensor& x,
                            const torch::Tensor& weight, const std::vector<int64_t>& counts) {
@@ -69,7 +105,23 @@ void grouped_gemm_out(GroupedGemmEngine& engine, const torch::Tensor& x,
   check_weight(weight, x.size(1), 2, counts);
   check_counts(counts, x.size(0));
   check_output(y, {x.size(0), weight.size(1)}, "y", x);
+  check_supported(engine, weight);
   engine.forward(x, weight, counts, y);
+}
+
+torch::Tensor grouped_gemm_activated(GroupedGemmEngine& engine, const torch::Tensor& x,
+                                     const torch::Tensor& weight,
+                                     const std::vector<int64_t>& counts,
+                                     const HiddenActivation& activation, torch::Tensor& hidden) {
+  check_operand(x, 2, "x", x);
+  check_operand(weight, 3, "weight", x);
+  check_weight(weight, x.size(1), 2, counts);
+  check_counts(counts, x.size(0));
+  check_output(hidden, {x.size(0), weight.size(1)}, "hidden", x);
+  check_supported(engine, weight);
+  check_input(!activation.glu || weight.size(1) % 2 == 0, "grouped GEMM: a weight of shape ",
+              weight.sizes(), " has no gate and up half");
+  return engine.forward_activated(x, weight, counts, activation, hidden);
 }
 
 torch::Tensor grouped_gemm_dgrad(GroupedGemmEngine& engine, const torch::Tensor& dy,
@@ -89,7 +141,31 @@ void grouped_gemm_dgrad_out(GroupedGemmEngine& engine, const torch::Tensor& dy,
   check_weight(weight, dy.size(1), 1, counts);
   check_counts(counts, dy.size(0));
   check_output(dx, {dy.size(0), weight.size(2)}, "dx", dy);
+  check_supported(engine, weight);
   engine.dgrad(dy, weight, counts, dx);
+}
+
+void grouped_gemm_dgrad_activated(GroupedGemmEngine& engine, const torch::Tensor& dy,
+                                  const torch::Tensor& weight, const std::vector<int64_t>& counts,
+                                  const HiddenActivation& activation, const torch::Tensor& hidden,
+                                  const torch::Tensor& values,
+                                  GroupedGemmEngine::ActivatedGradient& gradient) {
+  check_operand(dy, 2, "dy", dy);
+  check_operand(weight, 3, "weight", dy);
+  check_weight(weight, dy.size(1), 1, counts);
+  check_counts(counts, dy.size(0));
+  const int64_t n = weight.size(2);
+  const int64_t hidden_width = activation.glu ? 2 * n : n;
+  check_output(hidden, {dy.size(0), hidden_width}, "hidden", dy);
+  check_output(gradient.dhidden, {dy.size(0), hidden_width}, "dhidden", dy);
+  check_output(gradient.activated, {dy.size(0), n}, "activated", dy);
+  const auto of_values = torch::empty({0}, dy.options().dtype(at::toOpMathType(dy.scalar_type())));
+  check_output(gradient.dvalues, {dy.size(0)}, "dvalues", of_values);
+  if (values.defined()) {
+    check_output(values, {dy.size(0)}, "values", of_values);
+  }
+  check_supported(engine, weight);
+  engine.dgrad_activated(dy, weight, counts, activation, hidden, values, gradient);
 }
 
 torch::Tensor grouped_gemm_wgrad(GroupedGemmEngine& engine, const torch::Tensor& dy,
@@ -112,12 +188,13 @@ void grouped_gemm_wgrad_out(GroupedGemmEngine& engine, const torch::Tensor& dy,
   check_counts(counts, x.size(0));
   check_output(dweight, {static_cast<int64_t>(counts.size()), dy.size(1), x.size(1)}, "dweight",
                dy);
+  check_supported(engine, dweight);
   engine.wgrad(dy, x, counts, dweight);
 }
 
 std::vector<std::string> grouped_gemm_engines(torch::Device device) {
   check_input(device.is_cpu() || device.is_cuda(), "there is no grouped GEMM for ", device);
-  return device.is_cuda() ? cuda_engine_names() : std::vector<std::string>{"cpu"};
+  return device.is_cuda() ? cuda_engine_names(device) : std::vector<std::string>{"cpu"};
 }
 
 std::shared_ptr<GroupedGemmEngine> make_grouped_gemm_engine(torch::Device device,

@@ -5,7 +5,7 @@
 // Built in the place of cuda_engines.cpp where there is no CUDA.
 namespace anabranch {
 
-std::vector<std::string> cuda_engine_names() { return {}; }
+std::vector<std::string> cuda_engine_names(torch::Device /*device*/) { return {}; }
 
 std::shared_ptr<GroupedGemmEngine> make_cuda_engine(torch::Device /*device*/,
                                                     const std::string& /*name*/) {

@@ -95,7 +95,7 @@ class Kernels {
                                  bool glu) const = 0;
   /// Where the backward of the activation writes.
   struct ActivationGradient {
-    torch::Tensor dhidden;   ///< [P, n or 2n], scaled by the weight
+    torch::Tensor dhidden;   ///< [P, n or 2n], scaled by the weight; may be hidden itself
     torch::Tensor dweights;  ///< [P] in fp32 (fp64): ⟨dactivated, activation(hidden)⟩
   };
   /// `dactivated` [P, n] is the gradient at the activation before the routing weight is applied, and

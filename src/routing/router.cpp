@@ -1,8 +1,8 @@
 #include <anabranch/router.h>
-#include <torch/nn/functional/linear.h>
 
 #include <limits>
 
+#include "routing/gate.h"
 #include "support/check.h"
 #include "support/initialize.h"
 
@@ -31,12 +31,13 @@ Routing RouterImpl::forward(const torch::Tensor& x) {
   check_input(x.is_floating_point() && x.device() == weight.device(), "router: x is ",
               x.scalar_type(), " on ", x.device(), ", expected a floating type on ",
               weight.device());
-  torch::Tensor gate_input = x.to(weight.scalar_type());
+  torch::Tensor gate_input = x;
   if (is_training() && options_.jitter > 0) {
+    gate_input = x.to(weight.scalar_type());
     gate_input = gate_input *
                  torch::empty_like(gate_input).uniform_(1 - options_.jitter, 1 + options_.jitter);
   }
-  return route(torch::linear(gate_input, weight), options_.top_k, options_.renormalize);
+  return route(gate_logits(gate_input, weight), options_.top_k, options_.renormalize);
 }
 
 }  // namespace anabranch

@@ -110,6 +110,13 @@ TEST_P(FeedForwardTest, EqualsOneExpertAfterAnother) {
       const auto [y, hidden] = feed_forward(expert, x, parameters, counts, kept);
       EXPECT_EQ(hidden.defined(), kept);
       const auto actual = feed_forward_backward(expert, dy, x, hidden, values, parameters, counts);
+      if (kept) {
+        const auto overwritten =
+            feed_forward_backward(expert, dy, x, hidden.clone(), values, parameters, counts,
+                                  /*overwrite_hidden=*/true);
+        EXPECT_TRUE(identical(overwritten.dx, actual.dx));
+        EXPECT_TRUE(identical(overwritten.parameters.up.weight, actual.parameters.up.weight));
+      }
       const auto exact = expected(all(x), all(dy), values, parameters, counts, expert);
 
       const auto near = [&](const torch::Tensor& result, const torch::Tensor& reference) {

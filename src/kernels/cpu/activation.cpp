@@ -98,8 +98,9 @@ void CpuKernels::activate_backward(torch::Tensor& dactivated, const torch::Tenso
       dresult.mul_(weight);
     }
     if (glu) {
-      dhidden.narrow(1, n, n).copy_(dresult * gated);
+      const auto dup = dresult * gated;
       dresult.mul_(block.narrow(1, n, n));
+      dhidden.narrow(1, n, n).copy_(dup);
     }
     dhidden.narrow(1, 0, n).copy_(apply_backward(dresult, gate, activation));
     dactivated.narrow(0, first, count).copy_(activated);

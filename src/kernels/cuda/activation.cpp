@@ -4,31 +4,13 @@
 #include "kernels/cuda/tensors.h"
 
 namespace anabranch {
-namespace {
-
-cuda::ActivationKind kind_of(Activation activation) {
-  switch (activation) {
-    case Activation::kGeluTanh:
-      return cuda::ActivationKind::kGeluTanh;
-    case Activation::kGelu:
-      return cuda::ActivationKind::kGelu;
-    case Activation::kRelu:
-      return cuda::ActivationKind::kRelu;
-    case Activation::kSilu:
-      return cuda::ActivationKind::kSilu;
-  }
-  TORCH_INTERNAL_ASSERT(false, "unknown activation");
-}
-
-}  // namespace
-
 torch::Tensor CudaKernels::activate(const torch::Tensor& hidden, Activation activation,
                                     bool glu) const {
   const OnDevice stream(hidden);
   const int64_t rows = hidden.size(0);
   const int64_t n = glu ? hidden.size(1) / 2 : hidden.size(1);
   torch::Tensor activated = at::empty({rows, n}, hidden.options());
-  cuda::launch_activate({cuda::scalar_of(hidden), kind_of(activation), glu, rows, n},
+  cuda::launch_activate({cuda::scalar_of(hidden), cuda::kind_of(activation), glu, rows, n},
                         hidden.const_data_ptr(), activated.data_ptr(), stream);
   return activated;
 }
@@ -37,10 +19,11 @@ void CudaKernels::activate_backward(torch::Tensor& dactivated, const torch::Tens
                                     const torch::Tensor& weights, Activation activation, bool glu,
                                     const ActivationGradient& gradient) const {
   const OnDevice stream(hidden);
-  cuda::launch_activate_backward(
-      {cuda::scalar_of(hidden), kind_of(activation), glu, dactivated.size(0), dactivated.size(1)},
-      dactivated.const_data_ptr(), hidden.const_data_ptr(), cuda::address_or_null(weights),
-      gradient.dhidden.data_ptr(), dactivated.data_ptr(), gradient.dweights.data_ptr(), stream);
+  cuda::launch_activate_backward({cuda::scalar_of(hidden), cuda::kind_of(activation), glu,
+                                  dactivated.size(0), dactivated.size(1)},
+                                 dactivated.const_data_ptr(), hidden.const_data_ptr(),
+                                 cuda::address_or_null(weights), gradient.dhidden.data_ptr(),
+                                 dactivated.data_ptr(), gradient.dweights.data_ptr(), stream);
 }
 
 }  // namespace anabranch

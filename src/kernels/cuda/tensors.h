@@ -1,5 +1,6 @@
 #pragma once
 
+#include <anabranch/options.h>
 #include <torch/types.h>
 
 #include "kernels/cuda/launch.h"
@@ -35,6 +36,20 @@ inline torch::TensorOptions accumulate_options(const torch::Tensor& tensor) {
 /// Null for an undefined tensor.
 inline const void* address_or_null(const torch::Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr() : nullptr;
+}
+
+inline ActivationKind kind_of(Activation activation) {
+  switch (activation) {
+    case Activation::kGeluTanh:
+      return ActivationKind::kGeluTanh;
+    case Activation::kGelu:
+      return ActivationKind::kGelu;
+    case Activation::kRelu:
+      return ActivationKind::kRelu;
+    case Activation::kSilu:
+      return ActivationKind::kSilu;
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown activation");
 }
 
 }  // namespace anabranch::cuda

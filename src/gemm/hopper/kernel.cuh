@@ -1,0 +1,300 @@
+#pragma once
+
+// One persistent kernel for the three products of a grouped GEMM, c = a · b for every expert.
+//
+// Every matrix is read and written by the copy engine in boxes of 64 rows by 64 elements. Rows of
+// tokens lie expert-major: their tensor maps end at an expert's last row (see rows_map), so that
+// what lies beyond is read as zero and never written.
+#include "gemm/hopper/epilogue.cuh"
+#include "gemm/hopper/problem.h"
+#include "gemm/hopper/ptx.cuh"
+#include "gemm/hopper/shape.cuh"
+#include "gemm/hopper/wgmma.cuh"
+
+namespace anabranch::hopper {
+
+/// Walks over the tiles of this cluster: the same ones, in the same order, for all of its warps.
+template <typename shape>
+class Tiles {
+ public:
+  __device__ Tiles(const Problem& problem, const int* first_unit)
+      : problem_(problem),
+        first_unit_(first_unit),
+        unit_(blockIdx.x / shape::kClusterSize),
+        rank_(shape::kClusterSize > 1 ? cluster_rank() : 0) {}
+
+  __device__ static int units_of(const Problem& problem, const Group& group) {
+    return row_units(problem, group) * column_units(problem);
+  }
+
+  __device__ bool next(Tile& tile) {
+    if (unit_ >= first_unit_[problem_.groups]) {
+      return false;
+    }
+    while (unit_ >= first_unit_[group_ + 1]) {
+      ++group_;
+    }
+    const Group& group = problem_.group[group_];
+    const int columns = column_units(problem_);
+    const int rows = row_units(problem_, group);
+    // Bands of rows, column by column: what is in flight together shares rows and columns.
+    const int within = unit_ - first_unit_[group_];
+    const int band = within / (problem_.band * columns);
+    const int height = min(problem_.band, rows - band * problem_.band);
+    const int in_band = within - band * problem_.band * columns;
+    int row = band * problem_.band + in_band % height;
+    int column = in_band / height;
+    if constexpr (shape::kShare == Share::kB) {
+      row = 2 * row + rank_;
+    } else if constexpr (shape::kShare == Share::kA) {
+      column = 2 * column + rank_;
+    }
+    const int k = shape::kRaggedK ? group.rows : problem_.k;
+    tile = {group_, row * shape::kRows, column * shape::kTileColumns, (k + kBox - 1) / kBox};
+    unit_ += gridDim.x / shape::kClusterSize;
+    return true;
+  }
+
+ private:
+  static constexpr int kUnitRows = shape::kRows * (shape::kShare == Share::kB ? 2 : 1);
+  static constexpr int kUnitColumns = shape::kTileColumns * (shape::kShare == Share::kA ? 2 : 1);
+
+  __device__ static int row_units(const Problem& problem, const Group& group) {
+    return ((shape::kRaggedK ? problem.m : group.rows) + kUnitRows - 1) / kUnitRows;
+  }
+  __device__ static int column_units(const Problem& problem) {
+    return (problem.n + kUnitColumns - 1) / kUnitColumns;
+  }
+
+  const Problem& problem_;
+  const int* first_unit_;
+  int unit_;
+  int rank_;
+  int group_ = 0;
+};
+
+/// The first unit of each group, and the number of all. By one warp.
+template <typename shape>
+__device__ void count_units(const Problem& problem, int* first_unit) {
+  const int lane = threadIdx.x % 32;
+  int before = 0;
+  for (int base = 0; base <= problem.groups; base += 32) {
+    const int g = base + lane;
+    const int units = g < problem.groups ? Tiles<shape>::units_of(problem, problem.group[g]) : 0;
+    int sum = units;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int other = __shfl_up_sync(0xFFFFFFFF, sum, distance);
+      sum += lane >= distance ? other : 0;
+    }
+    if (g <= problem.groups) {
+      first_unit[g] = before + sum - units;
+    }
+    before += __shfl_sync(0xFFFFFFFF, sum, 31);
+  }
+}
+
+/// The ring of stages in shared memory: where it stands, and the parity of its round.
+template <typename shape>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ void advance() {
+    if (++stage == shape::kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+  __device__ void advance(int steps) {
+    const int target = stage + steps;
+    parity ^= (target / shape::kStages) & 1;
+    stage = target % shape::kStages;
+  }
+};
+
+struct SharedMemory {
+  uint32_t stages;
+  uint32_t staging;
+  uint32_t full;  // barriers
+  uint32_t empty;
+  uint32_t turn;  // to multiply, of each warpgroup, where they alternate
+};
+
+/// One thread fills the ring.
+template <typename shape>
+__device__ void load(const Problem& problem, const Maps& maps, const SharedMemory& shared,
+                     Tiles<shape> tiles) {
+  const uint32_t rank = shape::kClusterSize > 1 ? cluster_rank() : 0;
+  Ring<shape> ring;
+  Tile tile;
+  while (tiles.next(tile)) {
+    const Group group = problem.group[tile.group];
+    const int rows_y = kRowsEnd - group.rows;  // see rows_map
+    const int rows_z = group.first_row + group.rows;
+#pragma unroll 1
+    for (int block = 0; block < tile.k_blocks; ++block) {
+      const uint32_t full = shared.full + ring.stage * 8;
+      const uint32_t target = shared.stages + ring.stage * shape::kStageBytes;
+      const int k = block * kBox;
+      wait(shared.empty + ring.stage * 8, ring.parity ^ 1);
+      arrive_expecting(full, shape::kStageBytes);
+#pragma unroll
+      for (int i = 0; i < shape::kABoxes; ++i) {
+        const int m = tile.row + i * kBox;
+        const BoxCoordinates at = shape::kTransposedA
+                                      ? BoxCoordinates{m, rows_y + k, rows_z, kRowsWrap}
+                                      : BoxCoordinates{k, rows_y + m, rows_z, kRowsWrap};
+        if constexpr (shape::kShare != Share::kA) {
+          load_box(maps.a, at, target + i * kBoxBytes, full);
+        } else if (i / (shape::kABoxes / 2) == rank) {
+          load_box_multicast(maps.a, at, target + i * kBoxBytes, full, 3);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < shape::kBBoxes; ++j) {
+        // The up part lies n columns behind the gate.
+        const int n = shape::kGateAndUp ? tile.column + j * problem.n : tile.column + j * kBox;
+        BoxCoordinates at;
+        if constexpr (shape::kOperation == Operation::kForward) {
+          at = {k, n, group.expert, 0};
+        } else if constexpr (shape::kOperation == Operation::kDgrad) {
+          at = {n, k, group.expert, 0};
+        } else {
+          at = {n, rows_y + k, rows_z, kRowsWrap};
+        }
+        const uint32_t box = target + (shape::kABoxes + j) * kBoxBytes;
+        if constexpr (shape::kShare != Share::kB) {
+          load_box(maps.b, at, box, full);
+        } else if (j / (shape::kBBoxes / 2) == rank) {
+          load_box_multicast(maps.b, at, box, full, 3);
+        }
+      }
+      ring.advance();
+    }
+  }
+}
+
+/// The products of one tile.
+template <typename scalar_t, typename shape>
+__device__ __forceinline__ void multiply(Accumulators<shape>& sums, int k_blocks, int first_box,
+                                         const SharedMemory& shared, Ring<shape>& ring) {
+  using Product = WarpgroupProduct<shape::kColumns>;
+  const auto release = [&](int stage) {
+    const uint32_t lane = threadIdx.x % 32;
+    if constexpr (shape::kClusterSize > 1) {
+      if (lane < 2) arrive_at(shared.empty + stage * 8, lane);
+    } else {
+      if (lane == 0) arrive(shared.empty + stage * 8);
+    }
+  };
+  int previous = 0;
+#pragma unroll 1
+  for (int block = 0; block < k_blocks; ++block) {
+    const uint32_t stage = shared.stages + ring.stage * shape::kStageBytes;
+    wait(shared.full + ring.stage * 8, ring.parity);
+    const uint64_t a = matrix_descriptor<shape::kTransposedA>(stage + first_box * kBoxBytes);
+    const uint64_t b = matrix_descriptor<shape::kTransposedB>(stage + shape::kABoxes * kBoxBytes);
+    begin_products();
+#pragma unroll
+    for (int step = 0; step < kBox / 16; ++step) {
+#pragma unroll
+      for (int i = 0; i < shape::kRowBoxes; ++i) {
+        Product::template multiply<scalar_t, shape::kTransposedA, shape::kTransposedB>(
+            sums[i], a + step * kDescriptorStep<shape::kTransposedA> + i * (kBoxBytes >> 4),
+            b + step * kDescriptorStep<shape::kTransposedB>, block > 0 || step > 0);
+      }
+    }
+    commit_products();
+    wait_products<1>();
+    if (block > 0) {
+      release(previous);
+    }
+    previous = ring.stage;
+    ring.advance();
+  }
+  wait_products<0>();
+  if (k_blocks > 0) {
+    release(previous);
+  }
+}
+
+template <typename scalar_t, typename shape>
+__device__ void multiply_and_store(const Problem& problem, const Maps& maps,
+                                   const SharedMemory& shared, Tiles<shape> tiles, int warpgroup) {
+  EpilogueOf<scalar_t, shape> epilogue(
+      problem, maps, shared.staging + warpgroup * shape::kStagingBoxes * kBoxBytes, 1 + warpgroup);
+  const int first_box = shape::kAlternate ? 0 : warpgroup * shape::kRowBoxes;
+  Ring<shape> ring;
+  Tile tile;
+  for (int i = 0; tiles.next(tile); ++i) {
+    if (shape::kAlternate && i % 2 != warpgroup) {
+      ring.advance(tile.k_blocks);
+      continue;
+    }
+    Accumulators<shape> sums;
+    epilogue.begin(tile);
+    if constexpr (shape::kAlternate) {
+      // The ring's parity tells a round from the one before it only: nobody may fall further behind.
+      wait(shared.turn + warpgroup * 8, (i / 2 + 1 + warpgroup) & 1);
+    }
+    multiply<scalar_t, shape>(sums, tile.k_blocks, first_box, shared, ring);
+    if constexpr (shape::kAlternate) {
+      if (threadIdx.x % 32 == 0) arrive(shared.turn + (1 - warpgroup) * 8);
+    }
+    epilogue.finish(tile, first_box, sums);
+  }
+  wait_stores();
+}
+
+template <typename scalar_t, typename shape>
+__global__ void __launch_bounds__(kThreads, 1)
+    grouped_gemm_kernel(const __grid_constant__ Maps maps,
+                        const __grid_constant__ Problem problem) {
+  extern __shared__ uint8_t memory[];
+  const uint32_t base = (shared_address(memory) + 1023) / 1024 * 1024;
+  SharedMemory shared;
+  shared.stages = base;
+  shared.staging = shared.stages + shape::kStages * shape::kStageBytes;
+  shared.full = shared.staging + 2 * shape::kStagingBoxes * kBoxBytes;
+  shared.empty = shared.full + shape::kStages * 8;
+  shared.turn = shared.empty + shape::kStages * 8;
+  int* const first_unit =
+      reinterpret_cast<int*>(memory + (shared.turn + 2 * 8 - shared_address(memory)));
+
+  const int warp = threadIdx.x / 32;
+  if (warp == 0) {
+    count_units<shape>(problem, first_unit);
+  } else if (threadIdx.x == 32) {
+    constexpr int kReleasingWarps = (shape::kAlternate ? 4 : 8) * shape::kClusterSize;
+    for (int stage = 0; stage < shape::kStages; ++stage) {
+      init_barrier(shared.full + stage * 8, 1);
+      init_barrier(shared.empty + stage * 8, kReleasingWarps);
+    }
+    init_barrier(shared.turn, 4);
+    init_barrier(shared.turn + 8, 4);
+    fence_barrier_init();
+    prefetch_map(maps.a);
+    prefetch_map(maps.b);
+    prefetch_map(maps.c);
+  }
+  __syncthreads();
+  if constexpr (shape::kClusterSize > 1) {
+    sync_cluster();
+  }
+  const Tiles<shape> tiles(problem, first_unit);
+  if (warp < 4) {
+    give_registers<40>();
+    if (threadIdx.x == 0) {
+      load<shape>(problem, maps, shared, tiles);
+    }
+  } else {
+    take_registers<232>();
+    multiply_and_store<scalar_t, shape>(problem, maps, shared, tiles, warp / 4 - 1);
+  }
+  if constexpr (shape::kClusterSize > 1) {
+    __syncwarp();
+    sync_cluster();  // no CTA leaves while the other may still write into it
+  }
+}
+
+}  // namespace anabranch::hopper

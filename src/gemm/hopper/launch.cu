@@ -1,0 +1,97 @@
+#include "gemm/hopper/kernel.cuh"
+#include "gemm/hopper/launch.h"
+#include "support/cuda_check.h"
+
+namespace anabranch::hopper {
+namespace {
+
+int multiprocessors() {
+  int device = 0;
+  int count = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+             "cudaDeviceGetAttribute");
+  return count;
+}
+
+template <typename scalar_t, typename shape>
+void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
+  const auto kernel = grouped_gemm_kernel<scalar_t, shape>;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  shape::kSharedBytes),
+             "cudaFuncSetAttribute");
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {shape::kClusterSize, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = multiprocessors() / shape::kClusterSize * shape::kClusterSize;
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = shape::kSharedBytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, maps, problem), "cudaLaunchKernelEx");
+}
+
+/// Tiles of 128 x 128, each warpgroup's epilogue in the shadow of the other's products.
+template <Operation kOperation, Share kShare, Epilogue kEpilogue = Epilogue::kStore,
+          bool kGlu = false>
+using Alternating = Shape<kOperation, 2, 128, true, 6, 2, kShare, kEpilogue, kGlu>;
+/// Tiles of 128 x 256: fewest bytes into shared memory, for long sums.
+template <Operation kOperation>
+using Wide = Shape<kOperation, 1, 256, false, 3, 4, Share::kB>;
+
+template <typename scalar_t, Operation kOperation>
+void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
+  constexpr int kLongSum = 4096;
+  const int columns = (problem.n + 127) / 128;
+  if (kOperation != Operation::kWgrad && problem.k >= kLongSum && columns % 2 == 0) {
+    launch<scalar_t, Wide<kOperation>>(maps, problem, stream);
+  } else if (columns % 2 == 0) {
+    launch<scalar_t, Alternating<kOperation, Share::kA>>(maps, problem, stream);
+  } else {
+    launch<scalar_t, Alternating<kOperation, Share::kB>>(maps, problem, stream);
+  }
+}
+
+template <typename scalar_t, bool kGlu>
+void launch_with_activation(Operation operation, const Maps& maps, const Problem& problem,
+                            cudaStream_t stream) {
+  using Forward = Alternating<Operation::kForward, Share::kA, Epilogue::kActivate, kGlu>;
+  using Backward = Alternating<Operation::kDgrad, Share::kA, Epilogue::kActivateBackward, kGlu>;
+  if (operation == Operation::kForward) {
+    launch<scalar_t, Forward>(maps, problem, stream);
+  } else {
+    launch<scalar_t, Backward>(maps, problem, stream);
+  }
+}
+
+template <typename scalar_t>
+void launch(const Task& task, const Maps& maps, const Problem& problem, cudaStream_t stream) {
+  if (task.epilogue != Epilogue::kStore) {
+    return task.glu
+               ? launch_with_activation<scalar_t, true>(task.operation, maps, problem, stream)
+               : launch_with_activation<scalar_t, false>(task.operation, maps, problem, stream);
+  }
+  switch (task.operation) {
+    case Operation::kForward:
+      return launch<scalar_t, Operation::kForward>(maps, problem, stream);
+    case Operation::kDgrad:
+      return launch<scalar_t, Operation::kDgrad>(maps, problem, stream);
+    case Operation::kWgrad:
+      return launch<scalar_t, Operation::kWgrad>(maps, problem, stream);
+  }
+}
+
+}  // namespace
+
+void launch_grouped_gemm(const Task& task, const Maps& maps, const Problem& problem,
+                         cudaStream_t stream) {
+  if (task.element == Element::kBfloat16) {
+    launch<__nv_bfloat16>(task, maps, problem, stream);
+  } else {
+    launch<__half>(task, maps, problem, stream);
+  }
+}
+
+}  // namespace anabranch::hopper

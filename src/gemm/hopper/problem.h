@@ -1,0 +1,60 @@
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/launch.h"
+
+namespace anabranch::hopper {
+
+/// c = a · b. Forward: rows · weightᵀ. Dgrad: rows · weight. Wgrad: rowsᵀ · rows, a weight.
+enum class Operation { kForward, kDgrad, kWgrad };
+
+/// What becomes of the products. kStore: c. kActivate (forward): they are the hidden rows, which are
+/// stored with their activation. kActivateBackward (dgrad): they are the gradient at the activation,
+/// and the gradient of the hidden rows is stored with the activation, both scaled by the routing
+/// weights.
+enum class Epilogue { kStore, kActivate, kActivateBackward };
+
+/// See rows_map.
+constexpr int kRowsEnd = 1 << 30;
+constexpr int kRowsWrap = 1 << 30;
+
+/// Of one launch; all of its parameters fit into the 4 KiB that every GPU takes.
+constexpr int kMostGroups = 256;
+
+/// An expert and its rows.
+struct Group {
+  int32_t expert;
+  int32_t first_row;
+  int32_t rows;
+};
+
+/// c [m, n] = a [m, k] · b [k, n] for each group, whose rows are m (forward, dgrad) or k (wgrad).
+struct Problem {
+  int32_t m;
+  int32_t n;  // with GLU, of the activation
+  int32_t k;
+  int32_t band;  // tiles, see Tiles
+  int32_t groups;
+
+  // Of the epilogues with an activation.
+  cuda::ActivationKind activation;
+  const void* hidden;    // kActivateBackward: [P, n] (GLU: [P, 2n], gate then up)
+  void* hidden_out;      // the hidden rows, or their gradient; may be hidden
+  void* activated;       // [P, n]
+  const float* weights;  // kActivateBackward: routing weights [P], null for 1
+  float* dots;           // and [P, ⌈n / 64⌉]: ⟨gradient, activation⟩ of 64 columns each
+
+  Group group[kMostGroups];
+};
+
+/// See rows_map and weight_map; c of kStore alone.
+struct Maps {
+  CUtensorMap a;
+  CUtensorMap b;
+  CUtensorMap c = {};
+};
+
+}  // namespace anabranch::hopper

@@ -1,0 +1,178 @@
+#include "gemm/hopper_engine.h"
+
+#include <ATen/cuda/CUDAContextLight.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
+
+#include <algorithm>
+
+#include "gemm/hopper/launch.h"
+#include "gemm/hopper/tensor_map.h"
+#include "kernels/cuda/tensors.h"
+#include "support/check.h"
+#include "support/cuda_device.h"
+
+namespace anabranch {
+namespace {
+
+using hopper::Element;
+using hopper::Epilogue;
+using hopper::Group;
+using hopper::Maps;
+using hopper::Operation;
+using hopper::Problem;
+using hopper::rows_map;
+using hopper::Task;
+using hopper::weight_map;
+
+/// Tiles above one another that are in flight together, see hopper::Tiles.
+constexpr int kBand = 8;
+
+int32_t narrow(int64_t size) {
+  check_input(size < hopper::kRowsEnd,
+              "grouped GEMM: the hopper engine takes sizes below 2^30, got ", size);
+  return static_cast<int32_t>(size);
+}
+
+std::vector<Group> groups_of(const std::vector<int64_t>& counts) {
+  std::vector<Group> groups;
+  int64_t first_row = 0;
+  for (size_t e = 0; e < counts.size(); ++e) {
+    groups.push_back({static_cast<int32_t>(e), narrow(first_row), narrow(counts[e])});
+    first_row += counts[e];
+  }
+  return groups;
+}
+
+std::vector<Group> groups_with_rows(const std::vector<int64_t>& counts) {
+  auto groups = groups_of(counts);
+  groups.erase(std::remove_if(groups.begin(), groups.end(),
+                              [](const Group& group) { return group.rows == 0; }),
+               groups.end());
+  return groups;
+}
+
+/// Short sums then fill the gaps at the end.
+std::vector<Group> longest_first(std::vector<Group> groups) {
+  std::stable_sort(groups.begin(), groups.end(),
+                   [](const Group& a, const Group& b) { return a.rows > b.rows; });
+  return groups;
+}
+
+class HopperEngine final : public GroupedGemmEngine {
+ public:
+  std::string name() const override { return "hopper"; }
+
+  bool supports(torch::Dtype dtype, int64_t n, int64_t k) const override {
+    return (dtype == torch::kBFloat16 || dtype == torch::kHalf) && n > 0 && k > 0 && n % 8 == 0 &&
+           k % 8 == 0;
+  }
+
+  void forward(const torch::Tensor& x, const torch::Tensor& weight,
+               const std::vector<int64_t>& counts, torch::Tensor& y) override {
+    if (x.size(0) == 0) return;
+    multiply({Operation::kForward, element_of(x)}, {rows_map(x), weight_map(weight), rows_map(y)},
+             sizes(0, weight.size(1), weight.size(2)), groups_with_rows(counts), x);
+  }
+
+  void dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
+             const std::vector<int64_t>& counts, torch::Tensor& dx) override {
+    if (dy.size(0) == 0) return;
+    multiply({Operation::kDgrad, element_of(dy)}, {rows_map(dy), weight_map(weight), rows_map(dx)},
+             sizes(0, weight.size(2), weight.size(1)), groups_with_rows(counts), dy);
+  }
+
+  void wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
+             torch::Tensor& dweight) override {
+    if (dy.size(0) == 0) {
+      dweight.zero_();
+      return;
+    }
+    multiply({Operation::kWgrad, element_of(dy)}, {rows_map(dy), rows_map(x), weight_map(dweight)},
+             sizes(dweight.size(1), dweight.size(2), 0), longest_first(groups_of(counts)), dy);
+  }
+
+  torch::Tensor forward_activated(const torch::Tensor& x, const torch::Tensor& weight,
+                                  const std::vector<int64_t>& counts,
+                                  const HiddenActivation& activation,
+                                  torch::Tensor& hidden) override {
+    const int64_t n = activation.glu ? weight.size(1) / 2 : weight.size(1);
+    if (!fuses(activation, n) || x.size(0) == 0) {
+      return GroupedGemmEngine::forward_activated(x, weight, counts, activation, hidden);
+    }
+    torch::Tensor activated = at::empty({x.size(0), n}, x.options());
+    Problem problem = sizes(0, n, weight.size(2));
+    problem.activation = cuda::kind_of(activation.activation);
+    problem.hidden_out = hidden.data_ptr();
+    problem.activated = activated.data_ptr();
+    multiply({Operation::kForward, element_of(x), Epilogue::kActivate, activation.glu},
+             {rows_map(x), weight_map(weight)}, problem, groups_with_rows(counts), x);
+    return activated;
+  }
+
+  void dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
+                       const std::vector<int64_t>& counts, const HiddenActivation& activation,
+                       const torch::Tensor& hidden, const torch::Tensor& values,
+                       ActivatedGradient& gradient) override {
+    const int64_t n = weight.size(2);
+    if (!fuses(activation, n) || dy.size(0) == 0) {
+      return GroupedGemmEngine::dgrad_activated(dy, weight, counts, activation, hidden, values,
+                                                gradient);
+    }
+    const auto dots =
+        at::empty({dy.size(0), (n + 63) / 64}, gradient.dvalues.options());  // see Problem
+    Problem problem = sizes(0, n, weight.size(1));
+    problem.activation = cuda::kind_of(activation.activation);
+    problem.hidden = hidden.const_data_ptr();
+    problem.hidden_out = gradient.dhidden.data_ptr();
+    problem.activated = gradient.activated.data_ptr();
+    problem.weights = values.defined() ? values.const_data_ptr<float>() : nullptr;
+    problem.dots = dots.data_ptr<float>();
+    multiply({Operation::kDgrad, element_of(dy), Epilogue::kActivateBackward, activation.glu},
+             {rows_map(dy), weight_map(weight)}, problem, groups_with_rows(counts), dy);
+    at::sum_out(gradient.dvalues, dots, 1);
+  }
+
+ private:
+  /// A tile's gate and up part must not overlap: whole boxes.
+  static bool fuses(const HiddenActivation& activation, int64_t n) {
+    return !activation.glu || n % 64 == 0;
+  }
+
+  static Element element_of(const torch::Tensor& tensor) {
+    return tensor.scalar_type() == torch::kBFloat16 ? Element::kBfloat16 : Element::kHalf;
+  }
+
+  static Problem sizes(int64_t m, int64_t n, int64_t k) {
+    Problem problem = {};
+    problem.m = narrow(m);
+    problem.n = narrow(n);
+    problem.k = narrow(k);
+    problem.band = kBand;
+    return problem;
+  }
+
+  /// As many launches as the groups need.
+  static void multiply(const Task& task, const Maps& maps, Problem problem,
+                       const std::vector<Group>& groups, const torch::Tensor& like) {
+    const OnDevice stream(like);
+    for (size_t begin = 0; begin < groups.size(); begin += hopper::kMostGroups) {
+      const size_t count = std::min<size_t>(hopper::kMostGroups, groups.size() - begin);
+      problem.groups = static_cast<int32_t>(count);
+      std::copy_n(groups.begin() + begin, count, problem.group);
+      hopper::launch_grouped_gemm(task, maps, problem, stream);
+    }
+  }
+};
+
+}  // namespace
+
+std::shared_ptr<GroupedGemmEngine> make_hopper_engine() { return std::make_shared<HopperEngine>(); }
+
+bool is_hopper(torch::Device device) {
+  const auto* properties = device.has_index() ? at::cuda::getDeviceProperties(device.index())
+                                              : at::cuda::getCurrentDeviceProperties();
+  return properties->major == 9 && properties->minor == 0;
+}
+
+}  // namespace anabranch
