@@ -187,6 +187,8 @@ void run(const Arguments& arguments) {
     measure(shape, arguments, results);
     c10::cuda::CUDACachingAllocator::emptyCache();
   }
+  std::printf("%s\n",
+              make_grouped_gemm_engine(torch::kCUDA, arguments.engine)->explain().c_str());
   write_json(arguments, results);
 }
 

@@ -27,6 +27,8 @@ class GroupedGemmEngine {
   virtual std::string name() const = 0;
   /// Whether it multiplies weights [experts, n, k] of that type.
   virtual bool supports(torch::Dtype dtype, int64_t n, int64_t k) const;
+  /// What it chose so far, and why, where it chooses; its name otherwise.
+  virtual std::string explain() const;
 
   /// y[P, n] = x[P, k] · weight[e]ᵀ, weight [experts, n, k].
   virtual void forward(const torch::Tensor& x, const torch::Tensor& weight,
@@ -61,7 +63,10 @@ class GroupedGemmEngine {
                                const torch::Tensor& values, ActivatedGradient& gradient);
 };
 
-/// The engine of that name for that device: "auto" or one of `grouped_gemm_engines`.
+/// The engine of that name for that device: one of `grouped_gemm_engines`, or "auto". On a GPU auto
+/// measures all of them when it first meets a product (operation, type, sizes, experts, rows and skew
+/// by powers of two) and keeps the choice in a file in $ANABRANCH_CACHE_DIR, by default the user's
+/// cache folder.
 std::shared_ptr<GroupedGemmEngine> make_grouped_gemm_engine(torch::Device device,
                                                             const std::string& name = "auto");
 /// Names of the engines that run on a device.

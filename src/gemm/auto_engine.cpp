@@ -1,61 +1,209 @@
 #include "gemm/auto_engine.h"
 
-#include "gemm/cublas_loop.h"
-#include "gemm/hopper_engine.h"
+#include <ATen/ops/empty_like.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+
+#include <algorithm>
+#include <bit>
+#include <functional>
+#include <numeric>
+
+#include "gemm/cuda_engines.h"
+#include "gemm/engine_choices.h"
+#include "support/cuda_device.h"
+#include "support/cuda_handle.h"
 
 namespace anabranch {
 namespace {
 
+using Counts = std::vector<int64_t>;
+
+/// An engine must be so much faster than a better guess to be chosen in its place: less is noise.
+constexpr double kNoise = 0.985;
+
+/// `size` by its first two binary digits.
+int64_t bucket(int64_t size) {
+  if (size < 2) {
+    return size;
+  }
+  const int shift = std::bit_width(static_cast<uint64_t>(size)) - 2;
+  return size >> shift << shift;
+}
+
+/// Times that the fullest expert's rows are those of the mean, as a power of two.
+int skew(const Counts& counts) {
+  const int64_t rows = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  const int64_t largest = *std::max_element(counts.begin(), counts.end());
+  const int64_t ratio = 2 * largest * static_cast<int64_t>(counts.size()) / (3 * rows);
+  return std::bit_width(static_cast<uint64_t>(ratio));
+}
+
+double milliseconds(const std::function<void()>& call, cudaStream_t stream) {
+  const auto timed_event = [] {
+    cudaEvent_t event = nullptr;
+    check_cuda(cudaEventCreate(&event), "cudaEventCreate");
+    return CudaEvent(event);
+  };
+  const CudaEvent begin = timed_event();
+  const CudaEvent end = timed_event();
+  check_cuda(cudaEventRecord(begin, stream), "cudaEventRecord");
+  call();
+  check_cuda(cudaEventRecord(end, stream), "cudaEventRecord");
+  check_cuda(cudaEventSynchronize(end), "cudaEventSynchronize");
+  float elapsed = 0;
+  check_cuda(cudaEventElapsedTime(&elapsed, begin, end), "cudaEventElapsedTime");
+  return elapsed;
+}
+
 class AutoEngine final : public GroupedGemmEngine {
  public:
-  explicit AutoEngine(torch::Device device) : general_(make_cublas_loop_engine(device, 4)) {
-    if (is_hopper(device)) {
-      hopper_ = make_hopper_engine();
-    }
-  }
+  explicit AutoEngine(torch::Device device) : device_(device), choices_(shared_choices(device)) {}
 
   std::string name() const override { return "auto"; }
+  std::string explain() const override { return choices_->explain(); }
 
-  void forward(const torch::Tensor& x, const torch::Tensor& weight,
-               const std::vector<int64_t>& counts, torch::Tensor& y) override {
-    best_for(weight).forward(x, weight, counts, y);
+  void forward(const torch::Tensor& x, const torch::Tensor& weight, const Counts& counts,
+               torch::Tensor& y) override {
+    const auto run = [&](GroupedGemmEngine& engine) { engine.forward(x, weight, counts, y); };
+    run(best("forward", weight, counts, x, run));
   }
-  void dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-             const std::vector<int64_t>& counts, torch::Tensor& dx) override {
-    best_for(weight).dgrad(dy, weight, counts, dx);
+  void dgrad(const torch::Tensor& dy, const torch::Tensor& weight, const Counts& counts,
+             torch::Tensor& dx) override {
+    const auto run = [&](GroupedGemmEngine& engine) { engine.dgrad(dy, weight, counts, dx); };
+    run(best("dgrad", weight, counts, dy, run));
   }
-  void wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
+  void wgrad(const torch::Tensor& dy, const torch::Tensor& x, const Counts& counts,
              torch::Tensor& dweight) override {
-    best_for(dweight).wgrad(dy, x, counts, dweight);
+    const auto run = [&](GroupedGemmEngine& engine) { engine.wgrad(dy, x, counts, dweight); };
+    run(best("wgrad", dweight, counts, dy, run));
   }
+
   torch::Tensor forward_activated(const torch::Tensor& x, const torch::Tensor& weight,
-                                  const std::vector<int64_t>& counts,
-                                  const HiddenActivation& activation,
+                                  const Counts& counts, const HiddenActivation& activation,
                                   torch::Tensor& hidden) override {
-    return best_for(weight).forward_activated(x, weight, counts, activation, hidden);
+    const auto run = [&](GroupedGemmEngine& engine) {
+      return engine.forward_activated(x, weight, counts, activation, hidden);
+    };
+    return run(best(activation.glu ? "forward with GLU" : "forward with activation", weight, counts,
+                    x, run));
   }
-  void dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
-                       const std::vector<int64_t>& counts, const HiddenActivation& activation,
-                       const torch::Tensor& hidden, const torch::Tensor& values,
-                       ActivatedGradient& gradient) override {
-    best_for(weight).dgrad_activated(dy, weight, counts, activation, hidden, values, gradient);
+
+  void dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight, const Counts& counts,
+                       const HiddenActivation& activation, const torch::Tensor& hidden,
+                       const torch::Tensor& values, ActivatedGradient& gradient) override {
+    // What is measured more than once must not write over what it reads.
+    const auto try_out = [&](GroupedGemmEngine& engine) {
+      ActivatedGradient scratch = {at::empty_like(hidden), gradient.dvalues, gradient.activated};
+      engine.dgrad_activated(dy, weight, counts, activation, hidden, values, scratch);
+    };
+    best(activation.glu ? "dgrad with GLU" : "dgrad with activation", weight, counts, dy, try_out)
+        .dgrad_activated(dy, weight, counts, activation, hidden, values, gradient);
   }
 
  private:
-  GroupedGemmEngine& best_for(const torch::Tensor& weight) const {
-    return hopper_ && hopper_->supports(weight.scalar_type(), weight.size(1), weight.size(2))
-               ? *hopper_
-               : *general_;
+  /// One for all layers of a device.
+  static std::shared_ptr<EngineChoices> shared_choices(torch::Device device) {
+    static std::mutex mutex;
+    static std::map<torch::DeviceIndex, std::shared_ptr<EngineChoices>> by_device;
+    const std::lock_guard lock(mutex);
+    auto& choices = by_device[device.index()];
+    if (choices == nullptr) {
+      choices = std::make_shared<EngineChoices>(device);
+    }
+    return choices;
   }
 
-  std::shared_ptr<GroupedGemmEngine> general_;
-  std::shared_ptr<GroupedGemmEngine> hopper_;  // null on other GPUs
+  using Engines = std::vector<std::shared_ptr<GroupedGemmEngine>>;
+
+  /// All that can multiply `weight`, best guess first.
+  Engines able_engines(const torch::Tensor& weight) const {
+    Engines able;
+    for (const auto& name : cuda_engine_names(device_)) {
+      auto engine = make_cuda_engine(device_, name);
+      if (engine->supports(weight.scalar_type(), weight.size(1), weight.size(2))) {
+        able.push_back(std::move(engine));
+      }
+    }
+    return able;
+  }
+
+  /// The first engine that can multiply `weight`.
+  GroupedGemmEngine& best_guess(const torch::Tensor& weight) {
+    const auto names = cuda_engine_names(device_);
+    const auto able = std::find_if(names.begin(), names.end(), [&](const std::string& name) {
+      return engine(name).supports(weight.scalar_type(), weight.size(1), weight.size(2));
+    });
+    return engine(able == names.end() ? names.back() : *able);
+  }
+
+  /// The engine of that name, made once. Others are alive while they are measured only: they hold
+  /// streams and workspaces.
+  GroupedGemmEngine& engine(const std::string& name) {
+    const std::lock_guard lock(mutex_);
+    auto& kept = engines_[name];
+    if (kept == nullptr) {
+      kept = make_cuda_engine(device_, name);
+    }
+    return *kept;
+  }
+
+  /// The fastest engine for a product with `weight`; measured with `run` where it is not known.
+  GroupedGemmEngine& best(const char* operation, const torch::Tensor& weight, const Counts& counts,
+                          const torch::Tensor& rows,
+                          const std::function<void(GroupedGemmEngine&)>& run) {
+    if (rows.size(0) == 0 || weight.numel() == 0) {
+      return best_guess(weight);
+    }
+    const auto product = c10::str(operation, " ", weight.scalar_type(), " ", weight.size(0),
+                                  " experts ", weight.size(1), " x ", weight.size(2), ", from ",
+                                  bucket(rows.size(0)), " rows, skew ", skew(counts));
+    auto choice = choices_->find(product);
+    if (!choice) {
+      const OnDevice stream(rows);
+      // Nothing may be waited for while a graph is recorded.
+      if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
+        return best_guess(weight);
+      }
+      choice = measure(able_engines(weight), run, stream);
+      choices_->keep(product, *choice);
+    }
+    return engine(choice->engine);
+  }
+
+  /// Least of a few times each, taken in turns; engines come best guess first.
+  static EngineChoices::Choice measure(const Engines& engines,
+                                       const std::function<void(GroupedGemmEngine&)>& run,
+                                       cudaStream_t stream) {
+    constexpr int kRounds = 4;
+    EngineChoices::Choice choice;
+    for (int round = 0; round < kRounds; ++round) {
+      for (const auto& engine : engines) {
+        const double time = milliseconds([&] { run(*engine); }, stream);
+        auto& least = choice.milliseconds.try_emplace(engine->name(), time).first->second;
+        least = round == 0 ? time : std::min(least, time);
+      }
+    }
+    choice.engine = engines.front()->name();
+    for (const auto& engine : engines) {
+      const double least = choice.milliseconds[choice.engine];
+      if (choice.milliseconds[engine->name()] < kNoise * least) {
+        choice.engine = engine->name();
+      }
+    }
+    return choice;
+  }
+
+  torch::Device device_;
+  std::shared_ptr<EngineChoices> choices_;
+  std::mutex mutex_;
+  std::map<std::string, std::shared_ptr<GroupedGemmEngine>> engines_;  // those chosen so far
 };
 
 }  // namespace
 
 std::shared_ptr<GroupedGemmEngine> make_auto_engine(torch::Device device) {
-  return std::make_shared<AutoEngine>(device);
+  const c10::cuda::CUDAGuard guard(device);
+  return std::make_shared<AutoEngine>(torch::Device(torch::kCUDA, c10::cuda::current_device()));
 }
 
 }  // namespace anabranch

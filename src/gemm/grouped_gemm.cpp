@@ -68,6 +68,8 @@ bool GroupedGemmEngine::supports(torch::Dtype /*dtype*/, int64_t /*n*/, int64_t 
   return true;
 }
 
+std::string GroupedGemmEngine::explain() const { return name(); }
+
 torch::Tensor GroupedGemmEngine::forward_activated(const torch::Tensor& x,
                                                    const torch::Tensor& weight,
                                                    const std::vector<int64_t>& counts,

@@ -128,18 +128,18 @@ __device__ __forceinline__ void with_activation(ActivationKind kind, const Body&
   }
 }
 
-/// Activations of a warpgroup's products. They go through a staging box, so that eight lanes hold a
-/// row's 64 elements and read and write whole lines of memory by themselves: warps wait for nobody.
+/// Activations of a warpgroup's products, 64 x 64 elements a step. They go through a staging box, so
+/// that eight lanes hold a row's 64 elements and write whole lines of memory by themselves: warps wait
+/// for nobody. Loops are not unrolled: instructions that run once a tile would be fetched from afar.
 template <typename scalar_t, typename shape>
-class ActivationRows : protected Staging<scalar_t, shape> {
+class ActivationSteps : protected Staging<scalar_t, shape> {
  public:
   using Staging<scalar_t, shape>::Staging;
-  static_assert(shape::kStagingBoxes == 2 && shape::kBBoxes == 2 && shape::kRowBoxes == 2);
-
-  __device__ void begin(const Tile&) {}
 
  protected:
-  static constexpr int kTurns = 4;  // rows of a box that a lane has a part of
+  static_assert(shape::kBBoxes == 2 && shape::kRowBoxes == 2);
+  static constexpr int kTurns = 4;  // a lane has a part of this many rows of a box, 4 rows apart
+  static constexpr int kTurnRows = 4;
 
   /// Eight neighbouring elements.
   struct Eight {
@@ -159,36 +159,42 @@ class ActivationRows : protected Staging<scalar_t, shape> {
     }
   };
 
-  __device__ static int row_of_turn(int turn) {
-    return threadIdx.x % kWarpgroup / 32 * 16 + 4 * turn + threadIdx.x % 32 / 8;
+  /// This lane's row of a box in the first turn, and its first column.
+  __device__ static int own_row() {
+    return threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 8;
   }
   __device__ static int own_column() { return threadIdx.x % 8 * 8; }
 
-  /// What the warp has written to a box.
-  __device__ static Eight read(uint32_t box, int turn) {
-    const int row = row_of_turn(turn);
+  /// Where a lane's elements of a box row lie.
+  __device__ static uint32_t place(uint32_t box, int row) {
+    return box + row * 128 + (threadIdx.x % 8 ^ row % 8) * 16;
+  }
+  __device__ static Eight read(uint32_t box, int row) {
     Eight eight;
-    load_words(box + row * 128 + (threadIdx.x % 8 ^ row % 8) * 16, eight.words);
+    load_words(place(box, row), eight.words);
     return eight;
   }
-  __device__ static const Eight* eight_at(const void* rows, int64_t element) {
-    return reinterpret_cast<const Eight*>(static_cast<const scalar_t*>(rows) + element);
-  }
-  __device__ static Eight* eight_at(void* rows, int64_t element) {
+  __device__ static Eight* eights_at(void* rows, int64_t element) {
     return reinterpret_cast<Eight*>(static_cast<scalar_t*>(rows) + element);
+  }
+
+  __device__ int64_t hidden_width() const {
+    return static_cast<int64_t>(shape::kGlu ? 2 : 1) * this->problem_.n;
   }
 };
 
 /// Stores the hidden rows and their activation, which is taken of the rounded values: the same bits
 /// as in two steps.
 template <typename scalar_t, typename shape>
-class ActivateEpilogue : public ActivationRows<scalar_t, shape> {
-  using Base = ActivationRows<scalar_t, shape>;
+class ActivateEpilogue : public ActivationSteps<scalar_t, shape> {
+  using Base = ActivationSteps<scalar_t, shape>;
   using typename Base::Eight;
 
  public:
   using Base::Base;
+  static_assert(shape::kStagingBoxes == 2);
 
+  __device__ void begin(const Tile&) {}
   __device__ void finish(const Tile& tile, int /*first_box*/, const Accumulators<shape>& sums) {
     const Group group = this->problem_.group[tile.group];
 #pragma unroll 1
@@ -224,20 +230,21 @@ class ActivateEpilogue : public ActivationRows<scalar_t, shape> {
   template <ActivationKind kKind>
   __device__ void activate(const Group& group, int first_row, int column) {
     const int64_t n = this->problem_.n;
-#pragma unroll
-    for (int turn = 0; turn < Base::kTurns; ++turn) {
-      const int row = first_row + this->row_of_turn(turn);
-      if (row >= group.rows) continue;
-      const int64_t global_row = group.first_row + row;
-      const int64_t hidden_at = global_row * (shape::kGlu ? 2 * n : n) + column;
-      const Eight gate = this->read(this->box(0), turn);
-      *this->eight_at(this->problem_.hidden_out, hidden_at) = gate;
+    int row = this->own_row();
+    const int64_t global_row = group.first_row + first_row + row;
+    Eight* hidden =
+        this->eights_at(this->problem_.hidden_out, global_row * this->hidden_width() + column);
+    Eight* activated = this->eights_at(this->problem_.activated, global_row * n + column);
+#pragma unroll 1
+    for (int turn = 0; turn < Base::kTurns && first_row + row < group.rows; ++turn) {
+      const Eight gate = this->read(this->box(0), row);
+      *hidden = gate;
       float x[8];
       gate.unpack(x);
       float up[8];
       if constexpr (shape::kGlu) {
-        const Eight packed = this->read(this->box(1), turn);
-        *this->eight_at(this->problem_.hidden_out, hidden_at + n) = packed;
+        const Eight packed = this->read(this->box(1), row);
+        hidden[n / 8] = packed;
         packed.unpack(up);
       }
 #pragma unroll
@@ -247,126 +254,161 @@ class ActivateEpilogue : public ActivationRows<scalar_t, shape> {
           x[i] *= up[i];
         }
       }
-      *this->eight_at(this->problem_.activated, global_row * n + column) = Eight::pack(x);
+      *activated = Eight::pack(x);
+      row += Base::kTurnRows;
+      hidden += Base::kTurnRows * this->hidden_width() / 8;
+      activated += Base::kTurnRows * n / 8;
     }
   }
 };
 
 /// Backward of the activation: reads the hidden values, writes their gradient and the activation,
-/// both scaled by the routing weights, and ⟨products, activation⟩ of each row's 64 elements.
+/// both scaled by the routing weights, and ⟨products, activation⟩ of each row's 64 elements. The
+/// products take the first staging box; hidden values arrive in the others a step ahead.
 template <typename scalar_t, typename shape>
-class ActivateBackwardEpilogue : public ActivationRows<scalar_t, shape> {
-  using Base = ActivationRows<scalar_t, shape>;
+class ActivateBackwardEpilogue : public ActivationSteps<scalar_t, shape> {
+  using Base = ActivationSteps<scalar_t, shape>;
   using typename Base::Eight;
 
  public:
   using Base::Base;
+
+  __device__ void begin(const Tile& tile) {
+    const Group group = this->problem_.group[tile.group];
+    wait_copies<0>();  // of a last step that lay outside
+    __syncwarp();
+    request(tile, group, 0);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = tile.row + i * kBox + weight_row();
+      weights_[i] = this->problem_.weights != nullptr && row < group.rows
+                        ? this->problem_.weights[group.first_row + row]
+                        : 1.0f;
+    }
+  }
 
   __device__ void finish(const Tile& tile, int /*first_box*/, const Accumulators<shape>& sums) {
     const Group group = this->problem_.group[tile.group];
 #pragma unroll 1
     for (int step = 0; step < kSteps; ++step) {
       const int first_row = tile.row + step / 2 * kBox;
-      const int column = tile.column + step % 2 * kBox + this->own_column();
       if (first_row >= group.rows) {
         break;
       }
-      Inputs inputs;
-      load(inputs, group, first_row, column);
-      __syncwarp();
+      __syncwarp();  // everyone has read what is written now
+      if (step + 1 < kSteps) {
+        request(tile, group, step + 1);
+      }
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {  // registers have no run-time index
         if (s == step) this->write(&sums[s / 2][s % 2 * 32], this->box(0));
       }
+      if (step + 1 < kSteps) {
+        wait_copies<1>();
+      } else {
+        wait_copies<0>();
+      }
       __syncwarp();
+      const int column = tile.column + step % 2 * kBox + this->own_column();
+      const float weight = step < 2 ? weights_[0] : weights_[1];
       with_activation(this->problem_.activation, [&](auto kind) {
-        differentiate<decltype(kind)::value>(inputs, group, first_row, column);
+        differentiate<decltype(kind)::value>(hidden_box(step), weight, group, first_row, column);
       });
     }
   }
 
  private:
   static constexpr int kSteps = 4;
+  static constexpr int kParts = shape::kGlu ? 2 : 1;
+  static_assert(shape::kStagingBoxes == 1 + 2 * kParts);
 
-  struct Inputs {
-    Eight gate[Base::kTurns];
-    Eight up[Base::kTurns];
-    float weight[Base::kTurns];
-  };
+  __device__ uint32_t hidden_box(int step) const { return this->box(1 + step % 2 * kParts); }
 
-  __device__ bool inside(const Group& group, int row, int column) const {
-    return row < group.rows && column < this->problem_.n;
-  }
-  __device__ int64_t hidden_at(int64_t row, int column) const {
-    return row * (shape::kGlu ? 2 : 1) * this->problem_.n + column;
+  /// The row of a box whose weight this lane keeps for its warp.
+  __device__ static int weight_row() {
+    return threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 16;
   }
 
-  /// All of them before the first is used.
-  __device__ void load(Inputs& inputs, const Group& group, int first_row, int column) const {
+  /// Asks for a step's hidden values; rows and columns outside become zero.
+  __device__ void request(const Tile& tile, const Group& group, int step) const {
+    const int column = tile.column + step % 2 * kBox + this->own_column();
+    int row = this->own_row();
+    const int first_row = tile.row + step / 2 * kBox;
+    const scalar_t* hidden =
+        static_cast<const scalar_t*>(this->problem_.hidden) +
+        static_cast<int64_t>(group.first_row + first_row + row) * this->hidden_width() + column;
 #pragma unroll
     for (int turn = 0; turn < Base::kTurns; ++turn) {
-      const int row = first_row + this->row_of_turn(turn);
-      if (!inside(group, row, column)) continue;
-      const int64_t at = hidden_at(group.first_row + row, column);
-      inputs.gate[turn] = *this->eight_at(this->problem_.hidden, at);
-      if constexpr (shape::kGlu) {
-        inputs.up[turn] = *this->eight_at(this->problem_.hidden, at + this->problem_.n);
+      const bool inside = first_row + row < group.rows && column < this->problem_.n;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        copy_16(this->place(hidden_box(step) + part * kBoxBytes, row),
+                inside ? hidden + part * this->problem_.n : this->problem_.hidden, inside);
       }
-      inputs.weight[turn] =
-          this->problem_.weights == nullptr ? 1 : this->problem_.weights[group.first_row + row];
+      row += Base::kTurnRows;
+      hidden += Base::kTurnRows * this->hidden_width();
     }
+    commit_copies();
   }
 
   template <ActivationKind kKind>
-  __device__ void differentiate(const Inputs& inputs, const Group& group, int first_row,
+  __device__ void differentiate(uint32_t hidden, float weights, const Group& group, int first_row,
                                 int column) const {
-#pragma unroll
+    const int64_t n = this->problem_.n;
+    int row = this->own_row();
+    int64_t global_row = group.first_row + first_row + row;
+    Eight* dhidden =
+        this->eights_at(this->problem_.hidden_out, global_row * this->hidden_width() + column);
+    Eight* activated = this->eights_at(this->problem_.activated, global_row * n + column);
+#pragma unroll 1
     for (int turn = 0; turn < Base::kTurns; ++turn) {
-      const int row = first_row + this->row_of_turn(turn);
-      const int64_t global_row = group.first_row + row;
+      const float weight = __shfl_sync(0xFFFFFFFF, weights, row % 16);
+      const bool inside = first_row + row < group.rows && column < n;
+      float products[8];
+      float gate[8];
+      float up[8];
+      this->read(this->box(0), row).unpack(products);
+      this->read(hidden, row).unpack(gate);
+      if constexpr (shape::kGlu) {
+        this->read(hidden + kBoxBytes, row).unpack(up);
+      }
       float dot = 0;
-      if (inside(group, row, column)) {
-        const float weight = inputs.weight[turn];
-        float products[8];
-        float gate[8];
-        float up[8];
-        this->read(this->box(0), turn).unpack(products);
-        inputs.gate[turn].unpack(gate);
-        if constexpr (shape::kGlu) {
-          inputs.up[turn].unpack(up);
-        }
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const auto [value, slope] = cuda::activate_at<kKind, true>(gate[i]);
-          const float scaled = weight * products[i];
-          float activated = value;
-          gate[i] = scaled * slope;
-          if constexpr (shape::kGlu) {
-            activated *= up[i];
-            gate[i] *= up[i];
-            up[i] = scaled * value;
-          }
-          dot += products[i] * activated;
-          products[i] = weight * activated;
-        }
-        const int64_t at = hidden_at(global_row, column);
-        *this->eight_at(this->problem_.hidden_out, at) = Eight::pack(gate);
+      for (int i = 0; i < 8; ++i) {
+        const auto [value, slope] = cuda::activate_at<kKind, true>(gate[i]);
+        const float scaled = weight * products[i];
+        float result = value;
+        gate[i] = scaled * slope;
         if constexpr (shape::kGlu) {
-          *this->eight_at(this->problem_.hidden_out, at + this->problem_.n) = Eight::pack(up);
+          result *= up[i];
+          gate[i] *= up[i];
+          up[i] = scaled * value;
         }
-        *this->eight_at(this->problem_.activated, global_row * this->problem_.n + column) =
-            Eight::pack(products);
+        dot += products[i] * result;
+        products[i] = weight * result;
       }
 #pragma unroll
       for (int distance = 1; distance < 8; distance *= 2) {
         dot += __shfl_xor_sync(0xFFFFFFFF, dot, distance);
       }
-      if (threadIdx.x % 8 == 0 && inside(group, row, column)) {
-        const int boxes = (this->problem_.n + kBox - 1) / kBox;
-        this->problem_.dots[global_row * boxes + column / kBox] = dot;
+      if (inside) {
+        *dhidden = Eight::pack(gate);
+        if constexpr (shape::kGlu) {
+          dhidden[n / 8] = Eight::pack(up);
+        }
+        *activated = Eight::pack(products);
+        if (threadIdx.x % 8 == 0) {
+          this->problem_.dots[global_row * ((n + kBox - 1) / kBox) + column / kBox] = dot;
+        }
       }
+      row += Base::kTurnRows;
+      global_row += Base::kTurnRows;
+      dhidden += Base::kTurnRows * this->hidden_width() / 8;
+      activated += Base::kTurnRows * n / 8;
     }
   }
+
+  float weights_[2] = {1, 1};  // of row weight_row() in the upper and the lower box
 };
 
 template <typename scalar_t, typename shape>

@@ -34,9 +34,8 @@ void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
 }
 
 /// Tiles of 128 x 128, each warpgroup's epilogue in the shadow of the other's products.
-template <Operation kOperation, Share kShare, Epilogue kEpilogue = Epilogue::kStore,
-          bool kGlu = false>
-using Alternating = Shape<kOperation, 2, 128, true, 6, 2, kShare, kEpilogue, kGlu>;
+template <Operation kOperation, Share kShare>
+using Alternating = Shape<kOperation, 2, 128, true, 6, 2, kShare>;
 /// Tiles of 128 x 256: fewest bytes into shared memory, for long sums.
 template <Operation kOperation>
 using Wide = Shape<kOperation, 1, 256, false, 3, 4, Share::kB>;
@@ -57,8 +56,10 @@ void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
 template <typename scalar_t, bool kGlu>
 void launch_with_activation(Operation operation, const Maps& maps, const Problem& problem,
                             cudaStream_t stream) {
-  using Forward = Alternating<Operation::kForward, Share::kA, Epilogue::kActivate, kGlu>;
-  using Backward = Alternating<Operation::kDgrad, Share::kA, Epilogue::kActivateBackward, kGlu>;
+  using Forward =
+      Shape<Operation::kForward, 2, 128, true, 6, 2, Share::kA, Epilogue::kActivate, kGlu>;
+  using Backward = Shape<Operation::kDgrad, 2, 128, true, kGlu ? 4 : 5, kGlu ? 5 : 3, Share::kA,
+                         Epilogue::kActivateBackward, kGlu>;
   if (operation == Operation::kForward) {
     launch<scalar_t, Forward>(maps, problem, stream);
   } else {

@@ -148,4 +148,19 @@ __device__ __forceinline__ void load_words(uint32_t address, uint4& words) {
                : "memory");
 }
 
+/// 16 bytes of global memory into shared memory, or zeros unless `inside`; see commit_copies.
+__device__ __forceinline__ void copy_16(uint32_t target, const void* source, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "r"(inside ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+/// Until at most `kPending` of this thread's committed groups have not arrived.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 }  // namespace anabranch::hopper

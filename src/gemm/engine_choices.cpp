@@ -1,0 +1,123 @@
+#include "gemm/engine_choices.h"
+
+#include <ATen/cuda/CUDAContextLight.h>
+#include <cublas_v2.h>
+#include <torch/headeronly/version.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cctype>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "support/cuda_check.h"
+#include "support/cuda_handle.h"
+
+namespace anabranch {
+namespace {
+
+/// To be raised whenever an engine comes, goes or becomes faster: older choices are then forgotten.
+constexpr int kEngines = 1;
+
+std::filesystem::path cache_folder() {
+  if (const char* named = std::getenv("ANABRANCH_CACHE_DIR")) {
+    return named;
+  }
+  if (const char* caches = std::getenv("XDG_CACHE_HOME")) {
+    return std::filesystem::path(caches) / "anabranch";
+  }
+  const char* home = std::getenv("HOME");
+  return std::filesystem::path(home == nullptr ? "." : home) / ".cache" / "anabranch";
+}
+
+/// What the times depend on, as the name of a file.
+std::string machine_of(torch::Device device) {
+  int driver = 0;
+  check_cuda(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  std::string name =
+      c10::str(at::cuda::getDeviceProperties(device.index())->name, "-driver", driver, "-cublas");
+  for (const auto property : {MAJOR_VERSION, MINOR_VERSION, PATCH_LEVEL}) {
+    int number = 0;
+    check_cublas(cublasGetProperty(property, &number), "cublasGetProperty");
+    name += c10::str(property == MAJOR_VERSION ? "" : ".", number);
+  }
+  std::replace_if(
+      name.begin(), name.end(), [](unsigned char c) { return !std::isalnum(c) && c != '.'; }, '-');
+  return name;
+}
+
+}  // namespace
+
+EngineChoices::EngineChoices(torch::Device device)
+    : file_(cache_folder() /
+            c10::str("grouped_gemm-", kEngines, "-", machine_of(device), ".json")) {
+  read();
+}
+
+std::optional<EngineChoices::Choice> EngineChoices::find(const std::string& product) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = choices_.find(product);
+  return found == choices_.end() ? std::nullopt : std::optional(found->second);
+}
+
+void EngineChoices::keep(const std::string& product, const Choice& choice) {
+  const std::lock_guard lock(mutex_);
+  choices_[product] = choice;
+  write();
+}
+
+std::string EngineChoices::explain() const {
+  const std::lock_guard lock(mutex_);
+  std::string text = "choices kept in " + file_ + "\n";
+  for (const auto& [product, choice] : choices_) {
+    text += product + ": " + choice.engine + " (";
+    const char* separator = "";
+    for (const auto& [engine, milliseconds] : choice.milliseconds) {
+      text += c10::str(separator, engine, " ", milliseconds, " ms");
+      separator = ", ";
+    }
+    text += ")\n";
+  }
+  return text;
+}
+
+void EngineChoices::read() {
+  std::ifstream file(file_);
+  if (!file) {
+    return;
+  }
+  try {
+    const auto kept = nlohmann::json::parse(file);
+    for (const auto& [product, choice] : kept.items()) {
+      choices_[product] = {choice.at("engine").get<std::string>(),
+                           choice.at("milliseconds").get<Times>()};
+    }
+  } catch (const nlohmann::json::exception& error) {
+    TORCH_WARN_ONCE("the engine choices in ", file_, " are not used: ", error.what());
+    choices_.clear();
+  }
+}
+
+/// Whole or not at all: several processes may write at once.
+void EngineChoices::write() const {
+  nlohmann::json kept = nlohmann::json::object();
+  for (const auto& [product, choice] : choices_) {
+    kept[product] = {{"engine", choice.engine}, {"milliseconds", choice.milliseconds}};
+  }
+  std::error_code error;
+  std::filesystem::create_directories(std::filesystem::path(file_).parent_path(), error);
+  const std::string written = c10::str(file_, ".", getpid());
+  std::ofstream file(written);
+  file << kept.dump(1) << '\n';
+  file.close();
+  if (file) {
+    std::filesystem::rename(written, file_, error);
+  }
+  if (!file || error) {
+    TORCH_WARN_ONCE("the engine choices could not be written to ", file_);
+  }
+}
+
+}  // namespace anabranch
