@@ -79,7 +79,68 @@ equal counts; `zipf`: counts ∝ 1/rank^0.8.
 """
 
 
-SECTIONS = {"cpu_layer.json": layer, "cpu_grouped_gemm.json": grouped_gemm}
+# Stages of a step on the GPU by what their kernels' names hold; the first that fits.
+GPU_STAGES = {
+    "up, activation": ("Epilogue)1",),
+    "down": ("Operation)0",),
+    "down dX, activation": ("Epilogue)2",),
+    "up dX": ("Operation)1",),
+    "dW": ("Operation)2",),
+    "permute": ("gather_rows",),
+    "unpermute": ("sum_rows",),
+    "router, plan, sums": ("",),
+}
+
+
+def gpu_stages(case):
+    times = dict.fromkeys(GPU_STAGES, 0.0)
+    for name, us in case.items():
+        if name.startswith("us of "):
+            stage = next(s for s, parts in GPU_STAGES.items() if any(p in name for p in parts))
+            times[stage] += us / 1e3
+    return times
+
+
+def gpu_layer(measured):
+    rows = [
+        (
+            case["shape"],
+            f"{case['ms']:.2f}",
+            f"{case['TFLOP_per_s']:.0f}",
+            f"{case['peak_GiB']:.2f}",
+            f"{case['grouped_mm_ms']:.2f}",
+            f"{case['grouped_mm_peak_GiB']:.2f}",
+            f"{case['speedup']:.2f}",
+        )
+        for case in measured["results"]
+    ]
+    stages = [
+        (case["shape"], *(f"{ms:.2f}" for ms in gpu_stages(case).values()))
+        for case in measured["results"]
+    ]
+    about = measured["provenance"]
+    return f"""## One layer on a GPU, forward and backward with its router
+
+bf16; medians of 9 rounds in which the layer and the same MoE in `torch._grouped_mm` and index
+operations take turns. Peak: most bytes of tensors alive at once, parameters and gradients included.
+
+{table(("shape", "layer, ms", "TFLOP/s", "peak GiB", "grouped_mm, ms", "its peak GiB", "speed-up"), rows)}
+
+Milliseconds of GPU time by stage, from a trace of one step after the rounds:
+
+{table(("shape", *GPU_STAGES), stages)}
+
+{about['gpu']}, CUDA {about['cuda_runtime']}, cuBLAS {about['cublas']}, PyTorch {about['torch']}, commit {about['commit'][:10]}, {about['date']}: `benchmark_gpu_layer`
+
+{about.get('note', '')}
+"""
+
+
+SECTIONS = {
+    "cpu_layer.json": layer,
+    "cpu_grouped_gemm.json": grouped_gemm,
+    "gpu_layer.json": gpu_layer,
+}
 
 
 def main():
@@ -88,7 +149,8 @@ def main():
     arguments = parser.parse_args()
     parts = ["# Performance\n\nMade by `benchmarks/report.py` from the files in `benchmarks/results/`.\n"]
     for name, section in SECTIONS.items():
-        parts.append(section(json.loads((RESULTS / name).read_text())))
+        if (RESULTS / name).exists():  # not every machine has been measured on
+            parts.append(section(json.loads((RESULTS / name).read_text())))
     arguments.output.write_text("\n".join(parts))
 
 
