@@ -25,8 +25,12 @@ using hopper::rows_map;
 using hopper::Task;
 using hopper::weight_map;
 
-/// Tiles above one another that are in flight together, see hopper::Tiles.
-constexpr int kBand = 8;
+/// Tiles above one another that are in flight together, see hopper::Tiles. Each band reads a whole
+/// weight: few bands where the weight does not stay in the cache.
+int32_t band_of(Operation operation, int64_t n, int64_t k) {
+  constexpr int64_t kLargeWeight = int64_t{1} << 25;  // elements: 64 MiB
+  return operation != Operation::kWgrad && n * k >= kLargeWeight ? 32 : 8;
+}
 
 int32_t narrow(int64_t size) {
   check_input(size < hopper::kRowsEnd,
@@ -148,7 +152,6 @@ class HopperEngine final : public GroupedGemmEngine {
     problem.m = narrow(m);
     problem.n = narrow(n);
     problem.k = narrow(k);
-    problem.band = kBand;
     return problem;
   }
 
@@ -156,6 +159,7 @@ class HopperEngine final : public GroupedGemmEngine {
   static void multiply(const Task& task, const Maps& maps, Problem problem,
                        const std::vector<Group>& groups, const torch::Tensor& like) {
     const OnDevice stream(like);
+    problem.band = band_of(task.operation, problem.n, problem.k);
     for (size_t begin = 0; begin < groups.size(); begin += hopper::kMostGroups) {
       const size_t count = std::min<size_t>(hopper::kMostGroups, groups.size() - begin);
       problem.groups = static_cast<int32_t>(count);

@@ -38,7 +38,7 @@ template <Operation kOperation, Share kShare>
 using Alternating = Shape<kOperation, 2, 128, true, 6, 2, kShare>;
 /// Tiles of 128 x 256: fewest bytes into shared memory, for long sums.
 template <Operation kOperation>
-using Wide = Shape<kOperation, 1, 256, false, 3, 4, Share::kB>;
+using Wide = Shape<kOperation, 1, 256, false, 4, 2, Share::kB>;
 
 template <typename scalar_t, Operation kOperation>
 void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
