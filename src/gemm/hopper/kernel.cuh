@@ -20,8 +20,8 @@ class Tiles {
   __device__ Tiles(const Problem& problem, const int* first_unit)
       : problem_(problem),
         first_unit_(first_unit),
-        unit_(blockIdx.x / shape::kClusterSize),
-        rank_(shape::kClusterSize > 1 ? cluster_rank() : 0) {}
+        unit_(blockIdx.x / kClusterSize),
+        rank_(cluster_rank()) {}
 
   __device__ static int units_of(const Problem& problem, const Group& group) {
     return row_units(problem, group) * column_units(problem);
@@ -51,7 +51,7 @@ class Tiles {
     }
     const int k = shape::kRaggedK ? group.rows : problem_.k;
     tile = {group_, row * shape::kRows, column * shape::kTileColumns, (k + kBox - 1) / kBox};
-    unit_ += gridDim.x / shape::kClusterSize;
+    unit_ += gridDim.x / kClusterSize;
     return true;
   }
 
@@ -124,7 +124,7 @@ struct SharedMemory {
 template <typename shape>
 __device__ void load(const Problem& problem, const Maps& maps, const SharedMemory& shared,
                      Tiles<shape> tiles) {
-  const uint32_t rank = shape::kClusterSize > 1 ? cluster_rank() : 0;
+  const uint32_t rank = cluster_rank();
   Ring<shape> ring;
   Tile tile;
   while (tiles.next(tile)) {
@@ -181,11 +181,7 @@ __device__ __forceinline__ void multiply(Accumulators<shape>& sums, int k_blocks
   using Product = WarpgroupProduct<shape::kColumns>;
   const auto release = [&](int stage) {
     const uint32_t lane = threadIdx.x % 32;
-    if constexpr (shape::kClusterSize > 1) {
-      if (lane < 2) arrive_at(shared.empty + stage * 8, lane);
-    } else {
-      if (lane == 0) arrive(shared.empty + stage * 8);
-    }
+    if (lane < kClusterSize) arrive_at(shared.empty + stage * 8, lane);
   };
   int previous = 0;
 #pragma unroll 1
@@ -265,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp == 0) {
     count_units<shape>(problem, first_unit);
   } else if (threadIdx.x == 32) {
-    constexpr int kReleasingWarps = (shape::kAlternate ? 4 : 8) * shape::kClusterSize;
+    constexpr int kReleasingWarps = (shape::kAlternate ? 4 : 8) * kClusterSize;
     for (int stage = 0; stage < shape::kStages; ++stage) {
       init_barrier(shared.full + stage * 8, 1);
       init_barrier(shared.empty + stage * 8, kReleasingWarps);
@@ -278,9 +274,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_map(maps.c);
   }
   __syncthreads();
-  if constexpr (shape::kClusterSize > 1) {
-    sync_cluster();
-  }
+  sync_cluster();
   const Tiles<shape> tiles(problem, first_unit);
   if (warp < 4) {
     give_registers<40>();
@@ -291,10 +285,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     take_registers<232>();
     multiply_and_store<scalar_t, shape>(problem, maps, shared, tiles, warp / 4 - 1);
   }
-  if constexpr (shape::kClusterSize > 1) {
-    __syncwarp();
-    sync_cluster();  // no CTA leaves while the other may still write into it
-  }
+  __syncwarp();
+  sync_cluster();  // no CTA leaves while the other may still write into it
 }
 
 }  // namespace anabranch::hopper

@@ -22,9 +22,9 @@ void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
              "cudaFuncSetAttribute");
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {shape::kClusterSize, 1, 1};
+  cluster.val.clusterDim = {kClusterSize, 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = multiprocessors() / shape::kClusterSize * shape::kClusterSize;
+  config.gridDim = multiprocessors() / kClusterSize * kClusterSize;
   config.blockDim = kThreads;
   config.dynamicSmemBytes = shape::kSharedBytes;
   config.stream = stream;

@@ -12,7 +12,8 @@ constexpr int kThreads = 3 * kWarpgroup;  // one warpgroup loads, two multiply
 
 /// What the two CTAs of a cluster have in common: tiles above one another read the same b, tiles
 /// beside one another the same a. Each CTA loads one half for both.
-enum class Share { kNothing, kA, kB };
+enum class Share { kA, kB };
+constexpr int kClusterSize = 2;
 
 /// kRowBoxes · 64 rows and kColumns columns of the products for each multiplying warpgroup.
 /// `kAlternate`: each warpgroup has tiles of its own, one's epilogue in the shadow of the other's
@@ -40,7 +41,6 @@ struct Shape {
   static constexpr int kBBoxes = kColumns / kBox;
   static constexpr int kRows = kABoxes * kBox;
   static constexpr int kTileColumns = kGateAndUp ? kColumns / 2 : kColumns;
-  static constexpr int kClusterSize = kShare == Share::kNothing ? 1 : 2;
   static constexpr int kStageBytes = (kABoxes + kBBoxes) * kBoxBytes;
   static constexpr int kBarriers = 2 * kStages + 2;
   static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + 2 * kStagingBoxes * kBoxBytes +
