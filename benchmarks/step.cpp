@@ -166,6 +166,10 @@ nlohmann::json describe(const Options& options, Communicator& world) {
           {"torch", TORCH_VERSION}};
 }
 
+double least(const std::vector<double>& values) {
+  return *std::min_element(values.begin(), values.end());
+}
+
 void run(const Options& options) {
   const auto world = make_world(options.all_to_all);
   Step step(options, world);
@@ -187,9 +191,10 @@ void run(const Options& options) {
   const auto load = step.expert_load();
   nlohmann::json record = describe(options, *world);
   record["step_ms"] = median(whole) * 1e3;
-  record["step_ms_least"] = *std::min_element(whole.begin(), whole.end()) * 1e3;
+  record["step_ms_least"] = least(whole) * 1e3;
   for (size_t i = 0; i < kStages.size(); ++i) {
     record["stage_ms"][kStages[i]] = median(stages[i]) * 1e3;
+    record["stage_ms_least"][kStages[i]] = least(stages[i]) * 1e3;
   }
   for (const auto& row : links.unbind()) {
     record["link_bytes"].push_back(to_vector(row));

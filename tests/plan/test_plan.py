@@ -237,14 +237,14 @@ def records_of(described, ranks, nodes, sizes, generator):
             "threads": 1,
             "link_bytes": ((links + links.T) * 2 * hidden * 4).tolist(),
             "assignments": numpy.bincount(owner, weights=load, minlength=ranks).tolist(),
-            "stage_ms": dict.fromkeys(("experts", "experts_backward", "plan", *calibrate.EXCHANGES), 0.0),
+            "stage_ms_least": dict.fromkeys(("experts", "experts_backward", "plan", *calibrate.EXCHANGES), 0.0),
         }
         link = described.network if nodes > 1 else described.node
         costs = [described.stage, described.expert, 1 / described.flops, 1 / described.copy, link.message]
         costs.append(1 / link.bandwidth)
         stages = ["experts", "experts_backward", "plan", *calibrate.EXCHANGES]
         for name, (features, _) in zip(stages, calibrate.equations(record)):
-            record["stage_ms"][name] = float(numpy.dot(features, costs)) * 1e3
+            record["stage_ms_least"][name] = float(numpy.dot(features, costs)) * 1e3
         yield record
 
 

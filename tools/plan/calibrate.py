@@ -1,4 +1,8 @@
-"""A machine's description, measured: benchmark_step at a few sizes, and the costs that explain its times."""
+"""A machine's description, measured: benchmark_step at a few sizes, and the costs that explain its times.
+
+The shortest of a stage's times count, in calibration and checks alike: what others do on the machine only
+makes them longer.
+"""
 
 import itertools
 import json
@@ -111,7 +115,7 @@ def equations(record, cores=0.0):
     rows = record["tokens_per_rank"] * min(record["top_k"], record["ranks"])
     gathered = timeline.GATHER_PASSES * rows * hidden * FP32 if record["ranks"] > 1 else 0.0
     indices = 8.0 * timeline.PLAN_PASSES * (record["tokens_per_rank"] * record["top_k"] + assigned)
-    seconds = {name: value / 1e3 for name, value in record["stage_ms"].items()}
+    seconds = {name: value / 1e3 for name, value in record["stage_ms_least"].items()}
     yield [once, local, flops, moved, 0, 0], seconds["experts"]
     yield [once, 2 * local, 2 * flops, 2 * moved, 0, 0], seconds["experts_backward"]
     yield [1, 0, 0, indices, messages, 0], seconds["plan"]
