@@ -190,7 +190,7 @@ def plot_imbalance(records, path):
     all_ranks = [point["ranks"] for points in series.values() for point in points]
     for axes, what in ((left, "expert"), (right, "rank")):
         ranks_axis(axes, all_ranks)
-        axes.set_ylabel(f"assignments of the fullest {what} over the mean")
+        axes.set_ylabel(f"assignments of the fullest {what}\nover the mean")
         axes.set_ylim(bottom=0)
     figure.suptitle("Imbalance")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
