@@ -85,6 +85,8 @@ def test_ranks_have_time_after_a_signal(project, number):
         "while not received: time.sleep(0.05)\n"
         "time.sleep(2)\n"
         "pathlib.Path(f'saved{me}').touch()\n"
+        # As ranks do that save together: mpirun ends the others as soon as one leaves with a code.
+        "while not all(pathlib.Path(f'saved{r}').exists() for r in (0, 1)): time.sleep(0.05)\n"
         "sys.exit(128 + received[0])\n",
     )
     process = project.start("mpirun.sh", "-n", "2", program, cwd=project.root, start_new_session=True)

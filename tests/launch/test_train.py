@@ -38,6 +38,9 @@ if "--wait" in arguments:
         time.sleep(0.05)
     time.sleep(3)
     (output / f"saved{{rank}}").touch()
+    # As ranks do that save together: mpirun ends the others as soon as one leaves with a code.
+    while not all((output / f"saved{{r}}").exists() for r in range(int(os.environ["OMPI_COMM_WORLD_SIZE"]))):
+        time.sleep(0.05)
     sys.exit(128 + received[0])
 """
 
