@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -134,20 +133,25 @@ def test_torchrun_on_several_nodes_needs_a_place_to_meet(project):
 
 
 def test_torchrun_takes_nodes_and_meeting_place_from_slurm(project):
-    """On one machine, with a scontrol that knows where the first node is; two agents of one rank each."""
+    """With a scontrol that knows where the first node is, and a Python that says what it was given."""
     commands = project.root / "commands"
-    executable(commands / "scontrol", "#!/bin/bash\nprintf '%s\\n' localhost elsewhere\n")
+    executable(commands / "scontrol", "#!/bin/bash\nprintf '%s\\n' first second\n")
+    executable(project.root / ".venv/bin/python", '#!/bin/bash\nprintf "%s\\n" "$@"\n')
     environment = {
-        "SLURM_JOB_NODELIST": "localhost,elsewhere",
+        "SLURM_JOB_NODELIST": "first,second",
         "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_JOB_ID": str(random.randrange(10**6)),  # names the port
+        "SLURM_JOB_ID": "12345",  # names the port
         "PATH": f"{commands}:{os.environ['PATH']}",
     }
-    arguments = ["-n", "1", "--no-bind", "sh", "-c", "echo rank $RANK of $WORLD_SIZE, node $GROUP_RANK"]
-    processes = [project.start("torchrun.sh", *arguments, environment=environment) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert sorted(re.findall(r"rank . of ., node .", "".join(outputs))) == [f"rank {i} of 2, node {i}" for i in (0, 1)]
+    output = project.run("torchrun.sh", "-n", "4", "--no-bind", "train.sh", environment=environment)
+    given = output.splitlines()
+    options = dict(zip(given, given[1:]))
+    assert options["-m"] == "torch.distributed.run"
+    assert options["--nproc-per-node"] == "4"
+    assert options["--nnodes"] == "2"
+    assert options["--rdzv-endpoint"] == "first:22345"
+    assert options["--rdzv-id"] == "12345"
+    assert given[-1] == "train.sh"
 
 
 def test_mpirun_says_when_there_is_none(project):
