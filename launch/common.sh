@@ -59,7 +59,9 @@ build() {
 # shellcheck disable=SC2034  # for who sources this
 prepare_mpirun() {
   mpirun_flags=()
-  if ! mpirun --version 2>/dev/null | grep -q -e 'Open MPI' -e OpenRTE; then return; fi
+  local version
+  version=$(mpirun --version 2>/dev/null || true)
+  if [[ $version != *'Open MPI'* && $version != *OpenRTE* ]]; then return; fi
   # Ranks have threads, so they are not bound to one core each.
   mpirun_flags=(--oversubscribe --bind-to none)
   if [[ -n ${OMP_NUM_THREADS:-} ]]; then mpirun_flags+=(-x OMP_NUM_THREADS); fi
@@ -125,7 +127,7 @@ interrupt() {
   local child started=()
   while read -r child; do
     # The others are ssh or srun, which hold the ranks of other machines.
-    if tr '\0' '\n' <"/proc/$child/environ" 2>/dev/null | grep -q '^OMPI_COMM_WORLD_RANK='; then
+    if grep -qz '^OMPI_COMM_WORLD_RANK=' "/proc/$child/environ" 2>/dev/null; then
       started+=("$child")
     fi
   done < <(cat /proc/"$mpirun_pid"/task/*/children 2>/dev/null | tr ' ' '\n')

@@ -60,7 +60,9 @@ done
 [[ -x $venv/bin/python ]] || die "there is no .venv: run launch/setup.sh"
 
 if [[ -z $master && -n ${SLURM_JOB_NODELIST:-} ]]; then
-  master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  # Not through `head`, which may leave before scontrol has written all: that would end this script.
+  master=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  master=${master%%$'\n'*}
 fi
 if ((nodes > 1)); then
   [[ -n $master ]] || die "--master: where do the $nodes nodes meet?"
