@@ -179,11 +179,5 @@ void run(const Arguments& arguments) {
 }  // namespace anabranch::benchmark
 
 int main(int argc, char** argv) {
-  try {
-    anabranch::benchmark::run(anabranch::benchmark::parse_arguments(argc, argv));
-    return 0;
-  } catch (const std::exception& error) {
-    std::cerr << error.what() << std::endl;
-    return 1;
-  }
+  return anabranch::benchmark::run_benchmark(argc, argv, anabranch::benchmark::run);
 }

@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cmath>
 #include <ctime>
+#include <iostream>
 #include <stdexcept>
 
 #include "support/cuda_check.h"
@@ -197,6 +198,16 @@ void write_json(const Arguments& arguments, const std::vector<Record>& results) 
   file.close();
   if (!file) {
     throw std::runtime_error("cannot write " + arguments.json);
+  }
+}
+
+int run_benchmark(int argc, char** argv, const std::function<void(const Arguments&)>& run) {
+  try {
+    run(parse_arguments(argc, argv));
+    return 0;
+  } catch (const std::exception& error) {
+    std::cerr << error.what() << std::endl;
+    return 1;
   }
 }
 

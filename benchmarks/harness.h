@@ -53,4 +53,7 @@ Arguments parse_arguments(int argc, char** argv);
 /// Writes {"provenance": ..., "results": [...]}. Throws std::runtime_error if it cannot.
 void write_json(const Arguments& arguments, const std::vector<Record>& results);
 
+/// Runs `run` with the parsed arguments. Returns the exit code: 1 after an error, which is printed.
+int run_benchmark(int argc, char** argv, const std::function<void(const Arguments&)>& run);
+
 }  // namespace anabranch::benchmark

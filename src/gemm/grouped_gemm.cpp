@@ -54,12 +54,17 @@ void check_supported(const GroupedGemmEngine& engine, const torch::Tensor& weigh
               " weights of ", weight.size(1), " x ", weight.size(2));
 }
 
-void check_weight(const torch::Tensor& weight, int64_t width, int64_t dim,
-                  const std::vector<int64_t>& counts) {
+/// Rows whose width is the weight's size `dim`: 2 in forward, 1 in dgrad.
+void check_product(const GroupedGemmEngine& engine, const torch::Tensor& rows, const char* name,
+                   const torch::Tensor& weight, int64_t dim, const std::vector<int64_t>& counts) {
+  check_operand(rows, 2, name, rows);
+  check_operand(weight, 3, "weight", rows);
   check_input(weight.size(0) == static_cast<int64_t>(counts.size()), "grouped GEMM: weight of ",
               weight.size(0), " experts with ", counts.size(), " counts");
-  check_input(weight.size(dim) == width, "grouped GEMM: rows of width ", width,
+  check_input(weight.size(dim) == rows.size(1), "grouped GEMM: rows of width ", rows.size(1),
               " against a weight of shape ", weight.sizes());
+  check_counts(counts, rows.size(0));
+  check_supported(engine, weight);
 }
 
 }  // namespace
@@ -102,12 +107,8 @@ torch::Tensor grouped_gemm(GroupedGemmEngine& engine, const torch::Tensor& x,
 void grouped_gemm_out(GroupedGemmEngine& engine, const torch::Tensor& x,
                       const torch::Tensor& weight, const std::vector<int64_t>& counts,
                       torch::Tensor& y) {
-  check_operand(x, 2, "x", x);
-  check_operand(weight, 3, "weight", x);
-  check_weight(weight, x.size(1), 2, counts);
-  check_counts(counts, x.size(0));
+  check_product(engine, x, "x", weight, 2, counts);
   check_output(y, {x.size(0), weight.size(1)}, "y", x);
-  check_supported(engine, weight);
   engine.forward(x, weight, counts, y);
 }
 
@@ -115,12 +116,8 @@ torch::Tensor grouped_gemm_activated(GroupedGemmEngine& engine, const torch::Ten
                                      const torch::Tensor& weight,
                                      const std::vector<int64_t>& counts,
                                      const HiddenActivation& activation, torch::Tensor& hidden) {
-  check_operand(x, 2, "x", x);
-  check_operand(weight, 3, "weight", x);
-  check_weight(weight, x.size(1), 2, counts);
-  check_counts(counts, x.size(0));
+  check_product(engine, x, "x", weight, 2, counts);
   check_output(hidden, {x.size(0), weight.size(1)}, "hidden", x);
-  check_supported(engine, weight);
   check_input(!activation.glu || weight.size(1) % 2 == 0, "grouped GEMM: a weight of shape ",
               weight.sizes(), " has no gate and up half");
   return engine.forward_activated(x, weight, counts, activation, hidden);
@@ -138,12 +135,8 @@ torch::Tensor grouped_gemm_dgrad(GroupedGemmEngine& engine, const torch::Tensor&
 void grouped_gemm_dgrad_out(GroupedGemmEngine& engine, const torch::Tensor& dy,
                             const torch::Tensor& weight, const std::vector<int64_t>& counts,
                             torch::Tensor& dx) {
-  check_operand(dy, 2, "dy", dy);
-  check_operand(weight, 3, "weight", dy);
-  check_weight(weight, dy.size(1), 1, counts);
-  check_counts(counts, dy.size(0));
+  check_product(engine, dy, "dy", weight, 1, counts);
   check_output(dx, {dy.size(0), weight.size(2)}, "dx", dy);
-  check_supported(engine, weight);
   engine.dgrad(dy, weight, counts, dx);
 }
 
@@ -152,10 +145,7 @@ void grouped_gemm_dgrad_activated(GroupedGemmEngine& engine, const torch::Tensor
                                   const HiddenActivation& activation, const torch::Tensor& hidden,
                                   const torch::Tensor& values,
                                   GroupedGemmEngine::ActivatedGradient& gradient) {
-  check_operand(dy, 2, "dy", dy);
-  check_operand(weight, 3, "weight", dy);
-  check_weight(weight, dy.size(1), 1, counts);
-  check_counts(counts, dy.size(0));
+  check_product(engine, dy, "dy", weight, 1, counts);
   const int64_t n = weight.size(2);
   const int64_t hidden_width = activation.glu ? 2 * n : n;
   check_output(hidden, {dy.size(0), hidden_width}, "hidden", dy);
@@ -166,7 +156,6 @@ void grouped_gemm_dgrad_activated(GroupedGemmEngine& engine, const torch::Tensor
   if (values.defined()) {
     check_output(values, {dy.size(0)}, "values", of_values);
   }
-  check_supported(engine, weight);
   engine.dgrad_activated(dy, weight, counts, activation, hidden, values, gradient);
 }
 
