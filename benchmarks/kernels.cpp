@@ -76,6 +76,8 @@ void measure_rows(Bench& bench, int64_t rows, int64_t width) {
   bench.run("gather_rows, 8 of each", rows, width, total + total / kTopK + 8.0 * rows,
             [&](int set) { kernels.gather_rows(many[set].narrow(0, 0, tokens), assignments); });
   const auto groups = kernels.group(assignments, tokens);
+  bench.run("scatter_rows, to 8 places", rows, width, total + total / kTopK + 8.0 * rows,
+            [&](int set) { kernels.scatter_rows(many[set].narrow(0, 0, tokens), groups); });
   const auto weights = at::randn({rows}, kFloat);
   bench.run("sum_rows, 8 weighted", rows, width, total + total / kTopK + 20.0 * rows,
             [&](int set) { kernels.sum_rows(many[set], groups, weights); });

@@ -25,9 +25,12 @@ struct Part {
     return tensor.defined() ? tensor.narrow(0, first_row, rows) : tensor;
   }
   torch::Tensor take(const IndexedRows& from) const {
-    return from.index.defined()
-               ? kernels_for(from.rows.device()).gather_rows(from.rows, rows_of(from.index))
-               : rows_of(from.rows);
+    if (!from.index.defined()) {
+      return rows_of(from.rows);
+    }
+    const Kernels& kernels = kernels_for(from.rows.device());
+    return rows == from.index.size(0) ? kernels.scatter_rows(from.rows, from.places)
+                                      : kernels.gather_rows(from.rows, rows_of(from.index));
   }
   torch::Tensor experts_of(const torch::Tensor& tensor) const {
     return tensor.defined() ? tensor.narrow(0, first_expert, static_cast<int64_t>(counts.size()))

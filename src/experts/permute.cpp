@@ -1,11 +1,9 @@
 #include "experts/permute.h"
 
-#include "kernels/kernels.h"
-
 namespace anabranch {
 
 torch::Tensor permute(const torch::Tensor& rows, const ExchangePlan& plan) {
-  return kernels_for(rows.device()).gather_rows(rows, plan.assignment_rows);
+  return kernels_for(rows.device()).scatter_rows(rows, {plan.row_offsets, plan.row_assignments});
 }
 
 torch::Tensor unpermute(const torch::Tensor& assignments, const torch::Tensor& weights,

@@ -2,6 +2,8 @@
 
 #include <anabranch/exchange.h>
 
+#include "kernels/kernels.h"
+
 namespace anabranch {
 
 /// Received rows [R, h] into expert-major order [P, h].
@@ -11,10 +13,11 @@ torch::Tensor permute(const torch::Tensor& rows, const ExchangePlan& plan);
 struct IndexedRows {
   torch::Tensor rows;
   torch::Tensor index;
+  Csr places = {};  ///< where the index is defined: the p of each of `rows`
 };
 /// permute(rows, plan), to be gathered where it is read.
 inline IndexedRows permuted(const torch::Tensor& rows, const ExchangePlan& plan) {
-  return {rows, plan.assignment_rows};
+  return {rows, plan.assignment_rows, {plan.row_offsets, plan.row_assignments}};
 }
 
 /// Expert-major rows [P, h] back into received rows [R, h]: each the sum of its assignments', weighted

@@ -95,9 +95,11 @@ TEST_P(FeedForwardTest, EqualsOneExpertAfterAnother) {
       const ExpertProjections parameters = {{draw({experts, m, h}), some(bias, {experts, m})},
                                             {draw({experts, h, n}), some(bias, {experts, h})}};
       const auto given_rows = [&] {
-        return indexed ? IndexedRows{draw({3, h}),
-                                     torch::randint(3, {rows}, torch::kInt64).to(GetParam())}
-                       : IndexedRows{draw({rows, h}), {}};
+        if (!indexed) {
+          return IndexedRows{draw({rows, h}), {}};
+        }
+        const auto index = torch::randint(3, {rows}, torch::kInt64).to(GetParam());
+        return IndexedRows{draw({3, h}), index, kernels_for(GetParam()).group(index, 3)};
       };
       const auto all = [](const IndexedRows& from) {
         return from.index.defined() ? from.rows.index_select(0, from.index) : from.rows;

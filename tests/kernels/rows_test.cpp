@@ -44,6 +44,32 @@ TEST_P(RowsTest, GatherTakesVectors) {
   }
 }
 
+TEST_P(RowsTest, ScatterCopiesEachRowToItsPlaces) {
+  for (const auto dtype : all_dtypes()) {
+    for (const int64_t width : {1, 7, 8, 129, 1100}) {
+      for (const int64_t members : {0, 1, 90, 700}) {
+        const auto groups = random_groups(members);
+        const auto count = groups.offsets.size(0) - 1;
+        const auto rows = random_.normal({count, width}, dtype);
+        const auto group_of = torch::arange(count).repeat_interleave(groups.offsets.diff());
+        const auto expected = torch::empty({members, width}, dtype)
+                                  .index_copy_(0, groups.members, rows.index_select(0, group_of));
+        EXPECT_TRUE(
+            identical(kernels_.scatter_rows(on_device(rows), on_device(groups)).cpu(), expected))
+            << to_string(dtype) << " width " << width << " members " << members;
+      }
+    }
+  }
+}
+
+TEST_P(RowsTest, ScatterTakesMorePlacesThanAWarpHasLanes) {
+  const Csr groups = {torch::tensor({0, 0, 100, 133}, torch::kInt64), random_.permutation(133)};
+  const auto rows = random_.normal({3, 24}, torch::kFloat32);
+  const auto expected = torch::empty({133, 24}).index_copy_(
+      0, groups.members, torch::cat({rows[1].expand({100, 24}), rows[2].expand({33, 24})}));
+  EXPECT_TRUE(identical(kernels_.scatter_rows(on_device(rows), on_device(groups)).cpu(), expected));
+}
+
 TEST_P(RowsTest, SumAddsTheMembersOfAGroup) {
   for (const auto dtype : all_dtypes()) {
     for (const int64_t width : {1, 3, 8, 65, 256}) {

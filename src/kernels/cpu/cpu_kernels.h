@@ -25,6 +25,7 @@ class CpuKernels : public Kernels {
   Csr group(const torch::Tensor& group_of, int64_t groups) const override;
 
   torch::Tensor gather_rows(const torch::Tensor& rows, const torch::Tensor& index) const override;
+  torch::Tensor scatter_rows(const torch::Tensor& rows, const Csr& groups) const override;
   torch::Tensor sum_rows(const torch::Tensor& rows, const Csr& groups,
                          const torch::Tensor& weights) const override;
 

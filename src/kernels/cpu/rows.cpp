@@ -42,6 +42,23 @@ torch::Tensor CpuKernels::gather_rows(const torch::Tensor& rows, const torch::Te
   return out;
 }
 
+torch::Tensor CpuKernels::scatter_rows(const torch::Tensor& rows, const Csr& groups) const {
+  torch::Tensor out = at::empty({groups.members.size(0), rows.size(1)}, rows.options());
+  const int64_t bytes = rows.size(1) * static_cast<int64_t>(rows.element_size());
+  const auto* source = static_cast<const char*>(rows.const_data_ptr());
+  auto* target = static_cast<char*>(out.data_ptr());
+  const int64_t* offsets = groups.offsets.const_data_ptr<int64_t>();
+  const int64_t* members = groups.members.const_data_ptr<int64_t>();
+  at::parallel_for(0, rows.size(0), rows_per_task(rows.size(1)), [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      for (int64_t i = offsets[g]; i < offsets[g + 1]; ++i) {
+        std::memcpy(target + members[i] * bytes, source + g * bytes, bytes);
+      }
+    }
+  });
+  return out;
+}
+
 torch::Tensor CpuKernels::sum_rows(const torch::Tensor& rows, const Csr& groups,
                                    const torch::Tensor& weights) const {
   const int64_t width = rows.size(1);

@@ -16,6 +16,16 @@ torch::Tensor CudaKernels::gather_rows(const torch::Tensor& rows,
   return out;
 }
 
+torch::Tensor CudaKernels::scatter_rows(const torch::Tensor& rows, const Csr& groups) const {
+  const OnDevice stream(rows);
+  torch::Tensor out = at::empty({groups.members.size(0), rows.size(1)}, rows.options());
+  cuda::launch_scatter_rows(rows.const_data_ptr(), groups.offsets.const_data_ptr<int64_t>(),
+                            groups.members.const_data_ptr<int64_t>(), rows.size(0),
+                            rows.size(1) * static_cast<int64_t>(rows.element_size()),
+                            out.data_ptr(), stream);
+  return out;
+}
+
 torch::Tensor CudaKernels::sum_rows(const torch::Tensor& rows, const Csr& groups,
                                     const torch::Tensor& weights) const {
   const OnDevice stream(rows);

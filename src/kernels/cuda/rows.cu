@@ -59,6 +59,74 @@ void gather_units(const void* rows, const int64_t* index, int64_t count, int64_t
   }
 }
 
+constexpr int kScatterUnits = 4;  // of a lane
+
+/// A warp holds a strip of one row and writes it to all of the row's places.
+template <typename unit_t>
+__global__ void __launch_bounds__(kThreads)
+    scatter_rows_kernel(const unit_t* __restrict__ rows, const int64_t* __restrict__ offsets,
+                        const int64_t* __restrict__ members, int64_t groups, int64_t strips,
+                        int64_t width, unit_t* __restrict__ out) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t work = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
+  const int64_t group = work / strips;
+  if (group >= groups) {
+    return;
+  }
+  const int64_t first = (work - group * strips) * kScatterUnits * kWarp + lane;
+  unit_t units[kScatterUnits];
+#pragma unroll
+  for (int j = 0; j < kScatterUnits; ++j) {
+    if (first + j * kWarp < width) {
+      units[j] = rows[group * width + first + j * kWarp];
+    }
+  }
+  const int64_t end = offsets[group + 1];
+  for (int64_t begin = offsets[group]; begin < end; begin += kWarp) {
+    const int64_t member = begin + lane < end ? members[begin + lane] : 0;
+    const int count = static_cast<int>(min(end - begin, int64_t{kWarp}));
+    for (int i = 0; i < count; ++i) {
+      unit_t* target = out + __shfl_sync(kFullMask, member, i) * width + first;
+#pragma unroll
+      for (int j = 0; j < kScatterUnits; ++j) {
+        if (first + j * kWarp < width) {
+          target[j * kWarp] = units[j];
+        }
+      }
+    }
+  }
+}
+
+template <typename unit_t>
+void scatter(const void* rows, const int64_t* offsets, const int64_t* members, int64_t groups,
+             int64_t row_bytes, void* out, cudaStream_t stream) {
+  const int64_t width = row_bytes / static_cast<int64_t>(sizeof(unit_t));
+  const int64_t strips = divide_up(width, kScatterUnits * kWarp);
+  const unsigned blocks = grid_size(divide_up(groups * strips, kThreads / kWarp));
+  scatter_rows_kernel<<<blocks, kThreads, 0, stream>>>(static_cast<const unit_t*>(rows), offsets,
+                                                       members, groups, strips, width,
+                                                       static_cast<unit_t*>(out));
+  check_launch("scatter_rows");
+}
+
+/// Calls `body` with the largest unit of memory access that divides every row's address.
+template <typename Body>
+void dispatch_unit(const void* rows, const void* out, int64_t row_bytes, const Body& body) {
+  const auto address = reinterpret_cast<uintptr_t>(rows) | reinterpret_cast<uintptr_t>(out) |
+                       static_cast<uintptr_t>(row_bytes);
+  if (address % 16 == 0) {
+    body(uint4{});
+  } else if (address % 8 == 0) {
+    body(uint2{});
+  } else if (address % 4 == 0) {
+    body(uint32_t{});
+  } else if (address % 2 == 0) {
+    body(uint16_t{});
+  } else {
+    body(uint8_t{});
+  }
+}
+
 template <typename scalar_t>
 struct RowSum {
   const scalar_t* rows;
@@ -157,20 +225,19 @@ void launch_gather_rows(const void* rows, const int64_t* index, int64_t count, i
   if (count == 0 || row_bytes == 0) {
     return;
   }
-  // The largest unit that divides every row's address.
-  const auto address = reinterpret_cast<uintptr_t>(rows) | reinterpret_cast<uintptr_t>(out) |
-                       static_cast<uintptr_t>(row_bytes);
-  if (address % 16 == 0) {
-    gather_units<uint4>(rows, index, count, row_bytes, out, stream);
-  } else if (address % 8 == 0) {
-    gather_units<uint2>(rows, index, count, row_bytes, out, stream);
-  } else if (address % 4 == 0) {
-    gather_units<uint32_t>(rows, index, count, row_bytes, out, stream);
-  } else if (address % 2 == 0) {
-    gather_units<uint16_t>(rows, index, count, row_bytes, out, stream);
-  } else {
-    gather_units<uint8_t>(rows, index, count, row_bytes, out, stream);
+  dispatch_unit(rows, out, row_bytes, [&](auto unit) {
+    gather_units<decltype(unit)>(rows, index, count, row_bytes, out, stream);
+  });
+}
+
+void launch_scatter_rows(const void* rows, const int64_t* offsets, const int64_t* members,
+                         int64_t groups, int64_t row_bytes, void* out, cudaStream_t stream) {
+  if (groups == 0 || row_bytes == 0) {
+    return;
   }
+  dispatch_unit(rows, out, row_bytes, [&](auto unit) {
+    scatter<decltype(unit)>(rows, offsets, members, groups, row_bytes, out, stream);
+  });
 }
 
 void launch_sum_rows(Scalar scalar, const void* rows, const int64_t* offsets,
