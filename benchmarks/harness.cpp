@@ -56,7 +56,10 @@ std::string cublas_version() {
     if (cublasGetProperty(property, &number) != CUBLAS_STATUS_SUCCESS) {
       throw std::runtime_error("cublasGetProperty failed");
     }
-    version += (version.empty() ? "" : ".") + std::to_string(number);
+    if (!version.empty()) {
+      version += '.';
+    }
+    version += std::to_string(number);
   }
   return version;
 }

@@ -14,7 +14,8 @@
 #
 #   LibTorch::CPU      torch_cpu and c10: all that a CPU program needs, with any build of torch
 #   LibTorch::CUDA     torch_cuda and c10_cuda besides; there when the component is, and found
-#   LibTorch_VERSION, LibTorch_ROOT_FOUND, LibTorch_CUDA_FOUND, LibTorch_CXX11_ABI
+#   LibTorch_VERSION, LibTorch_ROOT_FOUND, LibTorch_CUDA_FOUND, LibTorch_CUDA_VERSION,
+#   LibTorch_CXX11_ABI
 
 include(FindPackageHandleStandardArgs)
 
@@ -84,6 +85,13 @@ if(LibTorch_INCLUDE_DIR)
       list(JOIN _numbers "." LibTorch_VERSION)
     endif()
   endforeach()
+endif()
+
+# The CUDA it was built for; empty where nothing says so.
+set(LibTorch_CUDA_VERSION "")
+if(LibTorch_INCLUDE_DIR AND EXISTS "${_libtorch_prefix}/version.py")
+  file(STRINGS "${_libtorch_prefix}/version.py" _line REGEX "^cuda.*= *'[0-9.]+'")
+  string(REGEX MATCH "[0-9]+\\.[0-9]+" LibTorch_CUDA_VERSION "${_line}")
 endif()
 
 # Which std::string its binaries use. A constructor that every torch exports says so in its name.
