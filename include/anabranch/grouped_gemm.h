@@ -29,6 +29,8 @@ class GroupedGemmEngine {
   virtual bool supports(torch::Dtype dtype, int64_t n, int64_t k) const;
   /// What it chose so far, and why, where it chooses; its name otherwise.
   virtual std::string explain() const;
+  /// Rows of padding that it multiplies besides those of the experts' tokens.
+  virtual int64_t padding_rows(const std::vector<int64_t>& counts) const;
 
   /// y[P, n] = x[P, k] · weight[e]ᵀ, weight [experts, n, k].
   virtual void forward(const torch::Tensor& x, const torch::Tensor& weight,
@@ -64,12 +66,14 @@ class GroupedGemmEngine {
 };
 
 /// The engine of that name for that device: one of `grouped_gemm_engines`, or "auto". On a GPU auto
-/// measures all of them when it first meets a product (operation, type, sizes, experts, rows and skew
+/// measures those it chooses from when it first meets a product (operation, type, sizes, experts, rows and skew
 /// by powers of two) and keeps the choice in a file in $ANABRANCH_CACHE_DIR, by default the user's
 /// cache folder.
 std::shared_ptr<GroupedGemmEngine> make_grouped_gemm_engine(torch::Device device,
                                                             const std::string& name = "auto");
-/// Names of the engines that run on a device.
+/// Names of the engines that run on a device: those that auto chooses from, then those that are here
+/// to be compared with (padded_bmm, block_diagonal, block_sparse with blocks of 128, 64 and 32,
+/// torch_grouped_mm).
 std::vector<std::string> grouped_gemm_engines(torch::Device device);
 
 /// x [P, k], weight [experts, n, k], Σ counts = P → [P, n]. Checks shapes; no autograd.

@@ -4,7 +4,8 @@
 
 namespace anabranch {
 
-/// Names of the engines for a GPU, best guess first; none in a build without CUDA.
+/// Names of the engines that "auto" chooses from on a GPU, best guess first; none in a build without
+/// CUDA.
 std::vector<std::string> cuda_engine_names(torch::Device device);
 
 /// `name`: one of `cuda_engine_names`, or "auto". Throws std::runtime_error in a build without CUDA.

@@ -5,6 +5,7 @@
 
 #include <numeric>
 
+#include "gemm/baselines.h"
 #include "gemm/cpu_engine.h"
 #include "gemm/cuda_engines.h"
 #include "kernels/kernels.h"
@@ -74,6 +75,8 @@ bool GroupedGemmEngine::supports(torch::Dtype /*dtype*/, int64_t /*n*/, int64_t 
 }
 
 std::string GroupedGemmEngine::explain() const { return name(); }
+
+int64_t GroupedGemmEngine::padding_rows(const std::vector<int64_t>& /*counts*/) const { return 0; }
 
 torch::Tensor GroupedGemmEngine::forward_activated(const torch::Tensor& x,
                                                    const torch::Tensor& weight,
@@ -185,7 +188,10 @@ void grouped_gemm_wgrad_out(GroupedGemmEngine& engine, const torch::Tensor& dy,
 
 std::vector<std::string> grouped_gemm_engines(torch::Device device) {
   check_input(device.is_cpu() || device.is_cuda(), "there is no grouped GEMM for ", device);
-  return device.is_cuda() ? cuda_engine_names(device) : std::vector<std::string>{"cpu"};
+  auto names = device.is_cuda() ? cuda_engine_names(device) : std::vector<std::string>{"cpu"};
+  const auto baselines = baseline_engine_names(device);
+  names.insert(names.end(), baselines.begin(), baselines.end());
+  return names;
 }
 
 std::shared_ptr<GroupedGemmEngine> make_grouped_gemm_engine(torch::Device device,
@@ -194,10 +200,10 @@ std::shared_ptr<GroupedGemmEngine> make_grouped_gemm_engine(torch::Device device
   check_input(name == "auto" || std::find(names.begin(), names.end(), name) != names.end(),
               "grouped GEMM engine \"", name, "\" is unknown on ", device, ": choose auto or ",
               c10::Join(", ", names));
-  if (device.is_cuda()) {
-    return make_cuda_engine(device, name);
+  if (auto baseline = make_baseline_engine(device, name)) {
+    return baseline;
   }
-  return make_cpu_engine();
+  return device.is_cuda() ? make_cuda_engine(device, name) : make_cpu_engine();
 }
 
 }  // namespace anabranch
