@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <limits>
+#include <map>
 #include <numeric>
 
 #include "support/devices.h"
@@ -426,6 +427,28 @@ TEST_P(GroupedGemmTest, HandlesOrRefusesStridedOperands) {
   EXPECT_TRUE(thrown.kind == Thrown::Kind::kNothing ||
               (thrown.kind == Thrown::Kind::kInput && thrown.says("contiguous")))
       << thrown;
+}
+
+// What auto chooses from does not pad; each baseline says how much it does.
+TEST(GroupedGemmEnginesTest, PaddingIsCounted) {
+  const std::map<std::string, std::vector<int64_t>> expected = {
+      {"padded_bmm", {0, 0, 0, 258}},     {"block_diagonal", {0, 0, 0, 258}},
+      {"block_sparse", {0, 0, 64, 254}},  {"block_sparse_64", {0, 0, 64, 126}},
+      {"block_sparse_32", {0, 0, 0, 62}},
+  };
+  const std::vector<int64_t> counts[] = {{}, {0, 0}, {96, 96}, {0, 1, 128, 129}};
+  for (const auto device : devices()) {
+    auto names = grouped_gemm_engines(device);
+    names.emplace_back("auto");
+    for (const auto& name : names) {
+      SCOPED_TRACE(name);
+      const auto engine = make_grouped_gemm_engine(device, name);
+      const auto known = expected.find(name);
+      for (size_t i = 0; i < std::size(counts); ++i) {
+        EXPECT_EQ(engine->padding_rows(counts[i]), known == expected.end() ? 0 : known->second[i]);
+      }
+    }
+  }
 }
 
 TEST(GroupedGemmEnginesTest, UnknownNamesAreRefusedWithTheKnownOnes) {

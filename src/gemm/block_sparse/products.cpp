@@ -92,6 +92,7 @@ void multiply(const Topology& topology, Product product, const Operands& operand
   if (operands.dense.is_cuda()) {
     return multiply_on_cuda(topology, product, operands);
   }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Blocks blocks(topology, operands);
   switch (product) {
     case Product::kSdd:

@@ -1,0 +1,138 @@
+#include "gemm/padded_engines.h"
+
+#include <ATen/ops/arange.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/repeat_interleave.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+
+#include "gemm/tensor_of.h"
+
+namespace anabranch {
+namespace {
+
+/// Where each row lies among the padded ones: that of expert e's row i is e · height + i.
+class Padding {
+ public:
+  Padding(const std::vector<int64_t>& counts, const torch::Tensor& rows)
+      : experts_(static_cast<int64_t>(counts.size())),
+        height_(counts.empty() ? 0 : *std::max_element(counts.begin(), counts.end())) {
+    std::vector<int64_t> shifts;
+    int64_t first_row = 0;
+    for (int64_t e = 0; e < experts_; ++e) {
+      shifts.push_back(e * height_ - first_row);
+      first_row += counts[e];
+    }
+    const torch::Device device = rows.device();
+    place_ =
+        at::arange(first_row, rows.options().dtype(torch::kInt64)) +
+        at::repeat_interleave(tensor_of(shifts, device), tensor_of(counts, device), 0, first_row);
+  }
+
+  /// [P, width] → [experts, height, width].
+  torch::Tensor pad(const torch::Tensor& rows) const {
+    torch::Tensor padded = at::zeros({experts_ * height_, rows.size(1)}, rows.options());
+    padded.index_copy_(0, place_, rows);
+    return padded.view({experts_, height_, rows.size(1)});
+  }
+  /// And back.
+  void unpad(const torch::Tensor& padded, torch::Tensor& rows) const {
+    at::index_select_out(rows, padded.view({experts_ * height_, rows.size(1)}), 0, place_);
+  }
+  /// For results of that width.
+  torch::Tensor empty(const torch::Tensor& like, int64_t width) const {
+    return at::empty({experts_, height_, width}, like.options());
+  }
+
+ private:
+  int64_t experts_;
+  int64_t height_;
+  torch::Tensor place_;  // [P]
+};
+
+class PaddedEngine : public GroupedGemmEngine {
+ public:
+  int64_t padding_rows(const std::vector<int64_t>& counts) const override {
+    int64_t largest = 0;
+    int64_t rows = 0;
+    for (const int64_t count : counts) {
+      largest = std::max(largest, count);
+      rows += count;
+    }
+    return static_cast<int64_t>(counts.size()) * largest - rows;
+  }
+
+  void forward(const torch::Tensor& x, const torch::Tensor& weight,
+               const std::vector<int64_t>& counts, torch::Tensor& y) override {
+    multiply_rows(x, weight.transpose(1, 2), counts, y);
+  }
+  void dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
+             const std::vector<int64_t>& counts, torch::Tensor& dx) override {
+    multiply_rows(dy, weight, counts, dx);
+  }
+  void wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
+             torch::Tensor& dweight) override {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    if (dy.size(0) == 0) {
+      dweight.zero_();
+      return;
+    }
+    const Padding padding(counts, dy);
+    multiply(padding.pad(dy).transpose(1, 2), padding.pad(x), dweight);
+  }
+
+ protected:
+  /// c[e] = a[e] · b[e] for every expert.
+  virtual void multiply(const torch::Tensor& a, const torch::Tensor& b, torch::Tensor& c) const = 0;
+
+ private:
+  void multiply_rows(const torch::Tensor& rows, const torch::Tensor& weight,
+                     const std::vector<int64_t>& counts, torch::Tensor& out) const {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    if (rows.size(0) == 0) {
+      return;
+    }
+    const Padding padding(counts, rows);
+    torch::Tensor padded = padding.empty(rows, out.size(1));
+    multiply(padding.pad(rows), weight, padded);
+    padding.unpad(padded, out);
+  }
+};
+
+class PaddedBmm final : public PaddedEngine {
+ public:
+  std::string name() const override { return "padded_bmm"; }
+
+ protected:
+  void multiply(const torch::Tensor& a, const torch::Tensor& b, torch::Tensor& c) const override {
+    at::bmm_out(c, a, b);
+  }
+};
+
+class BlockDiagonal final : public PaddedEngine {
+ public:
+  std::string name() const override { return "block_diagonal"; }
+
+ protected:
+  void multiply(const torch::Tensor& a, const torch::Tensor& b, torch::Tensor& c) const override {
+    for (int64_t e = 0; e < c.size(0); ++e) {
+      torch::Tensor block = c.select(0, e);
+      at::mm_out(block, a.select(0, e), b.select(0, e));
+    }
+  }
+};
+
+}  // namespace
+
+std::shared_ptr<GroupedGemmEngine> make_padded_bmm_engine() {
+  return std::make_shared<PaddedBmm>();
+}
+
+std::shared_ptr<GroupedGemmEngine> make_block_diagonal_engine() {
+  return std::make_shared<BlockDiagonal>();
+}
+
+}  // namespace anabranch

@@ -1,0 +1,73 @@
+#include "gemm/torch_engine.h"
+
+#include <ATen/ops/_grouped_mm.h>
+
+#include <numeric>
+
+#include "gemm/tensor_of.h"
+
+namespace anabranch {
+namespace {
+
+/// Where each expert's rows end, as the operator wants them.
+torch::Tensor ends_of(const std::vector<int64_t>& counts, torch::Device device) {
+  std::vector<int64_t> ends(counts.size());
+  std::partial_sum(counts.begin(), counts.end(), ends.begin());
+  return tensor_of(ends, device).to(torch::kInt32);
+}
+
+class TorchEngine final : public GroupedGemmEngine {
+ public:
+  explicit TorchEngine(torch::Device device) : device_(device) {}
+
+  std::string name() const override { return "torch_grouped_mm"; }
+
+  /// Rows must be multiples of 16 bytes.
+  bool supports(torch::Dtype dtype, int64_t n, int64_t k) const override {
+    const bool known = dtype == torch::kBFloat16 ||
+                       (device_.is_cpu() && (dtype == torch::kHalf || dtype == torch::kFloat32));
+    const auto aligned = [&](int64_t width) {
+      return width > 0 && width * static_cast<int64_t>(c10::elementSize(dtype)) % 16 == 0;
+    };
+    return known && aligned(n) && aligned(k);
+  }
+
+  void forward(const torch::Tensor& x, const torch::Tensor& weight,
+               const std::vector<int64_t>& counts, torch::Tensor& y) override {
+    multiply(x, weight.transpose(1, 2), counts, y);
+  }
+  void dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
+             const std::vector<int64_t>& counts, torch::Tensor& dx) override {
+    multiply(dy, weight, counts, dx);
+  }
+  void wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
+             torch::Tensor& dweight) override {
+    if (dy.size(0) == 0) {
+      dweight.zero_();
+      return;
+    }
+    multiply(dy.t(), x, counts, dweight);
+    for (size_t e = 0; e < counts.size(); ++e) {  // sums of nothing, of which it says nothing
+      if (counts[e] == 0) dweight.select(0, static_cast<int64_t>(e)).zero_();
+    }
+  }
+
+ private:
+  static void multiply(const torch::Tensor& a, const torch::Tensor& b,
+                       const std::vector<int64_t>& counts, torch::Tensor& c) {
+    if (c.numel() > 0) {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      c.copy_(at::_grouped_mm(a, b, ends_of(counts, a.device())));
+    }
+  }
+
+  torch::Device device_;
+};
+
+}  // namespace
+
+std::shared_ptr<GroupedGemmEngine> make_torch_engine(torch::Device device) {
+  return std::make_shared<TorchEngine>(device);
+}
+
+}  // namespace anabranch
