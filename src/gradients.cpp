@@ -56,18 +56,6 @@ void average(const Bucket& bucket, Communicator& communicator, int64_t divisor) 
   for (size_t i = 0; i < parts.size(); ++i) bucket.gradients[i].copy_(parts[i]);
 }
 
-void average(const std::vector<torch::Tensor>& gradients, Communicator& communicator,
-             int64_t divisor, int64_t bucket_bytes) {
-  if (communicator.size() == 1) {
-    if (divisor == 1) return;
-    for (const auto& gradient : gradients) gradient.div_(divisor);
-    return;
-  }
-  for (const auto& bucket : make_buckets(gradients, bucket_bytes)) {
-    if (bucket.elements > 0) average(bucket, communicator, divisor);
-  }
-}
-
 /// The parameter's gradient, zeros made for one that is undefined.
 torch::Tensor gradient_of(const ParallelParameter& parameter) {
   auto& gradient = parameter.tensor.mutable_grad();
@@ -91,9 +79,41 @@ torch::Tensor sum_of_squares(const torch::Tensor& x) {
 
 }  // namespace
 
+void average_gradients(const std::vector<torch::Tensor>& gradients, Communicator& communicator,
+                       int64_t divisor, int64_t bucket_bytes) {
+  check_input(bucket_bytes > 0, "bucket_bytes must be positive, got ", bucket_bytes);
+  const at::NoGradGuard no_grad;
+  if (communicator.size() == 1) {
+    if (divisor == 1) return;
+    for (const auto& gradient : gradients) gradient.div_(divisor);
+    return;
+  }
+  for (const auto& bucket : make_buckets(gradients, bucket_bytes)) {
+    if (bucket.elements > 0) average(bucket, communicator, divisor);
+  }
+}
+
+double gradient_norm(const std::vector<torch::Tensor>& experts,
+                     const std::vector<torch::Tensor>& replicated, Communicator& world,
+                     int64_t expert_parallel_size) {
+  const at::NoGradGuard no_grad;
+  const auto& first = experts.empty() ? replicated : experts;
+  const auto device = first.empty() ? at::kCPU : first.front().device();
+  // [2]: this rank's experts, the replicated parameters.
+  auto squares = at::zeros({2}, at::TensorOptions(at::kDouble).device(device));
+  for (const auto& gradient : experts) squares[0].add_(sum_of_squares(gradient).to(device));
+  for (const auto& gradient : replicated) squares[1].add_(sum_of_squares(gradient).to(device));
+  // One group of expert-parallel ranks holds every expert once; replicated ones are rank 0's.
+  const auto gathered = world.all_gather(squares).cpu();
+  world.check();
+  const auto* values = gathered.const_data_ptr<double>();
+  double sum = values[1];
+  for (int64_t rank = 0; rank < expert_parallel_size; ++rank) sum += values[2 * rank];
+  return std::sqrt(sum);
+}
+
 void finish_gradients(torch::nn::Module& model, const ParallelGroups& groups,
                       int64_t bucket_bytes) {
-  check_input(bucket_bytes > 0, "bucket_bytes must be positive, got ", bucket_bytes);
   const at::NoGradGuard no_grad;
   std::vector<torch::Tensor> replicated;
   std::vector<torch::Tensor> experts;
@@ -102,28 +122,19 @@ void finish_gradients(torch::nn::Module& model, const ParallelGroups& groups,
     (parameter.is_expert ? experts : replicated).push_back(gradient_of(parameter));
   }
   const int64_t ranks = groups.world->size();
-  average(replicated, *groups.world, ranks, bucket_bytes);
-  average(experts, *groups.expert_replicas, ranks, bucket_bytes);
+  average_gradients(replicated, *groups.world, ranks, bucket_bytes);
+  average_gradients(experts, *groups.expert_replicas, ranks, bucket_bytes);
 }
 
 double gradient_norm(const torch::nn::Module& model, const ParallelGroups& groups) {
-  const at::NoGradGuard no_grad;
-  const auto parameters = parallel_parameters(model, groups);
-  const auto device = parameters.empty() ? at::kCPU : parameters.front().tensor.device();
-  // [2]: this rank's experts, the replicated parameters.
-  auto squares = at::zeros({2}, at::TensorOptions(at::kDouble).device(device));
-  for (const auto& parameter : parameters) {
+  std::vector<torch::Tensor> replicated;
+  std::vector<torch::Tensor> experts;
+  for (const auto& parameter : parallel_parameters(model, groups)) {
     const auto& gradient = parameter.tensor.grad();
     if (!gradient.defined() || !parameter.tensor.requires_grad()) continue;
-    squares[parameter.is_expert ? 0 : 1].add_(sum_of_squares(gradient).to(device));
+    (parameter.is_expert ? experts : replicated).push_back(gradient);
   }
-  // One group of expert-parallel ranks holds every expert once; replicated ones are rank 0's.
-  const auto gathered = groups.world->all_gather(squares).cpu();
-  groups.world->check();
-  const auto* values = gathered.const_data_ptr<double>();
-  double sum = values[1];
-  for (int rank = 0; rank < groups.expert_parallel->size(); ++rank) sum += values[2 * rank];
-  return std::sqrt(sum);
+  return gradient_norm(experts, replicated, *groups.world, groups.expert_parallel->size());
 }
 
 double clip_gradient_norm(torch::nn::Module& model, double max_norm, const ParallelGroups& groups) {

@@ -10,6 +10,7 @@
 #include "moe_options.h"
 #include "routing/auxiliary_losses.h"
 #include "support/check.h"
+#include "support/stage.h"
 
 namespace anabranch {
 namespace {
@@ -36,18 +37,24 @@ struct Step : torch::CustomClassHolder {
 struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
   static torch::Tensor forward(AutogradContext* context, const torch::Tensor& x,
                                const torch::Tensor& weights, const torch::Tensor& up_weight,
-                               const std::optional<torch::Tensor>& up_bias,
                                const torch::Tensor& down_weight,
+                               const std::optional<torch::Tensor>& up_bias,
                                const std::optional<torch::Tensor>& down_bias,
                                const c10::intrusive_ptr<Step>& step) {
     const ExchangePlan& plan = step->plan;
     const ExpertProjections experts{projection(up_weight, up_bias),
                                     projection(down_weight, down_bias)};
 
-    const auto [rows, values] = step->exchange.dispatch({x, weights}, plan);
+    const auto [rows, values] = stage("anabranch.dispatch", [&] {
+      return step->exchange.dispatch({x, weights}, plan);
+    });
     const auto [results, hidden] = feed_forward(step->expert, permuted(rows, plan), experts,
                                                 plan.expert_counts, !step->recompute);
-    const auto y = step->exchange.combine({unpermute(results, values, plan), {}}, plan).rows;
+    const auto sums =
+        stage("anabranch.unpermute", [&] { return unpermute(results, values, plan); });
+    const auto y = stage("anabranch.combine", [&] {
+      return step->exchange.combine({sums, {}}, plan).rows;
+    });
 
     context->save_for_backward({rows, values, hidden, experts.up.weight, experts.up.bias,
                                 experts.down.weight, experts.down.bias});
@@ -66,19 +73,25 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
         c10::static_intrusive_pointer_cast<Step>(context->saved_data["step"].toCapsule());
     const ExchangePlan& plan = step->plan;
 
-    const auto dy_rows = step->exchange.dispatch({gradients[0].contiguous(), {}}, plan).rows;
+    const auto dy_rows = stage("anabranch.combine.backward", [&] {
+      return step->exchange.dispatch({gradients[0].contiguous(), {}}, plan).rows;
+    });
     // Unless another backward is to read hidden again.
     const bool overwrite_hidden = !torch::autograd::get_current_graph_task_keep_graph();
-    const auto [gradients_of, drows, dvalues] =
-        feed_forward_backward(step->expert, permuted(dy_rows, plan), permuted(rows, plan), hidden,
-                              values, experts, plan.expert_counts, overwrite_hidden);
-    const auto [dx, dweights] = step->exchange.combine({unpermute(drows, {}, plan), dvalues}, plan);
+    const auto [gradients_of, drows, dvalues] = feed_forward_backward(
+        step->expert, permuted(dy_rows, plan), permuted(rows, plan), hidden, values, experts,
+        plan.expert_counts, overwrite_hidden, wanted_gradients(context, /*first=*/2, experts));
+    const auto dsums =
+        stage("anabranch.permute.backward", [&] { return unpermute(drows, {}, plan); });
+    const auto [dx, dweights] = stage("anabranch.dispatch.backward", [&] {
+      return step->exchange.combine({dsums, dvalues}, plan);
+    });
 
     return {dx,
             dweights,
             gradients_of.up.weight,
-            gradients_of.up.bias,
             gradients_of.down.weight,
+            gradients_of.up.bias,
             gradients_of.down.bias,
             {}};
   }
@@ -86,40 +99,62 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
 
 }  // namespace
 
-MoELayerImpl::MoELayerImpl(const MoEOptions& options, std::shared_ptr<Communicator> communicator)
-    : options_(options),
-      exchange_(agree_on_options(options,
-                                 communicator ? std::move(communicator) : make_self_communicator()),
-                options.num_experts),
-      engine_(make_grouped_gemm_engine(options.device, options.engine)) {
-  router_ = register_module("router", Router(options));
-  experts_ = register_module(
-      "experts", Experts(options, exchange_.placement(), exchange_.communicator().rank()));
-  if (options.shared_expert_hidden_size > 0) {
-    shared_expert_ = register_module("shared_expert", make_shared_expert(options));
-  }
+MoEFunction::MoEFunction(const MoEOptions& options, std::shared_ptr<Communicator> communicator)
+    : options_(checked(options)),
+      exchange_(std::move(communicator), options.num_experts),
+      engine_(make_grouped_gemm_engine(options.device, options.engine)) {}
+
+MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Tensor& x,
+                               bool training) const {
+  return forward(
+      parameters, x,
+      route_tokens(layer_tokens(x, options_), parameters.router_weight, options_, training));
 }
 
-MoEOutput MoELayerImpl::forward(const torch::Tensor& x) {
-  return forward(x, router_->forward(layer_tokens(x, options_)));
-}
-
-MoEOutput MoELayerImpl::forward(const torch::Tensor& x, const Routing& routing) {
+MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Tensor& x,
+                               const Routing& routing) const {
   const auto tokens = layer_tokens(x, options_);
   check_layer_routing(routing, tokens.size(0), options_);
   const FeedForward expert{engine_, options_.activation, options_.glu};
   const auto step =
       c10::make_intrusive<Step>(exchange_, exchange_.plan(routing), expert, options_.recompute);
-  auto y =
-      ThroughExperts::apply(tokens, routing.weights, experts_->up_weight, given(experts_->up_bias),
-                            experts_->down_weight, given(experts_->down_bias), step);
-  if (shared_expert_) {
-    y = y + through_shared_expert(tokens, shared_expert_, expert);
+  const auto& [up, down] = parameters.experts;
+  auto y = ThroughExperts::apply(tokens, routing.weights, up.weight, down.weight, given(up.bias),
+                                 given(down.bias), step);
+  if (parameters.shared_expert.up.weight.defined()) {
+    const Stage named("anabranch.shared_expert");
+    y = y + through_shared_expert(tokens, parameters.shared_expert, expert);
   }
+  const Stage named("anabranch.losses");
   const auto losses = auxiliary_losses(
       sum_over_ranks(batch_sums(routing, options_.num_experts), exchange_.communicator()),
       options_.num_experts, options_.top_k, routing.weights.scalar_type());
   return {y.view(x.sizes()), losses.balance_loss, losses.z_loss, losses.expert_load};
+}
+
+MoELayerImpl::MoELayerImpl(const MoEOptions& options, std::shared_ptr<Communicator> communicator)
+    : function_(options, agree_on_options(options, communicator ? std::move(communicator)
+                                                                : make_self_communicator())) {
+  const Exchange& exchange = function_.exchange();
+  router_ = register_module("router", Router(options));
+  experts_ = register_module(
+      "experts", Experts(options, exchange.placement(), exchange.communicator().rank()));
+  if (options.shared_expert_hidden_size > 0) {
+    shared_expert_ = register_module("shared_expert", make_shared_expert(options));
+  }
+}
+
+MoEParameters MoELayerImpl::parameters_of_modules() const {
+  return {router_->weight, experts_->projections(),
+          shared_expert_ ? shared_expert_->projections() : ExpertProjections()};
+}
+
+MoEOutput MoELayerImpl::forward(const torch::Tensor& x) {
+  return function_.forward(parameters_of_modules(), x, is_training());
+}
+
+MoEOutput MoELayerImpl::forward(const torch::Tensor& x, const Routing& routing) {
+  return function_.forward(parameters_of_modules(), x, routing);
 }
 
 double imbalance(const torch::Tensor& expert_load) {

@@ -20,7 +20,9 @@ void check_addressable(int64_t experts, int64_t inner, int64_t hidden) {
               " overflow 64-bit sizes");
 }
 
-void check_options(const MoEOptions& options) {
+}  // namespace
+
+const MoEOptions& checked(const MoEOptions& options) {
   check_positive(options.hidden_size, "hidden_size");
   check_positive(options.expert_hidden_size, "expert_hidden_size");
   check_positive(options.num_experts, "num_experts");
@@ -37,7 +39,10 @@ void check_options(const MoEOptions& options) {
               "MoEOptions: dtype = ", options.dtype, ", expected fp32, fp64, bf16 or fp16");
   check_addressable(options.num_experts, options.expert_hidden_size, options.hidden_size);
   check_addressable(1, options.shared_expert_hidden_size, options.hidden_size);
+  return options;
 }
+
+namespace {
 
 std::vector<std::pair<std::string, std::string>> fields(const MoEOptions& options) {
   return {{"hidden_size", c10::str(options.hidden_size)},
@@ -61,8 +66,7 @@ std::vector<std::pair<std::string, std::string>> fields(const MoEOptions& option
 
 std::shared_ptr<Communicator> agree_on_options(const MoEOptions& options,
                                                std::shared_ptr<Communicator> communicator) {
-  check_options(options);
-  check_agreement(*communicator, fields(options));
+  check_agreement(*communicator, fields(checked(options)));
   return communicator;
 }
 

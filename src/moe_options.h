@@ -6,7 +6,10 @@
 
 namespace anabranch {
 
-/// Refuses options that no layer can have (InputError) and options that differ between ranks
+/// Refuses options that no layer can have (InputError); returns them.
+const MoEOptions& checked(const MoEOptions& options);
+
+/// The same, and refuses options that differ between ranks
 /// (CommunicationError naming rank and field). Collective. Returns the communicator.
 std::shared_ptr<Communicator> agree_on_options(const MoEOptions& options,
                                                std::shared_ptr<Communicator> communicator);

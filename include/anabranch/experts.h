@@ -7,6 +7,18 @@
 
 namespace anabranch {
 
+/// A projection of several experts, or its gradient; the bias may be undefined.
+struct Projection {
+  torch::Tensor weight;  ///< [experts, out, in]
+  torch::Tensor bias;    ///< [experts, out]
+};
+
+/// What experts compute with, or its gradients: down(activation(up(x))).
+struct ExpertProjections {
+  Projection up;    ///< out: n, or 2n (gate, then up) for a GLU
+  Projection down;  ///< in: n
+};
+
 /// The parameters of the experts that live on this rank. Biases are undefined without
 /// `options.bias`. With `glu`, rows 0..n−1 of an up-projection are the gate, n..2n−1 the up part.
 class ExpertsImpl : public torch::nn::Module {
@@ -21,6 +33,7 @@ class ExpertsImpl : public torch::nn::Module {
   int64_t num_experts() const { return num_experts_; }
   /// Spread over the expert-parallel group, in however many ranks; otherwise replicated.
   bool sharded() const { return sharded_; }
+  ExpertProjections projections() const { return {{up_weight, up_bias}, {down_weight, down_bias}}; }
 
   torch::Tensor up_weight;    ///< [local_experts, n or 2n, h]
   torch::Tensor up_bias;      ///< [local_experts, n or 2n]

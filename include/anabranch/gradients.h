@@ -21,4 +21,16 @@ double gradient_norm(const torch::nn::Module& model, const ParallelGroups& group
 /// Collective. Throws InputError if the norm is not finite or `max_norm` is not positive.
 double clip_gradient_norm(torch::nn::Module& model, double max_norm, const ParallelGroups& groups);
 
+// The same for gradients that no torch::nn::Module holds.
+
+/// Replaces each with its sum over the ranks of `communicator` divided by `divisor`. Collective.
+void average_gradients(const std::vector<torch::Tensor>& gradients, Communicator& communicator,
+                       int64_t divisor, int64_t bucket_bytes = 64 << 20);
+
+/// `experts`: of this rank's experts, all of which are spread over `expert_parallel_size` consecutive
+/// ranks of the world. Collective.
+double gradient_norm(const std::vector<torch::Tensor>& experts,
+                     const std::vector<torch::Tensor>& replicated, Communicator& world,
+                     int64_t expert_parallel_size);
+
 }  // namespace anabranch

@@ -21,6 +21,36 @@ struct MoEOutput {
   torch::Tensor expert_load;
 };
 
+/// What a layer computes with: undefined where its options have none.
+struct MoEParameters {
+  torch::Tensor router_weight;      ///< [E, h] fp32 (fp64 for fp64 layers)
+  ExpertProjections experts;        ///< of this rank
+  ExpertProjections shared_expert;  ///< of one expert
+};
+
+/// A layer whose parameters lie elsewhere: MoELayer, and the operators of other languages, are made
+/// of it. Its calls are collective, as those of MoELayer.
+class MoEFunction {
+ public:
+  /// Not collective: the ranks' options are taken to agree. Throws InputError for options that no
+  /// layer can have.
+  MoEFunction(const MoEOptions& options, std::shared_ptr<Communicator> communicator);
+
+  /// `x`: [..., h] of the layer's type and device. `training`: with the router's jitter.
+  MoEOutput forward(const MoEParameters& parameters, const torch::Tensor& x, bool training) const;
+  /// With routing from outside.
+  MoEOutput forward(const MoEParameters& parameters, const torch::Tensor& x,
+                    const Routing& routing) const;
+
+  const MoEOptions& options() const { return options_; }
+  const Exchange& exchange() const { return exchange_; }
+
+ private:
+  MoEOptions options_;
+  Exchange exchange_;
+  std::shared_ptr<GroupedGemmEngine> engine_;
+};
+
 /// Fullest expert's assignments over the mean: 1 is perfect balance.
 double imbalance(const torch::Tensor& expert_load);
 
@@ -40,13 +70,13 @@ class MoELayerImpl : public torch::nn::Module {
   /// The same with routing from outside, for the tokens of `x` in row-major order.
   MoEOutput forward(const torch::Tensor& x, const Routing& routing);
 
-  const MoEOptions& options() const { return options_; }
-  const Exchange& exchange() const { return exchange_; }
+  const MoEOptions& options() const { return function_.options(); }
+  const Exchange& exchange() const { return function_.exchange(); }
 
  private:
-  MoEOptions options_;
-  Exchange exchange_;
-  std::shared_ptr<GroupedGemmEngine> engine_;
+  MoEParameters parameters_of_modules() const;
+
+  MoEFunction function_;
   Router router_{nullptr};
   Experts experts_{nullptr};
   Experts shared_expert_{nullptr};

@@ -36,6 +36,10 @@ class RouterImpl : public torch::nn::Module {
 };
 TORCH_MODULE(Router);
 
+/// What Router does, with a gate's `weight` [E, h] that lies elsewhere. `training`: with jitter.
+Routing route_tokens(const torch::Tensor& x, const torch::Tensor& weight, const MoEOptions& options,
+                     bool training);
+
 /// Softmax and top-k of given logits [T, E] (fp32 or fp64), differentiable in the logits.
 Routing route(const torch::Tensor& logits, int64_t top_k, bool renormalize);
 

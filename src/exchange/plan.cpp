@@ -11,6 +11,7 @@
 
 #include "kernels/kernels.h"
 #include "support/check.h"
+#include "support/stage.h"
 #include "support/stream.h"
 
 namespace anabranch {
@@ -183,6 +184,7 @@ Exchange::Exchange(std::shared_ptr<Communicator> communicator, int64_t num_exper
 
 ExchangePlan Exchange::plan(const Routing& routing) const {
   const torch::NoGradGuard no_grad;
+  const Stage named("anabranch.plan");
   check_routing(routing);
   const auto ids = routing.expert_ids.contiguous();
   const Kernels& kernels = kernels_for(ids.device());
@@ -190,7 +192,9 @@ ExchangePlan Exchange::plan(const Routing& routing) const {
   const auto invalid = kernels.first_invalid_token(ids, placement_.num_experts);
   const SendPlan send = kernels.plan_send(ids, first_experts(placement_));
 
-  message_layout_ = message_layout_.to(ids.device());
+  if (message_layout_.device() != ids.device()) {
+    message_layout_ = message_layout_.to(ids.device());
+  }
   const auto announced = announce(
       *communicator_, placement_,
       at::cat({nonfinite.reshape(1), invalid.reshape(1), send.rank_rows, send.expert_counts})

@@ -10,6 +10,7 @@
 
 #include "kernels/kernels.h"
 #include "support/large_pages.h"
+#include "support/stage.h"
 
 namespace anabranch {
 namespace {
@@ -28,6 +29,7 @@ struct Part {
     if (!from.index.defined()) {
       return rows_of(from.rows);
     }
+    const Stage named("anabranch.permute");
     const Kernels& kernels = kernels_for(from.rows.device());
     return rows == from.index.size(0) ? kernels.scatter_rows(from.rows, from.places)
                                       : kernels.gather_rows(from.rows, rows_of(from.index));
@@ -84,6 +86,7 @@ HiddenActivation activation_of(const FeedForward& expert) {
 torch::Tensor project_activated(const FeedForward& expert, const torch::Tensor& rows,
                                 const Projection& up, const ExpertCounts& counts,
                                 torch::Tensor& hidden) {
+  const Stage named("anabranch.up");
   if (!up.bias.defined()) {
     return grouped_gemm_activated(*expert.engine, rows, up.weight, counts, activation_of(expert),
                                   hidden);
@@ -99,9 +102,9 @@ torch::Tensor up_projection(const FeedForward& expert, const Part& part, const I
   return hidden;
 }
 
-Projection empty_like(const Projection& projection) {
-  return {at::empty_like(projection.weight),
-          projection.bias.defined() ? at::empty_like(projection.bias) : torch::Tensor()};
+/// For a gradient of `parameter`; undefined where there is no parameter or none is wanted.
+torch::Tensor gradient_for(const torch::Tensor& parameter, bool wanted) {
+  return wanted && parameter.defined() ? at::empty_like(parameter) : torch::Tensor();
 }
 
 /// A part's backward, written to its places in `gradient`; `hidden` is the part's own, and so is
@@ -118,20 +121,29 @@ void backward_of(const Part& part, const FeedForward& expert, const IndexedRows&
   auto dvalues = part.rows_of(gradient.dvalues);
 
   auto dresults = part.take(dy);
+  std::optional<Stage> named("anabranch.down.backward");
   GroupedGemmEngine::ActivatedGradient activation = {
       dhidden, dvalues, at::empty({part.rows, down.weight.size(2)}, hidden.options())};
   grouped_gemm_dgrad_activated(*expert.engine, dresults, down.weight, part.counts,
                                activation_of(expert), hidden, values, activation);
-  grouped_gemm_wgrad_out(*expert.engine, dresults, activation.activated, part.counts, ddown.weight);
-  if (down.bias.defined()) {
+  if (ddown.weight.defined()) {
+    grouped_gemm_wgrad_out(*expert.engine, dresults, activation.activated, part.counts,
+                           ddown.weight);
+  }
+  if (ddown.bias.defined()) {
     ddown.bias.copy_(kernels.bias_gradient(dresults, values, part.counts));
+  }
+  if (down.bias.defined()) {
     dvalues.add_(kernels.bias_dot(dresults, down.bias, part.counts));
   }
   activation.activated.reset();
   dresults.reset();
 
-  grouped_gemm_wgrad_out(*expert.engine, dhidden, part.take(x), part.counts, dup.weight);
-  if (up.bias.defined()) {
+  named.emplace("anabranch.up.backward");
+  if (dup.weight.defined()) {
+    grouped_gemm_wgrad_out(*expert.engine, dhidden, part.take(x), part.counts, dup.weight);
+  }
+  if (dup.bias.defined()) {
     dup.bias.copy_(kernels.bias_gradient(dhidden, {}, part.counts));
   }
   if (!gradient.dx.defined()) {  // not sooner: another part's rows may have left their memory
@@ -162,6 +174,7 @@ FeedForwardOutput feed_forward(const FeedForward& expert, const IndexedRows& x,
     if (!output.results.defined()) {
       output.results = on_large_pages(at::empty({rows, parameters.down.weight.size(1)}, options));
     }
+    const Stage named("anabranch.down");
     auto results = part.rows_of(output.results);
     project(expert, activated, part.experts_of(parameters.down), part.counts, results);
   }
@@ -172,11 +185,15 @@ FeedForwardGradient feed_forward_backward(const FeedForward& expert, const Index
                                           const IndexedRows& x, const torch::Tensor& hidden,
                                           const torch::Tensor& values,
                                           const ExpertProjections& parameters,
-                                          const ExpertCounts& counts, bool overwrite_hidden) {
+                                          const ExpertCounts& counts, bool overwrite_hidden,
+                                          const WantedGradients& wanted) {
   const auto options = x.rows.options();
   const int64_t rows = (x.index.defined() ? x.index : x.rows).size(0);
   FeedForwardGradient gradient;
-  gradient.parameters = {empty_like(parameters.up), empty_like(parameters.down)};
+  const auto& [up, down] = parameters;
+  gradient.parameters = {
+      {gradient_for(up.weight, wanted.up_weight), gradient_for(up.bias, wanted.up_bias)},
+      {gradient_for(down.weight, wanted.down_weight), gradient_for(down.bias, wanted.down_bias)}};
   gradient.dvalues =
       at::empty({rows}, options.dtype(at::toOpMathType(options.dtype().toScalarType())));
   for (const Part& part : parts_of(counts, x.rows.device())) {

@@ -1,7 +1,9 @@
 #pragma once
 
+#include <anabranch/experts.h>
 #include <anabranch/grouped_gemm.h>
 #include <anabranch/options.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include <optional>
 
@@ -16,13 +18,6 @@ struct FeedForward {
   bool glu = false;
 };
 
-/// A projection of every local expert, [experts, out, in] and [experts, out]; the bias may be
-/// undefined. Also holds their gradients.
-struct Projection {
-  torch::Tensor weight;
-  torch::Tensor bias;
-};
-
 /// A bias as an autograd function takes it: no argument at all where there is none.
 inline std::optional<torch::Tensor> given(const torch::Tensor& bias) {
   return bias.defined() ? std::optional(bias) : std::nullopt;
@@ -31,12 +26,6 @@ inline Projection projection(const torch::Tensor& weight,
                              const std::optional<torch::Tensor>& bias) {
   return {weight, bias.value_or(torch::Tensor())};
 }
-
-/// The parameters of the local experts, or their gradients.
-struct ExpertProjections {
-  Projection up;    ///< out: n, or 2n (gate, then up) for a GLU
-  Projection down;  ///< in: n
-};
 
 /// Rows of each local expert, expert-major.
 using ExpertCounts = std::vector<int64_t>;
@@ -50,10 +39,31 @@ FeedForwardOutput feed_forward(const FeedForward& expert, const IndexedRows& x,
                                const ExpertProjections& parameters, const ExpertCounts& counts,
                                bool keep_hidden);
 
+/// Which parameters a backward is to find the gradients of.
+struct WantedGradients {
+  bool up_weight = true;
+  bool up_bias = true;
+  bool down_weight = true;
+  bool down_bias = true;
+};
+
+/// Those that autograd asks `context` for, whose tensor arguments from number `first` on are
+/// up_weight and down_weight and, where there are biases, up_bias and down_bias.
+inline WantedGradients wanted_gradients(const torch::autograd::AutogradContext* context,
+                                        size_t first, const ExpertProjections& parameters) {
+  const auto wanted = [&](const torch::Tensor& parameter, size_t i) {
+    return parameter.defined() && context->needs_input_grad(first + i);
+  };
+  return {.up_weight = wanted(parameters.up.weight, 0),
+          .up_bias = wanted(parameters.up.bias, 2),
+          .down_weight = wanted(parameters.down.weight, 1),
+          .down_bias = wanted(parameters.down.bias, 3)};
+}
+
 struct FeedForwardGradient {
-  ExpertProjections parameters;
-  torch::Tensor dx;       ///< [P, h]
-  torch::Tensor dvalues;  ///< [P] in fp32 (fp64), of the routing weights
+  ExpertProjections parameters;  ///< undefined where not wanted
+  torch::Tensor dx;              ///< [P, h]
+  torch::Tensor dvalues;         ///< [P] in fp32 (fp64), of the routing weights
 };
 /// Backward of `values` [P] (undefined: 1) times the results, given the gradient `dy` [P, h] of that
 /// product. Needs neither the activation nor the results; `hidden` undefined is computed again.
@@ -62,7 +72,7 @@ FeedForwardGradient feed_forward_backward(const FeedForward& expert, const Index
                                           const IndexedRows& x, const torch::Tensor& hidden,
                                           const torch::Tensor& values,
                                           const ExpertProjections& parameters,
-                                          const ExpertCounts& counts,
-                                          bool overwrite_hidden = false);
+                                          const ExpertCounts& counts, bool overwrite_hidden = false,
+                                          const WantedGradients& wanted = {});
 
 }  // namespace anabranch

@@ -16,9 +16,8 @@ struct ExpertHolder : torch::CustomClassHolder {
 /// A group of one expert that owns every row.
 struct ThroughSharedExpert : torch::autograd::Function<ThroughSharedExpert> {
   static torch::Tensor forward(AutogradContext* context, const torch::Tensor& x,
-                               const torch::Tensor& up_weight,
+                               const torch::Tensor& up_weight, const torch::Tensor& down_weight,
                                const std::optional<torch::Tensor>& up_bias,
-                               const torch::Tensor& down_weight,
                                const std::optional<torch::Tensor>& down_bias,
                                const c10::intrusive_ptr<ExpertHolder>& holder) {
     const ExpertProjections shared{projection(up_weight, up_bias),
@@ -37,13 +36,14 @@ struct ThroughSharedExpert : torch::autograd::Function<ThroughSharedExpert> {
     const auto holder =
         c10::static_intrusive_pointer_cast<ExpertHolder>(context->saved_data["expert"].toCapsule());
     const torch::Tensor& x = saved[0];
+    const ExpertProjections shared{{saved[2], saved[3]}, {saved[4], saved[5]}};
     const auto [gradients_of, dx, dvalues] = feed_forward_backward(
-        holder->expert, {gradients[0].contiguous(), {}}, {x, {}}, saved[1], /*values=*/{},
-        {{saved[2], saved[3]}, {saved[4], saved[5]}}, {x.size(0)});
+        holder->expert, {gradients[0].contiguous(), {}}, {x, {}}, saved[1], /*values=*/{}, shared,
+        {x.size(0)}, /*overwrite_hidden=*/false, wanted_gradients(context, /*first=*/1, shared));
     return {dx,
             gradients_of.up.weight,
-            gradients_of.up.bias,
             gradients_of.down.weight,
+            gradients_of.up.bias,
             gradients_of.down.bias,
             {}};
   }
@@ -58,10 +58,10 @@ Experts make_shared_expert(const MoEOptions& options) {
   return Experts(shared, ExpertPlacement{1, 1}, 0, /*sharded=*/false);
 }
 
-torch::Tensor through_shared_expert(const torch::Tensor& x, const Experts& shared_expert,
+torch::Tensor through_shared_expert(const torch::Tensor& x, const ExpertProjections& shared_expert,
                                     const FeedForward& expert) {
-  return ThroughSharedExpert::apply(x, shared_expert->up_weight, given(shared_expert->up_bias),
-                                    shared_expert->down_weight, given(shared_expert->down_bias),
+  const auto& [up, down] = shared_expert;
+  return ThroughSharedExpert::apply(x, up.weight, down.weight, given(up.bias), given(down.bias),
                                     c10::make_intrusive<ExpertHolder>(expert));
 }
 

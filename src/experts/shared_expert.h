@@ -11,7 +11,7 @@ namespace anabranch {
 Experts make_shared_expert(const MoEOptions& options);
 
 /// x [T, h] → [T, h]: every token through the shared expert, with weight 1.
-torch::Tensor through_shared_expert(const torch::Tensor& x, const Experts& shared_expert,
+torch::Tensor through_shared_expert(const torch::Tensor& x, const ExpertProjections& shared_expert,
                                     const FeedForward& expert);
 
 }  // namespace anabranch

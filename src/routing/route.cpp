@@ -3,6 +3,7 @@
 
 #include "kernels/kernels.h"
 #include "support/check.h"
+#include "support/stage.h"
 
 namespace anabranch {
 namespace {
@@ -32,6 +33,7 @@ struct Route : torch::autograd::Function<Route> {
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     const torch::NoGradGuard no_grad;
+    const Stage named("anabranch.route.backward");
     const auto saved = context->get_saved_variables();
     RouteResult routed;
     routed.expert_ids = saved[0];

@@ -5,6 +5,7 @@
 #include "routing/gate.h"
 #include "support/check.h"
 #include "support/initialize.h"
+#include "support/stage.h"
 
 namespace anabranch {
 namespace {
@@ -25,6 +26,12 @@ RouterImpl::RouterImpl(const MoEOptions& options) : options_(options) {
 }
 
 Routing RouterImpl::forward(const torch::Tensor& x) {
+  return route_tokens(x, weight, options_, is_training());
+}
+
+Routing route_tokens(const torch::Tensor& x, const torch::Tensor& weight, const MoEOptions& options,
+                     bool training) {
+  const Stage named("anabranch.route");
   check_input(x.defined(), "router: x is undefined");
   check_input(x.dim() == 2 && x.size(1) == weight.size(1), "router: x is ", x.sizes(),
               ", expected [T, ", weight.size(1), "]");
@@ -32,12 +39,12 @@ Routing RouterImpl::forward(const torch::Tensor& x) {
               x.scalar_type(), " on ", x.device(), ", expected a floating type on ",
               weight.device());
   torch::Tensor gate_input = x;
-  if (is_training() && options_.jitter > 0) {
+  if (training && options.jitter > 0) {
     gate_input = x.to(weight.scalar_type());
-    gate_input = gate_input *
-                 torch::empty_like(gate_input).uniform_(1 - options_.jitter, 1 + options_.jitter);
+    gate_input =
+        gate_input * torch::empty_like(gate_input).uniform_(1 - options.jitter, 1 + options.jitter);
   }
-  return route(gate_logits(gate_input, weight), options_.top_k, options_.renormalize);
+  return route(gate_logits(gate_input, weight), options.top_k, options.renormalize);
 }
 
 }  // namespace anabranch

@@ -9,8 +9,12 @@
 namespace anabranch {
 
 /// Fills `parameter` [out, in] or [out] with U(−1/√fan_in, 1/√fan_in). The values depend on
-/// (seed, stream) alone: not on the device, the type or what was drawn before.
+/// (seed, stream) alone: not on the device, the type or what was drawn before. On the meta device
+/// there is nothing to fill.
 inline void fill_uniform(torch::Tensor parameter, int64_t fan_in, uint64_t seed, uint64_t stream) {
+  if (parameter.is_meta()) {
+    return;
+  }
   const torch::NoGradGuard no_grad;
   // SplitMix64's finaliser spreads neighbouring seeds and streams over all 64 bits.
   uint64_t mixed = seed * 0x9E3779B97F4A7C15ull + stream + 1;

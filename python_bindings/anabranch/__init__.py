@@ -1,0 +1,45 @@
+"""anabranch: expert-parallel Mixture-of-Experts layers for PyTorch.
+
+Over the same C++ core as the C++ library: no padding, no dropped token, the same answer at any number
+of ranks.
+"""
+
+from __future__ import annotations
+
+from . import functional
+from ._build import VERSION as __version__
+from .discovery import RankInfo, discover_rank
+from .engines import grouped_gemm_engines
+from .gradients import (
+    ParallelGroups,
+    clip_gradient_norm,
+    expert_parameters,
+    finish_gradients,
+    ignore_expert_parameters,
+    make_parallel_groups,
+)
+from .groups import Group, as_group
+from .moe import MoE, MoEOutput
+from .plots import plot_load
+from .stats import LayerStats, imbalance
+
+__all__ = [
+    "Group",
+    "LayerStats",
+    "MoE",
+    "MoEOutput",
+    "ParallelGroups",
+    "RankInfo",
+    "__version__",
+    "as_group",
+    "clip_gradient_norm",
+    "discover_rank",
+    "expert_parameters",
+    "finish_gradients",
+    "functional",
+    "grouped_gemm_engines",
+    "ignore_expert_parameters",
+    "imbalance",
+    "make_parallel_groups",
+    "plot_load",
+]

@@ -1,0 +1,123 @@
+"""Shapes and types of the operators' results, for torch.compile, export and meta tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _library  # noqa: F401
+
+
+def _gate_type(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("anabranch::moe")
+def _moe(x: Tensor, parameters: list[Tensor], expert_ids, weights, options, group, training, probe):
+    router_weight, up_weight = parameters[:2]
+    loss_shape = () if weights is None else (0,)
+    loss_type = _gate_type(up_weight.dtype)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(loss_shape, dtype=loss_type),
+        x.new_empty(loss_shape, dtype=loss_type),
+        x.new_empty((router_weight.shape[0],), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("anabranch::moe_forward")
+def _moe_forward(x, parameters, expert_ids, weights, options, group, training, probe, needs_gradient):
+    state = torch.empty((1,), dtype=torch.uint8, device="cpu")
+    return (*_moe(x, parameters, expert_ids, weights, options, group, training, probe), state)
+
+
+@torch.library.register_fake("anabranch::moe_backward")
+def _moe_backward(gradients, state, probe, inputs):
+    return [each.new_empty(each.shape) for each in inputs]
+
+
+@torch.library.register_fake("anabranch::route_forward")
+def _route_forward(logits, top_k, renormalize, needs_gradient):
+    tokens, experts = logits.shape
+    return (
+        logits.new_empty((tokens, top_k), dtype=torch.int64),
+        logits.new_empty((tokens, top_k)),
+        logits.new_empty((experts,), dtype=torch.int64),
+        logits.new_empty((experts,)),
+        logits.new_empty(()),
+        torch.empty((1,), dtype=torch.uint8, device="cpu"),
+    )
+
+
+@torch.library.register_fake("anabranch::route_backward")
+def _route_backward(gradients, state, logits):
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("anabranch::plan")
+def _plan(expert_ids, weights, num_experts, group):
+    """What reaches this rank is known when the ranks have told each other."""
+    _, ranks, _ = torch.ops.anabranch.describe_group(group)
+    rank = torch.ops.anabranch.describe_group(group)[0]
+    local = num_experts // ranks + (rank < num_experts % ranks)
+    tokens, top_k = expert_ids.shape
+    context = torch.library.get_ctx()
+    sent, rows, assignments = (context.new_dynamic_size() for _ in range(3))
+
+    def on_host(size):
+        return torch.empty((size,), dtype=torch.int64, device="cpu")
+
+    def indices(size):
+        return expert_ids.new_empty((size,), dtype=torch.int64)
+
+    return [
+        *(on_host(ranks) for _ in range(4)),
+        on_host(local),
+        indices(sent),
+        indices(tokens + 1),
+        indices(sent),
+        indices(tokens * top_k),
+        indices(assignments),
+        indices(assignments),
+        indices(rows + 1),
+        indices(assignments),
+    ]
+
+
+@torch.library.register_fake("anabranch::dispatch")
+def _dispatch(rows, values, plan, top_k, num_experts, group):
+    assignments = 0 if values is None else plan[10].shape[0]
+    like = rows if values is None else values
+    return rows.new_empty((plan[11].shape[0] - 1, rows.shape[1])), like.new_empty((assignments,))
+
+
+@torch.library.register_fake("anabranch::combine")
+def _combine(rows, values, plan, top_k, num_experts, group):
+    tokens = plan[6].shape[0] - 1
+    found = rows.new_empty((tokens, rows.shape[1]))
+    return found, rows.new_empty((0,)) if values is None else values.new_empty((tokens, top_k))
+
+
+@torch.library.register_fake("anabranch::permute")
+def _permute(rows, plan):
+    return rows.new_empty((plan[10].shape[0], rows.shape[1]))
+
+
+@torch.library.register_fake("anabranch::unpermute")
+def _unpermute(assignments, weights, plan):
+    return assignments.new_empty((plan[11].shape[0] - 1, assignments.shape[1]))
+
+
+@torch.library.register_fake("anabranch::grouped_gemm")
+def _grouped_gemm(x, weight, counts, engine):
+    return x.new_empty((x.shape[0], weight.shape[1]))
+
+
+@torch.library.register_fake("anabranch::grouped_gemm_dgrad")
+def _grouped_gemm_dgrad(dy, weight, counts, engine):
+    return dy.new_empty((dy.shape[0], weight.shape[2]))
+
+
+@torch.library.register_fake("anabranch::grouped_gemm_wgrad")
+def _grouped_gemm_wgrad(dy, x, counts, engine):
+    return x.new_empty((counts.shape[0], dy.shape[1], x.shape[1]))

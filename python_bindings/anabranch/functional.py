@@ -1,0 +1,189 @@
+"""The stages of a layer as functions with autograd, for layers of other kinds.
+
+T tokens and W ranks; R rows reach this rank, each token at most once; P of their assignments belong to its
+experts. A layer of one's own::
+
+    expert_ids, weights, *_ = F.route(x.float() @ gate.T, top_k=2)
+    plan = F.plan(expert_ids, weights, num_experts, group)
+    rows, values = F.dispatch(x, plan, weights)              # [R, h], [P]
+    hidden = F.grouped_gemm(F.permute(rows, plan), up, plan.expert_counts)
+    results = F.grouped_gemm(hidden.relu(), down, plan.expert_counts)
+    y, _ = F.combine(F.unpermute(results, plan, values), plan)  # [T, h]
+
+plan, dispatch and combine are collective, and so are their backwards: every rank of the group takes part.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _fakes  # noqa: F401
+from .groups import as_group
+
+__all__ = ["Plan", "RouteResult", "combine", "dispatch", "grouped_gemm", "permute", "plan", "route", "unpermute"]
+
+
+class RouteResult(NamedTuple):
+    """Where tokens go."""
+
+    expert_ids: Tensor
+    """[T, top_k] int64, largest probability first; ties go to the lowest expert."""
+    weights: Tensor
+    """[T, top_k], differentiable."""
+    counts: Tensor
+    """[E] int64: assignments of each expert on this rank."""
+    probability_sum: Tensor
+    """[E]: Σ_t softmax(logits)[t, e], differentiable."""
+    squared_logsumexp_sum: Tensor
+    """[]: Σ_t logsumexp(logits[t])², differentiable."""
+
+
+class Plan(NamedTuple):
+    """Who sends which rows to whom; made once, used in both directions."""
+
+    tensors: list[Tensor]
+    """Counts in host memory, indices on the tokens' device, in the order of the C++ ExchangePlan's members."""
+    top_k: int
+    num_experts: int
+    group: str
+
+    @property
+    def expert_counts(self) -> Tensor:
+        """[experts of this rank] int64 in host memory: assignments of each, Σ = P."""
+        return self.tensors[4]
+
+
+def route(logits: Tensor, top_k: int, renormalize: bool = True) -> RouteResult:
+    """Softmax and top-k of logits [T, E], fp32 or fp64."""
+    needs_gradient = torch.is_grad_enabled() and logits.requires_grad
+    return RouteResult(*torch.ops.anabranch.route_forward(logits, top_k, renormalize, needs_gradient)[:5])
+
+
+def plan(expert_ids: Tensor, weights: Tensor, num_experts: int, group: object = None) -> Plan:
+    """Plans the exchange of this rank's T tokens for `expert_ids` [T, top_k] int64, distinct within a token, and
+    `weights` [T, top_k] fp32 or fp64. The host waits for the counts here. Collective; a routing that is not
+    valid on any rank is an error on all."""
+    name = group if isinstance(group, str) else as_group(group).on(expert_ids.device).name
+    tensors = torch.ops.anabranch.plan(expert_ids, weights.detach(), num_experts, name)
+    return Plan(tensors, expert_ids.shape[1], num_experts, name)
+
+
+def dispatch(rows: Tensor, plan: Plan, values: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Sends rows [T, h], and a value of each assignment [T, top_k], to the experts: [R, h] and [P]. Collective."""
+    found, of_assignments = torch.ops.anabranch.dispatch(rows, values, *_arguments(plan))
+    return found, None if values is None else of_assignments
+
+
+def combine(rows: Tensor, plan: Plan, values: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Sends rows [R, h], and values [P], back: [T, h], the rows of a token summed, and [T, top_k]. The adjoint
+    of dispatch. Collective."""
+    found, of_slots = torch.ops.anabranch.combine(rows, values, *_arguments(plan))
+    return found, None if values is None else of_slots
+
+
+def permute(rows: Tensor, plan: Plan) -> Tensor:
+    """Received rows [R, h] into expert-major order [P, h]: a row for each assignment."""
+    return torch.ops.anabranch.permute(rows, plan.tensors)
+
+
+def unpermute(assignments: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
+    """Expert-major rows [P, h] into received rows [R, h], each the sum of its assignments', weighted by `weights`
+    [P] where given. Without weights the adjoint of permute."""
+    return torch.ops.anabranch.unpermute(assignments, weights, plan.tensors)
+
+
+def grouped_gemm(x: Tensor, weight: Tensor, counts: Tensor, engine: str = "auto") -> Tensor:
+    """Each expert's own rows times its own weight: x [P, k], weight [experts, n, k] → [P, n].
+
+    Expert e has the `counts[e]` rows after those of experts 0..e−1; counts are int64 in host memory, may be 0,
+    and sum to P. Accumulates in fp32 (fp64).
+    """
+    return torch.ops.anabranch.grouped_gemm(x, weight, counts, engine)
+
+
+def _arguments(plan: Plan) -> tuple[list[Tensor], int, int, str]:
+    return plan.tensors, plan.top_k, plan.num_experts, plan.group
+
+
+# Autograd: adjoints of each other.
+
+
+def _route_setup(context, inputs, output):
+    context.save_for_backward(output[5], inputs[0])
+    context.mark_non_differentiable(output[0], output[2], output[5])
+
+
+def _route_backward(context, _ids, dweights, _counts, dprobability_sum, dsquared_logsumexp_sum, _state):
+    state, logits = context.saved_tensors
+    gradients = [dweights, dprobability_sum, dsquared_logsumexp_sum]
+    return torch.ops.anabranch.route_backward(gradients, state, logits), None, None, None
+
+
+def _exchange_setup(context, inputs, output):
+    _, values, plan, context.top_k, context.num_experts, context.group = inputs
+    context.with_values = values is not None
+    context.save_for_backward(*plan)
+
+
+def _adjoint_of_exchange(operator):
+    def backward(context, drows, dvalues):
+        plan = list(context.saved_tensors)
+        values = dvalues if context.with_values else None
+        dinput, dinput_values = operator(drows, values, plan, context.top_k, context.num_experts, context.group)
+        return dinput, dinput_values if context.with_values else None, [None] * len(plan), None, None, None
+
+    return backward
+
+
+def _permute_setup(context, inputs, output):
+    context.save_for_backward(*inputs[1])
+
+
+def _permute_backward(context, drows):
+    plan = list(context.saved_tensors)
+    return torch.ops.anabranch.unpermute(drows, None, plan), [None] * len(plan)
+
+
+def _unpermute_setup(context, inputs, output):
+    assignments, weights, plan = inputs
+    context.with_weights = weights is not None
+    context.save_for_backward(*([assignments, weights] if context.with_weights else []), *plan)
+
+
+def _unpermute_backward(context, drows):
+    if not context.with_weights:
+        plan = list(context.saved_tensors)
+        return torch.ops.anabranch.permute(drows, plan), None, [None] * len(plan)
+    assignments, weights, *plan = context.saved_tensors
+    of_assignments = torch.ops.anabranch.permute(drows, plan)
+    dweights = (of_assignments.to(weights.dtype) * assignments.to(weights.dtype)).sum(-1)
+    dassignments = (of_assignments.to(weights.dtype) * weights.unsqueeze(-1)).to(assignments.dtype)
+    return dassignments, dweights, [None] * len(plan)
+
+
+def _gemm_setup(context, inputs, output):
+    x, weight, counts, context.engine = inputs
+    context.save_for_backward(x, weight, counts)
+
+
+def _gemm_backward(context, dy):
+    x, weight, counts = context.saved_tensors
+    operators = torch.ops.anabranch
+    dx = operators.grouped_gemm_dgrad(dy, weight, counts, context.engine) if context.needs_input_grad[0] else None
+    dweight = operators.grouped_gemm_wgrad(dy, x, counts, context.engine) if context.needs_input_grad[1] else None
+    return dx, dweight, None, None
+
+
+def _register(name, backward, setup):
+    torch.library.register_autograd(f"anabranch::{name}", backward, setup_context=setup)
+
+
+_register("route_forward", _route_backward, _route_setup)
+_register("dispatch", _adjoint_of_exchange(torch.ops.anabranch.combine), _exchange_setup)
+_register("combine", _adjoint_of_exchange(torch.ops.anabranch.dispatch), _exchange_setup)
+_register("permute", _permute_backward, _permute_setup)
+_register("unpermute", _unpermute_backward, _unpermute_setup)
+_register("grouped_gemm", _gemm_backward, _gemm_setup)

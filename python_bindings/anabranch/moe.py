@@ -1,0 +1,208 @@
+"""The layer as a torch.nn.Module."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Callable, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import _fakes  # noqa: F401
+from .groups import Group, as_group
+from .stats import LayerStats, Probe
+
+_SEEDS = 2**63 - 1
+
+
+class MoEOutput(NamedTuple):
+    """What a layer returns."""
+
+    output: Tensor
+    """The input's shape and type."""
+    balance_loss: Tensor | None
+    """[] E · Σ_e f_e · P_e over the group's whole batch, 1 in perfect balance; None with routing from outside."""
+    z_loss: Tensor | None
+    """[] mean_t logsumexp(logits[t])² over the group's whole batch; None with routing from outside."""
+    expert_load: Tensor
+    """[num_experts] int64: assignments of each expert over all ranks of the group."""
+
+
+class _Parameters(nn.Module):
+    """Parameters under one name; the layer reads them."""
+
+    def forward(self, *_: Any) -> Any:
+        raise RuntimeError("this part of an anabranch.MoE only holds parameters: call the layer")
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts feed-forward layer whose experts are spread over a group's ranks.
+
+    Every rank of the group makes it with the same options (ValueError or RuntimeError naming what
+    differs), and every rank takes part in each forward and backward, whatever it holds: with zero tokens
+    too. Gradients of expert parameters hold every rank's tokens: `finish_gradients` makes them, and the
+    replicated ones, those of the mean of the ranks' losses.
+
+    Shapes, with E experts over W ranks, h = hidden_size, n = expert_hidden_size:
+
+    ======================  ============================  =================
+    parameter               shape                         on the ranks
+    ======================  ============================  =================
+    router.weight           [E, h], fp32 (fp64)           replicated
+    experts.up_weight       [E / W, n (glu: 2n), h]       each its experts
+    experts.down_weight     [E / W, h, n]                 each its experts
+    experts.up_bias         [E / W, n (glu: 2n)]          each its experts
+    experts.down_bias       [E / W, h]                    each its experts
+    shared_expert. …        as experts., of one expert    replicated
+    ======================  ============================  =================
+
+    Args:
+        hidden_size: h, width of a token.
+        expert_hidden_size: n, inner width of an expert.
+        num_experts: E, over all ranks.
+        top_k: experts a token goes to.
+        activation: "gelu_tanh", "gelu", "relu" or "silu".
+        glu: activation(gate) · up instead of activation(up); rows 0..n−1 of up_weight are the gate.
+        bias: biases in both projections of every expert.
+        shared_expert_hidden_size: inner width of an expert that sees every token; 0: none.
+        renormalize: the weights of a token's top_k experts sum to 1.
+        jitter: training only: noise on the router's input, uniform in [1 − jitter, 1 + jitter].
+        recompute: keep only the received rows for backward, and compute the up-projection again.
+        engine: grouped GEMM engine: "auto", or one of `grouped_gemm_engines(device)`.
+        seed: of the parameters; the same seed gives the same layer at any number of ranks, and that of
+            the C++ library. None: drawn from torch's generator, which is then to be the same on all ranks.
+        group: the expert-parallel group, see `as_group`.
+        device: of the parameters; "meta": none yet (`to_empty`, then `reset_parameters`).
+        dtype: fp32, fp64, bf16 or fp16.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_hidden_size: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        activation: str = "gelu_tanh",
+        glu: bool = False,
+        bias: bool = False,
+        shared_expert_hidden_size: int = 0,
+        renormalize: bool = True,
+        jitter: float = 0.0,
+        recompute: bool = False,
+        engine: str = "auto",
+        seed: int | None = None,
+        group: object = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        options = {
+            "hidden_size": hidden_size,
+            "expert_hidden_size": expert_hidden_size,
+            "num_experts": num_experts,
+            "top_k": top_k,
+            "activation": activation,
+            "glu": glu,
+            "bias": bias,
+            "shared_expert_hidden_size": shared_expert_hidden_size,
+            "renormalize": renormalize,
+            "jitter": jitter,
+            "recompute": recompute,
+            "engine": engine,
+        }
+        self.options = options
+        self.seed = int(torch.randint(_SEEDS, ())) if seed is None else seed
+        self.group = as_group(group)
+        self._options = _to_json(options)
+        self._group = self.group.name
+        self._probe = Probe()
+        self._load: Tensor | None = None
+        self._make_parameters(dtype or torch.get_default_dtype(), torch.device(device or torch.get_default_device()))
+
+    def _make_parameters(self, dtype: torch.dtype, device: torch.device) -> None:
+        operators = torch.ops.anabranch
+        options = _to_json({**self.options, "seed": self.seed})
+        names = operators.parameter_names(options)
+        values = operators.initial_parameters(options, self.group.rank, self.group.size, dtype, device)
+        operators.agree(options, dtype, device, self.group.name)
+        self._places = [tuple(name.split(".")) for name in names]
+        for (module, name), value in zip(self._places, values):
+            if module not in self._modules:
+                self.add_module(module, _Parameters())
+            self.get_submodule(module).register_parameter(name, nn.Parameter(value))
+        self._join_device()
+
+    def reset_parameters(self) -> None:
+        """Fills the parameters as at first: what `to_empty` leaves empty, or training has changed."""
+        weight = self.experts.up_weight
+        values = torch.ops.anabranch.initial_parameters(
+            _to_json({**self.options, "seed": self.seed}),
+            self.group.rank,
+            self.group.size,
+            weight.dtype,
+            weight.device,
+        )
+        with torch.no_grad():
+            for parameter, value in zip(self._parameter_list(), values):
+                parameter.copy_(value)
+
+    def forward(self, x: Tensor, routing: tuple[Tensor, Tensor] | None = None) -> MoEOutput:
+        """Sends every token through its experts. Collective.
+
+        Args:
+            x: [..., hidden_size] of the parameters' type (under autocast, of any floating type); leading
+                sizes may differ between ranks and be 0.
+            routing: None, or where the tokens go, in row-major order: expert ids [T, top_k], distinct
+                within a token, and weights [T, top_k], differentiable.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x is a {type(x).__name__}, expected a Tensor [..., {self.options['hidden_size']}]")
+        if x.device.type != self.experts.up_weight.device.type:
+            raise ValueError(f"x is on {x.device}, the layer on {self.experts.up_weight.device}")
+        expert_ids, weights = (None, None) if routing is None else _checked_routing(routing)
+        output, balance_loss, z_loss, load = torch.ops.anabranch.moe(
+            x, self._parameter_list(), expert_ids, weights, self._options, self._group, self.training, self._probe.tensor
+        )
+        self._load = load
+        if routing is not None:
+            return MoEOutput(output, None, None, load)
+        return MoEOutput(output, balance_loss, z_loss, load)
+
+    def stats(self) -> LayerStats:
+        """What this rank's layer has done since `reset_stats`. Waits for the device; no communication."""
+        return self._probe.stats(self._load)
+
+    def reset_stats(self, timed: bool = False) -> None:
+        """Begins to count anew; `timed`: stages are measured too, which costs a few microseconds each."""
+        self._probe.reset(timed)
+
+    def _parameter_list(self) -> list[Tensor]:
+        """In the order of the operators."""
+        return [getattr(self._modules[module], name) for module, name in self._places]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
+        super()._apply(fn, recurse)
+        self._join_device()
+        return self
+
+    def _join_device(self) -> None:
+        """The group is one for tensors where the parameters are."""
+        self._group = self.group.on(self.experts.up_weight.device).name
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items()) + f", group={self.group}"
+
+
+def _checked_routing(routing: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    if not isinstance(routing, (tuple, list)) or len(routing) != 2 or not all(isinstance(r, Tensor) for r in routing):
+        raise TypeError(f"routing is {routing!r:.80}, expected a pair of tensors, expert ids and weights [T, top_k]")
+    return routing[0], routing[1]
+
+
+def _to_json(options: dict[str, Any]) -> str:
+    try:
+        return json.dumps(options, sort_keys=True)
+    except TypeError as error:
+        wrong = {name: value for name, value in options.items() if not isinstance(value, (int, float, str))}
+        raise TypeError(f"options: {wrong} are no numbers, truth values or strings") from error

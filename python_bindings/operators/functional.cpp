@@ -1,0 +1,204 @@
+// The stages of the layer as operators of their own. Dispatch and combine, permute and unpermute are
+// each the other's adjoint, so their gradients are these same operators (functional.py).
+
+#include <torch/library.h>
+
+#include "experts/permute.h"
+#include "graph.h"
+#include "registry.h"
+#include "support/check.h"
+
+namespace anabranch::operators {
+namespace {
+
+using Tensors = std::vector<at::Tensor>;
+
+at::Tensor to_tensor(const std::vector<int64_t>& values) {
+  return at::tensor(values, at::TensorOptions(at::kLong));
+}
+
+std::vector<int64_t> to_vector(const at::Tensor& values) {
+  check_input(values.is_cpu() && values.scalar_type() == at::kLong && values.dim() == 1,
+              "counts must be int64 [n] in host memory, not ", values.scalar_type(), " ",
+              values.sizes(), " on ", values.device());
+  const auto contiguous = values.contiguous();
+  const auto* data = contiguous.const_data_ptr<int64_t>();
+  return {data, data + contiguous.numel()};
+}
+
+Tensors to_list(const ExchangePlan& plan) {
+  return {to_tensor(plan.send_rows),
+          to_tensor(plan.receive_rows),
+          to_tensor(plan.send_assignments),
+          to_tensor(plan.receive_assignments),
+          to_tensor(plan.expert_counts),
+          plan.send_tokens,
+          plan.token_offsets,
+          plan.token_rows,
+          plan.send_order,
+          plan.received_order,
+          plan.assignment_rows,
+          plan.row_offsets,
+          plan.row_assignments};
+}
+
+ExchangePlan to_plan(at::TensorList list, int64_t top_k) {
+  check_input(list.size() == 13, "a plan has 13 tensors, not ", list.size());
+  ExchangePlan plan;
+  plan.tokens = list[6].size(0) - 1;
+  plan.top_k = top_k;
+  plan.send_rows = to_vector(list[0]);
+  plan.receive_rows = to_vector(list[1]);
+  plan.send_assignments = to_vector(list[2]);
+  plan.receive_assignments = to_vector(list[3]);
+  plan.expert_counts = to_vector(list[4]);
+  plan.send_tokens = list[5];
+  plan.token_offsets = list[6];
+  plan.token_rows = list[7];
+  plan.send_order = list[8];
+  plan.received_order = list[9];
+  plan.assignment_rows = list[10];
+  plan.row_offsets = list[11];
+  plan.row_assignments = list[12];
+  return plan;
+}
+
+// expert_ids, weights, counts, probability_sum, squared_logsumexp_sum, state
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> route_forward(
+    const at::Tensor& logits, int64_t top_k, bool renormalize, bool needs_gradient) {
+  auto leaf = logits.detach();
+  RecordedGraph graph;
+  if (needs_gradient) graph.inputs.push_back(leaf.requires_grad_());
+  const Recording recording(needs_gradient);
+  const Routing routing = anabranch::route(leaf, top_k, renormalize);
+  for (const auto& tensor :
+       {routing.weights, routing.probability_sum, routing.squared_logsumexp_sum}) {
+    if (needs_gradient) {
+      graph.outputs.push_back(torch::autograd::impl::gradient_edge(tensor));
+    }
+  }
+  return {routing.expert_ids,
+          routing.weights.detach(),
+          routing.counts,
+          routing.probability_sum.detach(),
+          routing.squared_logsumexp_sum.detach(),
+          as_tensor(std::move(graph))};
+}
+
+at::Tensor route_backward(at::TensorList gradients, const at::Tensor& state,
+                          const at::Tensor& /*logits*/) {
+  return run_backward(recorded_graph(state), gradients.vec()).at(0);
+}
+
+Tensors plan(const at::Tensor& expert_ids, const at::Tensor& weights, int64_t num_experts,
+             std::string group) {
+  Routing routing;
+  routing.expert_ids = expert_ids;
+  routing.weights = weights;
+  return to_list(exchange_for(group, num_experts)->plan(routing));
+}
+
+std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() ? std::optional(tensor->contiguous()) : std::nullopt;
+}
+
+/// Results that are no input, which those of one rank may be.
+std::tuple<at::Tensor, at::Tensor> apart(const Payload& payload, const at::Tensor& input) {
+  return {payload.rows.is_alias_of(input) ? payload.rows.clone() : payload.rows,
+          payload.values.defined() ? payload.values : at::empty({0}, input.options())};
+}
+
+std::tuple<at::Tensor, at::Tensor> dispatch(const at::Tensor& rows,
+                                            const std::optional<at::Tensor>& values,
+                                            at::TensorList plan, int64_t top_k, int64_t num_experts,
+                                            std::string group) {
+  const Payload tokens = {rows.contiguous(), contiguous(values).value_or(at::Tensor())};
+  return apart(exchange_for(group, num_experts)->dispatch(tokens, to_plan(plan, top_k)), rows);
+}
+
+std::tuple<at::Tensor, at::Tensor> combine(const at::Tensor& rows,
+                                           const std::optional<at::Tensor>& values,
+                                           at::TensorList plan, int64_t top_k, int64_t num_experts,
+                                           std::string group) {
+  const Payload results = {rows.contiguous(), contiguous(values).value_or(at::Tensor())};
+  return apart(exchange_for(group, num_experts)->combine(results, to_plan(plan, top_k)), rows);
+}
+
+void check_rows(const at::Tensor& rows, int64_t expected, const char* call) {
+  check_input(rows.dim() == 2 && rows.size(0) == expected, call, ": rows are ", rows.sizes(),
+              ", expected [", expected, ", h] for this plan");
+}
+
+at::Tensor permute_rows(const at::Tensor& rows, at::TensorList list) {
+  const auto plan = to_plan(list, 1);
+  check_rows(rows, plan.rows(), "permute");
+  return permute(rows.contiguous(), plan);
+}
+
+at::Tensor unpermute_rows(const at::Tensor& assignments, const std::optional<at::Tensor>& weights,
+                          at::TensorList list) {
+  const auto plan = to_plan(list, 1);
+  check_rows(assignments, plan.assignments(), "unpermute");
+  check_input(!weights.has_value() || weights->sizes() == at::IntArrayRef({plan.assignments()}),
+              "unpermute: weights are ", weights.has_value() ? weights->sizes() : at::IntArrayRef(),
+              ", expected [", plan.assignments(), "] for this plan");
+  return unpermute(assignments.contiguous(), contiguous(weights).value_or(at::Tensor()), plan);
+}
+
+at::Tensor gemm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& counts,
+                std::string engine) {
+  return grouped_gemm(*engine_for(x.device(), engine), x.contiguous(), weight.contiguous(),
+                      to_vector(counts));
+}
+
+at::Tensor gemm_dgrad(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& counts,
+                      std::string engine) {
+  return grouped_gemm_dgrad(*engine_for(dy.device(), engine), dy.contiguous(), weight.contiguous(),
+                            to_vector(counts));
+}
+
+at::Tensor gemm_wgrad(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& counts,
+                      std::string engine) {
+  return grouped_gemm_wgrad(*engine_for(dy.device(), engine), dy.contiguous(), x.contiguous(),
+                            to_vector(counts));
+}
+
+void implement(torch::Library& library) {
+  library.impl("route_forward", route_forward);
+  library.impl("route_backward", route_backward);
+  library.impl("plan", plan);
+  library.impl("dispatch", dispatch);
+  library.impl("combine", combine);
+  library.impl("permute", permute_rows);
+  library.impl("unpermute", unpermute_rows);
+  library.impl("grouped_gemm", gemm);
+  library.impl("grouped_gemm_dgrad", gemm_dgrad);
+  library.impl("grouped_gemm_wgrad", gemm_wgrad);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(anabranch, library) {
+  library.def(
+      "route_forward(Tensor logits, int top_k, bool renormalize, bool needs_gradient) -> "
+      "(Tensor expert_ids, Tensor weights, Tensor counts, Tensor probability_sum, "
+      "Tensor squared_logsumexp_sum, Tensor state)");
+  library.def("route_backward(Tensor[] gradients, Tensor state, Tensor logits) -> Tensor");
+  library.def("plan(Tensor expert_ids, Tensor weights, int num_experts, str group) -> Tensor[]");
+  library.def(
+      "dispatch(Tensor rows, Tensor? values, Tensor[] plan, int top_k, int num_experts, str group) "
+      "-> (Tensor rows, Tensor values)");
+  library.def(
+      "combine(Tensor rows, Tensor? values, Tensor[] plan, int top_k, int num_experts, str group) "
+      "-> (Tensor rows, Tensor values)");
+  library.def("permute(Tensor rows, Tensor[] plan) -> Tensor");
+  library.def("unpermute(Tensor assignments, Tensor? weights, Tensor[] plan) -> Tensor");
+  library.def("grouped_gemm(Tensor x, Tensor weight, Tensor counts, str engine) -> Tensor");
+  library.def("grouped_gemm_dgrad(Tensor dy, Tensor weight, Tensor counts, str engine) -> Tensor");
+  library.def("grouped_gemm_wgrad(Tensor dy, Tensor x, Tensor counts, str engine) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(anabranch, CPU, library) { implement(library); }
+TORCH_LIBRARY_IMPL(anabranch, CUDA, library) { implement(library); }
+
+}  // namespace anabranch::operators

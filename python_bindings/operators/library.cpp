@@ -1,0 +1,135 @@
+// Operators without tensors to compute on: groups of ranks, parameters, what there is.
+
+#include <anabranch/build.h>
+#include <anabranch/gradients.h>
+#include <anabranch/moe_layer.h>
+#include <anabranch/rank_discovery.h>
+#include <torch/library.h>
+
+#include <nlohmann/json.hpp>
+
+#include "communicator/agreement.h"
+#include "moe_options.h"
+#include "options.h"
+#include "parameters.h"
+#include "registry.h"
+
+namespace anabranch::operators {
+namespace {
+
+std::vector<std::string> parameter_names(std::string options) {
+  MoEParameters parameters;
+  std::vector<std::string> names;
+  for (const auto& parameter : named_parameters(parameters, options_from_json(options))) {
+    names.push_back(parameter.name);
+  }
+  return names;
+}
+
+std::vector<at::Tensor> make_parameters(std::string options, int64_t rank, int64_t num_ranks,
+                                        at::ScalarType dtype, at::Device device) {
+  auto all = options_from_json(options);
+  all.dtype = dtype;
+  all.device = device;
+  if (!device.is_meta()) {
+    engine_for(device, all.engine);  // refuses names of none
+  }
+  return initial_parameters(all, rank, num_ranks);
+}
+
+void agree(std::string options, at::ScalarType dtype, at::Device device, std::string group) {
+  auto all = options_from_json(options);
+  all.dtype = dtype;
+  all.device = device;
+  agree_on_options(all, group_named(group));
+}
+
+std::string self_group(std::string name) { return register_group(name, make_self_communicator()); }
+
+CommunicatorOptions deadline(double seconds) {
+  TORCH_CHECK_VALUE(seconds > 0, "deadline = ", seconds, " s, expected more than 0");
+  return {.deadline = std::chrono::milliseconds(static_cast<int64_t>(seconds * 1000))};
+}
+
+std::string mpi_group(std::string name, double seconds) {
+  return register_group(name, make_mpi_communicator(deadline(seconds)));
+}
+
+std::string store_group(std::string name, std::string host, int64_t port, int64_t rank,
+                        int64_t size, double seconds) {
+  return register_group(
+      name, make_store_communicator(host, static_cast<int>(port), static_cast<int>(rank),
+                                    static_cast<int>(size), deadline(seconds)));
+}
+
+std::string nccl_group(std::string name, std::string group, at::Device device, double seconds) {
+  return register_group(name,
+                        make_nccl_communicator(group_named(group), device, deadline(seconds)));
+}
+
+std::string split_group(std::string name, std::string group, int64_t color, int64_t key) {
+  return register_group(name,
+                        group_named(group)->split(static_cast<int>(color), static_cast<int>(key)));
+}
+
+/// Rank, ranks, kind.
+std::tuple<int64_t, int64_t, std::string> describe_group(std::string group) {
+  const auto communicator = group_named(group);
+  return {communicator->rank(), communicator->size(), communicator->name()};
+}
+
+void average(at::TensorList gradients, std::string group, int64_t divisor) {
+  average_gradients(gradients.vec(), *group_named(group), divisor);
+}
+
+double norm(at::TensorList experts, at::TensorList replicated, std::string world,
+            int64_t expert_parallel_size) {
+  return gradient_norm(experts.vec(), replicated.vec(), *group_named(world), expert_parallel_size);
+}
+
+/// A RankInfo as a JSON object.
+std::string discover() {
+  const RankInfo info = discover_rank();
+  nlohmann::json json = {
+      {"rank", info.rank}, {"size", info.size}, {"node", info.node}, {"launcher", info.launcher}};
+  if (info.local_rank) json["local_rank"] = *info.local_rank;
+  if (info.local_size) json["local_size"] = *info.local_size;
+  return json.dump();
+}
+
+double load_imbalance(const at::Tensor& expert_load) { return imbalance(expert_load); }
+
+std::string build() { return describe_build(); }
+
+std::vector<std::string> engines(at::Device device) { return grouped_gemm_engines(device); }
+
+}  // namespace
+
+TORCH_LIBRARY(anabranch, library) {
+  library.def("parameter_names(str options) -> str[]", parameter_names);
+  library.def(
+      "initial_parameters(str options, int rank, int num_ranks, ScalarType dtype, Device device) "
+      "-> Tensor[]",
+      make_parameters);
+  library.def("agree(str options, ScalarType dtype, Device device, str group) -> ()", agree);
+  library.def("self_group(str name) -> str", self_group);
+  library.def("mpi_group(str name, float deadline) -> str", mpi_group);
+  library.def(
+      "store_group(str name, str host, int port, int rank, int size, float deadline) -> str",
+      store_group);
+  library.def("nccl_group(str name, str group, Device device, float deadline) -> str", nccl_group);
+  library.def("split_group(str name, str group, int color, int key) -> str", split_group);
+  library.def("release_group(str name) -> ()", release_group);
+  library.def("describe_group(str group) -> (int, int, str)", describe_group);
+  library.def("average_gradients(Tensor(a!)[] gradients, str group, int divisor) -> ()", average);
+  library.def(
+      "gradient_norm(Tensor[] experts, Tensor[] replicated, str world, int expert_parallel_size) "
+      "-> float",
+      norm);
+  library.def("discover_rank() -> str", discover);
+  library.def("describe_build() -> str", build);
+  library.def("imbalance(Tensor expert_load) -> float", load_imbalance);
+  library.def("grouped_gemm_engines(Device device) -> str[]", engines);
+}
+
+}  // namespace anabranch::operators

@@ -1,0 +1,279 @@
+// The whole layer as an operator. What it computes and how it is differentiated are the core's: the
+// forward operator has the core's graph recorded, the backward operator runs it.
+
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "graph.h"
+#include "parameters.h"
+#include "probe.h"
+#include "registry.h"
+#include "support/check.h"
+
+namespace anabranch::operators {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using OutputsAndState = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+torch::Dtype gate_type(torch::Dtype dtype) {
+  return dtype == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
+}
+
+/// What a routing from outside is to be for the core.
+Routing routing_from(const at::Tensor& expert_ids, const at::Tensor& weights, torch::Dtype dtype) {
+  check_input(at::isIntegralType(expert_ids.scalar_type(), /*includeBool=*/false),
+              "routing: expert_ids are ", expert_ids.scalar_type(), ", expected integers");
+  check_input(weights.is_floating_point(), "routing: weights are ", weights.scalar_type(),
+              ", expected a floating type");
+  Routing routing;
+  routing.expert_ids = expert_ids.to(torch::kInt64);
+  routing.weights = weights.to(gate_type(dtype));
+  return routing;
+}
+
+at::Tensor defined_or_empty(const at::Tensor& tensor, const at::TensorOptions& options) {
+  return tensor.defined() ? tensor.detach() : at::empty({0}, options);
+}
+
+/// Adds to a layer's probe what happens while this lives: bytes, and times where it wants them.
+class Observing {
+ public:
+  Observing(const at::Tensor& probe, const Communicator& communicator, at::Device device)
+      : probe_(probe_of(probe)),
+        communicator_(communicator),
+        before_(communicator.traffic()),
+        measuring_(probe_ && probe_->timed ? &probe_->times : nullptr, device) {}
+  ~Observing() {
+    if (!probe_) return;
+    const std::scoped_lock lock(probe_->mutex);
+    probe_->bytes_sent += communicator_.traffic().bytes_sent - before_.bytes_sent;
+    probe_->bytes_received += communicator_.traffic().bytes_received - before_.bytes_received;
+  }
+  Observing(const Observing&) = delete;
+  Observing& operator=(const Observing&) = delete;
+
+ private:
+  std::shared_ptr<Probe> probe_;
+  const Communicator& communicator_;
+  Traffic before_;
+  StageTimes::Measuring measuring_;
+};
+
+/// Output, balance_loss, z_loss (empty with routing from outside), expert_load [E] and the graph from
+/// those of the inputs (x, weights, if given, and parameters) that `needs_gradient` names.
+OutputsAndState moe_forward(const at::Tensor& x, at::TensorList parameters,
+                            const std::optional<at::Tensor>& expert_ids,
+                            const std::optional<at::Tensor>& weights, std::string options,
+                            std::string group, bool training, const at::Tensor& probe,
+                            c10::List<bool> needs_gradient) {
+  std::vector<at::Tensor> inputs = {x};
+  if (weights.has_value()) inputs.push_back(*weights);
+  inputs.insert(inputs.end(), parameters.begin(), parameters.end());
+  TORCH_CHECK_VALUE(needs_gradient.size() == inputs.size(), "moe_forward: needs_gradient has ",
+                    needs_gradient.size(), " values, expected ", inputs.size());
+  RecordedGraph graph;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    inputs[i] = inputs[i].detach();
+    if (needs_gradient[i]) graph.inputs.push_back(inputs[i].requires_grad_());
+  }
+  const auto leaves = at::TensorList(inputs).slice(inputs.size() - parameters.size());
+  const auto function = function_for(options, group, leaves[1].scalar_type(), x.device());
+
+  if (const auto counted = probe_of(probe)) {
+    const std::scoped_lock lock(counted->mutex);
+    ++counted->forwards;
+  }
+  const Observing observing(probe, function->exchange().communicator(), x.device());
+  const Recording recording(!graph.inputs.empty());
+  MoEParameters all = parameters_from_list(leaves, function->options());
+  all.router_weight = all.router_weight.to(gate_type(function->options().dtype));
+  const auto output = weights.has_value()
+                          ? function->forward(all, inputs[0],
+                                              routing_from(expert_ids.value(), inputs[1],
+                                                           function->options().dtype))
+                          : function->forward(all, inputs[0], training);
+
+  graph.function = function;
+  for (const auto& tensor : {output.output, output.balance_loss, output.z_loss}) {
+    if (tensor.defined() && tensor.requires_grad()) {
+      graph.outputs.push_back(torch::autograd::impl::gradient_edge(tensor));
+    }
+  }
+  const auto empty = x.options().dtype(gate_type(function->options().dtype));
+  return {output.output.detach(), defined_or_empty(output.balance_loss, empty),
+          defined_or_empty(output.z_loss, empty), output.expert_load, as_tensor(std::move(graph))};
+}
+
+/// The gradients of `inputs`: those that moe_forward was told of, in its order. `gradients` are of
+/// its differentiable outputs: output and, unless the routing came from outside, the losses.
+std::vector<at::Tensor> moe_backward(at::TensorList gradients, const at::Tensor& state,
+                                     const at::Tensor& probe, at::TensorList inputs) {
+  const RecordedGraph& graph = recorded_graph(state);
+  TORCH_CHECK_VALUE(graph.inputs.size() == inputs.size(), "moe_backward: ", inputs.size(),
+                    " inputs, expected the ", graph.inputs.size(), " of the forward");
+  std::vector<at::Tensor> of_outputs(
+      gradients.begin(), gradients.begin() + static_cast<int64_t>(graph.outputs.size()));
+  const Observing observing(probe, graph.function->exchange().communicator(),
+                            inputs.empty() ? at::kCPU : inputs[0].device());
+  auto result = run_backward(graph, of_outputs);
+  for (size_t i = 0; i < result.size(); ++i) {
+    if (!result[i].defined()) result[i] = at::zeros_like(inputs[i]);
+  }
+  return result;
+}
+
+OutputsAndState call_forward(const at::Tensor& x, at::TensorList parameters,
+                             const std::optional<at::Tensor>& expert_ids,
+                             const std::optional<at::Tensor>& weights, const std::string& options,
+                             const std::string& group, bool training, const at::Tensor& probe,
+                             const c10::List<bool>& needs_gradient) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("anabranch::moe_forward", "")
+                             .typed<decltype(moe_forward)>();
+  return op.call(x, parameters, expert_ids, weights, options, group, training, probe,
+                 needs_gradient);
+}
+
+std::vector<at::Tensor> call_backward(at::TensorList gradients, const at::Tensor& state,
+                                      const at::Tensor& probe, at::TensorList inputs) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("anabranch::moe_backward", "")
+                             .typed<decltype(moe_backward)>();
+  return op.call(gradients, state, probe, inputs);
+}
+
+struct MoE : torch::autograd::Function<MoE> {
+  static variable_list forward(AutogradContext* context, const at::Tensor& x,
+                               const std::optional<at::Tensor>& weights, at::TensorList parameters,
+                               const std::optional<at::Tensor>& expert_ids,
+                               const std::string& options, const std::string& group, bool training,
+                               const at::Tensor& probe) {
+    c10::List<bool> needs_gradient;
+    variable_list inputs;
+    std::vector<int64_t> places;  // of those inputs' gradients among all that backward returns
+    int64_t place = 0;
+    const auto add = [&](const at::Tensor& input, bool used) {
+      const bool needed = used && input.requires_grad();
+      needs_gradient.push_back(needed);
+      if (needed) {
+        inputs.push_back(input);
+        places.push_back(place);
+      }
+      ++place;
+    };
+    add(x, true);
+    if (weights.has_value()) {
+      add(*weights, true);
+    } else {
+      ++place;
+    }
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      add(parameters[i], i > 0 || !weights.has_value());  // the router comes first
+    }
+
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [output, balance_loss, z_loss, load, state] = call_forward(
+        x, parameters, expert_ids, weights, options, group, training, probe, needs_gradient);
+    inputs.push_back(state);
+    inputs.push_back(probe);
+    context->save_for_backward(inputs);
+    context->saved_data["places"] = places;
+    context->saved_data["arguments"] = place + 5;
+    context->mark_non_differentiable({load});
+    return {output, balance_loss, z_loss, load};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    auto inputs = context->get_saved_variables();
+    const auto probe = inputs.back();
+    inputs.pop_back();
+    const auto state = inputs.back();
+    inputs.pop_back();
+    const auto found = call_backward(at::TensorList(gradients).slice(0, 3), state, probe, inputs);
+    const auto places = context->saved_data["places"].toIntVector();
+    variable_list result(context->saved_data["arguments"].toInt());
+    for (size_t i = 0; i < places.size(); ++i) result[places[i]] = found[i];
+    return result;
+  }
+};
+
+/// No gradient is wanted, or autograd is done.
+Outputs moe(const at::Tensor& x, at::TensorList parameters,
+            const std::optional<at::Tensor>& expert_ids, const std::optional<at::Tensor>& weights,
+            std::string options, std::string group, bool training, const at::Tensor& probe) {
+  c10::List<bool> none;
+  for (size_t i = 0; i < 1 + weights.has_value() + parameters.size(); ++i) none.push_back(false);
+  auto [output, balance_loss, z_loss, load, state] =
+      call_forward(x, parameters, expert_ids, weights, options, group, training, probe, none);
+  return {output, balance_loss, z_loss, load};
+}
+
+Outputs moe_autograd(const at::Tensor& x, at::TensorList parameters,
+                     const std::optional<at::Tensor>& expert_ids,
+                     const std::optional<at::Tensor>& weights, std::string options,
+                     std::string group, bool training, const at::Tensor& probe) {
+  const auto needed = [](const at::Tensor& tensor) { return tensor.requires_grad(); };
+  if (!at::GradMode::is_enabled() || !(needed(x) || (weights.has_value() && needed(*weights)) ||
+                                       std::any_of(parameters.begin(), parameters.end(), needed))) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return moe(x, parameters, expert_ids, weights, std::move(options), std::move(group), training,
+               probe);
+  }
+  auto result = MoE::apply(x, weights, parameters, expert_ids, options, group, training, probe);
+  return {result[0], result[1], result[2], result[3]};
+}
+
+/// Rows and experts in autocast's type, as linear layers are; the router keeps its own.
+Outputs moe_autocast(const at::Tensor& x, at::TensorList parameters,
+                     const std::optional<at::Tensor>& expert_ids,
+                     const std::optional<at::Tensor>& weights, std::string options,
+                     std::string group, bool training, const at::Tensor& probe) {
+  const c10::impl::ExcludeDispatchKeyGuard outside(c10::autocast_dispatch_keyset);
+  const auto device = x.device().type();
+  const auto type = at::autocast::get_autocast_dtype(device);
+  std::vector<at::Tensor> cast = {parameters[0]};
+  for (const auto& parameter : parameters.slice(1)) {
+    cast.push_back(at::autocast::cached_cast(type, parameter, device));
+  }
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("anabranch::moe", "").typed<decltype(moe)>();
+  return op.call(at::autocast::cached_cast(type, x, device), cast, expert_ids, weights,
+                 std::move(options), std::move(group), training, probe);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(anabranch, library) {
+  library.def(
+      "moe(Tensor x, Tensor[] parameters, Tensor? expert_ids, Tensor? weights, str options, "
+      "str group, bool training, Tensor probe) -> (Tensor output, Tensor balance_loss, Tensor "
+      "z_loss, "
+      "Tensor expert_load)");
+  library.def(
+      "moe_forward(Tensor x, Tensor[] parameters, Tensor? expert_ids, Tensor? weights, "
+      "str options, str group, bool training, Tensor probe, bool[] needs_gradient) -> (Tensor "
+      "output, "
+      "Tensor balance_loss, Tensor z_loss, Tensor expert_load, Tensor state)");
+  library.def(
+      "moe_backward(Tensor[] gradients, Tensor state, Tensor probe, Tensor[] inputs) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(anabranch, CPU, library) {
+  library.impl("moe", moe);
+  library.impl("moe_forward", moe_forward);
+  library.impl("moe_backward", moe_backward);
+}
+TORCH_LIBRARY_IMPL(anabranch, CUDA, library) {
+  library.impl("moe", moe);
+  library.impl("moe_forward", moe_forward);
+  library.impl("moe_backward", moe_backward);
+}
+TORCH_LIBRARY_IMPL(anabranch, Autograd, library) { library.impl("moe", moe_autograd); }
+TORCH_LIBRARY_IMPL(anabranch, AutocastCPU, library) { library.impl("moe", moe_autocast); }
+TORCH_LIBRARY_IMPL(anabranch, AutocastCUDA, library) { library.impl("moe", moe_autocast); }
+
+}  // namespace anabranch::operators

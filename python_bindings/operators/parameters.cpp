@@ -1,0 +1,59 @@
+#include "parameters.h"
+
+#include "experts/shared_expert.h"
+#include "moe_options.h"
+#include "support/check.h"
+
+namespace anabranch::operators {
+namespace {
+
+void add_projections(std::vector<NamedParameter>& all, const std::string& prefix,
+                     ExpertProjections& projections, bool bias, bool is_expert) {
+  all.push_back({prefix + ".up_weight", &projections.up.weight, is_expert});
+  all.push_back({prefix + ".down_weight", &projections.down.weight, is_expert});
+  if (bias) {
+    all.push_back({prefix + ".up_bias", &projections.up.bias, is_expert});
+    all.push_back({prefix + ".down_bias", &projections.down.bias, is_expert});
+  }
+}
+
+}  // namespace
+
+std::vector<NamedParameter> named_parameters(MoEParameters& parameters, const MoEOptions& options) {
+  std::vector<NamedParameter> all = {{"router.weight", &parameters.router_weight}};
+  add_projections(all, "experts", parameters.experts, options.bias, /*is_expert=*/true);
+  if (options.shared_expert_hidden_size > 0) {
+    add_projections(all, "shared_expert", parameters.shared_expert, options.bias,
+                    /*is_expert=*/false);
+  }
+  return all;
+}
+
+MoEParameters parameters_from_list(at::TensorList list, const MoEOptions& options) {
+  MoEParameters parameters;
+  const auto named = named_parameters(parameters, options);
+  check_input(list.size() == named.size(), "parameters: got ", list.size(), ", expected ",
+              named.size(), " for these options");
+  for (size_t i = 0; i < named.size(); ++i) {
+    *named[i].tensor = list[i];
+  }
+  return parameters;
+}
+
+std::vector<torch::Tensor> initial_parameters(const MoEOptions& options, int64_t rank,
+                                              int64_t num_ranks) {
+  checked(options);
+  check_input(rank >= 0 && rank < num_ranks, "initial_parameters: rank ", rank, " of ", num_ranks);
+  MoEParameters parameters = {
+      Router(options)->weight,
+      Experts(options, ExpertPlacement{options.num_experts, num_ranks}, rank)->projections(),
+      options.shared_expert_hidden_size > 0 ? make_shared_expert(options)->projections()
+                                            : ExpertProjections()};
+  std::vector<torch::Tensor> list;
+  for (const auto& parameter : named_parameters(parameters, options)) {
+    list.push_back(parameter.tensor->detach());
+  }
+  return list;
+}
+
+}  // namespace anabranch::operators

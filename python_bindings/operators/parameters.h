@@ -1,0 +1,26 @@
+#pragma once
+
+#include <anabranch/moe_layer.h>
+
+#include <string>
+#include <vector>
+
+namespace anabranch::operators {
+
+// Parameters travel as a list: those that the options call for, in this order.
+
+struct NamedParameter {
+  std::string name;        ///< as MoELayer names it: "experts.up_weight"
+  torch::Tensor* tensor;   ///< its place in MoEParameters
+  bool is_expert = false;  ///< spread over the ranks
+};
+std::vector<NamedParameter> named_parameters(MoEParameters& parameters, const MoEOptions& options);
+
+/// InputError unless the list has as many as the options call for.
+MoEParameters parameters_from_list(at::TensorList list, const MoEOptions& options);
+
+/// The parameters that MoELayer begins with, as a list.
+std::vector<torch::Tensor> initial_parameters(const MoEOptions& options, int64_t rank,
+                                              int64_t num_ranks);
+
+}  // namespace anabranch::operators

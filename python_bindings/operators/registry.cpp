@@ -1,0 +1,95 @@
+#include "registry.h"
+
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "options.h"
+#include "support/check.h"
+
+namespace anabranch::operators {
+namespace {
+
+/// What has been made so far, of one kind.
+template <typename Key, typename Value>
+class Made {
+ public:
+  template <typename Make>
+  std::shared_ptr<Value> get(const Key& key, const Make& make) {
+    const std::scoped_lock lock(mutex_);
+    auto& entry = entries_[key];
+    if (!entry) entry = make();
+    return entry;
+  }
+  template <typename Condition>
+  void forget(const Condition& condition) {
+    const std::scoped_lock lock(mutex_);
+    std::erase_if(entries_, [&](const auto& entry) { return condition(entry.first); });
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<Key, std::shared_ptr<Value>> entries_;
+};
+
+/// Group first.
+using FunctionKey = std::tuple<std::string, std::string, torch::Dtype, std::string>;
+using ExchangeKey = std::tuple<std::string, int64_t>;
+
+struct Registry {
+  Made<std::string, Communicator> groups;
+  Made<FunctionKey, const MoEFunction> functions;
+  Made<ExchangeKey, const Exchange> exchanges;
+  Made<std::tuple<std::string, std::string>, GroupedGemmEngine> engines;
+};
+
+/// Never destroyed: LibTorch, MPI and CUDA may be gone by then.
+Registry& registry() {
+  static auto* const only = new Registry;
+  return *only;
+}
+
+}  // namespace
+
+std::string register_group(const std::string& name, std::shared_ptr<Communicator> communicator) {
+  release_group(name);
+  registry().groups.get(name, [&] { return std::move(communicator); });
+  return name;
+}
+
+void release_group(const std::string& name) {
+  const auto of_group = [&](const auto& key) { return std::get<0>(key) == name; };
+  registry().functions.forget(of_group);
+  registry().exchanges.forget(of_group);
+  registry().groups.forget([&](const std::string& key) { return key == name; });
+}
+
+std::shared_ptr<Communicator> group_named(const std::string& name) {
+  return registry().groups.get(name, [&]() -> std::shared_ptr<Communicator> {
+    throw InputError("there is no group '" + name + "': was it released?");
+  });
+}
+
+std::shared_ptr<const MoEFunction> function_for(const std::string& options,
+                                                const std::string& group, torch::Dtype dtype,
+                                                torch::Device device) {
+  return registry().functions.get({group, options, dtype, device.str()}, [&] {
+    auto all = options_from_json(options);
+    all.dtype = dtype;
+    all.device = device;
+    return std::make_shared<const MoEFunction>(all, group_named(group));
+  });
+}
+
+std::shared_ptr<const Exchange> exchange_for(const std::string& group, int64_t num_experts) {
+  return registry().exchanges.get({group, num_experts}, [&] {
+    return std::make_shared<const Exchange>(group_named(group), num_experts);
+  });
+}
+
+std::shared_ptr<GroupedGemmEngine> engine_for(torch::Device device, const std::string& name) {
+  return registry().engines.get({device.str(), name},
+                                [&] { return make_grouped_gemm_engine(device, name); });
+}
+
+}  // namespace anabranch::operators

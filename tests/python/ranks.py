@@ -1,0 +1,61 @@
+"""Runs a function on several ranks, each a process of its own, joined by gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import tempfile
+import traceback
+from typing import Any, Callable
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "anabranch"])
+_TIMEOUT = 120
+
+
+def _rank(function: Callable[..., Any], rank: int, size: int, store: str, results: Any, arguments: tuple) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+        value = function(rank, size, *arguments)
+        dist.barrier()
+        results.put((rank, value, None))
+        import anabranch
+
+        anabranch.groups.release_groups()
+        dist.destroy_process_group()
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+
+
+def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """function(rank, size, *arguments) on each rank of a fresh gloo world; what each returned, by rank. Results
+    travel by pickle: tensors as numpy arrays or lists."""
+    results = _context.Queue()
+    with tempfile.TemporaryDirectory() as directory:
+        store = os.path.join(directory, "store")
+        processes = [
+            _context.Process(target=_rank, args=(function, rank, size, store, results, arguments), daemon=True)
+            for rank in range(size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            values: list[Any] = [None] * size
+            for _ in range(size):
+                rank, value, error = results.get(timeout=_TIMEOUT)
+                assert error is None, f"rank {rank}:\n{error}"
+                values[rank] = value
+            for process in processes:
+                process.join(_TIMEOUT)
+                assert process.exitcode == 0, f"a rank ended with {process.exitcode}"
+            return values
+        except queue.Empty:
+            raise AssertionError(f"ranks did not end within {_TIMEOUT} s") from None
+        finally:
+            for process in processes:
+                process.kill()
