@@ -18,7 +18,7 @@ import machine as machines  # noqa: E402
 import plots  # noqa: E402
 import routing  # noqa: E402
 from machine import Link, Machine, Model, Refused  # noqa: E402
-from network import Fabric  # noqa: E402
+from network import Fabric, take_turns  # noqa: E402
 from timeline import Layout, Planner, layouts_of, memory_of  # noqa: E402
 
 SEED = random.randrange(2**32)
@@ -131,8 +131,8 @@ def test_experts_lie_in_blocks_the_first_longer(experts, ranks):
 
 
 def test_traffic_adds_up(generator):
-    popularity = routing.zipf(16, 0.0, generator)
-    rows, assignments = routing.traffic(popularity, 4, 1000, 8, generator)
+    chosen = routing.draw_tokens(routing.zipf(16, 0.0, generator), 4, generator)
+    rows, assignments = routing.traffic(chosen, 16, 1000, 8, generator)
     assert assignments.sum() == pytest.approx(8 * 1000 * 4)
     assert (rows <= 1000).all() and (rows.sum(axis=1) <= 4 * 1000).all()
     # A token misses a rank's two experts of sixteen with probability (14·13·12·11) / (16·15·14·13).
@@ -143,7 +143,8 @@ def test_traffic_adds_up(generator):
 def test_everything_to_one_expert(generator):
     popularity = numpy.zeros(4)
     popularity[2] = 1.0
-    rows, assignments = routing.traffic(popularity, 1, 100, 4, generator)
+    chosen = routing.draw_tokens(popularity, 1, generator)
+    rows, assignments = routing.traffic(chosen, 4, 100, 4, generator)
     assert rows[:, 2].tolist() == [100] * 4 and rows.sum() == 400
     assert assignments.tolist() == [0, 0, 400, 0]
 
@@ -165,22 +166,42 @@ MODEL = Model(layers=4, hidden=512, expert_hidden=1024, experts=16, top_k=2, tok
 
 def planner(described, model=MODEL, skew=0.0):
     generator = numpy.random.default_rng(1)
-    return Planner(described, model, [routing.zipf(model.experts, skew, generator)])
+    popularity = routing.zipf(model.experts, skew, generator)
+    return Planner(described, model, [routing.draw_tokens(popularity, model.top_k, generator)])
 
 
 def test_one_gpu_computes_all_the_time():
     described = cluster()
     found = planner(described).predict(Layout(1, 1))
     forward = 2 * 3 * 512 * 1024 * 4096 / 1e12 + 6 * 4096 * 1536 * 2 / 1e11
-    dense = 2048 * 2 * (4 * 512**2 + 512 * 16) / 1e12
+    dense = 2048 * (2 * (4 * 512**2 + 512 * 16) / 1e12 + 20 * 512 * 2 / 1e11)
     assert found.compute == pytest.approx(4 * 3 * (forward + dense), rel=1e-3)
     assert found.all_reduce == 0 and found.exchange == pytest.approx(0, abs=0.02 * found.compute)
+
+
+def test_attention_and_the_output_layer_cost_what_they_compute():
+    plain = planner(cluster()).predict(Layout(1, 1))
+    model = dataclasses.replace(MODEL, sequence=1000, attention_hidden=640, vocabulary=5000)
+    found = planner(cluster(), model).predict(Layout(1, 1))
+    # Forward and twice that backward; two products of half the sequence; and wider rows to move.
+    attention = 4 * 3 * 2048 * (2 * 2 * 500 * 640 / 1e12 + 7 * (640 - 512) * 2 / 1e11)
+    assert found.compute - plain.compute == pytest.approx(attention + 3 * 2 * 2048 * 5000 * 512 / 1e12, rel=1e-6)
+    assert found.memory - plain.memory == 2 * 5000 * 512 * 16
+
+
+def test_recomputation_runs_forward_once_more_and_saves_memory():
+    kept = planner(cluster()).predict(Layout(16, 16))
+    again = planner(cluster(), dataclasses.replace(MODEL, recompute=True)).predict(Layout(16, 16))
+    assert again.compute == pytest.approx(kept.compute * 4 / 3, rel=0.01)
+    assert again.exchange == pytest.approx(kept.exchange * 6 / 4, rel=0.1)
+    assert again.memory < kept.memory
 
 
 def test_stages_of_a_rank_do_not_overlap_within_their_kind():
     found = planner(cluster(), skew=1.0).predict(Layout(16, 16, "hierarchical", 4))
     for kind in ("compute", "exchange"):
         events = [event for event in found.events if event.kind == kind]
+        assert all((event.end - event.begin).max() < 0.5 * found.step for event in events)
         for before, after in zip(events, events[1:]):
             assert (after.begin >= before.end - 1e-12).all(), (before.name, after.name)
     assert found.step >= found.compute
@@ -285,14 +306,30 @@ def test_ranks_that_share_cores_take_turns():
     assert calibrate.turns(record, 1.0, 2.0) == 1
 
 
+def test_cores_are_shared_alike_as_long_as_there_are_more_ranks():
+    assert take_turns(numpy.array([3.0, 1.0]), 2).tolist() == [3, 1]
+    assert take_turns(numpy.array([1.0, 1.0, 1.0, 1.0]), 2).tolist() == [2, 2, 2, 2]
+    # Four at half speed until three have done 1 of work; the fourth has 2 left, and a core to itself.
+    assert take_turns(numpy.array([1.0, 3.0, 1.0, 1.0]), 2).tolist() == [2, 4, 2, 2]
+    for cores in (1.0, 1.5, 3.0):
+        work = numpy.random.default_rng(SEED).random(5)
+        done = take_turns(work, cores)
+        assert done.max() >= max(work.max(), work.sum() / cores) - 1e-12
+        assert (numpy.argsort(done) == numpy.argsort(work)).all()
+
+
 def test_published_results_are_met():
-    described = machines.read_machine(ROOT / "tools/plan/machines/h800_deepep.json")
-    rows = list(check.published(described))
+    rows = list(check.published())
     ratios = {what: predicted / known for what, _, known, predicted in rows}
     off = {what: ratio for what, ratio in ratios.items() if abs(ratio - 1) > 0.2}
-    # On one node those kernels do not reach NVLink's rate.
-    assert set(off) <= {"DeepEP low-latency dispatch, 8 GPUs", "DeepEP EPv2 combine, 8 × 2 GPUs"}, off
-    assert len(ratios) == 16
+    known = {
+        "DeepEP low-latency dispatch, 8 GPUs",  # on one node those kernels do not reach NVLink's rate
+        "DeepEP EPv2 combine, 8 × 2 GPUs",
+        "NeMo AutoModel, gpt-oss 120B, 64 GPUs, EP 64",
+    }
+    assert set(off) <= known, off
+    assert all(abs(ratio - 1) < 0.3 for ratio in ratios.values()), ratios
+    assert len(ratios) == 20
 
 
 # --- the command ---------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import numpy
 
 import timeline
 from machine import Refused
+from network import take_turns
 
 # tokens of a rank, hidden, expert hidden, experts, top-k
 SIZES = [
@@ -27,7 +28,7 @@ SIZES = [
     (1024, 256, 256, 8, 2),
 ]
 EXCHANGES = ("dispatch", "combine", "dispatch_backward", "combine_backward")
-FP32 = 4
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
 
 def measure(program, launcher, ranks, sizes, rounds, skew=0.0):
@@ -77,6 +78,10 @@ def _least_squares(features, targets):
     return best
 
 
+def element_bytes(record):
+    return ELEMENT_BYTES[record.get("dtype", "fp32")]
+
+
 def port_load(record):
     """(bytes, messages) of the busiest port in one exchange: an adapter shared by a node where there are
     several nodes, else a rank's own."""
@@ -93,13 +98,12 @@ def port_load(record):
 
 
 def turns(record, values, cores):
-    """The longest of the ranks' values, or what the cores of a node have to do for all its ranks."""
+    """The longest of the ranks' values, where they share their node's cores."""
     values = numpy.broadcast_to(numpy.asarray(values, dtype=float), record["ranks"])
-    longest = values.max()
-    if cores:
-        names = numpy.asarray(record["nodes"])
-        longest = max(longest, *(values[names == name].sum() / cores for name in set(record["nodes"])))
-    return longest
+    if not cores:
+        return values.max()
+    names = numpy.asarray(record["nodes"])
+    return max(take_turns(values[names == name], cores).max() for name in set(record["nodes"]))
 
 
 def equations(record, cores=0.0):
@@ -109,11 +113,12 @@ def equations(record, cores=0.0):
     local = turns(record, -(-record["experts"] // record["ranks"]), cores)
     once = turns(record, 1.0, cores)
     hidden, inner = record["hidden"], record["expert_hidden"]
+    element = element_bytes(record)
     flops = 2.0 * 2 * hidden * inner * assigned
-    moved = timeline.ROW_PASSES * assigned * (hidden + inner) * FP32
+    moved = timeline.ROW_PASSES * assigned * (hidden + inner) * element
     load, messages = port_load(record)
     rows = record["tokens_per_rank"] * min(record["top_k"], record["ranks"])
-    gathered = timeline.GATHER_PASSES * rows * hidden * FP32 if record["ranks"] > 1 else 0.0
+    gathered = timeline.GATHER_PASSES * rows * hidden * element if record["ranks"] > 1 else 0.0
     indices = 8.0 * timeline.PLAN_PASSES * (record["tokens_per_rank"] * record["top_k"] + assigned)
     seconds = {name: value / 1e3 for name, value in record["stage_ms_least"].items()}
     yield [once, local, flops, moved, 0, 0], seconds["experts"]

@@ -47,7 +47,11 @@ class Model:
     bytes: int = 2  # of an element of activations and of the parameters that compute
     dispatch_bytes: float = 0.0  # of an element on its way to the experts; 0: `bytes`
     dense_parameters_per_layer: int = -1  # attention and the like, replicated; -1: 4 hidden²
+    sequence: int = 0  # tokens of a sequence, each attending to those before it; 0: no attention scores
+    attention_hidden: int = 0  # heads × size of one, the mean of keys' and values'; 0: hidden
+    vocabulary: int = 0  # of the layers at both ends, replicated; 0: none
     routed: bool = True  # has a gate; False: the routing is handed in
+    recompute: bool = False  # backward runs each layer's forward again, exchanges and all
     optimizer_bytes: int = 12  # of a parameter: fp32 copy and Adam's two moments
 
     @property
@@ -59,6 +63,21 @@ class Model:
     def dense_parameters(self):
         given = self.dense_parameters_per_layer
         return given if given >= 0 else 4 * self.hidden**2
+
+    @property
+    def dense_flops(self):
+        """Of a token in a layer, forward: projections, gate, and attention to half the sequence."""
+        attention = 2.0 * self.sequence * self.attention_width
+        return 2.0 * (self.dense_parameters + self.hidden * self.experts) + attention
+
+    @property
+    def attention_width(self):
+        return self.attention_hidden or self.hidden
+
+    @property
+    def replicated_parameters(self):
+        """Of the whole model, on every GPU."""
+        return self.layers * self.dense_parameters + 2 * self.vocabulary * self.hidden
 
     @property
     def expert_parameters(self):

@@ -10,6 +10,17 @@ waits for a receiver waits in the network, and does not hold up the sender's nex
 import numpy
 
 
+def take_turns(work, cores):
+    """When each of a node's ranks is done [ranks] that begin together and share its cores alike: while more
+    are at work than there are cores, each has its part of them."""
+    order = numpy.argsort(work)
+    at_work = numpy.arange(len(work), 0, -1)
+    rounds = numpy.diff(work[order], prepend=0.0) * numpy.maximum(1.0, at_work / cores)
+    done = numpy.empty(len(work))
+    done[order] = numpy.cumsum(rounds)
+    return done
+
+
 class Fabric:
     """The links of `ranks` consecutive GPUs, beginning with a node's first."""
 

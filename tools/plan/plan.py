@@ -4,7 +4,7 @@
     anabranch-plan step      ... --expert-parallel 64 --all-to-all hierarchical --overlap 2 --plot timeline.png
     anabranch-plan scale     ... --gpus 8,64,512,4096,16384 --output DIR
     anabranch-plan calibrate --ranks 2 --launcher "launch/mpirun.sh -n {ranks}" --output M.json
-    anabranch-plan check     --machine M.json [--points DIR/points]
+    anabranch-plan check     [--machine M.json --points DIR/points]
 
 It simulates a layer's forward and backward on every rank of an expert-parallel group: who computes, and which
 message holds which link when; then adds the sum of gradients. docs/planner.md says what is in the model and
@@ -34,16 +34,19 @@ LATENCIES = [5e-6, 5e-4, 5e-3, 5e-2]
 INTERNET = (1e9 / 8, 2e-2)
 
 
-def popularities_of(arguments, model):
-    if arguments.trace:
-        return routing.from_metrics(arguments.trace, model.experts)
+def chosen_of(arguments, model):
+    """Experts of sampled tokens, layer by layer."""
     generator = numpy.random.default_rng(arguments.seed)
-    return [routing.zipf(model.experts, arguments.skew, generator)]
+    if arguments.trace:
+        popularities = routing.from_metrics(arguments.trace, model.experts)
+    else:
+        popularities = [routing.zipf(model.experts, arguments.skew, generator)]
+    return [routing.draw_tokens(popularity, model.top_k, generator) for popularity in popularities]
 
 
 def planner_of(arguments):
     machine, model = read_machine(arguments.machine), read_model(arguments.model)
-    return Planner(machine, model, popularities_of(arguments, model), arguments.seed)
+    return Planner(machine, model, chosen_of(arguments, model), arguments.seed)
 
 
 def table(predictions, machine):
@@ -107,7 +110,7 @@ def best(planner, gpus):
 
 def run_scale(arguments):
     machine, model = read_machine(arguments.machine), read_model(arguments.model)
-    popularities = popularities_of(arguments, model)
+    chosen = chosen_of(arguments, model)
     networks = {
         machine.name: machine,
         "100 Gb/s and 30 µs a node": plots.slower(machine, 100e9 / 8, 3e-5),
@@ -116,7 +119,7 @@ def run_scale(arguments):
     arguments.output.mkdir(parents=True, exist_ok=True)
     by_machine = {}
     for name, described in networks.items():
-        planner = Planner(described, model, popularities, arguments.seed)
+        planner = Planner(described, model, chosen, arguments.seed)
         by_machine[name] = []
         for gpus in arguments.gpus:
             check_gpus(gpus, described)
@@ -128,7 +131,7 @@ def run_scale(arguments):
     gpus = arguments.gpus[-1]
     shares = []
     for latency in LATENCIES:
-        row = [Planner(plots.slower(machine, b, latency), model, popularities, arguments.seed) for b in BANDWIDTHS]
+        row = [Planner(plots.slower(machine, b, latency), model, chosen, arguments.seed) for b in BANDWIDTHS]
         shares.append([(lambda p: p.compute / p.step)(best(planner, gpus)) for planner in row])
     plots.internet(BANDWIDTHS, LATENCIES, shares, gpus, arguments.output / "internet.png")
     plots.timeline(by_machine[machine.name][-1], arguments.output / "timeline.png")
@@ -162,7 +165,7 @@ def run_check(arguments):
         rows = list(check.measured(machine, [json.loads(file.read_text()) for file in files]))
         of = "measured"
     else:
-        rows = list(check.published(read_machine(arguments.machine)))
+        rows = list(check.published())
         of = "published"
     print(check.table(rows, of))
     print(f"\n{check.verdict(rows)}")
@@ -222,8 +225,8 @@ def parse(argv):
     sub.add_argument("--name", default="calibrated")
     sub.add_argument("--output", type=Path, required=True)
 
-    sub = command("check", run_check, "predictions beside published or measured times", HERE / "machines/h800_deepep.json")
-    sub.add_argument("--points", type=Path, help="records of launch/scaling.py (default: published results)")
+    sub = command("check", run_check, "predictions beside published results, or beside measured times of --machine")
+    sub.add_argument("--points", type=Path, help="records of launch/scaling.py")
     return parser.parse_args(argv)
 
 

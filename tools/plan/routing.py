@@ -7,7 +7,7 @@ import numpy
 
 from machine import Refused
 
-SAMPLES = 4096  # tokens that stand for all
+SAMPLES = 32768  # tokens that stand for all: their own unevenness is a few per cent of a rank's load
 
 
 def zipf(experts, skew, generator):
@@ -44,12 +44,13 @@ def owners(experts, ranks):
     return numpy.repeat(numpy.arange(ranks), [small + (rank < more) for rank in range(ranks)])
 
 
-def traffic(popularity, top_k, tokens, ranks, generator, deduplicate=True):
-    """(rows [ranks, ranks] from each to each, assignments [ranks]) of `tokens` tokens on each rank.
+def traffic(chosen, experts, tokens, ranks, generator, deduplicate=True):
+    """(rows [ranks, ranks] from each to each, assignments [ranks]) of `tokens` tokens on each rank, that choose
+    as the sampled ones of draw_tokens do.
 
     A token crosses to a rank once, however many of its experts live there, unless `deduplicate` is False.
     """
-    chosen = owners(len(popularity), ranks)[draw_tokens(popularity, top_k, generator)]
+    chosen = owners(experts, ranks)[chosen]
     assigned = numpy.bincount(chosen.ravel(), minlength=ranks) / SAMPLES
     if deduplicate:
         reached = numpy.zeros((SAMPLES, ranks), dtype=bool)

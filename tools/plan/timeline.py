@@ -5,13 +5,16 @@ import dataclasses
 import numpy
 
 import routing
-from network import Fabric
+from network import Fabric, take_turns
 
 # How often data crosses a GPU's memory: indices of the plan; rows around the experts' GEMMs; rows of an
 # exchange, read and written. Rough: `calibrate` finds the `copy` that goes with them.
 PLAN_PASSES = 10.0
 ROW_PASSES = 6.0
 GATHER_PASSES = 2.0
+# Of a token's row and of its attention's, around the dense part: norms, residuals, rotation, projections.
+HIDDEN_PASSES = 13.0
+ATTENTION_PASSES = 7.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +70,12 @@ class Prediction:
 class LayerTimeline:
     """Forward and backward of one layer. Two things a rank does at once: compute, and exchange."""
 
-    def __init__(self, machine, model, layout, popularity, generator):
+    def __init__(self, machine, model, layout, chosen, generator):
+        """`chosen`: of routing.draw_tokens."""
         self.machine, self.model, self.layout = machine, model, layout
         self.ranks = layout.expert_parallel
         self.fabric = Fabric(machine, self.ranks)
-        self.rows, self.assignments = routing.traffic(
-            popularity, model.top_k, model.tokens, self.ranks, generator
-        )
+        self.rows, self.assignments = routing.traffic(chosen, model.experts, model.tokens, self.ranks, generator)
         self.local_experts = numpy.bincount(routing.owners(model.experts, self.ranks), minlength=self.ranks)
         self.compute_free = numpy.zeros(self.ranks)
         self.exchange_free = numpy.zeros(self.ranks)
@@ -89,10 +91,17 @@ class LayerTimeline:
         plan = self._exchange("plan", counts, self.compute_free, fixed, way="flat")
         self._through_experts("", plan, 1)
         forward = max(self.compute_free.max(), self.exchange_free.max())
-        self.compute_free[:] = self.exchange_free[:] = forward
-        self._through_experts(" backward", self.compute_free.copy(), 2)
+        self._wait_for(numpy.full(self.ranks, forward))
+        if self.model.recompute:
+            again = self._compute("dense again", self._dense(1), self.compute_free)
+            self._through_experts(" again", again, 1)
+            self._wait_for(numpy.maximum(self.compute_free, self.exchange_free))
+        self._through_experts(" backward", self.compute_free, 2)
         self._compute("dense backward", self._dense(2), numpy.maximum(self.compute_free, self.exchange_free))
         return forward, self.compute_free.max()
+
+    def _wait_for(self, times):
+        self.compute_free = self.exchange_free = times
 
     def _through_experts(self, suffix, ready, factor):
         """Parts in turn: while one part's experts compute, the next is dispatched and the last combined."""
@@ -117,8 +126,10 @@ class LayerTimeline:
     def _dense(self, factor):
         if not self.model.routed:
             return 0.0
-        per_token = 2.0 * (self.model.dense_parameters + self.model.hidden * self.model.experts)
-        return factor * self.model.tokens * per_token / self.machine.flops + self.machine.stage
+        model = self.model
+        passes = HIDDEN_PASSES * model.hidden + ATTENTION_PASSES * model.attention_width
+        seconds = model.dense_flops / self.machine.flops + passes * model.bytes / self.machine.copy
+        return factor * model.tokens * seconds + self.machine.stage
 
     def _experts(self, factor):
         """GEMMs, and the rows that permutation and activation read and write."""
@@ -144,13 +155,12 @@ class LayerTimeline:
         return end
 
     def _with_turns(self, seconds):
-        """Ranks that share cores are done no sooner than their cores can have done the work of all."""
+        """The same where ranks share their node's cores."""
         cores = self.machine.cores_per_node
         if not cores:
             return seconds
-        work = numpy.zeros(self.fabric.node[-1] + 1)
-        numpy.add.at(work, self.fabric.node, seconds)
-        return numpy.maximum(seconds, work[self.fabric.node] / cores)
+        nodes = [self.fabric.node == node for node in range(self.fabric.node[-1] + 1)]
+        return numpy.concatenate([take_turns(seconds[here], cores) for here in nodes])
 
     def _exchange(self, name, size, ready, fixed, way=None):
         begin = numpy.maximum(ready, self.exchange_free)
@@ -162,20 +172,22 @@ class LayerTimeline:
 
 def memory_of(model, layout, received_rows, assignments):
     """Bytes of the fullest rank: parameters, gradients and optimizer, and what forward saves."""
-    dense = model.layers * model.dense_parameters
     experts = model.layers * model.expert_parameters * -(-model.experts // layout.expert_parallel)
-    states = (dense + experts) * (2 * model.bytes + model.optimizer_bytes)
+    states = (model.replicated_parameters + experts) * (2 * model.bytes + model.optimizer_bytes)
     hidden_values = model.expert_hidden * (2 if model.glu else 1)
     saved = received_rows * model.hidden + assignments * hidden_values + 8 * model.tokens * model.hidden
+    if model.recompute:
+        return states + (model.layers * model.tokens * model.hidden + saved) * model.bytes
     return states + model.layers * saved * model.bytes
 
 
 class Planner:
     """Steps of one model on one machine; a layout's layers are simulated once."""
 
-    def __init__(self, machine, model, popularities, seed=0):
-        """`popularities` [n, experts]: of as many layers as are simulated, for all the model has."""
-        self.machine, self.model, self.popularities, self.seed = machine, model, popularities, seed
+    def __init__(self, machine, model, chosen, seed=0):
+        """`chosen`: experts [tokens, top_k] of sampled tokens (routing.draw_tokens), of as many layers as are
+        simulated, for all the model has."""
+        self.machine, self.model, self.chosen, self.seed = machine, model, chosen, seed
         self._layers = {}
 
     def predict(self, layout):
@@ -183,9 +195,10 @@ class Planner:
         model, machine = self.model, self.machine
         layers = self._simulate(layout)
         scale = model.layers / len(layers)
-        forward = scale * sum(entry.forward for entry in layers)
-        both = scale * sum(entry.both for entry in layers)
-        compute = scale * sum(entry.timeline.busy.max() for entry in layers)
+        head = 2.0 * model.tokens * model.vocabulary * model.hidden / machine.flops
+        forward = scale * sum(entry.forward for entry in layers) + head
+        both = scale * sum(entry.both for entry in layers) + 3 * head
+        compute = scale * sum(entry.timeline.busy.max() for entry in layers) + 3 * head
         reduce = self._all_reduce(layout)
         # A layer's gradients travel while the layers before it run backward; the first layer's cannot.
         hidden_behind = (both - forward) * (model.layers - 1) / model.layers
@@ -212,8 +225,8 @@ class Planner:
         if key not in self._layers:
             generator = numpy.random.default_rng(self.seed)
             self._layers[key] = []
-            for popularity in self.popularities:
-                timeline = LayerTimeline(self.machine, self.model, layout, popularity, generator)
+            for chosen in self.chosen:
+                timeline = LayerTimeline(self.machine, self.model, layout, chosen, generator)
                 self._layers[key].append(_Layer(timeline, *timeline.run()))
         return self._layers[key]
 
@@ -224,7 +237,7 @@ class Planner:
         replicas = layout.gpus // layout.expert_parallel
         spread = max(1, min(replicas, machine.gpus_per_node // layout.expert_parallel))
         local = -(-model.experts // layout.expert_parallel)
-        dense = model.layers * model.dense_parameters * model.bytes
+        dense = model.replicated_parameters * model.bytes
         experts = model.layers * model.expert_parameters * local * model.bytes
         seconds = fabric.all_reduce(dense, layout.gpus, min(layout.gpus, machine.gpus_per_node))
         return seconds + fabric.all_reduce(experts, replicas, spread)
