@@ -1,6 +1,7 @@
 // Flat and hierarchical all-to-all of the same rows, in turn, over message sizes:
 //   launch/mpirun.sh -n 8 --hosts a:4,b:4 build/release/benchmarks/benchmark_all_to_all
 #include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
@@ -17,11 +18,13 @@ struct Options {
   std::vector<int64_t> bytes = {16, 256, 4096, 16384, 65536, 262144};
   int rounds = 15;
   uint64_t seed = 1;
+  std::string device = "cpu";
   std::string json;
 };
 
 /// Rows of 16 bytes; between half and one and a half of `bytes` from each rank to each other.
-Transfer random_rows(const Communicator& world, int64_t bytes, uint64_t seed) {
+Transfer random_rows(const Communicator& world, torch::Device device, int64_t bytes,
+                     uint64_t seed) {
   constexpr int64_t kRowBytes = 16;
   std::mt19937_64 engine(seed);
   std::uniform_real_distribution<double> share(0.5, 1.5);
@@ -41,21 +44,23 @@ Transfer random_rows(const Communicator& world, int64_t bytes, uint64_t seed) {
       }
     }
   }
-  transfer.send = at::empty({sent, kRowBytes}, at::kByte).random_(0, 256);
-  transfer.receive = at::empty({received, kRowBytes}, at::kByte);
+  const auto options = at::TensorOptions(device).dtype(at::kByte);
+  transfer.send = at::empty({sent, kRowBytes}, options).random_(0, 256);
+  transfer.receive = at::empty({received, kRowBytes}, options);
   return transfer;
 }
 
-nlohmann::json measure(Communicator& flat, Communicator& hierarchical, int64_t bytes,
-                       const Options& options) {
-  const Transfer transfer = random_rows(flat, bytes, options.seed);
+nlohmann::json measure(Communicator& flat, Communicator& hierarchical, torch::Device device,
+                       int64_t bytes, const Options& options) {
+  const Transfer transfer = random_rows(flat, device, bytes, options.seed);
   Transfer other = transfer;
   other.receive = at::empty_like(transfer.receive);
   std::vector<double> seconds[2];
   for (int round = -2; round < options.rounds; ++round) {
-    const double flat_seconds = seconds_from_barrier(flat, [&] { flat.all_to_all_v({transfer}); });
+    const double flat_seconds =
+        seconds_from_barrier(flat, device, [&] { flat.all_to_all_v({transfer}); });
     const double hierarchical_seconds =
-        seconds_from_barrier(flat, [&] { hierarchical.all_to_all_v({other}); });
+        seconds_from_barrier(flat, device, [&] { hierarchical.all_to_all_v({other}); });
     const auto slowest = over_ranks_max(flat, {flat_seconds, hierarchical_seconds});
     if (round >= 0) {
       seconds[0].push_back(slowest[0]);
@@ -71,7 +76,9 @@ nlohmann::json measure(Communicator& flat, Communicator& hierarchical, int64_t b
 }
 
 void run(const Options& options) {
-  const auto flat = make_world(AllToAll::kFlat);
+  const torch::Device device = rank_device(options.device);
+  const c10::DeviceGuard guard(device);
+  const auto flat = make_world(AllToAll::kFlat, device);
   HierarchicalOptions two_hops;
   two_hops.all_to_all = AllToAll::kHierarchical;
   const auto hierarchical = make_hierarchical_communicator(flat, two_hops);
@@ -79,7 +86,7 @@ void run(const Options& options) {
   const auto host_count = std::set<std::string>(hosts.begin(), hosts.end()).size();
   nlohmann::json results = nlohmann::json::array();
   for (const int64_t bytes : options.bytes) {
-    results.push_back(measure(*flat, *hierarchical, bytes, options));
+    results.push_back(measure(*flat, *hierarchical, device, bytes, options));
     if (flat->rank() == 0) {
       const auto& last = results.back();
       const double flat_ms = last["flat_ms"];
@@ -105,6 +112,8 @@ int main(int argc, char** argv) {
   app.add_option("--bytes", options.bytes, "mean bytes from a rank to another")->delimiter(',');
   app.add_option("--rounds", options.rounds, "timed rounds")->check(CLI::PositiveNumber);
   app.add_option("--seed", options.seed, "of the counts");
+  app.add_option("--device", options.device, "cpu, or cuda: a GPU for each rank, by NCCL")
+      ->check(CLI::IsMember({"cpu", "cuda"}));
   app.add_option("--json", options.json, "file to append one line of results to");
   CLI11_PARSE(app, argc, argv);
   try {

@@ -1,7 +1,9 @@
 #include "ranks.h"
 
+#include <ATen/Context.h>
 #include <ATen/ops/tensor.h>
 #include <anabranch/rank_discovery.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <chrono>
@@ -30,11 +32,27 @@ std::string to_string(AllToAll way) {
   throw std::invalid_argument("no such all-to-all");
 }
 
-std::shared_ptr<Communicator> make_world(AllToAll way) {
+torch::Device rank_device(const std::string& name) {
+  if (name != "cuda") {
+    return torch::Device(name);
+  }
+  const int gpus = at::hasCUDA() ? static_cast<int>(at::getNumGPUs()) : 0;
+  if (gpus == 0) {
+    throw std::runtime_error("--device cuda: no GPU is to be seen");
+  }
+  const RankInfo rank = discover_rank();
+  const int place = rank.local_rank.value_or(rank.rank);
+  return torch::Device(torch::kCUDA, static_cast<c10::DeviceIndex>(place % gpus));
+}
+
+std::shared_ptr<Communicator> make_world(AllToAll way, torch::Device device) {
   if (discover_rank().launcher.empty()) {
     return make_self_communicator();
   }
   auto world = make_mpi_communicator();
+  if (device.is_cuda()) {
+    world = make_nccl_communicator(std::move(world), device);
+  }
   if (way == AllToAll::kFlat) {
     return world;
   }
@@ -43,10 +61,14 @@ std::shared_ptr<Communicator> make_world(AllToAll way) {
   return make_hierarchical_communicator(std::move(world), options);
 }
 
-double seconds_from_barrier(Communicator& world, const std::function<void()>& call) {
+double seconds_from_barrier(Communicator& world, torch::Device device,
+                            const std::function<void()>& call) {
   world.barrier();
   const auto begin = std::chrono::steady_clock::now();
   call();
+  if (!device.is_cpu()) {
+    c10::impl::VirtualGuardImpl(device.type()).getStream(device).synchronize();
+  }
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 

@@ -18,11 +18,17 @@ namespace anabranch::benchmark {
 const std::map<std::string, AllToAll>& all_to_all_names();
 std::string to_string(AllToAll way);
 
-/// MPI's ranks, with rows that take the way asked for; this process alone where no launcher started it.
-std::shared_ptr<Communicator> make_world(AllToAll way);
+/// "cpu", or "cuda": a GPU of this host's, the ranks in turn. Throws where there is none.
+torch::Device rank_device(const std::string& name);
 
-/// Seconds that `call` takes from a common start (a barrier): what this rank needed.
-double seconds_from_barrier(Communicator& world, const std::function<void()>& call);
+/// MPI's ranks, through NCCL where `device` is a GPU, with rows that take the way asked for; this process
+/// alone where no launcher started it.
+std::shared_ptr<Communicator> make_world(AllToAll way, torch::Device device);
+
+/// Seconds that `call` and what it leaves on the device's current stream take from a common start (a
+/// barrier): what this rank needed.
+double seconds_from_barrier(Communicator& world, torch::Device device,
+                            const std::function<void()>& call);
 
 /// The largest of the ranks' values, for each entry.
 std::vector<double> over_ranks_max(Communicator& world, const std::vector<double>& values);

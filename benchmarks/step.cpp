@@ -2,6 +2,7 @@
 // link, and the experts' load, with routing of a given skew. launch/scaling.py runs it over a grid.
 #include <ATen/Parallel.h>
 #include <anabranch/anabranch.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/torch.h>
 #include <torch/version.h>
 
@@ -25,6 +26,8 @@ struct Options {
   int rounds = 7;
   uint64_t seed = 1;
   AllToAll all_to_all = AllToAll::kFlat;
+  std::string device = "cpu";
+  std::string dtype = "fp32";
   std::string json;
 };
 
@@ -39,37 +42,47 @@ constexpr std::array<const char*, 8> kStages = {"route",
 
 /// Routing of this rank's tokens: distinct experts, the r-th of a hidden order drawn ∝ r^−skew
 /// (Gumbel's trick: the largest of log-weights plus Gumbel noise).
-Routing draw_routing(const Options& options, int rank) {
+Routing draw_routing(const Options& options, int rank, torch::Device device) {
   const auto shared = at::detail::createCPUGenerator(options.seed);
   const auto own = at::detail::createCPUGenerator(options.seed * 1000003 + 1 + rank);
   const auto places = torch::randperm(options.experts, shared, torch::kFloat64) + 1;
   const auto uniform = torch::rand({options.tokens, options.experts}, own, torch::kFloat64);
   const auto scores = -options.skew * places.log() - (-uniform.log()).log();
   Routing routing;
-  routing.expert_ids = std::get<1>(scores.topk(options.top_k, 1));
-  routing.weights = torch::full({options.tokens, options.top_k}, 1.0 / options.top_k);
+  routing.expert_ids = std::get<1>(scores.topk(options.top_k, 1)).to(device);
+  routing.weights = torch::full({options.tokens, options.top_k}, 1.0 / options.top_k, device);
   return routing;
 }
 
-MoEOptions layer_options(const Options& options) {
-  return {.hidden_size = options.hidden,
-          .expert_hidden_size = options.expert_hidden,
-          .num_experts = options.experts,
-          .top_k = options.top_k,
-          .seed = options.seed};
+torch::TensorOptions tensor_options(const Options& options, torch::Device device) {
+  return torch::TensorOptions(device).dtype(options.dtype == "bf16" ? torch::kBFloat16
+                                                                    : torch::kFloat32);
+}
+
+MoEOptions layer_options(const Options& options, torch::Device device) {
+  MoEOptions layer;
+  layer.hidden_size = options.hidden;
+  layer.expert_hidden_size = options.expert_hidden;
+  layer.num_experts = options.experts;
+  layer.top_k = options.top_k;
+  layer.seed = options.seed;
+  layer.dtype = tensor_options(options, device).dtype().toScalarType();
+  layer.device = device;
+  return layer;
 }
 
 class Step {
  public:
-  Step(const Options& options, std::shared_ptr<Communicator> world)
+  Step(const Options& options, std::shared_ptr<Communicator> world, torch::Device device)
       : options_(options),
         world_(std::move(world)),
-        layer_(layer_options(options), world_),
-        router_(layer_options(options)),
-        expert_{make_grouped_gemm_engine(torch::kCPU), Activation::kGeluTanh, false},
-        routing_(draw_routing(options, world_->rank())),
-        x_(torch::randn({options.tokens, options.hidden})),
-        dy_(torch::randn({options.tokens, options.hidden})) {
+        device_(device),
+        layer_(layer_options(options, device), world_),
+        router_(layer_options(options, device)),
+        expert_{make_grouped_gemm_engine(device), Activation::kGeluTanh, false},
+        routing_(draw_routing(options, world_->rank(), device)),
+        x_(torch::randn({options.tokens, options.hidden}, tensor_options(options, device))),
+        dy_(torch::randn_like(x_)) {
     const auto parameters = layer_->named_parameters();
     parameters_.up.weight = parameters["experts.up_weight"].detach();
     parameters_.down.weight = parameters["experts.down_weight"].detach();
@@ -77,7 +90,7 @@ class Step {
 
   /// The layer as a training step runs it, gate and auxiliary losses left out.
   double whole() {
-    return seconds_from_barrier(*world_, [&] {
+    return seconds_from_barrier(*world_, device_, [&] {
       auto x = x_.detach().requires_grad_();
       layer_->forward(x, routing_).output.backward(dy_);
       layer_->zero_grad();
@@ -89,7 +102,7 @@ class Step {
     const torch::NoGradGuard no_grad;
     std::vector<double> seconds;
     const auto timed = [&](const auto& call) {
-      seconds.push_back(seconds_from_barrier(*world_, call));
+      seconds.push_back(seconds_from_barrier(*world_, device_, call));
     };
     Payload arrived, dy_arrived;
     torch::Tensor results, dx, dvalues;
@@ -121,13 +134,13 @@ class Step {
     auto rows = torch::tensor(plan_.send_rows, torch::kInt64);
     rows[world_->rank()] = 0;
     const auto matrix = world_->all_gather(rows);
-    return (matrix + matrix.t()) * 2 * options_.hidden * 4;
+    return (matrix + matrix.t()) * 2 * options_.hidden * x_.element_size();
   }
   torch::Tensor assignments() const {
     return world_->all_gather(torch::tensor(plan_.assignments(), torch::kInt64));
   }
   torch::Tensor expert_load() const {
-    auto load = torch::bincount(routing_.expert_ids.flatten(), {}, options_.experts);
+    auto load = torch::bincount(routing_.expert_ids.cpu().flatten(), {}, options_.experts);
     world_->all_reduce(load);
     return load;
   }
@@ -135,6 +148,7 @@ class Step {
  private:
   Options options_;
   std::shared_ptr<Communicator> world_;
+  torch::Device device_;
   MoELayer layer_;
   Router router_;
   FeedForward expert_;
@@ -162,6 +176,8 @@ nlohmann::json describe(const Options& options, Communicator& world) {
           {"seed", options.seed},
           {"rounds", options.rounds},
           {"all_to_all", to_string(options.all_to_all)},
+          {"device", options.device},
+          {"dtype", options.dtype},
           {"threads", at::get_num_threads()},
           {"torch", TORCH_VERSION}};
 }
@@ -171,8 +187,10 @@ double least(const std::vector<double>& values) {
 }
 
 void run(const Options& options) {
-  const auto world = make_world(options.all_to_all);
-  Step step(options, world);
+  const torch::Device device = rank_device(options.device);
+  const c10::DeviceGuard guard(device);
+  const auto world = make_world(options.all_to_all, device);
+  Step step(options, world, device);
   std::vector<double> whole;
   std::vector<std::vector<double>> stages(kStages.size());
   constexpr int kWarmUp = 2;
@@ -226,6 +244,10 @@ int main(int argc, char** argv) {
   app.add_option("--seed", options.seed);
   app.add_option("--all-to-all", options.all_to_all, "flat, hierarchical or auto")
       ->transform(CLI::CheckedTransformer(all_to_all_names()));
+  app.add_option("--device", options.device, "cpu, or cuda: a GPU for each rank, by NCCL")
+      ->check(CLI::IsMember({"cpu", "cuda"}));
+  app.add_option("--dtype", options.dtype, "of rows and parameters")
+      ->check(CLI::IsMember({"fp32", "bf16"}));
   app.add_option("--json", options.json, "file to append the record to (default: print it)");
   CLI11_PARSE(app, argc, argv);
   try {

@@ -3,6 +3,7 @@
 
     launch/scaling.py --ranks 1,2,4 --experts 8,32 --top-k 1,2 --skew 0,1 --output runs/scaling
     launch/scaling.py --launcher "srun --mpi=pmix --cpu-bind=none -n {ranks}" ...
+    launch/scaling.py --device cuda --dtype bf16 --tokens 8192 --hidden 2048 --expert-hidden 1024 ...
     launch/scaling.py --report-only --output runs/scaling
 
 Weak scaling keeps the tokens of a rank, strong scaling those of all ranks together (the tokens of a rank
@@ -46,17 +47,19 @@ class Point:
     hidden: int
     expert_hidden: int
     all_to_all: str
+    device: str
+    dtype: str
 
     @property
     def name(self):
         return (
             f"{self.scaling}-r{self.ranks}-e{self.experts}-k{self.top_k}-s{self.skew:g}-t{self.tokens}"
-            f"-h{self.hidden}-n{self.expert_hidden}-{self.all_to_all}"
+            f"-h{self.hidden}-n{self.expert_hidden}-{self.all_to_all}-{self.device}-{self.dtype}"
         )
 
     def options(self):
         given = dataclasses.asdict(self)
-        names = ("tokens", "hidden", "expert_hidden", "experts", "top_k", "skew", "all_to_all")
+        names = ("tokens", "hidden", "expert_hidden", "experts", "top_k", "skew", "all_to_all", "device", "dtype")
         return [word for name in names for word in ("--" + name.replace("_", "-"), str(given[name]))]
 
 
@@ -78,6 +81,8 @@ def points_of(arguments):
                 arguments.hidden,
                 arguments.expert_hidden,
                 arguments.all_to_all,
+                arguments.device,
+                arguments.dtype,
             )
 
 
@@ -94,6 +99,16 @@ def processor():
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
+def gpus():
+    """Their names, where there are some: "2 × NVIDIA H100 80GB HBM3"."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return ", ".join(f"{names.count(name)} × {name}" for name in sorted(set(names)))
+
+
 def provenance(command):
     return {
         "command": shlex.join(map(str, command)),
@@ -103,6 +118,7 @@ def provenance(command):
         "host": platform.node(),
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
+        "gpus": gpus(),
         "system": platform.platform(),
         "job": os.environ.get("SLURM_JOB_ID"),
     }
@@ -211,12 +227,17 @@ def parse(argv):
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--expert-hidden", type=int, default=512)
     parser.add_argument("--all-to-all", default="flat", choices=["flat", "hierarchical", "auto"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: a GPU for each rank, by NCCL")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of a point")
     parser.add_argument("--launcher", default=f"{ROOT}/launch/mpirun.sh -n {{ranks}}", help="with {ranks} in it")
-    parser.add_argument("--program", type=Path, default=ROOT / "build/release/benchmarks/benchmark_step")
+    parser.add_argument("--program", type=Path, help="default: benchmark_step of build/release, or of build/cuda")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for a point")
     parser.add_argument("--report-only", action="store_true", help="measure nothing")
     arguments = parser.parse_args(argv)
+    if not arguments.program:
+        preset = "cuda" if arguments.device == "cuda" else "release"
+        arguments.program = ROOT / "build" / preset / "benchmarks/benchmark_step"
     if not arguments.report_only and not arguments.program.exists():
         parser.error(f"there is no {arguments.program}: build it, or name another with --program")
     return arguments

@@ -235,9 +235,10 @@ def write(records, folder):
     commits = ", ".join(sorted({record["provenance"]["commit"][:10] for record in records}))
     dates = sorted(record["provenance"]["date"] for record in records)
     changed = " (with uncommitted changes)" if any(record["provenance"]["changed"] for record in records) else ""
+    on = first["provenance"]["gpus"] if first["device"] == "cuda" else None
     text = f"""# Scaling study
 
-One MoE layer in fp32, forward and backward with routing of the given skew (Zipf's s), hidden {first['hidden']},
+One MoE layer in {first['dtype']}{f' on {on}' if on else ''}, forward and backward with routing of the given skew (Zipf's s), hidden {first['hidden']},
 expert hidden {first['expert_hidden']}, {first['threads']} thread(s) a rank, medians of {first['rounds']} steps.
 A step is timed as a whole; the stages in a second pass, each from a common start, by the slowest rank.
 

@@ -34,7 +34,7 @@ pathlib.Path(given["json"]).write_text(json.dumps(dict(
     ranks=int(os.environ.get("STARTED", ranks)), nodes=[f"n{{r // 2}}" for r in range(ranks)],
     tokens_per_rank=tokens, hidden=int(given["hidden"]), expert_hidden=int(given["expert_hidden"]),
     experts=experts, top_k=int(given["top_k"]), skew=float(given["skew"]), rounds=int(given["rounds"]),
-    threads=1, torch="2", step_ms=step, stage_ms={{stage: step / 8 for stage in stages}},
+    threads=1, torch="2", device=given["device"], dtype=given["dtype"], step_ms=step, stage_ms={{stage: step / 8 for stage in stages}},
     link_bytes=[[0 if i == j else 1000 for j in range(ranks)] for i in range(ranks)],
     assignments=[100 + 50 * (r == 0) for r in range(ranks)], expert_imbalance=1.5)))
 """
@@ -88,6 +88,14 @@ def check_tables_and_report(study):
     for name in ("weak", "weak_stages", "strong", "strong_stages", "links", "imbalance"):
         assert f"({name}.png)" in report
         assert (study.output / f"{name}.png").stat().st_size > 5000
+
+
+def test_a_study_on_gpus(study):
+    study("--ranks", "2", "--experts", "4", "--top-k", "1", "--skew", "0", "--device", "cuda", "--dtype", "bf16")
+    (record, _) = json.loads((study.output / "results.json").read_text())
+    assert (record["device"], record["dtype"]) == ("cuda", "bf16")
+    assert "One MoE layer in bf16" in (study.output / "report.md").read_text()
+    assert all("-cuda-bf16" in file.name for file in (study.output / "points").iterdir())
 
 
 def test_it_goes_on_where_it_was(study):

@@ -51,8 +51,12 @@ KillWait=10
 InactiveLimit=0
 MinJobAge=3600
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 {nodes}
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 State=UP OverSubscribe=NO
+PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP OverSubscribe=NO
+PartitionName=all Default=YES PriorityTier=1 GraceTime=30
+PartitionName=urgent PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -107,7 +111,7 @@ class SlurmCluster(virtual_hosts.VirtualHosts):
         virtual_hosts.wait_until(self._is_idle, 60, lambda: self.slurm("sinfo", check=False) + self.logs())
 
     def _is_idle(self):
-        states = self.slurm("sinfo", "--noheader", "--Node", "--format=%T", check=False).split()
+        states = self.slurm("sinfo", "--noheader", "--Node", "--partition=all", "--format=%T", check=False).split()
         return states == ["idle"] * len(self.names)
 
     def _write_configuration(self):

@@ -64,7 +64,8 @@ def time_is_near(cluster, run):
     cluster.slurm("scancel", "--batch", "--signal=USR1", run.job)
 
 
-def preempted(cluster, run):
+def requeued(cluster, run):
+    # What pre-emption without a grace time does, too.
     cluster.slurm("scontrol", "requeue", run.job)
 
 
@@ -75,7 +76,7 @@ def a_rank_is_killed(cluster, run):
 
 
 # Ranks, launcher, and what happens at a third of the steps.
-CASES = [(2, "srun", time_is_near), (2, "mpirun", time_is_near), (4, "srun", preempted), (4, "srun", a_rank_is_killed)]
+CASES = [(2, "srun", time_is_near), (2, "mpirun", time_is_near), (4, "srun", requeued), (4, "srun", a_rank_is_killed)]
 
 
 @pytest.fixture(scope="session")
@@ -120,6 +121,21 @@ def test_an_interrupted_job_goes_on_by_itself(cluster, uninterrupted, interrupte
 
 def no_process_is_left(cluster, run):
     return cluster.run("head", ["pgrep", "--full", f"[-]-output {run.output}"], check=False).stdout == ""
+
+
+def test_a_job_of_a_higher_partition_has_it_make_way(cluster, uninterrupted):
+    run = Run(cluster, "preempted", 2)
+    run.wait_for_step(STEPS // 6 + 2)
+    urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
+    other = cluster.slurm(*urgent, "--wrap=sleep 0.1").strip()
+    run.finish()
+    log = run.log.read_text()
+    assert cluster.state(other) == "COMPLETED"
+    assert cluster.job(run.job)["Restarts"] == "1", cluster.explain(run.job, run.log)
+    assert "pre-empted: requeued" in log
+    # The ranks have saved after the step in which they were told, rather than lost all since step 10.
+    assert int(re.search(r"resuming after step (\d+)", log)[1]) > STEPS // 6, log
+    assert run.curve() == uninterrupted[2]
 
 
 def test_wrong_options_end_the_job_for_good(cluster):
