@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Usage: launch/setup.sh [--check] [--help]
+# Usage: launch/setup.sh [--check] [--slurm] [--help]
 #
 # Gives this machine what anabranch builds and runs with, says what it does, and does nothing twice:
 #
@@ -9,6 +9,7 @@
 #            torch (its wheel is LibTorch), CMake, Ninja, and what plots and tests
 #
 # --check    installs nothing: says what is there and what is missing; fails when something is
+# --slurm    also Slurm and munge, for the tests of jobs; their services stay off, now and after a reboot
 #
 # Without root it names what is missing and how to provide it on a cluster.
 #
@@ -26,9 +27,11 @@ readonly stamp=$venv/anabranch-setup.txt
 readonly requirements=$project_root/launch/requirements.txt
 
 check_only=false
+with_slurm=false
 for argument in "$@"; do
   case $argument in
     --check) check_only=true ;;
+    --slurm) with_slurm=true ;;
     -h | --help)
       print_header_of "$0"
       exit 0
@@ -66,7 +69,7 @@ has_mpi() { has_command mpirun && has_command mpicxx; }
 has_slurm() { has_command slurmctld && has_command slurmd && has_command munged; }
 
 # One line each: what | is it there? | Debian's packages | required or optional | without root
-readonly system_needs=(
+system_needs=(
   "C++20 compiler (g++ 12 or newer)|has_cxx20|g++|required|module load gcc, or CXX=/path/to/g++"
   "MPI (mpicxx, mpirun)|has_mpi|openmpi-bin libopenmpi-dev|required|module load openmpi"
   "GoogleTest|has_header gtest/gtest.h|libgtest-dev libgmock-dev|required|install it under a prefix, and name that in CMAKE_PREFIX_PATH"
@@ -77,10 +80,15 @@ readonly system_needs=(
   "Python's venv module|has_venv|python3 python3-venv|required|module load python, or ANABRANCH_PYTHON=/path/to/python3"
   "ccache|has_command ccache|ccache|optional|without it a second clean build takes as long as the first"
   "hwloc|has_header hwloc.h|libhwloc-dev|optional|without it ranks are not bound to GPUs and cores"
-  "Slurm's daemons and munge, for tests|has_slurm|slurm-wlm munge|optional|without them the tests of jobs under Slurm are skipped"
   "iproute2, for tests|has_command tc|iproute2|optional|without it the tests over several hosts are skipped"
   "King James text (bible)|has_command bible|bible-kjv|optional|without it launch/train.sh needs --data FILE"
 )
+# Only where it is asked for: it brings services and a user.
+if $with_slurm; then
+  system_needs+=(
+    "Slurm's daemons and munge, for tests|has_slurm|slurm-wlm munge|optional|without them the tests of jobs under Slurm are skipped"
+  )
+fi
 
 packages=()
 missing_lines=()
@@ -111,13 +119,27 @@ can_install() {
   has_command apt-get && { [[ $(id -u) -eq 0 ]] || sudo -n true 2>/dev/null; }
 }
 
+# Installs PACKAGES and starts no service of theirs: Debian's scripts ask policy-rc.d first. One that is
+# there already is the administrator's, and stays.
+install_packages() (
+  policy=/usr/sbin/policy-rc.d
+  if [[ ! -e $policy ]]; then
+    trap 'as_root rm -f "$policy"' EXIT
+    printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null && as_root chmod +x "$policy" || exit
+  fi
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends \
+    -o Dpkg::Use-Pty=0 "$@" >/dev/null
+)
+
 say "System"
 find_missing
 if ((${#packages[@]})) && ! $check_only && can_install; then
   note "installing ${packages[*]}"
   as_root apt-get -qq update || warn "apt-get update failed; trying with the package lists there are"
-  as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends \
-    -o Dpkg::Use-Pty=0 "${packages[@]}" >/dev/null || warn "apt-get could not install everything"
+  install_packages "${packages[@]}" || warn "apt-get could not install everything"
+  if [[ ${packages[*]} == *slurm-wlm* && -d /run/systemd/system ]]; then
+    as_root systemctl --quiet disable munge slurmctld slurmd || warn "systemctl could not disable Slurm's services"
+  fi
   hash -r
   find_missing
 fi

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Usage: launch/test.sh [--preset NAME] [CTest's arguments]
+# Usage: launch/test.sh [--preset NAME] [--slurm] [CTest's arguments]
 #
 # Sets up, builds everything, and runs every test on 1, 2, 3 and 4 ranks; prints what a failing test
 # printed, and ends with CTest's summary. Fails when a test does.
 #
 #   --preset NAME   a preset of CMakePresets.json: release (default), debug, asan, tsan, cuda
+#   --slurm         set up Slurm and munge as well, for the tests of jobs (setup.sh; the default where no
+#                   systemd runs, as in a container)
 #   --help          this text
 #
 # What else is given goes to CTest:
@@ -17,6 +19,8 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 preset=release
+setup_arguments=()
+if [[ ! -d /run/systemd/system ]]; then setup_arguments=(--slurm); fi
 ctest_arguments=()
 while (($#)); do
   case $1 in
@@ -30,12 +34,13 @@ while (($#)); do
       shift
       ;;
     --preset=*) preset=${1#*=} ;;
+    --slurm) setup_arguments=(--slurm) ;;
     *) ctest_arguments+=("$1") ;;
   esac
   shift
 done
 
-"$project_root/launch/setup.sh"
+"$project_root/launch/setup.sh" "${setup_arguments[@]}"
 build "$preset"
 
 say "Testing"

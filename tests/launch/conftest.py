@@ -27,7 +27,7 @@ class Project:
         self.launch = folder / "launch"
         self.log = folder / "calls.txt"
         shutil.copytree(ROOT / "launch", self.launch, ignore=shutil.ignore_patterns("__pycache__"))
-        executable(self.launch / "setup.sh", f'#!/bin/bash\necho setup >> "{self.log}"\n')
+        executable(self.launch / "setup.sh", f'#!/bin/bash\necho "setup${{*:+ $*}}" >> "{self.log}"\n')
         for name in ("cmake", "ctest"):
             self.command(name, f'echo "{name} $*" >> "{self.log}"\nexit "${{{name.upper()}_EXIT:-0}}"')
         executable(self.root / ".venv/bin/python", f'#!/bin/bash\nexec "{sys.executable}" "$@"\n')

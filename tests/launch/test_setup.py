@@ -5,12 +5,16 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, executable
 
 # What the script itself calls; the rest of the machine is hidden from it.
-TOOLS = "bash sh env cat cut dirname head tail sort awk grep nproc rm true pwd c++".split()
+TOOLS = "bash sh env cat cut dirname head tail sort awk grep nproc rm tee chmod true pwd c++".split()
+
+# Asks no password.
+SUDO = '#!/bin/bash\nshift\nif [ "$1" = -- ]; then shift; fi\nexec "$@"\n'
 
 
 @pytest.fixture
@@ -95,12 +99,37 @@ def test_a_sudo_that_asks_for_a_password_is_no_root(bare):
 def test_sudo_installs_what_is_missing_and_nothing_else(bare):
     folder, commands = bare
     executable(commands / "apt-get", f'#!/bin/bash\necho "$*" >> {folder}/installed\n')
-    executable(commands / "sudo", '#!/bin/bash\nshift\nif [ "$1" = -- ]; then shift; fi\nexec "$@"\n')
+    executable(commands / "sudo", SUDO)
     run(folder, path=commands, expect=1)  # this apt-get installs nothing
     update, install = (folder / "installed").read_text().splitlines()
     assert update.endswith("update")
     assert "openmpi-bin" in install and "libopenmpi-dev" in install
     assert "g++" not in install.split()  # the compiler is there
+
+
+def test_slurm_is_installed_only_when_asked_for(bare):
+    folder, commands = bare
+    executable(commands / "apt-get", f'#!/bin/bash\necho "$*" >> {folder}/installed\n')
+    executable(commands / "sudo", SUDO)
+    run(folder, path=commands, expect=1)
+    assert "slurm" not in (folder / "installed").read_text()
+    run(folder, "--slurm", path=commands, expect=1)
+    assert "slurm-wlm munge" in (folder / "installed").read_text()
+
+
+POLICY = Path("/usr/sbin/policy-rc.d")
+
+
+@pytest.mark.skipif(not POLICY.exists() and os.geteuid() != 0, reason="needs root to say that no service starts")
+def test_no_service_starts_while_packages_are_installed(bare):
+    folder, commands = bare
+    executable(commands / "apt-get", f"#!/bin/bash\n{POLICY} munge start\necho $? >> {folder}/answers\n")
+    executable(commands / "sudo", SUDO)
+    before = POLICY.read_text() if POLICY.exists() else None
+    run(folder, path=commands, expect=1)
+    _, during_installation = (folder / "answers").read_text().split()
+    assert during_installation == "101"
+    assert (POLICY.read_text() if POLICY.exists() else None) == before
 
 
 @pytest.fixture

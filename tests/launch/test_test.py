@@ -13,7 +13,7 @@ from conftest import ROOT
 def test_builds_everything_and_runs_everything(project):
     project.run("test.sh")
     setup, configure, build, test = project.calls()
-    assert setup == "setup"
+    assert setup in ("setup", "setup --slurm")
     assert configure == "cmake --preset release"
     assert build.startswith("cmake --build --preset release") and "--target" not in build
     assert test.startswith("ctest --preset release")
@@ -55,7 +55,16 @@ def test_a_preset_without_a_name(project):
 def test_continuous_integration_calls_it(project):
     shutil.copytree(ROOT / ".ci", project.root / ".ci")
     project.run("../.ci/run", expect=8, environment={"CTEST_EXIT": "8"})
-    assert project.calls()[-1].startswith("ctest --preset release")
+    calls = project.calls()
+    assert calls[0] == "setup --slurm"
+    assert calls[-1].startswith("ctest --preset release") and "--slurm" not in calls[-1]
+
+
+def test_slurm_is_set_up_unasked_only_where_no_systemd_would_run_it(project):
+    project.run("test.sh")
+    assert (project.calls()[0] == "setup --slurm") == (not Path("/run/systemd/system").is_dir())
+    project.run("test.sh", "--slurm", "-N")
+    assert project.calls()[4] == "setup --slurm" and project.calls()[-1].endswith(" -N")
 
 
 @pytest.mark.skipif(not (ROOT / ".venv/bin/ninja").exists(), reason="not set up here")

@@ -28,7 +28,7 @@ def require(*programs):
     """Throws Unavailable unless namespaces can be made here and every one of `programs` is there."""
     missing = [name for name in ("unshare", "nsenter", "ip", "tc", "mount", *programs) if not shutil.which(name)]
     if missing:
-        raise Unavailable(f"{', '.join(missing)} not found (launch/setup.sh installs them where it can)")
+        raise Unavailable(f"{', '.join(missing)} not found (launch/setup.sh --slurm installs them where it can)")
     if os.geteuid() != 0:
         raise Unavailable("network namespaces need root")
     attempt = subprocess.run(
