@@ -1,4 +1,6 @@
-// Grouped GEMM engines on a GPU beside one dense GEMM of the same FLOPs and torch._grouped_mm.
+// Grouped GEMM engines on a GPU beside one dense GEMM of the same FLOPs and torch._grouped_mm: those
+// that auto chooses from; with --engine all also those that are here to be compared with, and what
+// building the topology of block_sparse costs; with --engine NAME that one alone.
 #include <ATen/ops/_grouped_mm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -12,6 +14,8 @@
 #include <numeric>
 #include <random>
 
+#include "gemm/baselines.h"
+#include "gemm/block_sparse/topology.h"
 #include "gemm/cuda_engines.h"
 #include "harness.h"
 
@@ -119,7 +123,35 @@ void run_dense(Tensors& t, Operation operation) {
   }
 }
 
-void measure(const Shape& shape, bool zipf, std::vector<Record>& results) {
+std::vector<std::string> engine_names(const Arguments& arguments) {
+  if (arguments.engine != "auto" && arguments.engine != "all") {
+    return {arguments.engine};
+  }
+  auto names = cuda_engine_names(at::kCUDA);
+  if (arguments.engine == "all") {
+    const auto baselines = baseline_engine_names();
+    names.insert(names.end(), baselines.begin(), baselines.end());
+  }
+  return names;
+}
+
+/// What block_sparse does before each product.
+void measure_topology(const Shape& shape, bool zipf, std::vector<Record>& results) {
+  const auto counts = split(shape.rows, shape.experts, zipf);
+  const double ms = gpu_milliseconds(
+      [&] { block_sparse::build_topology(counts, shape.n, 128, torch::Device(at::kCUDA)); });
+  std::printf("%-15s %-4s topology of block_sparse %.4f ms\n", shape.name, zipf ? "zipf" : "uni",
+              ms);
+  results.push_back(Record()
+                        .add("shape", shape.name)
+                        .add("split", zipf ? "zipf" : "uni")
+                        .add("operation", "topology")
+                        .add("engine", "block_sparse")
+                        .add("ms", ms));
+}
+
+void measure(const Shape& shape, bool zipf, const std::vector<std::string>& engines,
+             std::vector<Record>& results) {
   const auto counts = split(shape.rows, shape.experts, zipf);
   Tensors tensors(shape, counts);
   const double flops =
@@ -127,33 +159,39 @@ void measure(const Shape& shape, bool zipf, std::vector<Record>& results) {
   for (const auto operation : {Operation::kForward, Operation::kDgrad, Operation::kWgrad}) {
     std::printf("%-15s %-4s %-3s", shape.name, zipf ? "zipf" : "uni",
                 kNames[static_cast<int>(operation)]);
-    const auto note = [&](const std::string& engine, const std::function<void()>& call) {
+    double dense_ms = 0;
+    const auto note = [&](const std::string& engine, int64_t padding,
+                          const std::function<void()>& call) {
       const double ms = gpu_milliseconds(call);
-      std::printf(" %s %.0f", engine.c_str(), flops / ms / 1e9);
+      dense_ms = engine == "dense" ? ms : dense_ms;
+      std::printf(" %s %.0f (%.2f)", engine.c_str(), flops / ms / 1e9, dense_ms / ms);
       results.push_back(Record()
                             .add("shape", shape.name)
                             .add("split", zipf ? "zipf" : "uni")
                             .add("operation", kNames[static_cast<int>(operation)])
                             .add("engine", engine)
                             .add("ms", ms)
-                            .add("TFLOP_per_s", flops / ms / 1e9));
+                            .add("TFLOP_per_s", flops / ms / 1e9)
+                            .add("of_dense", dense_ms / ms)
+                            .add("padding_rows", padding));
     };
-    note("dense", [&] { run_dense(tensors, operation); });
-    note("torch", [&] { run_torch(tensors, operation); });
-    for (const auto& name : cuda_engine_names(at::kCUDA)) {
-      const auto engine = make_cuda_engine(at::kCUDA, name);
-      note(name, [&] { run_engine(*engine, tensors, counts, operation); });
+    note("dense", 0, [&] { run_dense(tensors, operation); });
+    note("torch", 0, [&] { run_torch(tensors, operation); });
+    for (const auto& name : engines) {
+      const auto engine = make_grouped_gemm_engine(at::kCUDA, name);
+      note(name, engine->padding_rows(counts),
+           [&] { run_engine(*engine, tensors, counts, operation); });
     }
     std::printf("\n");
   }
 }
 
-void measure_host_time(std::vector<Record>& results) {
+void measure_host_time(const std::vector<std::string>& engines, std::vector<Record>& results) {
   const Shape shape{"host", 256, 256, 128, 128 * 16};
   const auto counts = split(shape.rows, shape.experts, false);
   Tensors tensors(shape, counts);
-  for (const auto& name : cuda_engine_names(at::kCUDA)) {
-    const auto engine = make_cuda_engine(at::kCUDA, name);
+  for (const auto& name : engines) {
+    const auto engine = make_grouped_gemm_engine(at::kCUDA, name);
     const auto call = [&] { run_engine(*engine, tensors, counts, Operation::kForward); };
     gpu_milliseconds(call);
     const double us = host_microseconds(call) / static_cast<double>(shape.experts);
@@ -164,12 +202,14 @@ void measure_host_time(std::vector<Record>& results) {
 
 void run(const Arguments& arguments) {
   std::vector<Record> results;
-  measure_host_time(results);
+  const auto engines = engine_names(arguments);
+  const bool sparse = std::find(engines.begin(), engines.end(), "block_sparse") != engines.end();
+  measure_host_time(engines, results);
   for (const Shape& shape : kShapes) {
     for (const bool zipf : {false, true}) {
-      if (!arguments.quick || zipf) {
-        measure(shape, zipf, results);
-      }
+      if (arguments.quick && !zipf) continue;
+      measure(shape, zipf, engines, results);
+      if (sparse) measure_topology(shape, zipf, results);
     }
   }
   write_json(arguments, results);
