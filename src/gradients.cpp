@@ -58,6 +58,7 @@ void average(const Bucket& bucket, Communicator& communicator, int64_t divisor) 
 
 /// The parameter's gradient, zeros made for one that is undefined.
 torch::Tensor gradient_of(const ParallelParameter& parameter) {
+  if (parameter.main_grad.defined()) return parameter.main_grad;
   auto& gradient = parameter.tensor.mutable_grad();
   if (!gradient.defined()) gradient = at::zeros_like(parameter.tensor);
   check_input(gradient.layout() == at::kStrided, "the gradient of ", parameter.name,
@@ -130,7 +131,7 @@ double gradient_norm(const torch::nn::Module& model, const ParallelGroups& group
   std::vector<torch::Tensor> replicated;
   std::vector<torch::Tensor> experts;
   for (const auto& parameter : parallel_parameters(model, groups)) {
-    const auto& gradient = parameter.tensor.grad();
+    const auto& gradient = parameter.gradient();
     if (!gradient.defined() || !parameter.tensor.requires_grad()) continue;
     (parameter.is_expert ? experts : replicated).push_back(gradient);
   }
@@ -144,7 +145,7 @@ double clip_gradient_norm(torch::nn::Module& model, double max_norm, const Paral
   if (norm <= max_norm) return norm;
   const at::NoGradGuard no_grad;
   for (const auto& parameter : parallel_parameters(model)) {
-    const auto& gradient = parameter.tensor.grad();
+    const auto& gradient = parameter.gradient();
     if (gradient.defined() && parameter.tensor.requires_grad()) gradient.mul_(max_norm / norm);
   }
   return norm;

@@ -20,15 +20,18 @@ using torch::autograd::variable_list;
 
 /// What forward leaves for backward besides tensors.
 struct Step : torch::CustomClassHolder {
-  Step(const Exchange& exchange, ExchangePlan plan, FeedForward expert, bool recompute)
+  Step(const Exchange& exchange, ExchangePlan plan, FeedForward expert, WeightSums main_grad,
+       bool recompute)
       : exchange(exchange),
         plan(std::move(plan)),
         expert(std::move(expert)),
+        main_grad(std::move(main_grad)),
         recompute(recompute) {}
 
   Exchange exchange;
   ExchangePlan plan;
   FeedForward expert;
+  WeightSums main_grad;
   bool recompute;
 };
 
@@ -78,9 +81,11 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
     });
     // Unless another backward is to read hidden again.
     const bool overwrite_hidden = !torch::autograd::get_current_graph_task_keep_graph();
-    const auto [gradients_of, drows, dvalues] = feed_forward_backward(
-        step->expert, permuted(dy_rows, plan), permuted(rows, plan), hidden, values, experts,
-        plan.expert_counts, overwrite_hidden, wanted_gradients(context, /*first=*/2, experts));
+    auto wanted = wanted_gradients(context, /*first=*/2, experts);
+    wanted.sums = step->main_grad;
+    const auto [gradients_of, drows, dvalues] =
+        feed_forward_backward(step->expert, permuted(dy_rows, plan), permuted(rows, plan), hidden,
+                              values, experts, plan.expert_counts, overwrite_hidden, wanted);
     const auto dsums =
         stage("anabranch.permute.backward", [&] { return unpermute(drows, {}, plan); });
     const auto [dx, dweights] = stage("anabranch.dispatch.backward", [&] {
@@ -116,8 +121,8 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
   const auto tokens = layer_tokens(x, options_);
   check_layer_routing(routing, tokens.size(0), options_);
   const FeedForward expert{engine_, options_.activation, options_.glu};
-  const auto step =
-      c10::make_intrusive<Step>(exchange_, exchange_.plan(routing), expert, options_.recompute);
+  const auto step = c10::make_intrusive<Step>(exchange_, exchange_.plan(routing), expert,
+                                              parameters.main_grad, options_.recompute);
   const auto& [up, down] = parameters.experts;
   auto y = ThroughExperts::apply(tokens, routing.weights, up.weight, down.weight, given(up.bias),
                                  given(down.bias), step);
@@ -145,7 +150,7 @@ MoELayerImpl::MoELayerImpl(const MoEOptions& options, std::shared_ptr<Communicat
 }
 
 MoEParameters MoELayerImpl::parameters_of_modules() const {
-  return {router_->weight, experts_->projections(),
+  return {router_->weight, experts_->projections(), experts_->main_grad,
           shared_expert_ ? shared_expert_->projections() : ExpertProjections()};
 }
 

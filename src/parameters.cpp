@@ -35,6 +35,13 @@ std::vector<ParallelParameter> parallel_parameters(const torch::nn::Module& mode
       auto& parameter = parameters.emplace_back();
       parameter.name = path.empty() ? item.key() : path + "." + item.key();
       parameter.tensor = item.value();
+      if (experts != nullptr) {
+        const bool up = parameter.tensor.is_same(experts->up_weight);
+        const bool down = parameter.tensor.is_same(experts->down_weight);
+        parameter.main_grad = up     ? experts->main_grad.up
+                              : down ? experts->main_grad.down
+                                     : torch::Tensor();
+      }
       if (experts != nullptr && experts->sharded()) {
         parameter.is_expert = true;
         parameter.first_expert = experts->first_expert();

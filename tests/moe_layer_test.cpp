@@ -278,8 +278,7 @@ TEST_F(MoELayerTest, InputMayHaveAnyLeadingShapeAndStrides) {
   expect_same(columns, flat);
   const auto expanded = tokens[0].expand({7, 16});
   expect_same(expanded, flat[0].expand({7, 16}).contiguous());
-  expect_same(tokens.slice(0, 0, 0).reshape({0, 3, 16}),
-              flat.slice(0, 0, 0).reshape({0, 3, 16}));
+  expect_same(tokens.slice(0, 0, 0).reshape({0, 3, 16}), flat.slice(0, 0, 0).reshape({0, 3, 16}));
 }
 
 // Gradients of an expanded output (sum().backward()) are expanded themselves, of strides 0.
@@ -353,6 +352,57 @@ TEST_F(MoELayerTest, FrozenParametersAndInputsMayDifferBetweenRanks) {
   EXPECT_EQ(x.grad().defined(), rank_ == 0);
   if (rank_ == 0) {
     EXPECT_TRUE(close(x.grad(), shard(expected.dx, layer_case.counts, 0), limits.dx(expected.dx)));
+  }
+}
+
+// Sums of full width in the place of grad(): of every backward, not rounded to the weights' type.
+TEST_F(MoELayerTest, MainGradientsTakeTheWeightsGradients) {
+  for (const auto dtype : all_dtypes()) {
+    SCOPED_TRACE(to_string(dtype));
+    auto options = small_options();
+    options.dtype = dtype;
+    const auto layer_case = small_case(options);
+    auto plain = make_layer(layer_case, world_);
+    run_step(plain, layer_case, layer_case.counts, rank_);
+    auto layer = make_layer(layer_case, world_);
+    const auto& experts = layer->experts();
+    const auto sum_of = [&](const torch::Tensor& weight) {
+      return torch::ones_like(weight, weight.options().dtype(accumulation_type(dtype)));
+    };
+    experts->main_grad = {sum_of(experts->up_weight), sum_of(experts->down_weight)};
+    constexpr int kSteps = 2;
+    for (int step = 0; step < kSteps; ++step) {
+      run_step(layer, layer_case, layer_case.counts, rank_);
+    }
+    const auto expect_sum = [&](const torch::Tensor& sum, const torch::Tensor& gradient) {
+      const auto exact = 1 + kSteps * gradient.to(torch::kFloat64);
+      EXPECT_TRUE(close(sum, exact, tolerance(dtype, 1, exact.abs() + 1)));
+    };
+    expect_sum(experts->main_grad.up, plain->experts()->up_weight.grad());
+    expect_sum(experts->main_grad.down, plain->experts()->down_weight.grad());
+    EXPECT_FALSE(experts->up_weight.grad().defined());
+    EXPECT_FALSE(experts->down_weight.grad().defined());
+    EXPECT_TRUE(identical(experts->up_bias.grad(), plain->experts()->up_bias.grad() * kSteps));
+
+    const auto groups = make_parallel_groups(world_);
+    const auto before = experts->main_grad.up.clone();
+    finish_gradients(*layer, groups);
+    EXPECT_TRUE(identical(experts->main_grad.up, before / world_->size()));
+    EXPECT_FALSE(experts->up_weight.grad().defined());
+  }
+}
+
+TEST_F(MoELayerTest, FrozenWeightsLeaveMainGradientsAlone) {
+  const auto layer_case = small_case(small_options());
+  auto layer = make_layer(layer_case, world_);
+  const auto& experts = layer->experts();
+  experts->main_grad = {torch::ones_like(experts->up_weight),
+                        torch::ones_like(experts->down_weight)};
+  experts->up_weight.set_requires_grad(false);
+  run_step(layer, layer_case, layer_case.counts, rank_);
+  EXPECT_TRUE(identical(experts->main_grad.up, torch::ones_like(experts->up_weight)));
+  if (experts->down_weight.size(0) > 0) {
+    EXPECT_FALSE(identical(experts->main_grad.down, torch::ones_like(experts->down_weight)));
   }
 }
 

@@ -19,6 +19,12 @@ struct ExpertProjections {
   Projection down;  ///< in: n
 };
 
+/// Sums of the weights' gradients, each undefined where there is none.
+struct WeightSums {
+  torch::Tensor up;    ///< as the up-projection's weight
+  torch::Tensor down;  ///< as the down-projection's
+};
+
 /// The parameters of the experts that live on this rank. Biases are undefined without
 /// `options.bias`. With `glu`, rows 0..n−1 of an up-projection are the gate, n..2n−1 the up part.
 class ExpertsImpl : public torch::nn::Module {
@@ -39,6 +45,10 @@ class ExpertsImpl : public torch::nn::Module {
   torch::Tensor up_bias;      ///< [local_experts, n or 2n]
   torch::Tensor down_weight;  ///< [local_experts, h, n]
   torch::Tensor down_bias;    ///< [local_experts, h]
+
+  /// Sums in fp32 (fp64) of the weights' shapes that backward adds their gradients to, unrounded; the
+  /// weights then get no grad(). For weights of 16 bits and many steps' gradients. Undefined: grad().
+  WeightSums main_grad;
 
  private:
   int64_t first_expert_;

@@ -8,7 +8,8 @@ namespace anabranch {
 /// optimizer. Replicated parameters: averaged over the world. Expert parameters: they already hold
 /// every token of their expert-parallel group, so they are summed over their replicas and divided by
 /// the world's size. A gradient that is undefined on this rank counts as zero and is defined
-/// afterwards; a parameter that requires none is left alone. Collective over the world, in a few
+/// afterwards; a parameter that requires none is left alone. Experts' main_grad is meant where it is
+/// defined, also below. Collective over the world, in a few
 /// coalesced messages of about `bucket_bytes`; 16-bit types travel in fp32 and are rounded once.
 void finish_gradients(torch::nn::Module& model, const ParallelGroups& groups,
                       int64_t bucket_bytes = 64 << 20);

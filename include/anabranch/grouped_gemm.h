@@ -41,6 +41,9 @@ class GroupedGemmEngine {
   /// dweight[e] = dy_eᵀ · x_e, [experts, n, k]; zero for an expert without rows.
   virtual void wgrad(const torch::Tensor& dy, const torch::Tensor& x,
                      const std::vector<int64_t>& counts, torch::Tensor& dweight) = 0;
+  /// sum[e] += dy_eᵀ · x_e, in fp32 (fp64) whatever the type of the rows; sum [experts, n, k].
+  virtual void wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
+                                const std::vector<int64_t>& counts, torch::Tensor& sum);
 
   // With what comes before or after, for engines that do both at once; here in two steps.
 
@@ -108,5 +111,9 @@ torch::Tensor grouped_gemm_wgrad(GroupedGemmEngine& engine, const torch::Tensor&
 void grouped_gemm_wgrad_out(GroupedGemmEngine& engine, const torch::Tensor& dy,
                             const torch::Tensor& x, const std::vector<int64_t>& counts,
                             torch::Tensor& dweight);
+/// The same added to `sum` [experts, n, k], fp32 (fp64 for fp64 rows).
+void grouped_gemm_wgrad_accumulate(GroupedGemmEngine& engine, const torch::Tensor& dy,
+                                   const torch::Tensor& x, const std::vector<int64_t>& counts,
+                                   torch::Tensor& sum);
 
 }  // namespace anabranch

@@ -25,6 +25,7 @@ struct MoEOutput {
 struct MoEParameters {
   torch::Tensor router_weight;      ///< [E, h] fp32 (fp64 for fp64 layers)
   ExpertProjections experts;        ///< of this rank
+  WeightSums main_grad;             ///< see ExpertsImpl
   ExpertProjections shared_expert;  ///< of one expert
 };
 
@@ -72,6 +73,8 @@ class MoELayerImpl : public torch::nn::Module {
 
   const MoEOptions& options() const { return function_.options(); }
   const Exchange& exchange() const { return function_.exchange(); }
+  /// Those of this rank.
+  const Experts& experts() const { return experts_; }
 
  private:
   MoEParameters parameters_of_modules() const;

@@ -15,6 +15,9 @@ struct ParallelParameter {
   bool is_expert = false;  ///< sharded over the expert-parallel group; otherwise replicated
   int64_t first_expert = 0;  ///< global number of this rank's first expert
   int64_t num_experts = 0;   ///< experts over all ranks
+  torch::Tensor main_grad;   ///< takes the place of the parameter's grad() where defined
+
+  const torch::Tensor& gradient() const { return main_grad.defined() ? main_grad : tensor.grad(); }
 };
 
 /// Expert parallelism inside data parallelism: the world's ranks in groups of `expert_parallel_size`

@@ -102,9 +102,22 @@ torch::Tensor up_projection(const FeedForward& expert, const Part& part, const I
   return hidden;
 }
 
-/// For a gradient of `parameter`; undefined where there is no parameter or none is wanted.
-torch::Tensor gradient_for(const torch::Tensor& parameter, bool wanted) {
-  return wanted && parameter.defined() ? at::empty_like(parameter) : torch::Tensor();
+/// For a gradient of `parameter`; undefined where there is no parameter, none is wanted, or it is
+/// added to a sum.
+torch::Tensor gradient_for(const torch::Tensor& parameter, bool wanted,
+                           const torch::Tensor& sum = {}) {
+  return wanted && parameter.defined() && !sum.defined() ? at::empty_like(parameter)
+                                                         : torch::Tensor();
+}
+
+/// The weight's gradient, where it is wanted: into `dweight` or added to `sum`, whichever is defined.
+void weight_gradient(const FeedForward& expert, const torch::Tensor& dy, const torch::Tensor& x,
+                     const ExpertCounts& counts, torch::Tensor dweight, torch::Tensor sum) {
+  if (dweight.defined()) {
+    grouped_gemm_wgrad_out(*expert.engine, dy, x, counts, dweight);
+  } else if (sum.defined()) {
+    grouped_gemm_wgrad_accumulate(*expert.engine, dy, x, counts, sum);
+  }
 }
 
 /// A part's backward, written to its places in `gradient`; `hidden` is the part's own, and so is
@@ -112,7 +125,7 @@ torch::Tensor gradient_for(const torch::Tensor& parameter, bool wanted) {
 void backward_of(const Part& part, const FeedForward& expert, const IndexedRows& dy,
                  const IndexedRows& x, const torch::Tensor& hidden, const torch::Tensor& dhidden,
                  const torch::Tensor& values, const ExpertProjections& parameters,
-                 FeedForwardGradient& gradient) {
+                 const WantedGradients& wanted, FeedForwardGradient& gradient) {
   const Kernels& kernels = kernels_for(hidden.device());
   const Projection up = part.experts_of(parameters.up);
   const Projection down = part.experts_of(parameters.down);
@@ -126,9 +139,9 @@ void backward_of(const Part& part, const FeedForward& expert, const IndexedRows&
       dhidden, dvalues, at::empty({part.rows, down.weight.size(2)}, hidden.options())};
   grouped_gemm_dgrad_activated(*expert.engine, dresults, down.weight, part.counts,
                                activation_of(expert), hidden, values, activation);
-  if (ddown.weight.defined()) {
-    grouped_gemm_wgrad_out(*expert.engine, dresults, activation.activated, part.counts,
-                           ddown.weight);
+  if (wanted.down_weight) {
+    weight_gradient(expert, dresults, activation.activated, part.counts, ddown.weight,
+                    part.experts_of(wanted.sums.down));
   }
   if (ddown.bias.defined()) {
     ddown.bias.copy_(kernels.bias_gradient(dresults, values, part.counts));
@@ -140,8 +153,9 @@ void backward_of(const Part& part, const FeedForward& expert, const IndexedRows&
   dresults.reset();
 
   named.emplace("anabranch.up.backward");
-  if (dup.weight.defined()) {
-    grouped_gemm_wgrad_out(*expert.engine, dhidden, part.take(x), part.counts, dup.weight);
+  if (wanted.up_weight) {
+    weight_gradient(expert, dhidden, part.take(x), part.counts, dup.weight,
+                    part.experts_of(wanted.sums.up));
   }
   if (dup.bias.defined()) {
     dup.bias.copy_(kernels.bias_gradient(dhidden, {}, part.counts));
@@ -191,9 +205,10 @@ FeedForwardGradient feed_forward_backward(const FeedForward& expert, const Index
   const int64_t rows = (x.index.defined() ? x.index : x.rows).size(0);
   FeedForwardGradient gradient;
   const auto& [up, down] = parameters;
-  gradient.parameters = {
-      {gradient_for(up.weight, wanted.up_weight), gradient_for(up.bias, wanted.up_bias)},
-      {gradient_for(down.weight, wanted.down_weight), gradient_for(down.bias, wanted.down_bias)}};
+  gradient.parameters = {{gradient_for(up.weight, wanted.up_weight, wanted.sums.up),
+                          gradient_for(up.bias, wanted.up_bias)},
+                         {gradient_for(down.weight, wanted.down_weight, wanted.sums.down),
+                          gradient_for(down.bias, wanted.down_bias)}};
   gradient.dvalues =
       at::empty({rows}, options.dtype(at::toOpMathType(options.dtype().toScalarType())));
   for (const Part& part : parts_of(counts, x.rows.device())) {
@@ -201,7 +216,7 @@ FeedForwardGradient feed_forward_backward(const FeedForward& expert, const Index
         hidden.defined() ? part.rows_of(hidden) : up_projection(expert, part, x, parameters.up);
     backward_of(part, expert, dy, x, own,
                 hidden.defined() && !overwrite_hidden ? at::empty_like(own) : own,
-                part.rows_of(values), parameters, gradient);
+                part.rows_of(values), parameters, wanted, gradient);
   }
   return gradient;
 }

@@ -45,6 +45,7 @@ struct WantedGradients {
   bool up_bias = true;
   bool down_weight = true;
   bool down_bias = true;
+  WeightSums sums = {};  ///< where defined, the weight's gradient is added to it and not returned
 };
 
 /// Those that autograd asks `context` for, whose tensor arguments from number `first` on are

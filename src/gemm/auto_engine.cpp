@@ -1,6 +1,7 @@
 #include "gemm/auto_engine.h"
 
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 
 #include <algorithm>
@@ -78,6 +79,19 @@ class AutoEngine final : public GroupedGemmEngine {
     run(best("wgrad", dweight, counts, dy, run));
   }
 
+  void wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x, const Counts& counts,
+                        torch::Tensor& sum) override {
+    // What is measured more than once must not be added more than once.
+    torch::Tensor scratch;
+    const auto try_out = [&](GroupedGemmEngine& engine) {
+      if (!scratch.defined()) {
+        scratch = at::zeros_like(sum);
+      }
+      engine.wgrad_accumulate(dy, x, counts, scratch);
+    };
+    best("wgrad, accumulated", sum, counts, dy, try_out).wgrad_accumulate(dy, x, counts, sum);
+  }
+
   torch::Tensor forward_activated(const torch::Tensor& x, const torch::Tensor& weight,
                                   const Counts& counts, const HiddenActivation& activation,
                                   torch::Tensor& hidden) override {
@@ -115,23 +129,23 @@ class AutoEngine final : public GroupedGemmEngine {
 
   using Engines = std::vector<std::shared_ptr<GroupedGemmEngine>>;
 
-  /// All that can multiply `weight`, best guess first.
-  Engines able_engines(const torch::Tensor& weight) const {
+  /// All that can multiply rows of that type with `weight`, best guess first.
+  Engines able_engines(torch::Dtype dtype, const torch::Tensor& weight) const {
     Engines able;
     for (const auto& name : cuda_engine_names(device_)) {
       auto engine = make_cuda_engine(device_, name);
-      if (engine->supports(weight.scalar_type(), weight.size(1), weight.size(2))) {
+      if (engine->supports(dtype, weight.size(1), weight.size(2))) {
         able.push_back(std::move(engine));
       }
     }
     return able;
   }
 
-  /// The first engine that can multiply `weight`.
-  GroupedGemmEngine& best_guess(const torch::Tensor& weight) {
+  /// The first engine that can.
+  GroupedGemmEngine& best_guess(torch::Dtype dtype, const torch::Tensor& weight) {
     const auto names = cuda_engine_names(device_);
     const auto able = std::find_if(names.begin(), names.end(), [&](const std::string& name) {
-      return engine(name).supports(weight.scalar_type(), weight.size(1), weight.size(2));
+      return engine(name).supports(dtype, weight.size(1), weight.size(2));
     });
     return engine(able == names.end() ? names.back() : *able);
   }
@@ -151,20 +165,21 @@ class AutoEngine final : public GroupedGemmEngine {
   GroupedGemmEngine& best(const char* operation, const torch::Tensor& weight, const Counts& counts,
                           const torch::Tensor& rows,
                           const std::function<void(GroupedGemmEngine&)>& run) {
+    const auto dtype = rows.scalar_type();  // a weight's gradient may be of another
     if (rows.size(0) == 0 || weight.numel() == 0) {
-      return best_guess(weight);
+      return best_guess(dtype, weight);
     }
-    const auto product = c10::str(operation, " ", weight.scalar_type(), " ", weight.size(0),
-                                  " experts ", weight.size(1), " x ", weight.size(2), ", from ",
-                                  bucket(rows.size(0)), " rows, skew ", skew(counts));
+    const auto product =
+        c10::str(operation, " ", dtype, " ", weight.size(0), " experts ", weight.size(1), " x ",
+                 weight.size(2), ", from ", bucket(rows.size(0)), " rows, skew ", skew(counts));
     auto choice = choices_->find(product);
     if (!choice) {
       const OnDevice stream(rows);
       // Nothing may be waited for while a graph is recorded.
       if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
-        return best_guess(weight);
+        return best_guess(dtype, weight);
       }
-      choice = measure(able_engines(weight), run, stream);
+      choice = measure(able_engines(dtype, weight), run, stream);
       choices_->keep(product, *choice);
     }
     return engine(choice->engine);

@@ -121,6 +121,11 @@ class CublasLoop final : public GroupedGemmEngine {
     const OnDevice stream(dy);
     lanes_->run(wgrad_products(dy, x, counts, dweight, stream), streams_, stream);
   }
+  void wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
+                        const std::vector<int64_t>& counts, torch::Tensor& sum) override {
+    const OnDevice stream(dy);
+    lanes_->run(wgrad_accumulate_products(dy, x, counts, sum, stream), streams_, stream);
+  }
 
  private:
   std::shared_ptr<Lanes> lanes_;

@@ -56,6 +56,7 @@ void set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttribut
 
 enum KeyField {
   kType,
+  kCType,
   kA,
   kB,
   kM,
@@ -82,7 +83,7 @@ struct CublasLt::Problem {
   Problem(const CublasProducts& shared, int64_t m, int64_t n, int64_t k)
       : a(layout(shared.type, shared.a_operation, m, k, shared.lda)),
         b(layout(shared.type, shared.b_operation, k, n, shared.ldb)),
-        c(layout(shared.type, CUBLAS_OP_N, m, n, shared.ldc)) {
+        c(layout(shared.c_type, CUBLAS_OP_N, m, n, shared.ldc)) {
     const auto scale = shared.compute == CUBLAS_COMPUTE_64F ? CUDA_R_64F : CUDA_R_32F;
     check_cublas(cublasLtMatmulDescInit(&operation, shared.compute, scale),
                  "cublasLtMatmulDescInit");
@@ -96,7 +97,9 @@ CublasLt::CublasLt() : handle_(make_lt_handle()) {}
 CublasLt::Key CublasLt::key_of(const CublasProducts& shared, const CublasProduct& product,
                                size_t workspace_bytes) {
   const int64_t bytes = element_bytes(shared.type);
+  const int64_t c_bytes = element_bytes(shared.c_type);
   return {shared.type,
+          shared.c_type,
           shared.a_operation,
           shared.b_operation,
           product.m,
@@ -107,7 +110,7 @@ CublasLt::Key CublasLt::key_of(const CublasProducts& shared, const CublasProduct
           shared.ldc,
           alignment(product.a, shared.lda * bytes),
           alignment(product.b, shared.ldb * bytes),
-          alignment(product.c, shared.ldc * bytes),
+          alignment(product.c, shared.ldc * c_bytes),
           static_cast<int64_t>(workspace_bytes)};
 }
 
@@ -143,8 +146,8 @@ void CublasLt::multiply(const CublasProducts& shared, const CublasProduct& produ
     known = algorithms_.emplace(key, choose(key, typical)).first;
   }
   const auto run = [&](const cublasLtMatmulAlgo_t& algorithm) {
-    return cublasLtMatmul(handle_, &problem.operation, shared.one(), product.a, &problem.a,
-                          product.b, &problem.b, shared.zero(), product.c, &problem.c, product.c,
+    return cublasLtMatmul(handle_, &problem.operation, shared.alpha(), product.a, &problem.a,
+                          product.b, &problem.b, shared.beta(), product.c, &problem.c, product.c,
                           &problem.c, &algorithm, site.workspace, site.workspace_bytes,
                           site.stream);
   };

@@ -28,7 +28,7 @@ class CublasLt {
 
  private:
   /// All that an algorithm depends on: types, operations, sizes, leading dimensions, alignments.
-  using Key = std::array<int64_t, 13>;
+  using Key = std::array<int64_t, 14>;
   struct Problem;
 
   static Key key_of(const CublasProducts& shared, const CublasProduct& product,

@@ -60,11 +60,11 @@ void add_products(CublasProducts& shared, const Operand& a, const Operand& b, co
     shape.a = a.at(expert, first_row);
     shape.b = b.at(expert, first_row);
     shape.c = c.at(expert, first_row);
-    if (shape.k == 0) {
+    if (shape.k > 0) {
+      shared.products.push_back(shape);
+    } else if (!shared.accumulate) {
       check_cuda(cudaMemsetAsync(shape.c, 0, shape.m * shape.n * element_bytes, stream),
                  "cudaMemsetAsync");
-    } else {
-      shared.products.push_back(shape);
     }
   }
 }
@@ -75,6 +75,7 @@ CublasProducts shared_part(const torch::Tensor& tensor, cublasOperation_t a, cub
   const auto compute = type == CUDA_R_64F ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
   // cuBLAS wants leading dimensions of at least 1, also of empty matrices.
   return {type,
+          type,
           compute,
           a,
           b,
@@ -82,20 +83,24 @@ CublasProducts shared_part(const torch::Tensor& tensor, cublasOperation_t a, cub
           std::max<int64_t>(ldb, 1),
           std::max<int64_t>(ldc, 1),
           ragged,
+          /*accumulate=*/false,
           {}};
 }
 
 }  // namespace
 
-const void* CublasProducts::one() const {
+const void* CublasProducts::alpha() const {
   static constexpr float kFloat = 1;
   static constexpr double kDouble = 1;
   return compute == CUBLAS_COMPUTE_64F ? static_cast<const void*>(&kDouble) : &kFloat;
 }
 
-const void* CublasProducts::zero() const {
+const void* CublasProducts::beta() const {
   static constexpr float kFloat = 0;
   static constexpr double kDouble = 0;
+  if (accumulate) {
+    return alpha();
+  }
   return compute == CUBLAS_COMPUTE_64F ? static_cast<const void*>(&kDouble) : &kFloat;
 }
 
@@ -123,15 +128,33 @@ CublasProducts dgrad_products(const torch::Tensor& dy, const torch::Tensor& weig
   return shared;
 }
 
+namespace {
+
+CublasProducts wgrad_products(const torch::Tensor& dy, const torch::Tensor& x,
+                              const std::vector<int64_t>& counts, const torch::Tensor& result,
+                              bool accumulate, cudaStream_t stream) {
+  const int64_t n = result.size(1);
+  const int64_t k = result.size(2);
+  auto shared = shared_part(dy, CUBLAS_OP_N, CUBLAS_OP_T, k, n, k, Ragged::kK);
+  shared.c_type = data_type(result);
+  shared.accumulate = accumulate;
+  add_products(shared, Operand::of_tokens(x), Operand::of_tokens(dy), Operand::of_experts(result),
+               {nullptr, nullptr, nullptr, k, n, 0}, counts, bytes_of_element(result), stream);
+  return shared;
+}
+
+}  // namespace
+
 CublasProducts wgrad_products(const torch::Tensor& dy, const torch::Tensor& x,
                               const std::vector<int64_t>& counts, torch::Tensor& dweight,
                               cudaStream_t stream) {
-  const int64_t n = dweight.size(1);
-  const int64_t k = dweight.size(2);
-  auto shared = shared_part(dy, CUBLAS_OP_N, CUBLAS_OP_T, k, n, k, Ragged::kK);
-  add_products(shared, Operand::of_tokens(x), Operand::of_tokens(dy), Operand::of_experts(dweight),
-               {nullptr, nullptr, nullptr, k, n, 0}, counts, bytes_of_element(dy), stream);
-  return shared;
+  return wgrad_products(dy, x, counts, dweight, /*accumulate=*/false, stream);
+}
+
+CublasProducts wgrad_accumulate_products(const torch::Tensor& dy, const torch::Tensor& x,
+                                         const std::vector<int64_t>& counts, torch::Tensor& sum,
+                                         cudaStream_t stream) {
+  return wgrad_products(dy, x, counts, sum, /*accumulate=*/true, stream);
 }
 
 }  // namespace anabranch

@@ -23,6 +23,7 @@ enum class Ragged { kN, kK };
 /// What the products of a grouped GEMM have in common, and those of them that have work to do.
 struct CublasProducts {
   cudaDataType_t type;
+  cudaDataType_t c_type;
   cublasComputeType_t compute;
   cublasOperation_t a_operation;
   cublasOperation_t b_operation;
@@ -30,11 +31,12 @@ struct CublasProducts {
   int64_t ldb;
   int64_t ldc;
   Ragged ragged;
+  bool accumulate;  ///< c += op(a) · op(b)
   std::vector<CublasProduct> products;
 
-  /// 1 and 0 in the type of `compute`.
-  const void* one() const;
-  const void* zero() const;
+  /// 1, and what c is multiplied by before the product is added, in the type of `compute`.
+  const void* alpha() const;
+  const void* beta() const;
 };
 
 // Arguments are those of GroupedGemmEngine. Outputs that are sums of nothing are zeroed on `stream`.
@@ -47,5 +49,8 @@ CublasProducts dgrad_products(const torch::Tensor& dy, const torch::Tensor& weig
 CublasProducts wgrad_products(const torch::Tensor& dy, const torch::Tensor& x,
                               const std::vector<int64_t>& counts, torch::Tensor& dweight,
                               cudaStream_t stream);
+CublasProducts wgrad_accumulate_products(const torch::Tensor& dy, const torch::Tensor& x,
+                                         const std::vector<int64_t>& counts, torch::Tensor& sum,
+                                         cudaStream_t stream);
 
 }  // namespace anabranch

@@ -3,6 +3,7 @@
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 
+#include <array>
 #include <numeric>
 
 #include "gemm/baselines.h"
@@ -49,10 +50,9 @@ void check_counts(const std::vector<int64_t>& counts, int64_t rows) {
   }
 }
 
-void check_supported(const GroupedGemmEngine& engine, const torch::Tensor& weight) {
-  check_input(engine.supports(weight.scalar_type(), weight.size(1), weight.size(2)),
-              "grouped GEMM: the engine ", engine.name(), " does not take ", weight.scalar_type(),
-              " weights of ", weight.size(1), " x ", weight.size(2));
+void check_supported(const GroupedGemmEngine& engine, torch::Dtype dtype, int64_t n, int64_t k) {
+  check_input(engine.supports(dtype, n, k), "grouped GEMM: the engine ", engine.name(),
+              " does not take ", dtype, " weights of ", n, " x ", k);
 }
 
 /// Rows whose width is the weight's size `dim`: 2 in forward, 1 in dgrad.
@@ -65,7 +65,19 @@ void check_product(const GroupedGemmEngine& engine, const torch::Tensor& rows, c
   check_input(weight.size(dim) == rows.size(1), "grouped GEMM: rows of width ", rows.size(1),
               " against a weight of shape ", weight.sizes());
   check_counts(counts, rows.size(0));
-  check_supported(engine, weight);
+  check_supported(engine, weight.scalar_type(), weight.size(1), weight.size(2));
+}
+
+/// The sizes of the weight.
+std::array<int64_t, 3> check_wgrad(const GroupedGemmEngine& engine, const torch::Tensor& dy,
+                                   const torch::Tensor& x, const std::vector<int64_t>& counts) {
+  check_operand(dy, 2, "dy", dy);
+  check_operand(x, 2, "x", dy);
+  check_input(x.size(0) == dy.size(0), "grouped GEMM: dy has ", dy.size(0), " rows and x ",
+              x.size(0));
+  check_counts(counts, x.size(0));
+  check_supported(engine, dy.scalar_type(), dy.size(1), x.size(1));
+  return {static_cast<int64_t>(counts.size()), dy.size(1), x.size(1)};
 }
 
 }  // namespace
@@ -77,6 +89,18 @@ bool GroupedGemmEngine::supports(torch::Dtype /*dtype*/, int64_t /*n*/, int64_t 
 std::string GroupedGemmEngine::explain() const { return name(); }
 
 int64_t GroupedGemmEngine::padding_rows(const std::vector<int64_t>& /*counts*/) const { return 0; }
+
+void GroupedGemmEngine::wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
+                                         const std::vector<int64_t>& counts, torch::Tensor& sum) {
+  int64_t first_row = 0;
+  for (size_t e = 0; e < counts.size(); ++e) {
+    const auto rows_of = [&](const torch::Tensor& tensor) {
+      return tensor.narrow(0, first_row, counts[e]).to(sum.scalar_type());
+    };
+    sum[static_cast<int64_t>(e)].addmm_(rows_of(dy).t(), rows_of(x));
+    first_row += counts[e];
+  }
+}
 
 torch::Tensor GroupedGemmEngine::forward_activated(const torch::Tensor& x,
                                                    const torch::Tensor& weight,
@@ -175,15 +199,18 @@ torch::Tensor grouped_gemm_wgrad(GroupedGemmEngine& engine, const torch::Tensor&
 void grouped_gemm_wgrad_out(GroupedGemmEngine& engine, const torch::Tensor& dy,
                             const torch::Tensor& x, const std::vector<int64_t>& counts,
                             torch::Tensor& dweight) {
-  check_operand(dy, 2, "dy", dy);
-  check_operand(x, 2, "x", dy);
-  check_input(x.size(0) == dy.size(0), "grouped GEMM: dy has ", dy.size(0), " rows and x ",
-              x.size(0));
-  check_counts(counts, x.size(0));
-  check_output(dweight, {static_cast<int64_t>(counts.size()), dy.size(1), x.size(1)}, "dweight",
-               dy);
-  check_supported(engine, dweight);
+  const auto sizes = check_wgrad(engine, dy, x, counts);
+  check_output(dweight, sizes, "dweight", dy);
   engine.wgrad(dy, x, counts, dweight);
+}
+
+void grouped_gemm_wgrad_accumulate(GroupedGemmEngine& engine, const torch::Tensor& dy,
+                                   const torch::Tensor& x, const std::vector<int64_t>& counts,
+                                   torch::Tensor& sum) {
+  const auto sizes = check_wgrad(engine, dy, x, counts);
+  const auto type = at::toOpMathType(dy.scalar_type());
+  check_output(sum, sizes, "sum", at::empty({0}, dy.options().dtype(type)));
+  engine.wgrad_accumulate(dy, x, counts, sum);
 }
 
 std::vector<std::string> grouped_gemm_engines(torch::Device device) {

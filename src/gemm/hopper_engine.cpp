@@ -96,6 +96,15 @@ class HopperEngine final : public GroupedGemmEngine {
              sizes(dweight.size(1), dweight.size(2), 0), longest_first(groups_of(counts)), dy);
   }
 
+  void wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
+                        const std::vector<int64_t>& counts, torch::Tensor& sum) override {
+    if (dy.size(0) == 0) return;
+    Problem problem = sizes(sum.size(1), sum.size(2), 0);
+    problem.sum = sum.data_ptr<float>();
+    multiply({Operation::kWgrad, element_of(dy), Epilogue::kAccumulate},
+             {rows_map(dy), rows_map(x)}, problem, longest_first(groups_with_rows(counts)), dy);
+  }
+
   torch::Tensor forward_activated(const torch::Tensor& x, const torch::Tensor& weight,
                                   const std::vector<int64_t>& counts,
                                   const HiddenActivation& activation,

@@ -3,6 +3,7 @@
 #include <anabranch/options.h>
 #include <torch/types.h>
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -55,6 +56,12 @@ class Kernels {
                                        const torch::Tensor& dweights,
                                        const torch::Tensor& dprobability_sum,
                                        const torch::Tensor& dsquared_logsumexp_sum) const = 0;
+
+  /// x fp32 [m, n] in bf16 numbers: part 0 is x rounded, each further one the rounded rest, so that
+  /// x = Σ parts 0..2. Place s of the result holds part `parts[s]`: [3, m, n], or [m, 3, n] if
+  /// `side_by_side`.
+  virtual torch::Tensor split(const torch::Tensor& x, const std::array<int, 3>& parts,
+                              bool side_by_side) const = 0;
 
   // plan
   /// [] int64: first token with an id outside [0, num_experts) or twice, or -1.

@@ -130,6 +130,31 @@ void GroupedGemmTest::expect_all_three(const std::vector<int64_t>& counts, int64
                     tolerance(dtype, longest, exact_wgrad(dy.abs(), x.abs(), counts))));
 }
 
+TEST_P(GroupedGemmTest, AddsTheWeightsGradientToSumsOfFullWidth) {
+  for (const auto dtype : dtypes()) {
+    const auto sum_type = accumulation_type(dtype);
+    for (int64_t i = 0; i < effort(8); ++i) {
+      const auto experts = random_.pick<int64_t>({1, 3, 16, 300});
+      const auto counts = random_counts(random_, experts, random_.pick<int64_t>({1, 70, 300}));
+      const int64_t n = 8 * random_.integer(1, 40);
+      const int64_t k = 8 * random_.integer(1, 20);
+      SCOPED_TRACE(
+          c10::str("counts ", c10::Join(",", counts), " n ", n, " k ", k, " ", to_string(dtype)));
+      const auto x = random_.normal({sum(counts), k}, dtype).to(torch::kFloat64);
+      const auto dy = random_.normal({sum(counts), n}, dtype).to(torch::kFloat64);
+      const auto before = random_.normal({experts, n, k}, sum_type).to(torch::kFloat64);
+      auto sums = on_device(before, sum_type);
+      grouped_gemm_wgrad_accumulate(*engine_, on_device(dy, dtype), on_device(x, dtype), counts,
+                                    sums);
+      // Not rounded to the rows' type on the way.
+      const auto longest = *std::max_element(counts.begin(), counts.end());
+      EXPECT_TRUE(close(
+          sums, before + exact_wgrad(dy, x, counts),
+          tolerance(sum_type, longest + 1, before.abs() + exact_wgrad(dy.abs(), x.abs(), counts))));
+    }
+  }
+}
+
 TEST_P(GroupedGemmTest, EqualsOneProductPerExpert) {
   for (const auto dtype : dtypes()) {
     for (int64_t i = 0; i < effort(12); ++i) {

@@ -113,6 +113,58 @@ class StoreEpilogue : Staging<scalar_t, shape> {
   }
 };
 
+/// Adds the products to fp32 sums in memory: [groups' experts, m, n].
+template <typename scalar_t, typename shape>
+class AccumulateEpilogue : Staging<scalar_t, shape> {
+ public:
+  using Staging<scalar_t, shape>::Staging;
+  static_assert(shape::kRaggedK);
+
+  __device__ void begin(const Tile&) {}
+  __device__ void finish(const Tile& tile, int first_box, const Accumulators<shape>& sums) {
+    if (tile.k_blocks == 0) {
+      return;  // the registers hold anything
+    }
+    const int64_t expert = this->problem_.group[tile.group].expert;
+    const int first_column = tile.column + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < shape::kRowBoxes; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = tile.row + (first_box + i) * kBox + this->own_row() + 8 * half;
+        if (row < this->problem_.m) {
+          add_row(this->problem_.sum + (expert * this->problem_.m + row) * this->problem_.n,
+                  first_column, sums[i], half);
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int kLoads = 8;  // in flight
+
+  /// Pairs of neighbouring columns, 8 apart.
+  __device__ void add_row(float* row, int first_column, const float (&sums)[shape::kColumns / 2],
+                          int half) const {
+#pragma unroll
+    for (int begin = 0; begin < shape::kColumns / 8; begin += kLoads) {
+      float2 pairs[kLoads];
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        const int column = first_column + (begin + j) * 8;
+        if (column < this->problem_.n) pairs[j] = *reinterpret_cast<const float2*>(row + column);
+      }
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        const int column = first_column + (begin + j) * 8;
+        pairs[j].x += sums[4 * (begin + j) + 2 * half];
+        pairs[j].y += sums[4 * (begin + j) + 2 * half + 1];
+        if (column < this->problem_.n) *reinterpret_cast<float2*>(row + column) = pairs[j];
+      }
+    }
+  }
+};
+
 /// Calls `body` with the activation as a compile-time constant.
 template <typename Body>
 __device__ __forceinline__ void with_activation(ActivationKind kind, const Body& body) {
@@ -414,7 +466,10 @@ class ActivateBackwardEpilogue : public ActivationSteps<scalar_t, shape> {
 template <typename scalar_t, typename shape>
 using EpilogueOf = std::conditional_t<
     shape::kEpilogue == Epilogue::kStore, StoreEpilogue<scalar_t, shape>,
-    std::conditional_t<shape::kEpilogue == Epilogue::kActivate, ActivateEpilogue<scalar_t, shape>,
-                       ActivateBackwardEpilogue<scalar_t, shape>>>;
+    std::conditional_t<shape::kEpilogue == Epilogue::kAccumulate,
+                       AccumulateEpilogue<scalar_t, shape>,
+                       std::conditional_t<shape::kEpilogue == Epilogue::kActivate,
+                                          ActivateEpilogue<scalar_t, shape>,
+                                          ActivateBackwardEpilogue<scalar_t, shape>>>>;
 
 }  // namespace anabranch::hopper

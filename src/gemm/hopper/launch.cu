@@ -34,8 +34,8 @@ void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
 }
 
 /// Tiles of 128 x 128, each warpgroup's epilogue in the shadow of the other's products.
-template <Operation kOperation, Share kShare>
-using Alternating = Shape<kOperation, 2, 128, true, 6, 2, kShare>;
+template <Operation kOperation, Share kShare, Epilogue kEpilogue = Epilogue::kStore>
+using Alternating = Shape<kOperation, 2, 128, true, 6, 2, kShare, kEpilogue>;
 /// Tiles of 128 x 256: fewest bytes into shared memory, for long sums.
 template <Operation kOperation>
 using Wide = Shape<kOperation, 1, 256, false, 4, 2, Share::kB>;
@@ -50,6 +50,16 @@ void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
     launch<scalar_t, Alternating<kOperation, Share::kA>>(maps, problem, stream);
   } else {
     launch<scalar_t, Alternating<kOperation, Share::kB>>(maps, problem, stream);
+  }
+}
+
+template <typename scalar_t>
+void launch_accumulating(const Maps& maps, const Problem& problem, cudaStream_t stream) {
+  constexpr auto kWgrad = Operation::kWgrad;
+  if ((problem.n + 127) / 128 % 2 == 0) {
+    launch<scalar_t, Alternating<kWgrad, Share::kA, Epilogue::kAccumulate>>(maps, problem, stream);
+  } else {
+    launch<scalar_t, Alternating<kWgrad, Share::kB, Epilogue::kAccumulate>>(maps, problem, stream);
   }
 }
 
@@ -69,6 +79,9 @@ void launch_with_activation(Operation operation, const Maps& maps, const Problem
 
 template <typename scalar_t>
 void launch(const Task& task, const Maps& maps, const Problem& problem, cudaStream_t stream) {
+  if (task.epilogue == Epilogue::kAccumulate) {
+    return launch_accumulating<scalar_t>(maps, problem, stream);
+  }
   if (task.epilogue != Epilogue::kStore) {
     return task.glu
                ? launch_with_activation<scalar_t, true>(task.operation, maps, problem, stream)

@@ -11,11 +11,11 @@ namespace anabranch::hopper {
 /// c = a · b. Forward: rows · weightᵀ. Dgrad: rows · weight. Wgrad: rowsᵀ · rows, a weight.
 enum class Operation { kForward, kDgrad, kWgrad };
 
-/// What becomes of the products. kStore: c. kActivate (forward): they are the hidden rows, which are
+/// What becomes of the products. kStore: c. kAccumulate (wgrad): added to fp32 sums. kActivate (forward): they are the hidden rows, which are
 /// stored with their activation. kActivateBackward (dgrad): they are the gradient at the activation,
 /// and the gradient of the hidden rows is stored with the activation, both scaled by the routing
 /// weights.
-enum class Epilogue { kStore, kActivate, kActivateBackward };
+enum class Epilogue { kStore, kAccumulate, kActivate, kActivateBackward };
 
 /// See rows_map.
 constexpr int kRowsEnd = 1 << 30;
@@ -38,6 +38,8 @@ struct Problem {
   int32_t k;
   int32_t band;  // tiles, see Tiles
   int32_t groups;
+
+  float* sum;  // kAccumulate: [experts, m, n]
 
   // Of the epilogues with an activation.
   cuda::ActivationKind activation;

@@ -16,6 +16,9 @@ class CpuKernels : public Kernels {
                                const torch::Tensor& dweights, const torch::Tensor& dprobability_sum,
                                const torch::Tensor& dsquared_logsumexp_sum) const override;
 
+  torch::Tensor split(const torch::Tensor& x, const std::array<int, 3>& parts,
+                      bool side_by_side) const override;
+
   torch::Tensor first_invalid_token(const torch::Tensor& expert_ids,
                                     int64_t num_experts) const override;
   SendPlan plan_send(const torch::Tensor& expert_ids,

@@ -38,6 +38,12 @@ void launch_route_backward(const RouteArguments& arguments, const int64_t* exper
                            const void* weights, const void* probabilities, const void* logsumexp,
                            const RouteGradients& gradients, void* dlogits, cudaStream_t stream);
 
+// split.cu
+
+/// `parts`: three of them. See Kernels::split.
+void launch_split(const float* x, int64_t m, int64_t n, const int* parts, bool side_by_side,
+                  void* out, cudaStream_t stream);
+
 // plan.cu
 
 /// `token` starts at −1.
