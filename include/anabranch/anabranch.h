@@ -7,6 +7,7 @@
 #include <anabranch/rank_discovery.h>
 #include <anabranch/communicator.h>
 #include <anabranch/hierarchical.h>
+#include <anabranch/process_group.h>
 #include <anabranch/exchange.h>
 #include <anabranch/grouped_gemm.h>
 #include <anabranch/experts.h>

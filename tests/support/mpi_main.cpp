@@ -3,6 +3,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <anabranch/process_group.h>
 #include <c10/util/StringUtil.h>
 #include <gtest/gtest.h>
 
@@ -19,6 +20,7 @@
 #include "communicator/describe.h"
 #include "communicator/store.h"
 #include "support/devices.h"
+#include "support/process_group.h"
 
 // There under AddressSanitizer, null elsewhere.
 extern "C" {
@@ -62,30 +64,17 @@ std::shared_ptr<Communicator> make_host_world(std::chrono::milliseconds deadline
   return make_mpi_communicator(options);
 }
 
-std::shared_ptr<Communicator> make_store_world(Communicator& harness,
-                                               const CommunicatorOptions& options) {
-  auto port = torch::zeros({1}, torch::kInt64);
-  const bool serves = harness.rank() == 0;
-  c10::intrusive_ptr<c10d::Store> store;
-  int number = 0;
-  if (serves) {
-    store = open_tcp_store("127.0.0.1", number, serves, options.deadline);
-    port.fill_(number);
-  }
-  harness.broadcast(port, 0);
-  number = static_cast<int>(port.item<int64_t>());
-  if (!serves) {
-    store = open_tcp_store("127.0.0.1", number, serves, options.deadline);
-  }
-  return make_store_communicator(std::move(store), harness.rank(), harness.size(), options);
-}
-
 /// What --communicator names; by default NCCL between GPUs, and the launcher's otherwise.
 std::shared_ptr<Communicator> make_world(const std::string& kind) {
   CommunicatorOptions options;
   options.deadline = kTestDeadline;
+  Communicator& harness = *session().harness;
   if (kind == "store") {
-    return make_store_world(*session().harness, options);
+    return make_store_communicator(open_shared_store(harness, options.deadline), harness.rank(),
+                                   harness.size(), options);
+  }
+  if (kind == "process_group") {
+    return make_process_group_communicator(make_process_group(harness, options.deadline), options);
   }
   auto host_world = make_host_world(options.deadline);
   if (kind.empty() && device().is_cuda() && host_world->size() == 1) {
@@ -130,7 +119,8 @@ Arguments parse(int argc, char** argv) {
     } else if (argument.rfind("--gtest_", 0) != 0) {
       throw std::invalid_argument("unknown argument '" + argument +
                                   "'; known: --seed N, --device cpu|cuda, "
-                                  "--communicator mpi|store|nccl, --gtest_*");
+                                  "--communicator mpi|store|nccl|process_group, "
+                                  "--gtest_*");
     }
   }
   return arguments;
