@@ -40,11 +40,11 @@ def _moe_backward(gradients, state, probe, inputs):
 def _route_forward(logits, top_k, renormalize, needs_gradient):
     tokens, experts = logits.shape
     return (
-        logits.new_empty((tokens, top_k), dtype=torch.int64),
         logits.new_empty((tokens, top_k)),
-        logits.new_empty((experts,), dtype=torch.int64),
         logits.new_empty((experts,)),
         logits.new_empty(()),
+        logits.new_empty((tokens, top_k), dtype=torch.int64),
+        logits.new_empty((experts,), dtype=torch.int64),
         torch.empty((1,), dtype=torch.uint8, device="cpu"),
     )
 

@@ -59,16 +59,24 @@ class Plan(NamedTuple):
 def route(logits: Tensor, top_k: int, renormalize: bool = True) -> RouteResult:
     """Softmax and top-k of logits [T, E], fp32 or fp64."""
     needs_gradient = torch.is_grad_enabled() and logits.requires_grad
-    return RouteResult(*torch.ops.anabranch.route_forward(logits, top_k, renormalize, needs_gradient)[:5])
+    weights, probability_sum, squared_logsumexp_sum, expert_ids, counts, _ = torch.ops.anabranch.route_forward(
+        logits, top_k, renormalize, needs_gradient
+    )
+    return RouteResult(expert_ids, weights, counts, probability_sum, squared_logsumexp_sum)
 
 
 def plan(expert_ids: Tensor, weights: Tensor, num_experts: int, group: object = None) -> Plan:
     """Plans the exchange of this rank's T tokens for `expert_ids` [T, top_k] int64, distinct within a token, and
     `weights` [T, top_k] fp32 or fp64. The host waits for the counts here. Collective; a routing that is not
     valid on any rank is an error on all."""
-    name = group if isinstance(group, str) else as_group(group).on(expert_ids.device).name
+    name = group if isinstance(group, str) else _name_of(group, expert_ids.device)
     tensors = torch.ops.anabranch.plan(expert_ids, weights.detach(), num_experts, name)
     return Plan(tensors, expert_ids.shape[1], num_experts, name)
+
+
+@torch.compiler.assume_constant_result
+def _name_of(group: object, device: torch.device) -> str:
+    return as_group(group).on(device).name
 
 
 def dispatch(rows: Tensor, plan: Plan, values: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -111,69 +119,69 @@ def _arguments(plan: Plan) -> tuple[list[Tensor], int, int, str]:
 # Autograd: adjoints of each other.
 
 
-def _route_setup(context, inputs, output):
-    context.save_for_backward(output[5], inputs[0])
-    context.mark_non_differentiable(output[0], output[2], output[5])
+def _route_setup(ctx, inputs, output):
+    ctx.save_for_backward(output[5], inputs[0])
+    ctx.mark_non_differentiable(*output[3:])
 
 
-def _route_backward(context, _ids, dweights, _counts, dprobability_sum, dsquared_logsumexp_sum, _state):
-    state, logits = context.saved_tensors
+def _route_backward(ctx, dweights, dprobability_sum, dsquared_logsumexp_sum, *_):
+    state, logits = ctx.saved_tensors
     gradients = [dweights, dprobability_sum, dsquared_logsumexp_sum]
     return torch.ops.anabranch.route_backward(gradients, state, logits), None, None, None
 
 
-def _exchange_setup(context, inputs, output):
-    _, values, plan, context.top_k, context.num_experts, context.group = inputs
-    context.with_values = values is not None
-    context.save_for_backward(*plan)
+def _exchange_setup(ctx, inputs, output):
+    _, values, plan, ctx.top_k, ctx.num_experts, ctx.group = inputs
+    ctx.with_values = values is not None
+    ctx.save_for_backward(*plan)
 
 
 def _adjoint_of_exchange(operator):
-    def backward(context, drows, dvalues):
-        plan = list(context.saved_tensors)
-        values = dvalues if context.with_values else None
-        dinput, dinput_values = operator(drows, values, plan, context.top_k, context.num_experts, context.group)
-        return dinput, dinput_values if context.with_values else None, [None] * len(plan), None, None, None
+    def backward(ctx, drows, dvalues):
+        plan = list(ctx.saved_tensors)
+        values = dvalues if ctx.with_values else None
+        dinput, dinput_values = operator(drows, values, plan, ctx.top_k, ctx.num_experts, ctx.group)
+        return dinput, dinput_values if ctx.with_values else None, [None] * len(plan), None, None, None
 
     return backward
 
 
-def _permute_setup(context, inputs, output):
-    context.save_for_backward(*inputs[1])
+def _permute_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1])
 
 
-def _permute_backward(context, drows):
-    plan = list(context.saved_tensors)
+def _permute_backward(ctx, drows):
+    plan = list(ctx.saved_tensors)
     return torch.ops.anabranch.unpermute(drows, None, plan), [None] * len(plan)
 
 
-def _unpermute_setup(context, inputs, output):
+def _unpermute_setup(ctx, inputs, output):
     assignments, weights, plan = inputs
-    context.with_weights = weights is not None
-    context.save_for_backward(*([assignments, weights] if context.with_weights else []), *plan)
+    ctx.with_weights = weights is not None
+    ctx.save_for_backward(*([assignments, weights] if ctx.with_weights else []), *plan)
 
 
-def _unpermute_backward(context, drows):
-    if not context.with_weights:
-        plan = list(context.saved_tensors)
+def _unpermute_backward(ctx, drows):
+    if not ctx.with_weights:
+        plan = list(ctx.saved_tensors)
         return torch.ops.anabranch.permute(drows, plan), None, [None] * len(plan)
-    assignments, weights, *plan = context.saved_tensors
+    assignments, weights, *plan = ctx.saved_tensors
     of_assignments = torch.ops.anabranch.permute(drows, plan)
     dweights = (of_assignments.to(weights.dtype) * assignments.to(weights.dtype)).sum(-1)
     dassignments = (of_assignments.to(weights.dtype) * weights.unsqueeze(-1)).to(assignments.dtype)
     return dassignments, dweights, [None] * len(plan)
 
 
-def _gemm_setup(context, inputs, output):
-    x, weight, counts, context.engine = inputs
-    context.save_for_backward(x, weight, counts)
+def _gemm_setup(ctx, inputs, output):
+    x, weight, counts, ctx.engine = inputs
+    ctx.save_for_backward(x, weight, counts)
 
 
-def _gemm_backward(context, dy):
-    x, weight, counts = context.saved_tensors
+def _gemm_backward(ctx, dy):
+    x, weight, counts = ctx.saved_tensors
     operators = torch.ops.anabranch
-    dx = operators.grouped_gemm_dgrad(dy, weight, counts, context.engine) if context.needs_input_grad[0] else None
-    dweight = operators.grouped_gemm_wgrad(dy, x, counts, context.engine) if context.needs_input_grad[1] else None
+    dx = operators.grouped_gemm_dgrad(dy, weight, counts, ctx.engine) if ctx.needs_input_grad[0] else None
+    dweight = operators.grouped_gemm_wgrad(dy, x, counts, ctx.engine) if ctx.needs_input_grad[1] else None
     return dx, dweight, None, None
 
 

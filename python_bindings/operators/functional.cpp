@@ -63,7 +63,7 @@ ExchangePlan to_plan(at::TensorList list, int64_t top_k) {
   return plan;
 }
 
-// expert_ids, weights, counts, probability_sum, squared_logsumexp_sum, state
+/// weights, probability_sum, squared_logsumexp_sum, expert_ids, counts, state
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> route_forward(
     const at::Tensor& logits, int64_t top_k, bool renormalize, bool needs_gradient) {
   auto leaf = logits.detach();
@@ -77,11 +77,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
       graph.outputs.push_back(torch::autograd::impl::gradient_edge(tensor));
     }
   }
-  return {routing.expert_ids,
-          routing.weights.detach(),
-          routing.counts,
+  return {routing.weights.detach(),
           routing.probability_sum.detach(),
           routing.squared_logsumexp_sum.detach(),
+          routing.expert_ids,
+          routing.counts,
           as_tensor(std::move(graph))};
 }
 
@@ -181,8 +181,8 @@ void implement(torch::Library& library) {
 TORCH_LIBRARY_FRAGMENT(anabranch, library) {
   library.def(
       "route_forward(Tensor logits, int top_k, bool renormalize, bool needs_gradient) -> "
-      "(Tensor expert_ids, Tensor weights, Tensor counts, Tensor probability_sum, "
-      "Tensor squared_logsumexp_sum, Tensor state)");
+      "(Tensor weights, Tensor probability_sum, Tensor squared_logsumexp_sum, Tensor expert_ids, "
+      "Tensor counts, Tensor state)");
   library.def("route_backward(Tensor[] gradients, Tensor state, Tensor logits) -> Tensor");
   library.def("plan(Tensor expert_ids, Tensor weights, int num_experts, str group) -> Tensor[]");
   library.def(

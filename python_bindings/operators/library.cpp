@@ -3,7 +3,9 @@
 #include <anabranch/build.h>
 #include <anabranch/gradients.h>
 #include <anabranch/moe_layer.h>
+#include <anabranch/process_group.h>
 #include <anabranch/rank_discovery.h>
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/library.h>
 
 #include <nlohmann/json.hpp>
@@ -67,6 +69,12 @@ std::string nccl_group(std::string name, std::string group, at::Device device, d
                         make_nccl_communicator(group_named(group), device, deadline(seconds)));
 }
 
+/// Of torch.distributed, by the name it is registered by.
+std::string process_group(std::string name, std::string group, double seconds) {
+  return register_group(
+      name, make_process_group_communicator(c10d::resolve_process_group(group), deadline(seconds)));
+}
+
 std::string split_group(std::string name, std::string group, int64_t color, int64_t key) {
   return register_group(name,
                         group_named(group)->split(static_cast<int>(color), static_cast<int>(key)));
@@ -118,6 +126,7 @@ TORCH_LIBRARY(anabranch, library) {
       "store_group(str name, str host, int port, int rank, int size, float deadline) -> str",
       store_group);
   library.def("nccl_group(str name, str group, Device device, float deadline) -> str", nccl_group);
+  library.def("process_group(str name, str group, float deadline) -> str", process_group);
   library.def("split_group(str name, str group, int color, int key) -> str", split_group);
   library.def("release_group(str name) -> ()", release_group);
   library.def("describe_group(str group) -> (int, int, str)", describe_group);
