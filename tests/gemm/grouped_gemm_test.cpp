@@ -544,6 +544,22 @@ TEST(GroupedGemmEnginesTest, PaddingIsCounted) {
   }
 }
 
+// Its explanation names all that it measured.
+TEST(GroupedGemmEnginesTest, AutoDoesNotConsiderBaselines) {
+  for (const auto device : devices()) {
+    const auto engine = make_grouped_gemm_engine(device);
+    const auto options = torch::TensorOptions(torch::kBFloat16).device(device);
+    const auto x = torch::ones({24, 64}, options);
+    const auto weight = torch::ones({2, 32, 64}, options);
+    EXPECT_EQ(grouped_gemm(*engine, x, weight, {8, 16}).min().item<double>(), 64);
+    const auto considered = engine->explain();
+    EXPECT_NE(considered.find(device.is_cuda() ? "cublas_grouped" : "cpu"), std::string::npos);
+    for (const char* baseline : {"padded_bmm", "block_diagonal", "block_sparse", "torch"}) {
+      EXPECT_EQ(considered.find(baseline), std::string::npos) << considered;
+    }
+  }
+}
+
 TEST(GroupedGemmEnginesTest, UnknownNamesAreRefusedWithTheKnownOnes) {
   const auto thrown = thrown_by([] { make_grouped_gemm_engine(torch::kCPU, "abacus"); });
   EXPECT_EQ(thrown.kind, Thrown::Kind::kInput) << thrown;

@@ -101,36 +101,39 @@ class Tiles {
   int tiles_across_;
 };
 
-/// Where the parts of the operands lie, as coordinates of boxes.
-class Places {
- public:
-  __device__ explicit Places(const Layout& layout) : layout_(layout) {}
+/// The tokens of a block row, in S (whose columns are those of the block row) or D.
+struct Rows {
+  int y;
+  int z;
 
-  /// Row `token` of a block row, in S (its columns of the block row) or D.
-  __device__ BoxCoordinates tokens(int block_row, int token, int column) const {
-    const int first = static_cast<int>(layout_.first_token[block_row]);
-    const int tokens = layout_.block_tokens[block_row];
-    return {column, kRowsEnd - tokens + token, first + tokens, kRowsWrap};
+  __device__ Rows(const Layout& layout, int block_row) {
+    const int tokens = layout.block_tokens[block_row];
+    y = kRowsEnd - tokens;  // see hopper::rows_map
+    z = static_cast<int>(layout.first_token[block_row]) + tokens;
   }
-  /// Element (`within`, k) of a block column's part of W.
-  template <bool kWidthLast>
-  __device__ BoxCoordinates weight(int block_column, int within, int k) const {
-    const int columns = static_cast<int>(layout_.expert_columns);
-    const int expert = block_column / columns;
-    const int width = (block_column - expert * columns) * kBlock + within;
+  __device__ BoxCoordinates box(int token, int column) const {
+    return {column, y + token, z, kRowsWrap};
+  }
+};
+
+/// A block column's part of W.
+template <bool kWidthLast>
+struct Columns {
+  int expert;
+  int first;  // among the expert's
+
+  __device__ Columns(const Layout& layout, int block_column) {
+    const int columns = static_cast<int>(layout.expert_columns);
+    expert = block_column / columns;
+    first = (block_column - expert * columns) * kBlock;
+  }
+  __device__ BoxCoordinates box(int column, int k) const {
     if constexpr (kWidthLast) {
-      return {width, k, expert, 0};
+      return {first + column, k, expert, 0};
     } else {
-      return {k, width, expert, 0};
+      return {k, first + column, expert, 0};
     }
   }
-  /// The first column of a block in its block row.
-  __device__ int column_of(int block, int block_row) const {
-    return (block - layout_.row_offsets[block_row]) * kBlock;
-  }
-
- private:
-  const Layout& layout_;
 };
 
 struct Ring {
@@ -152,75 +155,106 @@ struct SharedMemory {
   uint32_t empty;
 };
 
-/// Fetches a stage's boxes.
+/// Fetches the boxes of a tile, a step's into each stage.
 template <typename shape>
-struct Fetch {
-  const Arguments& arguments;
-  const HopperMaps& maps;
-  const Places places;
-  uint32_t target;
-  uint32_t full;
-
-  __device__ void box(const CUtensorMap& map, const BoxCoordinates& at, int i) const {
-    hopper::load_box(map, at, target + i * kBoxBytes, full);
+class Fetch {
+ public:
+  __device__ Fetch(const Arguments& arguments, const HopperMaps& maps, const Tile& tile)
+      : layout_(arguments.layout),
+        maps_(maps),
+        tile_(tile),
+        rows_(layout_, shape::kProduct == Product::kDds ? 0 : tile.line),
+        columns_{{layout_, column_of(0)}, {layout_, column_of(1)}} {
+    // A block that the row does not have lies outside of W.
+    if (shape::kProduct == Product::kSdd && !has(1)) {
+      columns_[1].first = static_cast<int>(layout_.width);
+    }
   }
 
-  /// S = D · W: a step is 64 of k. A block that the row does not have lies outside of W.
-  __device__ void sdd(const Tile& tile, int step) const {
-    const Layout& layout = arguments.layout;
+  __device__ void operator()(int step, uint32_t target, uint32_t full) {
+    if constexpr (shape::kProduct == Product::kSdd) {
+      sdd(step, target, full);
+    } else if constexpr (shape::kProduct == Product::kDsd) {
+      dsd(step, target, full);
+    } else {
+      dds(step, target, full);
+    }
+  }
+
+ private:
+  /// Whether the tile of kSdd has its second block.
+  __device__ bool has(int block) const {
+    return tile_.first + block < layout_.row_offsets[tile_.line + 1];
+  }
+  __device__ int column_of(int block) const {
+    if constexpr (shape::kProduct == Product::kSdd) {
+      return layout_.column_indices[tile_.first + (has(block) ? block : 0)];
+    } else {
+      return 0;
+    }
+  }
+
+  /// S = D · W: a step is 64 of k.
+  __device__ void sdd(int step, uint32_t target, uint32_t full) const {
     const int k = step * kBox;
 #pragma unroll
     for (int i = 0; i < shape::kABoxes; ++i) {
-      box(maps.dense, places.tokens(tile.line, i * kBox, k), i);
+      hopper::load_box(maps_.dense, rows_.box(i * kBox, k), target + i * kBoxBytes, full);
     }
 #pragma unroll
-    for (int half = 0; half < kWide / kBlock; ++half) {
-      const bool exists = tile.first + half < layout.row_offsets[tile.line + 1];
-      const int column = layout.column_indices[exists ? tile.first + half : tile.first];
-      const int outside = exists ? 0 : static_cast<int>(layout.width);
-#pragma unroll
-      for (int j = 0; j < kBlock / kBox; ++j) {
-        box(maps.weight, places.weight<shape::kWidthLast>(column, outside + j * kBox, k),
-            shape::kABoxes + half * (kBlock / kBox) + j);
-      }
+    for (int j = 0; j < shape::kBBoxes; ++j) {
+      hopper::load_box(maps_.weight, columns_[j / 2].box(j % 2 * kBox, k),
+                       target + (shape::kABoxes + j) * kBoxBytes, full);
     }
   }
 
   /// D = S · W: a step is half a block of the row.
-  __device__ void dsd(const Tile& tile, int step) const {
-    const int block = tile.first + step / 2;
+  __device__ void dsd(int step, uint32_t target, uint32_t full) {
     const int within = step % 2 * kBox;
-    const int column = places.column_of(block, tile.line) + within;
+    if (within == 0) {
+      columns_[0] = {layout_, layout_.column_indices[tile_.first + step / 2]};
+    }
 #pragma unroll
     for (int i = 0; i < shape::kABoxes; ++i) {
-      box(maps.values, places.tokens(tile.line, i * kBox, column), i);
+      hopper::load_box(maps_.values, rows_.box(i * kBox, step * kBox), target + i * kBoxBytes,
+                       full);
     }
-    const int weight_column = arguments.layout.column_indices[block];
 #pragma unroll
     for (int j = 0; j < shape::kBBoxes; ++j) {
-      const int k = tile.across * kWide + j * kBox;
-      box(maps.weight, places.weight<shape::kWidthLast>(weight_column, within, k),
-          shape::kABoxes + j);
+      hopper::load_box(maps_.weight, columns_[0].box(within, tile_.across * kWide + j * kBox),
+                       target + (shape::kABoxes + j) * kBoxBytes, full);
     }
   }
 
   /// W = Sᵀ · D or Dᵀ · S: a step is half the tokens of a block of the column.
-  __device__ void dds(const Tile& tile, int step) const {
-    const int place = tile.first + step / 2;
-    const int row = arguments.layout.transposed_rows[place];
+  __device__ void dds(int step, uint32_t target, uint32_t full) {
     const int token = step % 2 * kBox;
-    const int column = places.column_of(arguments.layout.transposed_order[place], row);
+    if (token == 0) {
+      const int place = tile_.first + step / 2;
+      const int row = layout_.transposed_rows[place];
+      rows_ = {layout_, row};
+      values_column_ = (layout_.transposed_order[place] - layout_.row_offsets[row]) * kBlock;
+    }
     constexpr int kValuesAt = shape::kTall ? shape::kABoxes : 0;
     constexpr int kDenseAt = shape::kTall ? 0 : shape::kABoxes;
 #pragma unroll
     for (int i = 0; i < kBlock / kBox; ++i) {
-      box(maps.values, places.tokens(row, token, column + i * kBox), kValuesAt + i);
+      hopper::load_box(maps_.values, rows_.box(token, values_column_ + i * kBox),
+                       target + (kValuesAt + i) * kBoxBytes, full);
     }
 #pragma unroll
     for (int i = 0; i < kWide / kBox; ++i) {
-      box(maps.dense, places.tokens(row, token, tile.across * kWide + i * kBox), kDenseAt + i);
+      hopper::load_box(maps_.dense, rows_.box(token, tile_.across * kWide + i * kBox),
+                       target + (kDenseAt + i) * kBoxBytes, full);
     }
   }
+
+  const Layout& layout_;
+  const HopperMaps& maps_;
+  Tile tile_;
+  Rows rows_;                              // of the line, or of the step
+  Columns<shape::kWidthLast> columns_[2];  // of the tile's blocks, or of the step's
+  int values_column_ = 0;
 };
 
 /// One thread fills the ring.
@@ -231,20 +265,14 @@ __device__ void load(const Arguments& arguments, const HopperMaps& maps,
   Ring ring;
   Tile tile;
   while (tiles.next(tile)) {
+    if (tile.steps == 0) continue;
+    Fetch<shape> fetch(arguments, maps, tile);
 #pragma unroll 1
     for (int step = 0; step < tile.steps; ++step) {
       const uint32_t full = shared.full + ring.stage * 8;
-      const Fetch<shape> fetch{arguments, maps, Places(arguments.layout),
-                               shared.stages + ring.stage * shape::kStageBytes, full};
       hopper::wait(shared.empty + ring.stage * 8, ring.parity ^ 1);
       hopper::arrive_expecting(full, shape::kStageBytes);
-      if constexpr (shape::kProduct == Product::kSdd) {
-        fetch.sdd(tile, step);
-      } else if constexpr (shape::kProduct == Product::kDsd) {
-        fetch.dsd(tile, step);
-      } else {
-        fetch.dds(tile, step);
-      }
+      fetch(step, shared.stages + ring.stage * shape::kStageBytes, full);
       ring.advance(shape::kStages);
     }
   }
@@ -339,22 +367,20 @@ class Store {
 
   /// Box (i, j) of the tile, unless it lies outside.
   __device__ void box(const Tile& tile, int i, int j, uint32_t source) const {
-    const Places places(layout_);
     const int row = i * kBox;
     if constexpr (shape::kProduct == Product::kDds) {
-      const int within = shape::kTall ? j * kBox : row;
+      const Columns<shape::kWidthLast> columns(layout_, tile.line);
+      const int column = shape::kTall ? j * kBox : row;
       const int k = tile.across * kWide + (shape::kTall ? row : j * kBox);
-      const int column = tile.line % static_cast<int>(layout_.expert_columns) * kBlock + within;
-      if (k < k_ && column < layout_.width) {
-        hopper::store_box(maps_.weight, places.weight<shape::kWidthLast>(tile.line, within, k),
-                          source);
+      if (k < k_ && columns.first + column < layout_.width) {
+        hopper::store_box(maps_.weight, columns.box(column, k), source);
       }
     } else {
       const bool sdd = shape::kProduct == Product::kSdd;
       const int column = tile.across * kWide + j * kBox;
       if (row < layout_.block_tokens[tile.line] && column < (sdd ? layout_.width : k_)) {
-        hopper::store_box(sdd ? maps_.values : maps_.dense, places.tokens(tile.line, row, column),
-                          source);
+        hopper::store_box(sdd ? maps_.values : maps_.dense,
+                          Rows(layout_, tile.line).box(row, column), source);
       }
     }
   }
