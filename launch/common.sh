@@ -81,15 +81,13 @@ prepare_mpirun() {
 # container, and anabranch-bind where it is built.
 # shellcheck disable=SC2034
 prepare_rank_command() {
-  local preset
+  local bind=$project_root/build/$1/tools/anabranch-bind
   rank_command=("${rank_prefix[@]}")
-  for preset in release cuda; do
-    if [[ -x $project_root/build/$preset/tools/anabranch-bind ]]; then
-      rank_command+=("$project_root/build/$preset/tools/anabranch-bind")
-      return
-    fi
-  done
-  warn "ranks are not bound: anabranch-bind is not built"
+  if [[ -x $bind ]]; then
+    rank_command+=("$bind")
+  else
+    warn "ranks are not bound: ${bind#"$project_root"/} is not built"
+  fi
 }
 
 # Runs mpirun with ARGUMENTS, waits for it, and leaves its exit code in `exit_code`.

@@ -60,7 +60,7 @@ command -v mpirun >/dev/null || die "there is no mpirun: load a module, or run l
 
 prepare_mpirun "$ranks" "$(cores)"
 rank_command=("${rank_prefix[@]}")
-if $bind; then prepare_rank_command; fi
+if $bind; then prepare_rank_command release; fi
 exit_code=0
 run_ranks -n "$ranks" "${mpirun_flags[@]}" "${extra_mpirun_flags[@]}" "${rank_command[@]}" "$@"
 exit "$exit_code"

@@ -231,13 +231,10 @@ def parse(argv):
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of a point")
     parser.add_argument("--launcher", default=f"{ROOT}/launch/mpirun.sh -n {{ranks}}", help="with {ranks} in it")
-    parser.add_argument("--program", type=Path, help="default: benchmark_step of build/release, or of build/cuda")
+    parser.add_argument("--program", type=Path, default=ROOT / "build/release/benchmarks/benchmark_step")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for a point")
     parser.add_argument("--report-only", action="store_true", help="measure nothing")
     arguments = parser.parse_args(argv)
-    if not arguments.program:
-        preset = "cuda" if arguments.device == "cuda" else "release"
-        arguments.program = ROOT / "build" / preset / "benchmarks/benchmark_step"
     if not arguments.report_only and not arguments.program.exists():
         parser.error(f"there is no {arguments.program}: build it, or name another with --program")
     return arguments

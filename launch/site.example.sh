@@ -6,9 +6,14 @@
 # module purge
 # module load gcc/13 openmpi/5 cuda/13
 
-# What goes in front of every rank: a container, numactl, a profiler.
-# rank_prefix=(apptainer exec --nv --bind "$project_root" "$HOME/anabranch.sif")
+# The network that NCCL and MPI use. srun passes the environment on; mpirun what it is told with -x.
+# export NCCL_IB_HCA=mlx5 NCCL_SOCKET_IFNAME=ib0
+# site_mpirun_flags=(--mca pml ucx -x NCCL_IB_HCA -x NCCL_SOCKET_IFNAME)
 
-# Further flags of mpirun and srun: the network, for example.
-# site_mpirun_flags=(--mca pml ucx --mca btl '^openib')
-# site_srun_flags=(--gpus-per-task=1 --gpu-bind=none)
+# What goes in front of every rank: a container, numactl, a profiler.
+# rank_prefix=(apptainer exec --nv --bind "$project_root,/shared" "$HOME/anabranch.sif")
+
+# Further flags of srun. Ranks see all GPUs of their node, and anabranch-bind gives each its own:
+# site_srun_flags=(--gpu-bind=none)
+# Containers by Pyxis, instead of rank_prefix:
+# site_srun_flags+=(--container-image="$HOME/anabranch.sqsh" --container-mounts="$project_root:$project_root")

@@ -74,7 +74,7 @@ else
 fi
 
 rank_command=("${rank_prefix[@]}")
-if $bind; then prepare_rank_command; fi
+if $bind; then prepare_rank_command release; fi
 if [[ $1 == *.py ]]; then rank_command+=("$venv/bin/python"); fi
 exec "$venv/bin/python" -m torch.distributed.run --nproc-per-node "$ranks" "${torchrun_flags[@]}" \
   --no-python "${rank_command[@]}" "$@"

@@ -22,8 +22,7 @@ def job(project):
     commands = project.root / "commands"
     log = project.root / "slurm_calls"
     executable(project.root / "build/release/tools/anabranch-bind", "#!/bin/bash\n")
-    for preset in ("release", "cuda"):
-        executable(project.root / f"build/{preset}/examples/train_lm", "#!/bin/bash\n")
+    executable(project.root / "build/release/examples/train_lm", "#!/bin/bash\n")
     index = project.root / "run/checkpoint/checkpoint.index.json"
     index.parent.mkdir(parents=True)
     for name in ("srun", "scontrol", "scancel"):
@@ -65,15 +64,6 @@ def test_ranks_are_started_bound_by_the_project_and_not_by_slurm(job):
     job.index.write_text("{}")
     assert of(job("train.sbatch", ANABRANCH_MPI_TYPE="pmi2"), "srun")[0][-1] == "--resume"
     assert job.calls[0][1] == "--mpi=pmi2"
-
-
-@pytest.mark.parametrize("words", [["--device", "cuda"], ["--device=cuda"]])
-def test_gpus_need_the_build_for_them(job, words):
-    (started,) = job("train.sbatch", *words)
-    assert str(job.root / "build/cuda/examples/train_lm") in started
-    (job.root / "build/cuda/examples/train_lm").unlink()
-    job("train.sbatch", *words, expect=1)
-    assert "launch/test.sh --preset cuda -N" in job.output
 
 
 def test_an_apptainer_container_is_around_binding_and_program(job):

@@ -400,3 +400,47 @@ def test_descriptions_that_cannot_be(tmp_path, change, message):
 def test_a_slower_network_is_shared_by_the_node():
     slow = plots.slower(cluster(), 1e6, 0.1)
     assert slow.gpus_per_nic == 4 and slow.network == Link(1e6, 0.1, 5e-6)
+
+
+# --- predicted beside measured (benchmarks/planner.py) -------------------------------------------------
+
+
+@pytest.fixture
+def steady(monkeypatch):
+    """benchmarks/planner.py, with measurements and slowdowns that the test lists."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import planner as beside
+
+    class Machine:
+        records, slowdowns = [], []
+
+        def slowdown(self):
+            return self.slowdowns.pop(0)
+
+    def measured(step, least):
+        return {"step_ms": step, "step_ms_least": least, "stage_ms_least": {"experts": least, "plan": 1.0}}
+
+    machine = Machine()
+    monkeypatch.setattr(beside.calibrate, "measure", lambda *_: [measured(*machine.records.pop(0))])
+    machine.run = lambda: beside.measure_idle(machine, "", 1, [(1, 1, 1, 1, 1)], 3, pause=0)[0]
+    return machine
+
+
+def test_an_idle_machine_is_measured_once(steady):
+    steady.records, steady.slowdowns = [(10, 9)], [1.0, 1.02]
+    record = steady.run()
+    assert (record["attempts"], record["slowdown"]) == (1, 1.02)
+
+
+@pytest.mark.parametrize("slowdowns", [[1.5, 1.0, 1.0, 1.0], [1.0, 1.5, 1.0, 1.0]])
+def test_a_busy_machine_is_measured_again_and_the_least_counts(steady, slowdowns):
+    steady.records, steady.slowdowns = [(10, 8), (11, 9)], slowdowns
+    record = steady.run()
+    assert (record["attempts"], record["slowdown"]) == (2, 1.0)
+    # The record of the idle attempt, with the shortest times of both.
+    assert (record["step_ms"], record["step_ms_least"], record["stage_ms_least"]["experts"]) == (11, 8, 8)
+
+
+def test_uneven_steps_are_measured_again_but_not_for_ever(steady):
+    steady.records, steady.slowdowns = [(20, 9)] * 9, [1.0] * 18
+    assert steady.run()["attempts"] == 4 and len(steady.records) == 5

@@ -126,6 +126,8 @@ def no_process_is_left(cluster, run):
 def test_a_job_of_a_higher_partition_has_it_make_way(cluster, uninterrupted):
     run = Run(cluster, "preempted", 2)
     run.wait_for_step(STEPS // 6 + 2)
+    # So that it is still there when Slurm comes to it, with CONT and TERM to the ranks.
+    cluster.slurm("scancel", "--signal=STOP", run.job)
     urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
     other = cluster.slurm(*urgent, "--wrap=sleep 0.1").strip()
     run.finish()
@@ -133,8 +135,9 @@ def test_a_job_of_a_higher_partition_has_it_make_way(cluster, uninterrupted):
     assert cluster.state(other) == "COMPLETED"
     assert cluster.job(run.job)["Restarts"] == "1", cluster.explain(run.job, run.log)
     assert "pre-empted: requeued" in log
-    # The ranks have saved after the step in which they were told, rather than lost all since step 10.
-    assert int(re.search(r"resuming after step (\d+)", log)[1]) > STEPS // 6, log
+    # The ranks have saved after the step in which they were told, rather than lost what came after step 10.
+    saved = re.search(r"stopped after step (\d+), saved", log)
+    assert saved and f"resuming after step {saved[1]} of" in log, log
     assert run.curve() == uninterrupted[2]
 
 
