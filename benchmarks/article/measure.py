@@ -1,0 +1,306 @@
+"""One unit through every method: checked against the oracle, then timed in turns, both passes."""
+
+import contextlib
+import dataclasses
+import gc
+import itertools
+import math
+import re
+import statistics
+import time
+import warnings
+
+import torch
+
+from . import cases
+from .methods import Missing, Unsupported
+from .oracle import Oracle
+from .problem import Problem
+from .stages import profile
+
+# Beyond this a step needs no warming up, and a pass no more than one step a round.
+SLOW_MS = 300.0
+
+
+class DeviceLost(Exception):
+    """The GPU's context is gone, and with it the process's use of the GPU."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    device: str
+    seed: int = 1
+    seconds: float = 0.05  # of measuring, for a method and pass
+    rounds: int = 3  # over which these are spread
+    memory_limit: int | None = None  # bytes
+
+
+class Clock:
+    """Times and peak memory of steps on one device."""
+
+    def __init__(self, device):
+        self.cuda = torch.device(device).type == "cuda"
+
+    def milliseconds(self, step, count):
+        """Of each of `count` steps, that follow one another."""
+        if not self.cuda:
+            times = []
+            for _ in range(count):
+                start = time.perf_counter()
+                step()
+                times.append((time.perf_counter() - start) * 1e3)
+            return times
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        events[0].record()
+        for event in events[1:]:
+            step()
+            event.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+
+    def peak_bytes(self, step):
+        """Most bytes of tensors alive at once in a step beyond those alive before it."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            return torch.cuda.max_memory_allocated() - before
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on what the profiler keeps from one cycle to the next
+            with torch.profiler.profile(profile_memory=True) as profile:
+                step()
+        events = profile.profiler.kineto_results.events()
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        return max(itertools.accumulate((change for _, change in changes), initial=0))
+
+    def allocated(self):
+        return torch.cuda.memory_allocated() if self.cuda else 0
+
+    def clear(self):
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def memory_limit(self, limit, others):
+        """At most `limit` bytes beside `others`; on a CPU, Subject.peak sees to it."""
+        if limit is None or not self.cuda:
+            yield
+            return
+        self.clear()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (limit + others) / total))
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def why(error):
+    """(status, reason) of what a method threw."""
+    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+    if isinstance(error, Missing):
+        return "missing", first
+    if isinstance(error, Unsupported) or "does not take" in first:
+        return "unsupported", first
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(r"out of memory|ALLOC_FAILED", str(error)):
+        return "out of memory", first
+    return "failed", f"{type(error).__name__}: {first}"
+
+
+class Subject:
+    """One method at one problem: made when it is its turn, and let go when others need the memory."""
+
+    def __init__(self, name, factory, problem, clock, settings):
+        self.name, self.factory, self.problem, self.clock, self.settings = name, factory, problem, clock, settings
+        self.x = problem.x.detach().requires_grad_()
+        self.method = None
+        self.status = dict.fromkeys(cases.PASSES, "ok")
+        self.reason, self.errors = {}, {}
+        self.times = {step: [] for step in cases.PASSES}
+        self.peaks, self.padding = {}, None
+
+    def make(self):
+        if self.method is None:
+            self.method = self.factory(self.problem)
+            self.padding = self.method.padding()
+        return self.method
+
+    def parameter_bytes(self):
+        return sum(leaf.nbytes for leaf in self.method.leaves)
+
+    def release(self):
+        self.clear_gradients()
+        self.method = None
+
+    def clear_gradients(self):
+        for tensor in (self.x, *(self.method.leaves if self.method else ())):
+            tensor.grad = None
+
+    def forward(self):
+        with torch.no_grad():
+            return self.make()(self.x)
+
+    def forward_backward(self):
+        self.make()(self.x).backward(self.problem.dy)
+        self.clear_gradients()
+
+    def step(self, which):
+        return self.forward if which == "forward" else self.forward_backward
+
+    def check_forward(self, oracle, expected):
+        with torch.no_grad():
+            self.note("y", expected["y"].compare(oracle.chosen(self.make()(self.x))))
+        self.judge("forward", ["y"])
+
+    def check_backward(self, oracle, expected):
+        """The output again, and every gradient."""
+        method = self.make()
+        y = method(self.x)
+        self.note("y", expected["y"].compare(oracle.chosen(y.detach())))
+        y.backward(self.problem.dy)
+        del y
+        actual = {**method.gradients(oracle.units), "dx": oracle.chosen(self.x.grad)}
+        if actual.get("dlogits") is not None:
+            actual["dlogits"] = oracle.chosen(actual["dlogits"])
+        if "dgate" in expected and oracle.tokens is not None:  # a sum over tokens: of those that the oracle has
+            self.clear_gradients()
+            method(self.x).backward(oracle.masked_dy())
+            actual["dgate"] = method.gradients(oracle.units)["dgate"]
+        self.clear_gradients()
+        for name in expected.keys() - {"y"}:
+            self.note(name, expected[name].compare(actual.get(name)))
+        self.judge("forward+backward", list(expected))
+
+    def judge(self, which, names):
+        worst = max(names, key=lambda name: self.errors[name].used)
+        error = self.errors[worst]
+        if not error.right:
+            self.status[which] = "wrong"
+            self.reason[which] = f"{worst} errs by {error.error:.3g}, {error.used:.3g} times what is allowed"
+
+    def note(self, name, comparison):
+        """The worse of what was found for a result that is checked twice."""
+        before = self.errors.get(name)
+        if before is None or not comparison.used <= before.used:
+            self.errors[name] = comparison
+
+    def measure(self, which):
+        """One turn at a pass."""
+        step, times = self.step(which), self.times[which]
+        warm = times[-1] if times else math.inf
+        if not times or warm < SLOW_MS:
+            warm = self.clock.milliseconds(step, 1)[0]
+        if which not in self.peaks:
+            self.peaks[which] = self.peak(step)
+        count = int(self.settings.seconds * 1e3 / self.settings.rounds / max(warm, 1e-3))
+        times += self.clock.milliseconds(step, min(max(count, 1), 50))
+
+    def peak(self, step):
+        """Bytes of x, dy, the parameters, and most of all else alive in a step."""
+        peak = self.clock.peak_bytes(step) + self.parameter_bytes() + self.problem.bytes_of_inputs()
+        limit = self.settings.memory_limit
+        if limit is not None and peak > limit:
+            raise MemoryError(f"{peak:,} bytes are needed, {limit:,} are allowed")
+        return peak
+
+    def rows(self):
+        case, unit = self.problem.case, self.problem.unit
+        for which in cases.PASSES:
+            right = self.status[which] == "ok"
+            ms = statistics.median(self.times[which]) if right else None
+            yield row_of(
+                unit,
+                which,
+                self.name,
+                self.settings,
+                status=self.status[which],
+                reason=self.reason.get(which),
+                ms=ms,
+                tflops=ms and case.flops(which) / ms / 1e9,
+                peak_bytes=self.peaks[which] if right else None,
+                padding_rows=self.padding,
+                errors={name: dataclasses.asdict(error) for name, error in self.errors.items()},
+                steps=len(self.times[which]),
+                counts=self.problem.counts,
+            )
+
+
+def row_of(unit, which, method, settings, **values):
+    empty = dict(ms=None, tflops=None, peak_bytes=None, padding_rows=None, errors={}, steps=0, counts=None)
+    about = {**dataclasses.asdict(unit.case), "assignments": unit.case.assignments}
+    about.update(unit=unit.name, dtype=unit.dtype, routing=unit.routing, method=method)
+    return {**about, "pass": which, "memory_limit": settings.memory_limit, **empty, **values}
+
+
+class UnitMeasurement:
+    """The turns of all methods at a unit. `begun(name)` is told before a method is first used there."""
+
+    def __init__(self, unit, factories, settings, begun=lambda name: None):
+        self.settings, self.clock, self.begun = settings, Clock(settings.device), begun
+        self.problem = Problem(unit, settings.device, settings.seed)
+        self.oracle = Oracle(self.problem)
+        self.expected = self.oracle.expected()
+        self.clock.clear()
+        problem = self.problem
+        self.subjects = [Subject(name, make, problem, self.clock, settings) for name, make in factories.items()]
+        self.inputs = problem.bytes_of_inputs()
+        weights = problem.up.nbytes + problem.down.nbytes
+        self.keep = settings.memory_limit is None and weights * len(factories) < (2 << 30)
+
+    def rows(self):
+        """Rows of all methods; DeviceLost carries those that are known."""
+        for subject in self.subjects:
+            for which, check in (("forward", subject.check_forward), ("forward+backward", subject.check_backward)):
+                self.turn(subject, which, lambda check=check: check(self.oracle, self.expected))
+        for number in range(self.settings.rounds):
+            first = number % len(self.subjects)
+            for subject in self.subjects[first:] + self.subjects[:first]:
+                for which in cases.PASSES:
+                    self.turn(subject, which, lambda subject=subject, which=which: subject.measure(which))
+            if min(self.slowest(), default=0) > 10 * SLOW_MS:
+                break  # seconds a step: rounds would tell nothing new
+        return [row for subject in self.subjects for row in subject.rows()]
+
+    def stages(self):
+        """(name, milliseconds by stage) of each method that is right, from a trace of one forward and backward."""
+        for subject in self.subjects:
+            if subject.status["forward+backward"] == "ok":
+                subject.make()
+                subject.forward_backward()
+                yield subject.name, profile(subject.forward_backward, self.clock.cuda)
+                if not self.keep:
+                    subject.release()
+                    self.clock.clear()
+
+    def slowest(self):
+        return [times[-1] for subject in self.subjects if (times := subject.times["forward+backward"])]
+
+    def turn(self, subject, which, use):
+        """Lets a method do something of a pass, unless it has failed at it; what it throws becomes its row."""
+        if subject.status[which] != "ok":
+            return
+        self.begun(subject.name)
+        try:
+            with self.clock.memory_limit(self.settings.memory_limit, self.clock.allocated() - self.inputs):
+                subject.make()
+            others = self.clock.allocated() - self.inputs - subject.parameter_bytes()
+            with self.clock.memory_limit(self.settings.memory_limit, others):
+                use()
+        except Exception as error:
+            self.failed(subject, which, error)
+        if not self.keep or "ok" not in subject.status.values():
+            subject.release()
+        else:
+            subject.clear_gradients()
+        if not self.keep or "out of memory" in subject.status.values():
+            self.clock.clear()
+
+    def failed(self, subject, which, error):
+        status, reason = why(error)
+        # What has no output has no gradients.
+        for failed in cases.PASSES if which == "forward" or status in ("missing", "unsupported") else (which,):
+            subject.status[failed], subject.reason[failed] = status, reason
+        if status == "failed" and "CUDA error" in str(error):
+            raise DeviceLost(list(subject.rows())) from error

@@ -1,0 +1,37 @@
+"""The rate of one GEMM against its rows: x [rows, k] times a weight [n, k]ᵀ."""
+
+import statistics
+
+import torch
+
+from .cases import ARTICLE_SPLIT, TYPES
+from .measure import Clock
+
+HIDDEN = 512
+ROUNDS = 3
+
+
+def rows_to_measure(small):
+    """Powers of two, the article's own counts, and the even share of their sum."""
+    if small:
+        return [1 << power for power in range(4, 12)]
+    even = sum(ARTICLE_SPLIT) // len(ARTICLE_SPLIT)
+    return sorted({*(1 << power for power in range(7, 20)), *ARTICLE_SPLIT, even})
+
+
+def measure(device, dtype, factor, small, seconds):
+    """Records {dtype, k, n, rows, ms, tflops}, all sizes in turns."""
+    k = 64 if small else HIDDEN
+    n, sizes, clock = factor * k, rows_to_measure(small), Clock(device)
+    x = torch.randn(max(sizes), k, device=device, dtype=TYPES[dtype])
+    weight = torch.randn(n, k, device=device, dtype=TYPES[dtype])
+    out = torch.empty(max(sizes), n, device=device, dtype=TYPES[dtype])
+    times = {rows: [] for rows in sizes}
+    for _ in range(ROUNDS):
+        for rows in sizes:
+            step = lambda rows=rows: torch.mm(x[:rows], weight.t(), out=out[:rows])  # noqa: E731
+            warm = clock.milliseconds(step, 1)[0]
+            times[rows] += clock.milliseconds(step, min(50, max(3, int(seconds * 1e3 / ROUNDS / max(warm, 1e-3)))))
+    for rows in sizes:
+        ms = statistics.median(times[rows])
+        yield dict(dtype=dtype, k=k, n=n, rows=rows, ms=ms, tflops=2 * rows * k * n / ms / 1e9)

@@ -1,0 +1,177 @@
+"""The Markdown report, generated from article.json."""
+
+import os
+import statistics
+from collections import Counter, defaultdict
+
+from . import plots
+from .cases import PASSES, TYPES
+from .questions import QUESTIONS, unit_label
+from .tables import GIB, grid_table, methods_in, milliseconds, select, table
+
+
+def about(whole):
+    """Where, when and with what it was measured."""
+    runs = whole["runs"]
+
+    def distinct(name):
+        return ", ".join(dict.fromkeys(str(run[name]) for run in runs if run.get(name) is not None))
+
+    commits = ", ".join(dict.fromkeys(run["commit"][:10] or "unknown" for run in runs))
+    changed = " (with uncommitted changes)" if any(run["changed"] for run in runs) else ""
+    versions = {name: version for run in runs for name, version in run["versions"].items()}
+    others = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    dates = [run["date"] for run in runs]
+    small = "\n**This is the small grid, on a machine without a GPU: it shows that everything runs, not what is fast.**\n"
+    return f"""# The article's experiment
+
+Every way to run the experts of one layer, on the article's grid: an MLP with tanh-GELU, without biases, its gate
+included; `(sequences × length, hidden, E experts, k of them for a token)`. Outputs and every gradient are checked
+against an fp64 oracle before anything is timed. Each time is a median over turns that the methods take in rotation;
+peak memory counts inputs, parameters, gradients and everything between. Written by `launch/article.sh`.
+{small if any(run["small"] for run in runs) else ""}
+- device: {distinct("device")}; host processor {distinct("processor")}, {distinct("cores")} cores
+- PyTorch {distinct("torch")}, CUDA {distinct("cuda") or "none"}; {others}
+- commit {commits}{changed}; {dates[0]} to {dates[-1]}
+- expert hidden size: {distinct("expert_hidden_factor")} × hidden
+- commands: {"; ".join(dict.fromkeys(f"`{run['command']}`" for run in runs))}
+- all rows: `article.csv`, `article.json` beside the plots
+"""
+
+
+PADDING = {
+    "padded_bmm": "every expert padded to the fullest, one batched product",
+    "block_diagonal": "blocks on a diagonal, each as large as the fullest expert",
+    "block_sparse": "MegaBlocks' way, our own: rows padded to blocks of 128",
+    "block_sparse_64": "the same with blocks of 64",
+    "block_sparse_32": "the same with blocks of 32",
+    "cublas_loop": "one cuBLAS product an expert, over several streams",
+    "cublas_grouped": "cuBLAS's grouped batched product",
+    "hopper": "our own kernel, the activation in its epilogue",
+    "torch_grouped_mm": "LibTorch's own grouped product",
+    "auto": "the library's default: measures the engines that do not pad, and takes the fastest",
+    "cpu": "the library's engine on the CPU",
+    "plain loop": "index operations and one product an expert in plain PyTorch",
+}
+
+
+def methods(whole):
+    rows = whole["rows"]
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = select(rows, method=method)
+        counts = Counter(row["status"] for row in own if row["status"] != "impossible")
+        padded = [row["padding_rows"] / row["assignments"] for row in own if row["padding_rows"] is not None]
+        most = f"{max(padded):.0%}" if padded else ""
+        states = ", ".join(f"{count} {status}" for status, count in counts.items())
+        lines.append((method, PADDING.get(method, "peer, behind the plain gate"), most, states))
+    header = ("method", "what it does", "padding rows, most, of the assignments", "rows of the results")
+    return f"## Methods\n\n{table(header, lines)}\n\n{troubles(rows)}"
+
+
+def troubles(rows):
+    """What kept methods from a time, each reason once."""
+    reasons = defaultdict(list)
+    for row in rows:
+        if row["status"] not in ("ok", "impossible"):
+            reasons[row["method"], row["status"], row["reason"]].append(row)
+    lines = [
+        (method, status, str(len(found)), f"{unit_label(found[0]['unit'])}, {found[0]['pass']}", (reason or "").replace("|", "\\|"))
+        for (method, status, reason), found in reasons.items()
+    ]
+    if not lines:
+        return "Every method ran everywhere and was right.\n"
+    return "What has no time, and why:\n\n" + table(("method", "what", "rows", "the first", "reason"), lines) + "\n"
+
+
+def geometric_mean(values):
+    return statistics.geometric_mean(values) if values else None
+
+
+def summary(rows):
+    """Mean time over the fastest, by type and pass."""
+    columns = [(dtype, which) for dtype in TYPES for which in PASSES if select(rows, dtype=dtype)]
+    lines = []
+    for method in methods_in(rows):
+        cells = []
+        for dtype, which in columns:
+            own = [row for row in select(rows, dtype=dtype, method=method) if row["pass"] == which and row["ratio"]]
+            mean = geometric_mean([row["ratio"] for row in own])
+            cells.append(f"{mean:.2f} ({len(own)})" if mean else "")
+        lines.append((method, *cells))
+    return table(("method", *(f"{dtype}, {which}" for dtype, which in columns)), lines)
+
+
+def times(rows, image):
+    free = select(rows, memory_limit=None)
+    text = f"""## Time
+
+Time over the fastest method's at the same case, geometric mean over all cases and routings (and over how many):
+
+{summary(free)}
+"""
+    for dtype in TYPES:
+        routing = next((name for name in ("learned", "even", "uneven") if select(free, dtype=dtype, routing=name)), None)
+        if routing is None:
+            continue
+        image(plots.times, free, dtype, routing)
+        for which in PASSES:
+            here = [row for row in select(free, dtype=dtype, routing=routing) if row["pass"] == which]
+            text += f"\nMilliseconds, {dtype}, {which}, {routing} routing:\n\n{grid_table(here, milliseconds)}\n"
+        text += image.take()
+    return text
+
+
+def memory(rows, image):
+    text = "## Memory\n"
+    free = select(rows, memory_limit=None)
+    for dtype in TYPES:
+        here = [row for row in select(free, dtype=dtype, routing="learned") if row["pass"] == "forward+backward"]
+        if here:
+            image(plots.memory, free, dtype, "learned")
+            gib = lambda row: f"{row['peak_bytes'] / GIB:.3g}"  # noqa: E731
+            text += f"\nPeak GiB, {dtype}, forward and backward, learned routing:\n\n{grid_table(here, gib)}\n{image.take()}"
+    limits = sorted({row["memory_limit"] for row in rows if row["memory_limit"]})
+    if not limits:
+        return text + "\nNothing has been measured under a memory limit yet: `launch/article.sh --memory-limit 16GiB`.\n"
+    for limit in limits:
+        held = select(rows, memory_limit=limit)
+        routing = max(("learned", "even", "uneven"), key=lambda name: len(select(held, routing=name)))
+        counts = Counter((row["method"], row["status"]) for row in held)
+        lines = [(m, str(counts[m, "ok"]), str(counts[m, "out of memory"])) for m in methods_in(held)]
+        image(plots.survivors, select(held, routing=routing), limit)
+        text += f"""
+### Within {limit / GIB:g} GiB
+
+Rows that ran, and that did not fit, over all cases, routings and passes measured under this limit ({routing} routing in
+the plot):
+
+{table(("method", "ran", "out of memory"), lines)}
+{image.take()}"""
+    return text
+
+
+class Images:
+    """Draws plots into a folder, and gives the Markdown that shows them in a document elsewhere."""
+
+    def __init__(self, folder, document):
+        self.folder, self.document, self.drawn = folder, document, []
+
+    def __call__(self, draw, *arguments):
+        rows, *others = arguments
+        self.drawn.append(draw(rows, self.folder, *others))
+
+    def take(self):
+        paths = [os.path.relpath(path, self.document.parent) for path in self.drawn]
+        self.drawn = []
+        return "".join(f"\n![{os.path.basename(path).removesuffix('.png').replace('_', ', ')}]({path})\n" for path in paths)
+
+
+def write(whole, folder, document):
+    """Draws FOLDER/*.png and writes the document; returns its path."""
+    image = Images(folder, document)
+    rows = whole["rows"]
+    parts = [about(whole), methods(whole), times(rows, image), memory(rows, image), "## What the article left open"]
+    parts += [question(whole, image) for question in QUESTIONS]
+    document.write_text("\n".join(parts))
+    return document

@@ -1,0 +1,102 @@
+"""What has been measured, kept line by line as it comes: an interrupted run goes on where it was."""
+
+import csv
+import itertools
+import json
+from collections import Counter
+
+# So often may the process end while a method has its turn at a unit, before it is left out there: a person or a time
+# limit may have ended it once.
+BEGINNINGS = 2
+# What --again measures once more.
+REPEATABLE = ("failed", "wrong", "missing", "out of memory")
+
+
+class Store:
+    """DIR/rows.jsonl: one JSON object a line. `kind` says what: run, begun, step, stages, rate."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "rows.jsonl"
+        self.records = []
+        if self.path.exists():
+            lines = self.path.read_text().splitlines()
+            for number, line in enumerate(lines, start=1):
+                try:
+                    self.records.append(json.loads(line))
+                except ValueError:
+                    if number != len(lines):  # the last line may have been cut off
+                        raise ValueError(f"{self.path}:{number} is no JSON") from None
+            if lines:
+                self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+
+    def add(self, kind, **values):
+        record = {"kind": kind, **values}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.records.append(record)
+        return record
+
+    def of(self, kind):
+        return [record for record in self.records if record["kind"] == kind]
+
+    def steps(self):
+        """The rows by (unit, method, memory limit, pass); one measured twice counts as it was last."""
+        return {(r["unit"], r["method"], r["memory_limit"], r["pass"]): r for r in self.of("step")}
+
+    def ended_the_process(self):
+        """(unit, method, memory limit) at whose turn the process ended, BEGINNINGS times."""
+        ends = Counter()
+        for record, following in itertools.pairwise([*self.records, {"kind": "run"}]):
+            if record["kind"] == "begun" and following["kind"] == "run":
+                ends[record["unit"], record["method"], record["memory_limit"]] += 1
+        return {key for key, times in ends.items() if times >= BEGINNINGS}
+
+
+def with_ratios(rows):
+    """Adds `ratio`: time over that of the fastest method at the same unit, pass and memory limit."""
+    fastest = {}
+    for row in rows:
+        if row["ms"] is not None:
+            key = (row["unit"], row["memory_limit"], row["pass"])
+            fastest[key] = min(fastest.get(key, row["ms"]), row["ms"])
+    return [
+        {**row, "ratio": row["ms"] and row["ms"] / fastest[row["unit"], row["memory_limit"], row["pass"]]}
+        for row in rows
+    ]
+
+
+COLUMNS = (
+    "sequences", "length", "hidden", "expert_hidden", "experts", "top_k", "dtype", "routing", "pass", "method",
+    "memory_limit", "status", "reason", "ms", "tflops", "ratio", "peak_bytes", "padding_rows", "assignments",
+    "largest_error_used", "steps", "device", "commit", "date",
+)  # fmt: skip
+
+
+def write_tables(store, sanitized, folder):
+    """DIR/article.json, all that is known, and DIR/article.csv, a line for each case, pass and method."""
+    runs = {run["run"]: run for run in store.of("run")}
+    rows = with_ratios(list(store.steps().values()))
+    whole = {
+        "runs": list(runs.values()),
+        "rows": rows,
+        "stages": store.of("stages"),
+        "rates": store.of("rate"),
+        "sanitizer": sanitized,
+    }
+    (folder / "article.json").write_text(json.dumps(whole, indent=1) + "\n")
+    with open(folder / "article.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        for row in rows:
+            about = runs[row["run"]]
+            errors = [error["used"] for error in row["errors"].values()]
+            writer.writerow(
+                {
+                    **row,
+                    "largest_error_used": max(errors, default=None),
+                    **{name: about[name] for name in ("device", "commit", "date")},
+                }
+            )
+    return whole

@@ -1,0 +1,48 @@
+"""Selections of rows and Markdown tables, for the report and its plots."""
+
+from report import table  # benchmarks/report.py
+
+from .cases import Case
+
+GIB = 1 << 30
+SHORT = {"out of memory": "OOM", "unsupported": "–", "missing": "–", "impossible": "", "wrong": "**wrong**", "failed": "failed"}
+
+
+def select(rows, **wanted):
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def tuple_of(row):
+    return tuple(row[name] for name in ("sequences", "length", "hidden", "experts", "top_k", "expert_hidden"))
+
+
+def case_label(sizes):
+    return Case(*sizes).label
+
+
+def cases_in(rows):
+    """Smallest first, in FLOPs."""
+    return sorted({tuple_of(row) for row in rows}, key=lambda sizes: (Case(*sizes).flops("forward"), sizes))
+
+
+def methods_in(rows):
+    """In the order in which they were measured, without those that were tried nowhere."""
+    return list(dict.fromkeys(row["method"] for row in rows if row["status"] not in ("missing", "impossible")))
+
+
+def grid_table(rows, cell):
+    """Cases down, methods across; `cell` of a row gives its text."""
+    methods = methods_in(rows)
+    by_place = {(tuple_of(row), row["method"]): row for row in rows}
+    lines = []
+    for sizes in cases_in(rows):
+        here = [by_place.get((sizes, method)) for method in methods]
+        if any(row and row["status"] != "impossible" for row in here):
+            cells = ["" if row is None else cell(row) if row["status"] == "ok" else SHORT[row["status"]] for row in here]
+            lines.append((case_label(sizes), *cells))
+    return table(("case", *methods), lines) if lines else "Nothing was measured."
+
+
+def milliseconds(row):
+    text = f"{row['ms']:.3g}" if row["ms"] < 100 else f"{row['ms']:.0f}"
+    return f"**{text}**" if row["ratio"] == 1 else text
