@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from .methods import Gate, adopt, experts_of, padded_to_blocks, padded_to_fullest
+from .methods import Gate, Method, adopt, experts_of, padded_to_blocks, padded_to_fullest
 
 
 def padding_of(engine, counts):
@@ -15,7 +15,7 @@ def padding_of(engine, counts):
     return 0
 
 
-class Engine:
+class Engine(Method):
     def __init__(self, problem, engine):
         import anabranch
 

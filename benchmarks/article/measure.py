@@ -18,7 +18,7 @@ from .oracle import Oracle
 from .problem import Problem
 from .stages import profile
 
-# Beyond this a step needs no warming up, and a pass no more than one step a round.
+# Beyond this a step needs no warming up, and two rounds tell as much as more.
 SLOW_MS = 300.0
 
 
@@ -65,6 +65,7 @@ class Clock:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             step()
+            torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated() - before
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on what the profiler keeps from one cycle to the next
@@ -74,11 +75,20 @@ class Clock:
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
         return max(itertools.accumulate((change for _, change in changes), initial=0))
 
+    def alive(self):
+        """Whether the device still answers."""
+        try:
+            if self.cuda:
+                torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
+
     def allocated(self):
         return torch.cuda.memory_allocated() if self.cuda else 0
 
     def clear(self):
-        gc.collect()
+        """Gives back memory that is held for later."""
         if self.cuda:
             torch.cuda.empty_cache()
 
@@ -151,12 +161,14 @@ class Subject:
 
     def check_forward(self, oracle, expected):
         with torch.no_grad():
-            self.note("y", expected["y"].compare(oracle.chosen(self.make()(self.x))))
+            y = oracle.chosen(self.make()(self.x))
+        self.note("y", expected[self.method.coarse_logits]["y"].compare(y))
         self.judge("forward", ["y"])
 
     def check_backward(self, oracle, expected):
         """The output again, and every gradient."""
         method = self.make()
+        expected = expected[method.coarse_logits]
         y = method(self.x)
         self.note("y", expected["y"].compare(oracle.chosen(y.detach())))
         y.backward(self.problem.dy)
@@ -187,13 +199,14 @@ class Subject:
             self.errors[name] = comparison
 
     def measure(self, which):
-        """One turn at a pass."""
-        step, times = self.step(which), self.times[which]
-        warm = times[-1] if times else math.inf
-        if not times or warm < SLOW_MS:
-            warm = self.clock.milliseconds(step, 1)[0]
+        """One turn at a pass; the step before the timed ones warms up, the first of them shows the memory."""
+        step, times, start = self.step(which), self.times[which], time.perf_counter()
+        self.make()
         if which not in self.peaks:
             self.peaks[which] = self.peak(step)
+            warm = (time.perf_counter() - start) * 1e3
+        else:
+            warm = times[-1] if times[-1] > SLOW_MS else self.clock.milliseconds(step, 1)[0]
         count = int(self.settings.seconds * 1e3 / self.settings.rounds / max(warm, 1e-3))
         times += self.clock.milliseconds(step, min(max(count, 1), 50))
 
@@ -241,13 +254,18 @@ class UnitMeasurement:
         self.settings, self.clock, self.begun = settings, Clock(settings.device), begun
         self.problem = Problem(unit, settings.device, settings.seed)
         self.oracle = Oracle(self.problem)
-        self.expected = self.oracle.expected()
-        self.clock.clear()
+        self.expected = {}  # by coarse_logits
         problem = self.problem
         self.subjects = [Subject(name, make, problem, self.clock, settings) for name, make in factories.items()]
         self.inputs = problem.bytes_of_inputs()
         weights = problem.up.nbytes + problem.down.nbytes
         self.keep = settings.memory_limit is None and weights * len(factories) < (2 << 30)
+
+    def expect(self, coarse_logits):
+        """Computes what is expected of such methods, once; never under a method's memory limit."""
+        if coarse_logits not in self.expected:
+            self.expected[coarse_logits] = Oracle(self.problem, coarse_logits=coarse_logits).expected()
+            self.clock.clear()
 
     def rows(self):
         """Rows of all methods; DeviceLost carries those that are known."""
@@ -259,8 +277,8 @@ class UnitMeasurement:
             for subject in self.subjects[first:] + self.subjects[:first]:
                 for which in cases.PASSES:
                     self.turn(subject, which, lambda subject=subject, which=which: subject.measure(which))
-            if min(self.slowest(), default=0) > 10 * SLOW_MS:
-                break  # seconds a step: rounds would tell nothing new
+            if number > 0 and min(self.last_times(), default=0.0) > SLOW_MS:
+                break
         return [row for subject in self.subjects for row in subject.rows()]
 
     def stages(self):
@@ -274,7 +292,7 @@ class UnitMeasurement:
                     subject.release()
                     self.clock.clear()
 
-    def slowest(self):
+    def last_times(self):
         return [times[-1] for subject in self.subjects if (times := subject.times["forward+backward"])]
 
     def turn(self, subject, which, use):
@@ -285,6 +303,7 @@ class UnitMeasurement:
         try:
             with self.clock.memory_limit(self.settings.memory_limit, self.clock.allocated() - self.inputs):
                 subject.make()
+            self.expect(subject.method.coarse_logits)
             others = self.clock.allocated() - self.inputs - subject.parameter_bytes()
             with self.clock.memory_limit(self.settings.memory_limit, others):
                 use()
@@ -299,8 +318,13 @@ class UnitMeasurement:
 
     def failed(self, subject, which, error):
         status, reason = why(error)
+        error.__traceback__ = None  # its frames hold tensors
+        gc.collect()
         # What has no output has no gradients.
         for failed in cases.PASSES if which == "forward" or status in ("missing", "unsupported") else (which,):
             subject.status[failed], subject.reason[failed] = status, reason
-        if status == "failed" and "CUDA error" in str(error):
+        if status == "failed" and not self.clock.alive():
+            for which in cases.PASSES:
+                if subject.status[which] == "ok":
+                    subject.status[which], subject.reason[which] = status, f"the device was lost: {reason}"
             raise DeviceLost(list(subject.rows())) from error

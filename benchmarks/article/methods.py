@@ -54,7 +54,15 @@ class Gate:
         return {"dgate" if self.learned else "dlogits": self.leaf.grad}
 
 
-class Gated:
+class Method:
+    coarse_logits = False  # whether it holds the routing's logits in the type of x
+
+    def padding(self):
+        """Rows computed beyond the assignments."""
+        return 0
+
+
+class Gated(Method):
     """A method behind the plain gate: `experts(x, weights, ids)`."""
 
     def __init__(self, problem):
@@ -77,10 +85,6 @@ class Gated:
         """dup [E, m, h] and ddown [E, h, m]; here of weights [E, n, h] and [E, h, n]."""
         up, down = self.weights
         return experts_of(up.grad, units), down.grad if units is None else down.grad[:, :, units]
-
-    def padding(self):
-        """Rows computed beyond the assignments."""
-        return 0
 
 
 class PlainLoop(Gated):

@@ -16,7 +16,7 @@ def package(name):
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise Missing(f"package {error.name} is not installed") from error
+        raise Missing(f"package {error.name.partition('.')[0]} is not installed") from error
 
 
 def tanh_gelu(x):
@@ -114,6 +114,8 @@ class TutelGate(torch.nn.Module):
 
 class Tutel(Gated):
     """No capacity is given, so it pads every expert to the fullest. Its second weight is [E, n, h]."""
+
+    coarse_logits = True
 
     def __init__(self, problem):
         super().__init__(problem)

@@ -5,6 +5,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.colors import ListedColormap  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 
 from .cases import ARTICLE_SPLIT, PASSES  # noqa: E402
 from .stages import STAGES  # noqa: E402
@@ -39,24 +40,27 @@ def case_axis(axes, cases):
     axes.set_xticks(range(len(cases)), [case_label(case) for case in cases], rotation=60, ha="right", fontsize=8)
     axes.set_xlim(-0.6, len(cases) - 0.4)
     axes.grid(axis="y", alpha=0.3)
-    for x in range(len(cases)):
-        axes.axvline(x, color="grey", alpha=0.12, lw=6, zorder=0)
+    for x in range(0, len(cases), 2):
+        axes.axvspan(x - 0.5, x + 0.5, color="grey", alpha=0.1, lw=0, zorder=0)
 
 
 def over_cases(rows, folder, name, title, panels):
     """One panel a (title, y label, log scale, rows' filter, value): methods as markers, cases along x."""
     cases, methods = cases_in(rows), methods_in(rows)
-    width = max(7.0, 2.5 + 0.55 * len(cases))
-    figure, grid = plt.subplots(1, len(panels), figsize=(width * len(panels) / 1.4, 5.6), squeeze=False, layout="constrained")
+    size = (max(7.0, 2.5 + 0.6 * len(cases)), 1.5 + 3.8 * len(panels))
+    figure, grid = plt.subplots(len(panels), 1, figsize=size, squeeze=False, sharex=True, layout="constrained")
     look = styles(methods)
-    for axes, (panel, label, log, chosen, value) in zip(grid[0], panels):
+    for axes, (panel, label, log, chosen, value) in zip(grid[:, 0], panels):
         for i, method in enumerate(methods):
-            offset = 0.5 * (i / max(1, len(methods) - 1) - 0.5)
+            offset = 0.7 * ((i + 0.5) / len(methods) - 0.5)
             points = [(cases.index(tuple_of(row)) + offset, value(row)) for row in rows if row["method"] == method and chosen(row)]
             points = [(x, y) for x, y in points if y is not None]
             axes.plot(*(zip(*points) if points else ((), ())), ls="", markersize=5, **look[method])
         if log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_ylim(bottom=0)
         axes.set_title(panel)

@@ -133,7 +133,7 @@ def sanitizer(whole, _image):
     lines = []
     for record in whole["sanitizer"]:
         for engine, found in record["engines"].items():
-            lines.append((record["tool"], engine, "clean" if not found else f"{len(found)} lines: {found[0]}"))
+            lines.append((record["tool"], engine, "clean" if not found else f"{len(found)} findings: {found[0]}"))
     last = whole["sanitizer"][-1]
     return (
         text

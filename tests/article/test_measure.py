@@ -1,0 +1,123 @@
+"""What a unit's rows say: times and memory of what is right, and a row for whatever goes wrong."""
+
+import math
+
+import pytest
+import torch
+from article import cases, experiment, measure, methods
+from conftest import SMALL
+
+
+class Failing(methods.PlainLoop):
+    """Right in forward; throws in backward."""
+
+    error = RuntimeError("no luck")
+
+    def experts(self, x, weights, ids):
+        y = super().experts(x, weights, ids)
+        if y.requires_grad:
+            y.register_hook(self.throw)
+        return y
+
+    def throw(self, _gradient):
+        raise self.error
+
+
+def failing_with(error):
+    return type("Failing", (Failing,), {"error": error})
+
+
+def throwing(error):
+    def make(_problem):
+        raise error
+
+    return make
+
+
+def test_a_right_method(rows_of):
+    rows = rows_of({"plain": methods.PlainLoop}, seconds=0.01)
+    assert set(rows) == {("plain", which) for which in cases.PASSES}
+    for which in cases.PASSES:
+        row = rows["plain", which]
+        assert row["status"] == "ok" and row["ms"] > 0 and row["steps"] >= 2 and row["padding_rows"] == 0
+        assert row["tflops"] == pytest.approx(SMALL.flops(which) / row["ms"] / 1e9)
+        assert row["assignments"] == sum(row["counts"]) == SMALL.assignments
+    inputs = 2 * SMALL.tokens * SMALL.hidden * 4
+    weights = 2 * SMALL.experts * SMALL.hidden * SMALL.expert_hidden * 4
+    forward, both = (rows["plain", which]["peak_bytes"] for which in cases.PASSES)
+    assert inputs + weights < forward < both
+    assert both > inputs + 2 * weights  # gradients
+
+
+def test_one_fails_and_the_others_are_measured(rows_of):
+    methods_ = {
+        "missing": throwing(methods.Missing("package megablocks is not installed")),
+        "refuses": throwing(methods.Unsupported("only bf16")),
+        "engine": throwing(RuntimeError("grouped GEMM: the engine x does not take Float weights of 3 x 3")),
+        "memory": throwing(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")),
+        "broken": throwing(AttributeError("no such thing")),
+        "plain": methods.PlainLoop,
+    }
+    rows = rows_of(methods_)
+    found = {name: (rows[name, "forward"]["status"], rows[name, "forward+backward"]["status"]) for name in methods_}
+    assert found == {
+        "missing": ("missing", "missing"),
+        "refuses": ("unsupported", "unsupported"),
+        "engine": ("unsupported", "unsupported"),
+        "memory": ("out of memory", "out of memory"),
+        "broken": ("failed", "failed"),
+        "plain": ("ok", "ok"),
+    }
+    assert rows["missing", "forward"]["reason"] == "package megablocks is not installed"
+    assert rows["broken", "forward"]["reason"] == "AttributeError: no such thing"
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [(torch.OutOfMemoryError("CUDA out of memory"), "out of memory"), (RuntimeError("no luck"), "failed")],
+)
+def test_what_fails_in_backward_has_a_forward(rows_of, error, status):
+    rows = rows_of({"half": failing_with(error), "plain": methods.PlainLoop})
+    assert rows["half", "forward"]["status"] == "ok" and rows["half", "forward"]["ms"] > 0
+    assert rows["half", "forward+backward"]["status"] == status and rows["half", "forward+backward"]["ms"] is None
+    assert rows["plain", "forward+backward"]["status"] == "ok"
+
+
+def test_a_memory_limit(rows_of):
+    free = rows_of({"plain": methods.PlainLoop})
+    forward, both = (free["plain", which]["peak_bytes"] for which in cases.PASSES)
+    rows = rows_of({"plain": methods.PlainLoop}, memory_limit=(forward + both) // 2)
+    assert rows["plain", "forward"]["status"] == "ok"
+    row = rows["plain", "forward+backward"]
+    assert row["status"] == "out of memory" and row["ms"] is None and "are allowed" in row["reason"]
+
+
+def test_methods_take_turns(rows_of):
+    turns = []
+    rows_of({name: methods.PlainLoop for name in "abc"}, begun=turns.append, rounds=3)
+    checks, rounds = turns[:6], turns[6:]
+    assert checks == list("aabbcc")
+    assert rounds == list("aabbcc" + "bbccaa" + "ccaabb")
+
+
+def test_a_lost_device(monkeypatch, rows_of):
+    monkeypatch.setattr(measure.Clock, "alive", lambda self: False)
+    with pytest.raises(measure.DeviceLost) as lost:
+        rows_of({"bad": failing_with(RuntimeError("CUDA error: an illegal memory access was encountered"))})
+    rows = lost.value.args[0]
+    assert [row["status"] for row in rows] == ["failed", "failed"]
+    assert "illegal memory access" in rows[1]["reason"] and "the device was lost" in rows[0]["reason"]
+
+
+def test_the_median_of_all_turns(rows_of, monkeypatch):
+    values = iter(range(1, 1000))
+    monkeypatch.setattr(measure.Clock, "milliseconds", lambda self, step, count: [float(next(values))] * count)
+    row = rows_of({"plain": methods.PlainLoop}, rounds=3)["plain", "forward"]
+    # One call a round and pass, and one to warm up in all but the first: 1 | 3, 4 | 7, 8 are forward's.
+    assert row["steps"] == 3 and row["ms"] == 4.0
+
+
+def test_the_estimate_grows_with_the_work():
+    grid = sorted(cases.grid(), key=lambda case: case.flops("forward"))
+    assert grid[-1].tuple == "64,1024,8192,8,8" and not math.isinf(grid[-1].flops("forward+backward"))
+    assert experiment.FIRST_GUESS["cuda"][0]["fp32"] < experiment.FIRST_GUESS["cuda"][0]["bf16"]

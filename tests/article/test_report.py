@@ -1,0 +1,146 @@
+"""The report, its tables and its plots, from stored rows."""
+
+import csv
+import json
+
+import pytest
+from article import cases, measure, questions, report, stages, store, tables
+
+GRID = {case.tuple: case for case in cases.grid()}
+SOME = [GRID["16,1024,512,8,3"], GRID["64,1024,1024,8,3"], GRID["16,1024,512,4,4"]]
+METHODS = {"auto": 1.0, "padded_bmm": 2.0, "block_sparse": 4.0}  # and how much longer they take
+RUN = {
+    "run": 0, "command": "launch/article.sh --budget 5", "commit": "0123456789abcdef", "changed": False,
+    "date": "2026-11-25T19:00:00Z", "processor": "a processor", "cores": 16, "device": "a GPU", "cuda": "13.0",
+    "python": "3.12", "torch": "2.11.0", "versions": {"numpy": "2.2.6"}, "small": False, "seed": 1,
+    "expert_hidden_factor": 2,
+}  # fmt: skip
+
+
+def row(unit, which, method, memory_limit=None, **changes):
+    """A row as if measured: 1 ms a TFLOP, twice as long in the uneven split, 1 GiB a 100,000 assignments."""
+    settings = measure.Settings("cpu", memory_limit=memory_limit)
+    ms = unit.case.flops(which) / 1e12 * METHODS[method] * (2 if unit.routing == "uneven" else 1)
+    gate = "dgate" if unit.routing == "learned" else "dlogits"
+    errors = {n: {"error": 1e-3, "used": 0.25, "relative": 2e-3} for n in ("y", "dx", "dup", "ddown", gate)}
+    values = dict(ms=ms, tflops=1.0, peak_bytes=unit.case.assignments * 10737, padding_rows=10, errors=errors, steps=9)
+    return measure.row_of(unit, which, method, settings, **{"status": "ok", "reason": None, **values, **changes})
+
+
+NOTHING = dict(ms=None, tflops=None, peak_bytes=None, errors={}, steps=0)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("article")
+    kept = store.Store(tmp_path)
+    kept.add("run", **RUN)
+    for unit in cases.units(SOME, cases.equal_sums(), ["bf16", "fp32"], list(cases.ROUTINGS)):
+        for method in METHODS:
+            for which in cases.PASSES:
+                changes = {}
+                if unit.routing == "uneven" and unit.case.experts == unit.case.top_k:
+                    changes = dict(status="impossible", reason="only the even split exists", **NOTHING)
+                elif (method, unit.dtype) == ("block_sparse", "fp32") and which == "forward+backward":
+                    wrong = {name: {"error": 1.0, "used": 7.5, "relative": 0.3} for name in ("dup", "y")}
+                    changes = dict(status="wrong", reason="dup errs by 1, 7.5 times", **{**NOTHING, "errors": wrong})
+                kept.add("step", run=0, **row(unit, which, method, **changes))
+                if unit.routing == "learned":
+                    small = unit.case.tokens < 20000
+                    changes = {} if small else dict(status="out of memory", reason="too much", **NOTHING)
+                    kept.add("step", run=0, **row(unit, which, method, memory_limit=16 << 30, **changes))
+    for rows in [128, 2048, 32768, 131072]:  # 10 us and 1 us a hundred rows: large GEMMs are more efficient
+        kept.add("rate", run=0, dtype="bf16", k=512, n=1024, rows=rows, ms=0.01 + rows / 1e5, tflops=1.0)
+    for method, scale in METHODS.items():
+        times = {stage: scale * (i + 1) for i, stage in enumerate(stages.STAGES)}
+        kept.add("stages", run=0, unit=cases.Unit(SOME[0], "bf16", "learned").name, method=method, ms=times)
+    sanitized = [{"tool": "memcheck", "command": "compute-sanitizer", "date": "2026-11-25", "device": "a GPU",
+                  "exit_code": 0, "engines": {"auto": [], "padded_bmm": ["Invalid __global__ read"]}}]  # fmt: skip
+    whole = store.write_tables(kept, sanitized, tmp_path)
+    (tmp_path / "plots").mkdir()
+    document = report.write(whole, tmp_path / "plots", tmp_path / "article.md")
+    return whole, document.read_text(), tmp_path
+
+
+def test_where_and_when(written):
+    _, text, _ = written
+    for part in ("a GPU", "`launch/article.sh --budget 5`", "0123456789", "2026-11-25T19:00:00Z", "numpy 2.2.6"):
+        assert part in text
+    assert "small grid" not in text
+
+
+def test_tables_of_time(written):
+    _, text, _ = written
+    flops = SOME[0].flops("forward") / 1e12
+    assert f"| 16×1024 h512 E8 k3 | **{flops:.3g}** | {2 * flops:.3g} | {4 * flops:.3g} |" in text
+    assert f"| 16×1024 h512 E8 k3 | **{3 * flops:.3g}** | {6 * flops:.3g} | **wrong** |" in text  # fp32
+    assert "| block_sparse | 4.00 (12) | 4.00 (12) | 4.00 (12) |  |" in text
+    assert "| block_sparse | wrong | 12 |" in text and "dup errs by 1, 7.5 times" in text
+
+
+def test_the_memory_limit(written):
+    _, text, _ = written
+    assert "### Within 16 GiB" in text and "| auto | 8 | 4 |" in text
+    gib = SOME[0].assignments * 10737 / (1 << 30)
+    assert f"| 16×1024 h512 E8 k3 | {gib:.3g} | {gib:.3g} | {gib:.3g} |" in text
+
+
+def test_the_five_questions(written):
+    _, text, _ = written
+    assert [line for line in text.splitlines() if line.startswith("### ")][-5:] == [
+        "### 1. Is an uneven split faster than an even one?",
+        "### 2. The grouped batched kernel that was wrong for variable sizes",
+        "### 3. The illegal memory access at (32, 512, 512, 8, 4)",
+        "### 4. Every output and gradient against the oracle",
+        "### 5. Where the time of a layer goes",
+    ]
+    assert "| auto | 2.00 (2.00 to 2.00) | 2.00 (2.00 to 2.00) |" in text
+    assert "| memcheck | auto | clean |" in text and "| memcheck | padded_bmm | 1 findings: Invalid __global__ read |" in text
+    assert "| auto | 0.25 (0.51) | 0.25 (0.51) |" in text  # 2e-3 over bf16's 2^-8
+    assert "| auto | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 28 |" in text
+
+
+def test_every_plot_is_there_and_shown(written):
+    _, text, folder = written
+    expected = {"time_bf16", "time_fp32", "memory_bf16", "memory_fp32", "survivors", "split_bf16", "split_fp32"}
+    assert {path.stem for path in (folder / "plots").glob("*.png")} == expected | {"rate", "stages"}
+    for path in (folder / "plots").glob("*.png"):
+        assert f"](plots/{path.name})" in text and path.stat().st_size > 10_000
+
+
+def test_csv_and_json(written):
+    whole, _, folder = written
+    assert json.loads((folder / "article.json").read_text()) == whole
+    lines = list(csv.DictReader(open(folder / "article.csv")))
+    assert len(lines) == len(whole["rows"])
+    line = next(r for r in lines if (r["method"], r["dtype"], r["pass"]) == ("padded_bmm", "bf16", "forward"))
+    assert float(line["ratio"]) == 2 and line["commit"] == RUN["commit"] and line["device"] == "a GPU"
+    assert float(line["largest_error_used"]) == 0.25 and line["padding_rows"] == "10"
+
+
+def test_predicted_times_follow_the_curve():
+    rates = [{"rows": rows, "ms": rows / 1e3} for rows in (128, 1024, 1 << 17)]
+    # Where time is in proportion to rows, a split changes nothing.
+    assert questions.predicted_ratio(rates, cases.ARTICLE_SPLIT) == pytest.approx(1, rel=0.02)
+    flat = [{"rows": rows, "ms": 1.0} for rows in (128, 1 << 17)]
+    assert questions.predicted_ratio(flat, [1, 2, 3]) == pytest.approx(1)
+    assert questions.interpolated([(100, 1.0), (400, 4.0)], 200) == pytest.approx(2.0)
+    assert questions.interpolated([(100, 1.0), (400, 4.0)], 800) == pytest.approx(8.0)
+    assert questions.interpolated([(100, 1.0)], 0) == 0
+
+
+def test_what_has_not_been_run_is_said(tmp_path):
+    kept = store.Store(tmp_path)
+    kept.add("run", **{**RUN, "small": True})
+    unit = cases.Unit(SOME[0], "bf16", "learned")
+    for which in cases.PASSES:
+        kept.add("step", run=0, **row(unit, which, "auto"))
+    text = report.write(store.write_tables(kept, [], tmp_path), tmp_path, tmp_path / "article.md").read_text()
+    assert "This has not been run: `launch/article.sh --sanitize`" in text and "small grid" in text
+    assert "Nothing has been measured under a memory limit yet" in text
+    assert "No traces have been taken" in text and "has not been measured" in text
+
+
+def test_labels():
+    assert questions.unit_label("16,1024,512,8,3,1024/bf16/learned") == "16×1024 h512 E8 k3, bf16, learned routing"
+    assert tables.methods_in([{"method": "a", "status": "missing"}, {"method": "b", "status": "ok"}]) == ["b"]
