@@ -94,11 +94,18 @@ double gpu_milliseconds(const std::function<void()>& call) {
 
 std::vector<double> gpu_milliseconds(const std::vector<std::function<void()>>& calls) {
   constexpr int kRounds = 9;
+  constexpr double kBatchMilliseconds = 2;
+  std::vector<int> batch;
+  for (const auto& call : calls) {
+    call();
+    const double estimate = batch_milliseconds(call, 1);
+    batch.push_back(std::clamp(static_cast<int>(kBatchMilliseconds / estimate), 2, 50));
+  }
   std::vector<std::vector<double>> rounds(calls.size());
   for (int round = 0; round < kRounds; ++round) {
     for (size_t i = 0; i < calls.size(); ++i) {
       calls[i]();  // warm for the one that is timed
-      rounds[i].push_back(batch_milliseconds(calls[i], 2));
+      rounds[i].push_back(batch_milliseconds(calls[i], batch[i]));
     }
   }
   std::vector<double> medians;

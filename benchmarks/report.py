@@ -4,6 +4,7 @@
 import argparse
 import json
 import pathlib
+import re
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -79,16 +80,17 @@ equal counts; `zipf`: counts ∝ 1/rank^0.8.
 """
 
 
-# Stages of a step on the GPU by what their kernels' names hold; the first that fits.
+# Stages of a step on the GPU by their kernels' names; the first that fits. cuBLAS's kernels say how
+# the operands lie, which tells the product.
 GPU_STAGES = {
-    "up, activation": ("Epilogue)1",),
-    "down": ("Operation)0",),
-    "down dX, activation": ("Epilogue)2",),
-    "up dX": ("Operation)1",),
-    "dW": ("Operation)2",),
-    "permute": ("gather_rows",),
-    "unpermute": ("sum_rows",),
-    "router, plan, sums": ("",),
+    "up, activation": r"Epilogue\)1",
+    "down": r"Operation\)0|nvjet_sm90_tst.*_TN.$",
+    "down dX, activation": r"Epilogue\)2",
+    "up dX": r"Operation\)1|nvjet_sm90_tst.*_NN.$",
+    "dW": r"Operation\)2|nvjet_sm90_tst.*_NT.$|splitKreduce",
+    "permute": r"gather_rows|scatter_rows",
+    "unpermute": r"sum_rows",
+    "router, plan, sums": r"",
 }
 
 
@@ -96,9 +98,18 @@ def gpu_stages(case):
     times = dict.fromkeys(GPU_STAGES, 0.0)
     for name, us in case.items():
         if name.startswith("us of "):
-            stage = next(s for s, parts in GPU_STAGES.items() if any(p in name for p in parts))
+            stage = next(s for s, pattern in GPU_STAGES.items() if re.search(pattern, name))
             times[stage] += us / 1e3
     return times
+
+
+def gpu_provenance(measured, command):
+    about = measured["provenance"]
+    text = (
+        f"{about['gpu']}, CUDA {about['cuda_runtime']}, cuBLAS {about['cublas']}, "
+        f"PyTorch {about['torch']}, commit {about['commit'][:10]}, {about['date']}: `{command}`"
+    )
+    return text + (f"\n\n{about['note']}" if "note" in about else "")
 
 
 def gpu_layer(measured):
@@ -118,7 +129,6 @@ def gpu_layer(measured):
         (case["shape"], *(f"{ms:.2f}" for ms in gpu_stages(case).values()))
         for case in measured["results"]
     ]
-    about = measured["provenance"]
     return f"""## One layer on a GPU, forward and backward with its router
 
 bf16; medians of 9 rounds in which the layer and the same MoE in `torch._grouped_mm` and index
@@ -130,9 +140,96 @@ Milliseconds of GPU time by stage, from a trace of one step after the rounds:
 
 {table(("shape", *GPU_STAGES), stages)}
 
-{about['gpu']}, CUDA {about['cuda_runtime']}, cuBLAS {about['cublas']}, PyTorch {about['torch']}, commit {about['commit'][:10]}, {about['date']}: `benchmark_gpu_layer`
+{gpu_provenance(measured, 'benchmark_gpu_layer')}
+"""
 
-{about.get('note', '')}
+
+def gpu_grouped_gemm(measured):
+    products = {}
+    host = {}
+    for case in measured["results"]:
+        if "host_us_per_expert" in case:
+            host[case["engine"]] = case["host_us_per_expert"]
+        elif case["operation"] != "topology":
+            key = (case["shape"], case["split"], case["operation"])
+            products.setdefault(key, {})[case["engine"]] = case
+    candidates = [name for name in host if name != "auto"]
+    loops = [name for name in candidates if name.startswith("cublas_loop")]
+    rows = []
+    for (shape, split, operation), cases in products.items():
+        rate = {name: case["TFLOP_per_s"] for name, case in cases.items()}
+        best = max(rate[name] for name in candidates)
+        rows.append((
+            shape, split, operation, f"{rate['dense']:.0f}", f"{rate['torch']:.0f}",
+            f"{rate['hopper']:.0f}" if "hopper" in rate else "–",
+            f"{max(rate[name] for name in loops):.0f}", f"{rate['cublas_grouped']:.0f}",
+            f"{rate['auto']:.0f}", f"{rate['auto'] / rate['dense']:.2f}",
+            f"{rate['auto'] / rate['torch']:.2f}", f"{rate['auto'] / best:.3f}",
+        ))
+    header = ("shape", "split", "product", "dense", "torch", "hopper", "best cublas_loop",
+              "cublas_grouped", "auto", "auto / dense", "auto / torch", "auto / best engine")
+    costs = ", ".join(f"{name} {us:.1f}" for name, us in host.items())
+    return f"""## Grouped GEMM on a GPU
+
+bf16, TFLOP/s, medians of rounds in which all ways take turns. `dense`: one GEMM of the same FLOPs;
+`torch`: `torch._grouped_mm`; `best cublas_loop`: of 1, 2, 4 and 8 streams. `uni`: equal counts;
+`zipf`: counts ∝ 1/rank^0.8; `seed`: the article's own uneven split.
+
+{table(header, rows)}
+
+Host time an expert (128 experts of 16 rows, 256 × 256), µs: {costs}.
+
+{gpu_provenance(measured, 'benchmark_gpu_grouped_gemm')}
+"""
+
+
+def gpu_kernels(measured):
+    rows = [
+        (
+            case["kernel"],
+            f"{case['rows']} × {case['width']}",
+            f"{case['us']:.1f}",
+            f"{case['GB_per_s']:.0f}",
+            f"{100 * case['of_copy']:.0f} %",
+        )
+        for case in measured["results"]
+    ]
+    return f"""## Memory-bound kernels on a GPU
+
+bf16. Bytes are those that cannot be avoided: each input read once, each output written once; the last
+column is beside a plain device copy in the same run. Routing and plan are small: there microseconds
+count.
+
+{table(("kernel", "rows", "µs", "GB/s", "of the copy"), rows)}
+
+{gpu_provenance(measured, 'benchmark_gpu_kernels')}
+"""
+
+
+def gpu_exchange(measured):
+    rows = [
+        (
+            f"{case['ranks']} / {case['gpus']}",
+            f"T {case['tokens']}, h {case['hidden']}, E {case['experts']}, k {case['top_k']}",
+            f"{case['bytes'] / 1e6:.1f}",
+            f"{case['bare_ms']:.3f}",
+            f"{case['bytes'] / case['bare_ms'] / 1e6:.0f}",
+            f"{case['bare_ms'] / case['all_to_all_ms']:.2f}",
+            f"{case['dispatch_ms']:.3f} ({case['bare_ms'] / case['dispatch_ms']:.2f})",
+            f"{case['combine_ms']:.3f} ({case['bare_back_ms'] / case['combine_ms']:.2f})",
+        )
+        for case in measured["results"]
+    ]
+    header = ("ranks / GPUs", "case", "MB from a rank", "bare, ms", "GB/s",
+              "bare / all_to_all_v", "dispatch, ms (bare / it)", "combine, ms (bare / it)")
+    return f"""## Exchange over NCCL
+
+Beside bare grouped ncclSend and ncclRecv of the same bytes in the same run. Dispatch also gathers the
+rows that it sends, combine also sums the rows that come back.
+
+{table(header, rows)}
+
+{gpu_provenance(measured, 'mpirun -n 2 benchmark_gpu_exchange')}
 """
 
 
@@ -140,6 +237,9 @@ SECTIONS = {
     "cpu_layer.json": layer,
     "cpu_grouped_gemm.json": grouped_gemm,
     "gpu_layer.json": gpu_layer,
+    "gpu_grouped_gemm.json": gpu_grouped_gemm,
+    "gpu_kernels.json": gpu_kernels,
+    "gpu_exchange.json": gpu_exchange,
 }
 
 

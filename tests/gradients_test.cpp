@@ -75,7 +75,7 @@ TEST(Gradients, AreTheMeanOverRanks) {
   for (const auto dtype : all_dtypes()) {
     for (const int size : expert_parallel_sizes()) {
       const ShardedModel::Options options{.num_experts = 5, .dtype = dtype};
-      const auto groups = make_parallel_groups(world(), size);
+      const auto groups = parallel_groups(size);
       const auto models = all_ranks(options, size);
       const auto model = finished_model(options, groups, kSmallBucket);
       for (const auto& item : model->named_parameters()) {
@@ -127,7 +127,7 @@ TEST(Gradients, OfALayerAreThoseOfOneRankWithTheWholeBatch) {
 
   for (const int size : expert_parallel_sizes()) {
     SCOPED_TRACE(c10::str("expert-parallel size ", size));
-    const auto groups = make_parallel_groups(world(), size);
+    const auto groups = parallel_groups(size);
     MoELayer layer(layer_options(), groups.expert_parallel);
     const int64_t first = world()->rank() * kTokens;
     backward_of_mean(layer, x.narrow(0, first, kTokens), weights.narrow(0, first, kTokens));
@@ -151,7 +151,7 @@ TEST(Gradients, OfALayerAreThoseOfOneRankWithTheWholeBatch) {
 
 TEST(Gradients, DoNotDependOnTheBuckets) {
   for (const int size : expert_parallel_sizes()) {
-    const auto groups = make_parallel_groups(world(), size);
+    const auto groups = parallel_groups(size);
     const auto expected = finished_model({}, groups, kLargeBucket);
     for (const int64_t bucket_bytes : {kTinyBucket, kSmallBucket, kLargeBucket}) {
       const auto model = finished_model({}, groups, bucket_bytes);
@@ -165,7 +165,7 @@ TEST(Gradients, DoNotDependOnTheBuckets) {
 
 TEST(Gradients, TravelInFewMessages) {
   ANABRANCH_NEEDS_RANKS(2);
-  const auto groups = make_parallel_groups(world(), 1);
+  const auto groups = parallel_groups(1);
   world()->reset_traffic();
   groups.expert_replicas->reset_traffic();
   finished_model({}, groups, kLargeBucket);
@@ -175,7 +175,7 @@ TEST(Gradients, TravelInFewMessages) {
 
 TEST(Gradients, HalfPrecisionSumsDoNotOverflow) {
   ANABRANCH_NEEDS_RANKS(2);
-  const auto groups = make_parallel_groups(world(), 1);
+  const auto groups = parallel_groups(1);
   const auto model = make_sharded_model({.dtype = torch::kFloat16}, *groups.expert_parallel, 1);
   const double large = 60000;  // the largest fp16 number is 65504
   for (const auto& parameter : model->parameters()) {
@@ -189,7 +189,7 @@ TEST(Gradients, HalfPrecisionSumsDoNotOverflow) {
 }
 
 TEST(Gradients, RefusesWrongInput) {
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   const auto model = make_sharded_model({}, *groups.expert_parallel, 1);
   EXPECT_INPUT_ERROR(finish_gradients(*model, groups, 0), "bucket_bytes");
   auto gate = model->named_parameters()["gate"];
@@ -224,7 +224,7 @@ TEST(Gradients, NormCountsEachExpertOnce) {
     for (const int size : expert_parallel_sizes()) {
       SCOPED_TRACE(c10::str(dtype, ", expert-parallel size ", size));
       const ShardedModel::Options options{.num_experts = 3, .dtype = dtype};
-      const auto groups = make_parallel_groups(world(), size);
+      const auto groups = parallel_groups(size);
       const auto model = finished_model(options, groups, kLargeBucket);
       const double norm = gradient_norm(*model, groups);
       const double expected = expected_norm(options, size);
@@ -237,7 +237,7 @@ TEST(Gradients, NormCountsEachExpertOnce) {
 }
 
 TEST(Gradients, NormOfNothingIsZero) {
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   const auto model = make_sharded_model({}, *groups.expert_parallel, 1);
   EXPECT_EQ(gradient_norm(*model, groups), 0.0);
   EXPECT_EQ(clip_gradient_norm(*model, 1.0, groups), 0.0);
@@ -248,13 +248,13 @@ TEST(Gradients, NormOfATensorInManyPieces) {
   const int64_t elements = (int64_t{1} << 22) * 2 + 3;
   auto parameter = model.register_parameter("parameter", on_device(torch::zeros({elements})));
   parameter.mutable_grad() = torch::full_like(parameter, 3.0);
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   const double expected = 3 * std::sqrt(static_cast<double>(elements));
   EXPECT_NEAR(gradient_norm(model, groups), expected, 1e-12 * expected);
 }
 
 TEST(Gradients, NormLeavesDoublePrecisionGradientsAlone) {
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   const auto model = finished_model({.dtype = torch::kFloat64}, groups, kLargeBucket);
   const auto before = model->named_parameters()["gate"].grad().clone();
   gradient_norm(*model, groups);
@@ -263,7 +263,7 @@ TEST(Gradients, NormLeavesDoublePrecisionGradientsAlone) {
 
 TEST(Gradients, ClippingScalesTheWholeGradient) {
   for (const int size : expert_parallel_sizes()) {
-    const auto groups = make_parallel_groups(world(), size);
+    const auto groups = parallel_groups(size);
     const auto before = finished_model({}, groups, kLargeBucket);
     const auto model = finished_model({}, groups, kLargeBucket);
     const double norm = gradient_norm(*before, groups);
@@ -287,7 +287,7 @@ TEST(Gradients, ClippingScalesTheWholeGradient) {
 }
 
 TEST(Gradients, ClippingRefusesWrongInput) {
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   const auto model = finished_model({}, groups, kLargeBucket);
   EXPECT_INPUT_ERROR(clip_gradient_norm(*model, 0.0, groups), "max_norm");
   EXPECT_INPUT_ERROR(clip_gradient_norm(*model, -1.0, groups), "max_norm");

@@ -181,7 +181,7 @@ TEST_F(MoELayerTest, FinishedGradientsAreThoseOfTheMeanLoss) {
   const auto expected = run_reference(layer_case, world_->size());
   auto layer = make_layer(layer_case, world_);
   run_step(layer, layer_case, layer_case.counts, rank_);
-  finish_gradients(*layer, make_parallel_groups(world_));
+  finish_gradients(*layer, parallel_groups());
   const Limits limits(layer_case, expected.scale, world_->size());
   for (const auto& parameter : layer->named_parameters()) {
     auto exact = expected.gradients.at(parameter.key()) / world_->size();
@@ -384,7 +384,7 @@ TEST_F(MoELayerTest, MainGradientsTakeTheWeightsGradients) {
     EXPECT_FALSE(experts->down_weight.grad().defined());
     EXPECT_TRUE(identical(experts->up_bias.grad(), plain->experts()->up_bias.grad() * kSteps));
 
-    const auto groups = make_parallel_groups(world_);
+    const auto groups = parallel_groups();
     const auto before = experts->main_grad.up.clone();
     finish_gradients(*layer, groups);
     EXPECT_TRUE(identical(experts->main_grad.up, before / world_->size()));

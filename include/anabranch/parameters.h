@@ -13,9 +13,9 @@ struct ParallelParameter {
   std::string name;        ///< dotted path within the model
   torch::Tensor tensor;    ///< the parameter; an expert's has this rank's experts along dimension 0
   bool is_expert = false;  ///< sharded over the expert-parallel group; otherwise replicated
-  int64_t first_expert = 0;  ///< global number of this rank's first expert
-  int64_t num_experts = 0;   ///< experts over all ranks
-  torch::Tensor main_grad;   ///< takes the place of the parameter's grad() where defined
+  int64_t first_expert = 0;      ///< global number of this rank's first expert
+  int64_t num_experts = 0;       ///< experts over all ranks
+  torch::Tensor main_grad = {};  ///< takes the place of the parameter's grad() where defined
 
   const torch::Tensor& gradient() const { return main_grad.defined() ? main_grad : tensor.grad(); }
 };

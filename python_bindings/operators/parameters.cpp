@@ -47,6 +47,7 @@ std::vector<torch::Tensor> initial_parameters(const MoEOptions& options, int64_t
   MoEParameters parameters = {
       Router(options)->weight,
       Experts(options, ExpertPlacement{options.num_experts, num_ranks}, rank)->projections(),
+      /*main_grad=*/{},
       options.shared_expert_hidden_size > 0 ? make_shared_expert(options)->projections()
                                             : ExpertProjections()};
   std::vector<torch::Tensor> list;

@@ -58,7 +58,7 @@ std::vector<ParallelParameter> tensors_to_save(const torch::nn::Module& model,
 /// What must be the same on every rank for the shares to make one checkpoint.
 void check_same_tensors(const std::vector<ParallelParameter>& tensors, Communicator& world) {
   std::vector<std::pair<std::string, std::string>> fields;
-  for (const auto& [name, tensor, is_expert, first_expert, num_experts] : tensors) {
+  for (const auto& [name, tensor, is_expert, first_expert, num_experts, main_grad] : tensors) {
     auto shape = tensor.sizes().vec();
     if (is_expert) shape.front() = num_experts;
     std::string text = c10::str(tensor.scalar_type(), " ", at::IntArrayRef(shape));
@@ -79,7 +79,7 @@ std::vector<NamedTensor> share_of(const std::vector<ParallelParameter>& tensors,
   const int64_t expert_ranks = groups.expert_parallel->size();
   std::vector<int64_t> load(groups.world->size());
   std::vector<NamedTensor> share;
-  for (const auto& [name, tensor, is_expert, first_expert, num_experts] : tensors) {
+  for (const auto& [name, tensor, is_expert, first_expert, num_experts, main_grad] : tensors) {
     if (!is_expert) continue;
     const ExpertPlacement placement{num_experts, expert_ranks};
     const auto elements = c10::multiply_integers(tensor.sizes().slice(1));
@@ -91,7 +91,7 @@ std::vector<NamedTensor> share_of(const std::vector<ParallelParameter>& tensors,
       share.push_back({expert_name(name, first_expert + local), tensor[local]});
     }
   }
-  for (const auto& [name, tensor, is_expert, first_expert, num_experts] : tensors) {
+  for (const auto& [name, tensor, is_expert, first_expert, num_experts, main_grad] : tensors) {
     if (is_expert) continue;
     const auto owner = std::min_element(load.begin(), load.end()) - load.begin();
     load[owner] += static_cast<int64_t>(tensor.nbytes());

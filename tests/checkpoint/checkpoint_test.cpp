@@ -35,7 +35,7 @@ Training expected_training(const Options& options, int steps, bool amsgrad = fal
 
 void save_after(const fs::path& directory, const Options& options, int steps,
                 int64_t expert_parallel_size, bool amsgrad = false) {
-  const auto groups = make_parallel_groups(world(), expert_parallel_size);
+  const auto groups = parallel_groups(expert_parallel_size);
   auto training = make_training(options, *groups.expert_parallel, kSeed, amsgrad);
   train(training, kGradientSeed, steps);
   save_checkpoint(directory, *training.model, training.optimizer.get(),
@@ -98,7 +98,7 @@ TEST(Checkpoint, OfALayerLoadsAtAnyNumberOfRanks) {
   options.glu = options.bias = true;
   const auto expected = MoELayer(options)->named_parameters();
   const SharedDirectory directory;
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   save_checkpoint(directory.path(), *MoELayer(options, groups.expert_parallel), nullptr, {},
                   groups);
   options.seed = 1;
@@ -121,7 +121,7 @@ TEST(Checkpoint, HoldsEveryType) {
   for (const auto dtype : {torch::kFloat64, torch::kFloat16, torch::kBFloat16}) {
     const Options options{.dtype = dtype};
     const SharedDirectory directory;
-    const auto groups = make_parallel_groups(world());
+    const auto groups = parallel_groups();
     save_after(directory.path(), options, 1, 0);
     expect_part_of(load_into_other(directory.path(), options, groups),
                    expected_training(options, 1));
@@ -131,7 +131,7 @@ TEST(Checkpoint, HoldsEveryType) {
 TEST(Checkpoint, TrainingGoesOnAsIfNothingHadHappened) {
   for (const bool amsgrad : {false, true}) {
     const SharedDirectory directory;
-    const auto groups = make_parallel_groups(world());
+    const auto groups = parallel_groups();
     save_after(directory.path(), {}, 3, 0, amsgrad);
     auto training = load_into_other(directory.path(), {}, groups, amsgrad);
     train(training, kGradientSeed + 3, 4);
@@ -141,7 +141,7 @@ TEST(Checkpoint, TrainingGoesOnAsIfNothingHadHappened) {
 
 TEST(Checkpoint, StateOfAnUnusedOptimizerIsNone) {
   const SharedDirectory directory;
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   save_after(directory.path(), {}, 0, 0);
   const auto training = load_into_other(directory.path(), {}, groups);
   EXPECT_TRUE(training.optimizer->state().empty());
@@ -149,7 +149,7 @@ TEST(Checkpoint, StateOfAnUnusedOptimizerIsNone) {
 
 TEST(Checkpoint, KeepsMetadata) {
   const SharedDirectory directory;
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   const auto model = make_sharded_model({}, *groups.expert_parallel, kSeed);
   const CheckpointMetadata metadata{{"step", "12"}, {"", "\"\\\n"}, {"Überschrift", ""}};
   // Rank 0's word counts.
@@ -195,7 +195,7 @@ TEST(Checkpoint, EveryRankWritesItsExpertsAndNoOthers) {
 TEST(Checkpoint, ReplacesTheFormerOneAndItsFiles) {
   const SharedDirectory shared;
   const auto directory = shared.path() / "made" / "by saving";
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   save_after(directory, {}, 1, 0);
   const auto before = files_in(directory);
   if (world()->rank() == 0) std::ofstream(directory / "model-notes.txt") << "not ours to remove";
@@ -209,7 +209,7 @@ TEST(Checkpoint, ReplacesTheFormerOneAndItsFiles) {
 
 TEST(Checkpoint, LoadsAModelWithoutItsOptimizer) {
   const SharedDirectory directory;
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   save_after(directory.path(), {}, 1, 0);
   auto training = make_training({}, *groups.expert_parallel, kOtherSeed);
   load_checkpoint(directory.path(), *training.model, nullptr, groups);
@@ -231,7 +231,7 @@ std::vector<torch::Tensor> each_once(const ShardedModel& model) {
 template <typename Optimizer, typename OptimizerOptions>
 void expect_resumes(const OptimizerOptions& options) {
   const SharedDirectory directory;
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   const auto straight = make_sharded_model({}, *groups.expert_parallel, kSeed);
   const auto resumed = make_sharded_model({}, *groups.expert_parallel, kOtherSeed);
   const auto step = [](ShardedModel& model, torch::optim::Optimizer& optimizer, uint64_t seed) {
@@ -263,7 +263,7 @@ TEST(Checkpoint, ResumesEveryOptimizer) {
 
 TEST(Checkpoint, RefusesAnotherOptimizer) {
   const SharedDirectory directory;
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   auto training = make_training({}, *groups.expert_parallel, kSeed);
   train(training, kGradientSeed, 1);
   auto& model = *training.model;
@@ -293,7 +293,7 @@ TEST(Checkpoint, RefusesAnotherOptimizer) {
 
 TEST(Checkpoint, RefusesAnOptimizerWithATensorTwice) {
   const SharedDirectory directory;
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   const auto model = make_sharded_model({}, *groups.expert_parallel, kSeed);
   torch::optim::Adam optimizer(model->parameters());  // with the tied one under both names
   expect_checkpoint_error(
@@ -303,7 +303,7 @@ TEST(Checkpoint, RefusesAnOptimizerWithATensorTwice) {
 
 TEST(Checkpoint, RefusesAnOptimizerOfAnotherModel) {
   const SharedDirectory directory;
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   const auto training = make_training({}, *groups.expert_parallel, kSeed);
   const auto other = make_training({}, *groups.expert_parallel, kSeed);
   expect_checkpoint_error(
@@ -320,7 +320,7 @@ struct Misfit {
 
 TEST(Checkpoint, RefusesAModelThatDoesNotFit) {
   const SharedDirectory directory;
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   save_after(directory.path(), {.num_experts = 5}, 1, 0);
   for (const auto& [options, message] : {
            Misfit{{.num_experts = 4}, "has 5 experts of 'experts.up_weight', the model has 4"},
@@ -343,7 +343,7 @@ TEST(Checkpoint, RefusesAModelThatDoesNotFit) {
 
 TEST(Checkpoint, RefusesNamesThatDoNotFit) {
   const SharedDirectory directory;
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   torch::nn::Module model;
   auto first = model.register_parameter("first", torch::ones({2}));
   save_checkpoint(directory.path(), model, nullptr, {}, groups);
@@ -366,7 +366,7 @@ TEST(Checkpoint, RefusesNamesThatDoNotFit) {
 
 TEST(Checkpoint, SaysWhenThereIsNone) {
   const SharedDirectory directory;
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   const auto model = make_sharded_model({}, *groups.expert_parallel, kSeed);
   expect_checkpoint_error(
       [&] { load_checkpoint(directory.path() / "nowhere", *model, nullptr, groups); },
@@ -377,7 +377,7 @@ TEST(Checkpoint, SaysWhenThereIsNone) {
 
 TEST(Checkpoint, OneRankThatCannotWriteStopsAll) {
   const SharedDirectory directory;
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   save_after(directory.path(), {}, 1, 0);
   const auto before = files_in(directory.path());
   auto training = make_training({}, *groups.expert_parallel, kOtherSeed);
@@ -393,7 +393,7 @@ TEST(Checkpoint, OneRankThatCannotWriteStopsAll) {
 TEST(Checkpoint, OneRankThatCannotReadStopsAll) {
   ANABRANCH_NEEDS_RANKS(2);
   const SharedDirectory directory;
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   save_after(directory.path(), {}, 1, 0);
   auto training = make_training({}, *groups.expert_parallel, kOtherSeed);
   const Snapshot snapshot(training);
@@ -407,7 +407,7 @@ TEST(Checkpoint, OneRankThatCannotReadStopsAll) {
 TEST(Checkpoint, RanksMustSaveTheSameModel) {
   ANABRANCH_NEEDS_RANKS(2);
   const SharedDirectory directory;
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   auto training = make_training({}, *groups.expert_parallel, kSeed);
   train(training, kGradientSeed, world()->rank() == 1 ? 2 : 1);
   const auto thrown = thrown_by([&] {

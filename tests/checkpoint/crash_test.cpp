@@ -33,7 +33,7 @@ void expect_loads(const fs::path& directory, const ParallelGroups& groups,
 
 TEST(CheckpointCrash, BetweenFilesAndIndexTheFormerOneStands) {
   const SharedDirectory directory;
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   const auto self = make_self_communicator();
   auto training = make_training({}, *groups.expert_parallel, 1);
   auto whole = make_training({}, *self, 1);
@@ -121,7 +121,7 @@ void wait_for_first_save(const fs::path& directory) {
 TEST(CheckpointCrash, KilledAtAnyMomentLeavesOneCheckpointWhole) {
   if (world()->size() > 1) GTEST_SKIP() << "needs a single rank";
   Random random(test_seed());
-  const auto groups = make_parallel_groups(world());
+  const auto groups = parallel_groups();
   for (int64_t kill_number = effort(8); kill_number > 0; --kill_number) {
     const SharedDirectory directory;
     const auto child = start_saving(directory.path());

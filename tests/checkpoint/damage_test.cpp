@@ -34,7 +34,7 @@ void write_file(const fs::path& path, const std::string& bytes) {
 class DamagedCheckpoint : public ::testing::Test {
  protected:
   DamagedCheckpoint()
-      : groups_(make_parallel_groups(world())),
+      : groups_(parallel_groups()),
         saved_(make_training(kOptions, *groups_.expert_parallel, 1)),
         training_(make_training(kOptions, *groups_.expert_parallel, 2)),
         random_(test_seed()) {

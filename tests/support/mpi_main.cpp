@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <functional>
 #include <iostream>
+#include <map>
 #include <optional>
 #include <random>
 #include <stdexcept>
@@ -40,7 +41,8 @@ constexpr auto kHarnessDeadline = std::chrono::minutes(5);
 struct Session {
   std::shared_ptr<Communicator> harness;
   std::shared_ptr<Communicator> world;
-  std::string communicator;  ///< as asked for
+  std::map<int64_t, ParallelGroups> groups;  ///< of the world, by expert-parallel size
+  std::string communicator;                  ///< as asked for
   uint64_t seed = 0;
 };
 
@@ -188,6 +190,7 @@ class Lockstep : public ::testing::EmptyTestEventListener {
       session().harness->all_reduce(failed);
       const auto failed_ranks = failed.item<int64_t>();
       if (failed_ranks > 0) {
+        session().groups.clear();
         session().world = make_world(session().communicator);
         if (!failed_here) {
           ADD_FAILURE() << "failed on " << failed_ranks << " other rank(s)";
@@ -243,6 +246,7 @@ int run(const Arguments& arguments) {
               << std::endl;
   }
   const int status = RUN_ALL_TESTS();
+  session().groups.clear();
   session().world.reset();
   session().harness.reset();
   // Here, and not at exit: by then OpenMPI has unloaded all its plugins, and what they still hold
@@ -254,6 +258,15 @@ int run(const Arguments& arguments) {
 }  // namespace
 
 std::shared_ptr<Communicator> world() { return session().world; }
+
+const ParallelGroups& parallel_groups(int64_t expert_parallel_size) {
+  const auto known = session().groups.find(expert_parallel_size);
+  if (known != session().groups.end()) {
+    return known->second;
+  }
+  auto made = make_parallel_groups(world(), expert_parallel_size);
+  return session().groups.emplace(expert_parallel_size, std::move(made)).first->second;
+}
 
 uint64_t seed() { return session().seed; }
 

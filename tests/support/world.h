@@ -1,6 +1,6 @@
 #pragma once
 
-#include <anabranch/communicator.h>
+#include <anabranch/parameters.h>
 
 #include <cstdint>
 #include <memory>
@@ -10,6 +10,9 @@ namespace anabranch::test {
 /// Every rank this program was started on: MPI's under mpirun, otherwise this process alone. After
 /// a test that failed on any rank the next one gets a fresh communicator.
 std::shared_ptr<Communicator> world();
+
+/// make_parallel_groups(world(), expert_parallel_size), made once: NCCL takes a second for each.
+const ParallelGroups& parallel_groups(int64_t expert_parallel_size = 0);
 
 /// Seed of the whole run, equal on every rank: --seed, ANABRANCH_TEST_SEED, or fresh. Printed first.
 uint64_t seed();

@@ -15,7 +15,7 @@ enum class Operation { kForward, kDgrad, kWgrad };
 /// stored with their activation. kActivateBackward (dgrad): they are the gradient at the activation,
 /// and the gradient of the hidden rows is stored with the activation, both scaled by the routing
 /// weights.
-enum class Epilogue { kStore, kAccumulate, kActivate, kActivateBackward };
+enum class Epilogue { kStore, kActivate, kActivateBackward, kAccumulate };
 
 /// See rows_map.
 constexpr int kRowsEnd = 1 << 30;
