@@ -177,8 +177,13 @@ TEST_P(GroupedGemmTest, Corners) {
   }
 }
 
+// On the CPU, where the oracle takes longest, in all types for the engine that cuts alone.
 TEST_P(GroupedGemmTest, LargeEnoughToBeCutIntoPieces) {
-  for (const auto dtype : dtypes()) {
+  auto types = dtypes();
+  if (GetParam().device.is_cpu() && GetParam().engine != "cpu") {
+    types = {random_.pick(types)};
+  }
+  for (const auto dtype : types) {
     expect_all_three({1000, 3, 0, 700}, 256, 192, dtype);
     expect_all_three({0, 2100}, 128, 96, dtype);
     expect_all_three({70, 0, 130, 257}, 1000, 328, dtype);
