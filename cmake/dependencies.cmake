@@ -2,6 +2,20 @@
 
 set(ANABRANCH_MINIMAL_LIBTORCH 2.6)
 
+# pip builds with the Python that it installs into: its torch is the one.
+if(DEFINED SKBUILD AND NOT LibTorch_PYTHON AND NOT LibTorch_ROOT)
+  execute_process(
+    COMMAND "${Python_EXECUTABLE}" -c
+            "import importlib.util as u, sys; sys.exit(u.find_spec('torch') is None)"
+    RESULT_VARIABLE without_torch)
+  if(without_torch)
+    message(FATAL_ERROR "anabranch is built against the installed torch, and ${Python_EXECUTABLE} has "
+                        "none: pip install torch scikit-build-core, then build with "
+                        "--no-build-isolation")
+  endif()
+  set(LibTorch_PYTHON "${Python_EXECUTABLE}")
+endif()
+
 # The environment that launch/setup.sh makes, unless another Python or LibTorch is named.
 if(NOT LibTorch_PYTHON AND NOT DEFINED ENV{VIRTUAL_ENV} AND EXISTS
                                                             "${PROJECT_SOURCE_DIR}/.venv/bin/python")

@@ -58,8 +58,7 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Name and parameter of what is spread over ranks: each rank has its own experts."""
     for path, module in model.named_modules():
         if isinstance(module, MoE):
-            for name, parameter in module.experts.named_parameters(prefix=f"{path}.experts".lstrip(".")):
-                yield name, parameter
+            yield from module.get_submodule("experts").named_parameters(prefix=f"{path}.experts".lstrip("."))
 
 
 def ignore_expert_parameters(model: nn.Module) -> nn.Module:
@@ -87,7 +86,7 @@ def finish_gradients(model: nn.Module, groups: ParallelGroups | None = None) -> 
         groups: see `make_parallel_groups`; None where the layers' group is the whole world.
     """
     groups = groups or _only_group(model)
-    experts, replicated = _with_gradients(model, own_experts=True)
+    experts, replicated = _with_gradients(model, leave_averaged=True)
     world = groups.world
     with torch.no_grad():
         average = torch.ops.anabranch.average_gradients
@@ -102,7 +101,7 @@ def clip_gradient_norm(model: nn.Module, max_norm: float, groups: ParallelGroups
     if not max_norm > 0:
         raise ValueError(f"max_norm = {max_norm}, expected more than 0")
     groups = groups or _only_group(model)
-    experts, replicated = _with_gradients(model, own_experts=False)
+    experts, replicated = _with_gradients(model, leave_averaged=False)
     world = groups.world.on(_device(experts or replicated))
     norm = torch.ops.anabranch.gradient_norm(experts, replicated, world.name, groups.expert_parallel.size)
     if not norm < float("inf"):
@@ -127,20 +126,20 @@ def _only_group(model: nn.Module) -> ParallelGroups:
     return ParallelGroups(layers[0], layers[0], alone())
 
 
-def _with_gradients(model: nn.Module, own_experts: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of experts; and of other parameters, without those that DDP or FSDP2 average where
-    `own_experts`. None becomes zeros."""
+def _with_gradients(model: nn.Module, leave_averaged: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of experts, and of other parameters; with `leave_averaged` without those that DDP or FSDP2
+    average. None becomes zeros."""
     experts = {id(parameter) for _, parameter in expert_parameters(model)}
-    averaged = _averaged_by_ddp(model) if own_experts else set()
+    averaged = _averaged_by_ddp(model) if leave_averaged else set()
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if isinstance(parameter, DTensor):
-            if not own_experts:
+            if not leave_averaged:
                 raise ValueError(f"{name} is a DTensor (FSDP2): clip_gradient_norm takes plain parameters")
             continue
-        if id(parameter) in experts and id(parameter) in averaged:
+        if id(parameter) in experts & averaged:
             raise ValueError(f"DDP averages the experts' {name}: call ignore_expert_parameters(model) before DDP(model)")
         if id(parameter) in averaged:
             continue

@@ -145,13 +145,19 @@ def alone() -> Group:
     return _named("self", None, torch.ops.anabranch.self_group)
 
 
+def _world() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None
+    return world
+
+
 def _default_group() -> Group:
     if dist.is_available() and dist.is_initialized():
-        return _of_process_group(dist.group.WORLD)
+        return _of_process_group(_world())
     info = discover_rank()
     if info.size == 1:
         return alone()
     if info.launcher == "torchrun":
         dist.init_process_group()
-        return _of_process_group(dist.group.WORLD)
+        return _of_process_group(_world())
     return _mpi_world()

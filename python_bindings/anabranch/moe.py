@@ -135,7 +135,7 @@ class MoE(nn.Module):
 
     def reset_parameters(self) -> None:
         """Fills the parameters as at first: what `to_empty` leaves empty, or training has changed."""
-        weight = self.experts.up_weight
+        weight = self._up_weight()
         values = torch.ops.anabranch.initial_parameters(
             _to_json({**self.options, "seed": self.seed}),
             self.group.rank,
@@ -158,8 +158,9 @@ class MoE(nn.Module):
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x is a {type(x).__name__}, expected a Tensor [..., {self.options['hidden_size']}]")
-        if x.device.type != self.experts.up_weight.device.type:
-            raise ValueError(f"x is on {x.device}, the layer on {self.experts.up_weight.device}")
+        device = self._up_weight().device
+        if x.device.type != device.type:
+            raise ValueError(f"x is on {x.device}, the layer on {device}")
         expert_ids, weights = (None, None) if routing is None else _checked_routing(routing)
         output, balance_loss, z_loss, load = torch.ops.anabranch.moe(
             x, self._parameter_list(), expert_ids, weights, self._options, self._group, self.training, self._probe.tensor
@@ -177,6 +178,9 @@ class MoE(nn.Module):
         """Begins to count anew; `timed`: stages are measured too, which costs a few microseconds each."""
         self._probe.reset(timed)
 
+    def _up_weight(self) -> Tensor:
+        return self._parameter_list()[1]
+
     def _parameter_list(self) -> list[Tensor]:
         """In the order of the operators."""
         return [getattr(self._modules[module], name) for module, name in self._places]
@@ -188,7 +192,7 @@ class MoE(nn.Module):
 
     def _join_device(self) -> None:
         """The group is one for tensors where the parameters are."""
-        self._group = self.group.on(self.experts.up_weight.device).name
+        self._group = self.group.on(self._up_weight().device).name
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items()) + f", group={self.group}"

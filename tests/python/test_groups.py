@@ -1,0 +1,312 @@
+"""Groups of ranks: what they may be made from, and that the ranks' number changes no answer."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import anabranch
+import pytest
+import torch
+import torch.distributed as dist
+from anabranch.info import transports
+from ranks import run_ranks
+from torch import nn
+
+OPTIONS = dict(hidden_size=8, expert_hidden_size=12, num_experts=5, top_k=2, glu=True, bias=True, seed=7)
+MORE = dict(shared_expert_hidden_size=6, dtype=torch.float64)
+
+
+def tokens_of(rank, size, total=24):
+    """Unequal parts of a batch, the last rank's empty where there are several."""
+    if size == 1:
+        return slice(0, total)
+    share = total // (size - 1)
+    return slice(rank * share, total if rank == size - 2 else (rank + 1) * share) if rank < size - 1 else slice(total, total)
+
+
+def batch(total=24):
+    generator = torch.Generator().manual_seed(11)
+    x = torch.randn(total, 8, dtype=torch.float64, generator=generator)
+    dy = torch.randn(total, 8, dtype=torch.float64, generator=generator)
+    return x, dy
+
+
+def run_layer(rank, size, freeze_experts):
+    layer = anabranch.MoE(**OPTIONS, **MORE)
+    assert layer.group.size == size and layer.group.rank == rank
+    layer.experts.requires_grad_(not freeze_experts)
+    x, dy = (part[tokens_of(rank, size)] for part in batch())
+    x = x.requires_grad_()
+    out = layer(x)
+    ((out.output * dy).sum() + 0.1 * (out.balance_loss + out.z_loss)).backward()
+    anabranch.finish_gradients(layer)
+    gradients = {name: p.grad.tolist() for name, p in layer.named_parameters() if p.requires_grad}
+    stats = layer.stats()
+    assert stats.forwards == 1 and (stats.bytes_sent > 0) == (size > 1 and x.shape[0] > 0 or size > 1)
+    norm = anabranch.clip_gradient_norm(layer, 1e9)
+    return out.output.tolist(), x.grad.tolist(), out.balance_loss.item(), out.expert_load.tolist(), gradients, norm
+
+
+@pytest.mark.parametrize("freeze_experts", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+def test_any_number_of_ranks_gives_the_answer_of_one(size, freeze_experts):
+    (one,) = run_ranks(1, run_layer, freeze_experts)
+    several = run_ranks(size, run_layer, freeze_experts)
+
+    def close(actual, expected):
+        torch.testing.assert_close(
+            torch.tensor(actual, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64), rtol=1e-11, atol=1e-12
+        )
+
+    close(sum((rank[0] for rank in several), []), one[0])
+    # Each rank's loss counts whole: its own rows' gradient, and W times the auxiliary losses' (their mean is
+    # what finish_gradients leaves).
+    x, _ = batch()
+    for rank in several:
+        close(rank[2], one[2])
+        assert rank[3] == one[3]
+        close(rank[5], several[0][5])
+    summed = {}
+    for name in one[4]:
+        if name.startswith("experts."):
+            summed[name] = sum((rank[4][name] for rank in several), [])
+        else:
+            summed[name] = several[0][4][name]
+            for rank in several:
+                close(rank[4][name], summed[name])
+    # The mean of the ranks' losses is 1 / W of the sum of ⟨y, dy⟩, plus the auxiliary losses.
+    (other,) = run_ranks(1, run_scaled, size, freeze_experts)
+    for name, expected in other.items():
+        close(summed[name], expected)
+
+
+def run_scaled(rank, size, ranks, freeze_experts):
+    layer = anabranch.MoE(**OPTIONS, **MORE)
+    layer.experts.requires_grad_(not freeze_experts)
+    x, dy = batch()
+    out = layer(x)
+    ((out.output * dy).sum() / ranks + 0.1 * (out.balance_loss + out.z_loss)).backward()
+    return {name: p.grad.tolist() for name, p in layer.named_parameters() if p.requires_grad}
+
+
+class Model(nn.Module):
+    def __init__(self, group=None):
+        super().__init__()
+        torch.manual_seed(3)
+        self.inner = nn.Linear(8, 8, dtype=torch.float64)
+        self.moe = anabranch.MoE(**OPTIONS, **MORE, group=group)
+        self.outer = nn.Linear(8, 4, dtype=torch.float64)
+
+    def forward(self, x):
+        out = self.moe(torch.tanh(self.inner(x)))
+        return self.outer(x + out.output), out.balance_loss
+
+
+def train(model, finish, rank, size, balance=0.01, steps=3):
+    """Of the mean over ranks; returns losses and parameters, an expert's by its global number."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    generator = torch.Generator().manual_seed(5)
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(12, 8, dtype=torch.float64, generator=generator)
+        target = torch.randn(12, 4, dtype=torch.float64, generator=generator)
+        part = slice(rank * 12 // size, (rank + 1) * 12 // size)
+        y, balance_loss = model(x[part])
+        loss = (y - target[part]).square().mean() + balance * balance_loss
+        optimizer.zero_grad()
+        loss.backward()
+        finish(model)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def train_alone(rank, size, balance):
+    model = Model()
+    losses = train(model, lambda model: None, 0, 1, balance)
+    return losses, {name: p.tolist() for name, p in model.named_parameters()}
+
+
+def train_with(rank, size, kind):
+    if kind == "replicas":
+        groups = anabranch.make_parallel_groups(2)
+        model = Model(groups.expert_parallel)
+        losses = train(model, lambda model: anabranch.finish_gradients(model, groups), rank, size, balance=0.0)
+    elif kind == "plain":
+        model = Model()
+        losses = train(model, anabranch.finish_gradients, rank, size)
+    elif kind == "ddp":
+        model = Model()
+        wrapped = nn.parallel.DistributedDataParallel(anabranch.ignore_expert_parameters(model))
+        losses = train(wrapped, anabranch.finish_gradients, rank, size)
+    else:
+        model = Model()
+        losses = train(sharded(model), anabranch.finish_gradients, rank, size)
+    values = {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).tolist() for name, p in model.named_parameters()}
+    return losses, values
+
+
+def sharded(model):
+    """FSDP2 on all but the experts."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    experts = {parameter for _, parameter in anabranch.expert_parameters(model)}
+    return fully_shard(model, mesh=mesh, ignored_params=experts)
+
+
+@pytest.mark.parametrize("kind, size", [("plain", 2), ("ddp", 2), ("fsdp2", 2), ("replicas", 4)])
+def test_trains_as_one_process_does(kind, size):
+    # Replicas each have a balance loss of their own batch.
+    ((losses, expected),) = run_ranks(1, train_alone, 0.0 if kind == "replicas" else 0.01)
+    ranks = run_ranks(size, train_with, kind)
+    for i, loss in enumerate(losses):
+        mean = sum(rank[0][i] for rank in ranks) / size
+        assert mean == pytest.approx(loss, rel=1e-10)
+    expert_parallel = 2
+    for name, value in expected.items():
+        held = [rank[1][name] for rank in ranks]
+        if ".experts." in f".{name}":
+            found = sum(held[:expert_parallel], [])
+            assert sum(held[-expert_parallel:], []) == found
+        else:
+            found = held[0]
+            assert all(each == found for each in held)
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(value), rtol=1e-5, atol=1e-7)
+
+
+def every_kind_of_group(rank, size):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("data", "expert"))
+    parts = [dist.new_group(list(ranks)) for ranks in ([0, 1], [2, 3])]
+    found = {
+        "none": anabranch.as_group(),
+        "world": anabranch.as_group(dist.group.WORLD),
+        "mesh": anabranch.as_group(mesh["expert"]),
+        "part": anabranch.as_group(parts[rank // 2]),
+    }
+    assert found["none"] is found["world"]
+    assert copy.deepcopy(found["mesh"]) is found["mesh"]
+    for group in found.values():
+        layer = anabranch.MoE(**OPTIONS, group=group)
+        layer(torch.randn(3 + rank, 8, requires_grad=True)).output.sum().backward()
+    errors = []
+    for wrong in (mesh, parts[1 - rank // 2]):
+        with pytest.raises(ValueError) as raised:
+            anabranch.as_group(wrong)
+        errors.append(str(raised.value))
+    return {name: (group.rank, group.size, group.kind) for name, group in found.items()}, errors
+
+
+def test_groups_of_torch_distributed():
+    for rank, (found, errors) in enumerate(run_ranks(4, every_kind_of_group)):
+        assert found["none"] == found["world"] == (rank, 4, "process_group")
+        assert found["mesh"] == found["part"] == (rank % 2, 2, "process_group")
+        assert "2 dimensions" in errors[0] and "no member" in errors[1]
+
+
+def differing(rank, size):
+    errors = []
+    for options in ({"top_k": 1 + rank}, {"seed": 7 + rank}):
+        with pytest.raises((RuntimeError, ValueError)) as raised:
+            anabranch.MoE(**{**OPTIONS, **options})
+        errors.append(str(raised.value))
+    layer = anabranch.MoE(**OPTIONS)
+    x = torch.randn(3, 8)
+    if rank == 1:
+        x[2, 0] = float("nan")
+    with pytest.raises((RuntimeError, ValueError)) as raised:
+        layer(x)
+    errors.append(str(raised.value))
+    layer(torch.randn(3, 8))
+    return errors
+
+
+def test_ranks_that_differ_are_named():
+    for rank, errors in enumerate(run_ranks(2, differing)):
+        assert "top_k = 2" in errors[0] and "rank 1" in errors[0]
+        assert "seed = 8" in errors[1]
+        assert "token 2" in errors[2] and ("rank 1" in errors[2] or rank == 1)
+
+
+def unready_ddp(rank, size):
+    layer = anabranch.MoE(8, 12, 4, 2)  # the same shapes on every rank: DDP does not see that they are others
+    model = nn.parallel.DistributedDataParallel(layer)
+    model(torch.randn(3, 8)).output.sum().backward()
+    with pytest.raises(ValueError, match="ignore_expert_parameters"):
+        anabranch.finish_gradients(model)
+    with pytest.raises(ValueError, match="max_norm = 0"):
+        anabranch.clip_gradient_norm(model, 0)
+    with pytest.raises(ValueError, match="3 does not divide the 2 ranks"):
+        anabranch.make_parallel_groups(3)
+
+
+def test_wrong_use_beside_ddp():
+    run_ranks(2, unready_ddp)
+
+
+LAUNCHED = """
+import sys
+import anabranch, torch
+layer = anabranch.MoE(8, 12, 5, 2, seed=7)
+layer(torch.randn(3 + layer.group.rank, 8, requires_grad=True)).output.sum().backward()
+anabranch.finish_gradients(layer)
+info = anabranch.discover_rank()
+assert (info.rank, info.size) == (layer.group.rank, layer.group.size), (info, layer.group)
+found = [str(info.size), info.launcher, layer.group.kind]
+assert found == sys.argv[1:], found
+"""
+
+OVER_MPI4PY = """
+import anabranch, torch
+from mpi4py import MPI
+world = MPI.COMM_WORLD
+alone = world.Split(world.rank, 0)
+turned = world.Split(0, -world.rank)
+for communicator in (world, alone, turned):
+    layer = anabranch.MoE(8, 12, 5, 2, seed=7, group=communicator)
+    assert (layer.group.rank, layer.group.size) == (communicator.rank, communicator.size), layer.group
+    layer(torch.randn(3 + world.rank, 8, requires_grad=True)).output.sum().backward()
+try:
+    anabranch.as_group(MPI.COMM_WORLD.Get_group())
+except TypeError as error:
+    assert "Group of mpi4py" in str(error), error
+else:
+    raise AssertionError("taken for a communicator")
+"""
+
+MPI = "mpi" in transports()
+MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none", "-n", "2", sys.executable]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def run_program(program, command, tmp_path, *arguments):
+    path = tmp_path / "program.py"
+    path.write_text(program)
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    result = subprocess.run(
+        [*command, path, *arguments], capture_output=True, text=True, timeout=200, env=os.environ | root
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_no_launcher(tmp_path):
+    run_program(LAUNCHED, [sys.executable], tmp_path, "1", "", "self")
+
+
+def test_torchrun(tmp_path):
+    run_program(LAUNCHED, TORCHRUN, tmp_path, "2", "torchrun", "process_group")
+
+
+@pytest.mark.skipif(not MPI, reason="anabranch was built without MPI")
+def test_mpirun(tmp_path):
+    run_program(LAUNCHED, MPIRUN, tmp_path, "2", "Open MPI", "mpi")
+
+
+@pytest.mark.skipif(not MPI, reason="anabranch was built without MPI")
+def test_mpi4py(tmp_path):
+    pytest.importorskip("mpi4py")
+    run_program(OVER_MPI4PY, MPIRUN, tmp_path)

@@ -1,0 +1,110 @@
+"""What a layer tells about itself: counters, times, ranges in profiles, plots."""
+
+import copy
+import subprocess
+import sys
+
+import anabranch
+import pytest
+import torch
+from ranks import run_ranks
+
+FORWARD = ["route", "plan", "dispatch", "permute", "up", "down", "unpermute", "combine", "losses", "shared_expert"]
+BACKWARD = ["combine", "down", "up", "permute", "dispatch", "route"]
+STAGES = {*FORWARD, *(f"{stage}.backward" for stage in BACKWARD)}
+
+
+def make(device="cpu"):
+    return anabranch.MoE(8, 12, 4, 2, shared_expert_hidden_size=4, seed=3, device=device)
+
+
+def step(layer, device="cpu", tokens=50):
+    out = layer(torch.randn(tokens, 8, device=device, requires_grad=True))
+    (out.output.sum() + out.balance_loss).backward()
+    return out
+
+
+def test_stats(device):
+    layer = make(device)
+    before = layer.stats()
+    assert before.forwards == 0 and before.expert_load is None and before.imbalance is None
+    out = step(layer, device)
+    stats = layer.stats()
+    assert stats.forwards == 1 and stats.seconds == {} and stats.bytes_sent == 0
+    assert stats.expert_load.tolist() == out.expert_load.tolist() and stats.expert_load.sum() == 100
+    assert stats.imbalance == pytest.approx(out.expert_load.max().item() / 25)
+
+    layer.reset_stats(timed=True)
+    step(layer, device)
+    stats = layer.stats()
+    assert stats.forwards == 1 and STAGES == set(stats.seconds)
+    assert all(0 <= seconds < 60 for seconds in stats.seconds.values()) and sum(stats.seconds.values()) > 0
+
+    twin = copy.deepcopy(layer)
+    step(twin, device)
+    assert layer.stats().forwards == 1 and twin.stats().forwards == 1
+
+
+def count_bytes(rank, size):
+    layer = anabranch.MoE(8, 12, 2, 1, seed=3)
+    x = torch.randn(10, 8, requires_grad=True)
+    ids = torch.full((10, 1), 1 - rank)  # every token leaves
+    out = layer(x, routing=(ids, torch.ones(10, 1)))
+    sent = layer.stats().bytes_sent
+    layer.reset_stats()
+    out.output.sum().backward()
+    return sent, layer.stats().bytes_sent
+
+
+def test_bytes_between_ranks():
+    row = 8 * 4
+    for forward, backward in run_ranks(2, count_bytes):
+        # Rows to the experts and results back, and an index and a weight for each.
+        assert 2 * 10 * row + 10 * 4 <= forward <= 2 * 10 * row + 10 * 8 + 400
+        # Rows of dy, and of dx with the weights' gradients.
+        assert 2 * 10 * row <= backward <= 2 * 10 * row + 10 * 4 + 100
+
+
+def test_ranges_in_profiles(device):
+    layer = make(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(layer, device)
+    names = {event.name for event in profile.events()}
+    assert {f"anabranch.{stage}" for stage in STAGES} <= names
+
+
+def test_imbalance():
+    assert anabranch.imbalance(torch.tensor([1, 3, 2, 2])) == 1.5
+    with pytest.raises(ValueError, match="load of each expert"):
+        anabranch.imbalance(torch.tensor([]))
+
+
+def test_plot_load(tmp_path):
+    model = torch.nn.ModuleDict({"first": make(), "second": make()})
+    with pytest.raises(ValueError, match="no forward yet of first, second"):
+        anabranch.plot_load(model)
+    for layer in model.values():
+        step(layer)
+    axes = anabranch.plot_load(model)
+    (image,) = axes.get_images()
+    for values, layer in zip(image.get_array(), model.values()):
+        load = layer.stats().expert_load
+        torch.testing.assert_close(torch.tensor(values).double(), load / load.double().mean())
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels[0].startswith("first (imbalance ")
+    axes.figure.savefig(tmp_path / "load.png")
+    assert (tmp_path / "load.png").stat().st_size > 2000
+    assert anabranch.plot_load(torch.tensor([1, 2, 3])) is not None
+
+
+@pytest.mark.parametrize("source, error", [(3, TypeError), ({}, TypeError), (torch.zeros(2, 2), ValueError), (torch.nn.Linear(1, 1), ValueError)])
+def test_plot_load_of_what_has_none(source, error):
+    with pytest.raises(error, match="plot_load"):
+        anabranch.plot_load(source)
+
+
+def test_info():
+    shown = subprocess.run([sys.executable, "-m", "anabranch.info"], capture_output=True, text=True, check=True).stdout
+    assert f"anabranch {anabranch.__version__}" in shown and f"torch {torch.__version__}" in shown
+    assert "engines on cpu: auto, cpu" in shown
+    assert "transports: self, process_group (gloo, nccl), store" in shown
