@@ -26,8 +26,10 @@ def test_ranks_find_themselves_on_their_hosts(hosts):
 
 
 @needs(TESTS / "exchange_test")
-@pytest.mark.parametrize(("count", "ranks"), [(2, 2), (4, 1)])
-@pytest.mark.parametrize("suite", ["exchange_test", "hierarchical_test"])
+@pytest.mark.parametrize(
+    ("suite", "count", "ranks"),
+    [("exchange_test", 2, 2), ("exchange_test", 3, 1), ("hierarchical_test", 2, 2), ("hierarchical_test", 4, 1)],
+)
 def test_suites_pass_across_the_network(hosts, suite, count, ranks):
     before = [hosts.bytes_sent(name) for name in hosts.names[:count]]
     output = hosts.mpirun(count, ranks, TESTS / suite, timeout=300).stdout
