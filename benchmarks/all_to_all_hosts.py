@@ -29,14 +29,7 @@ LAYOUTS = [(2, 4), (4, 2)]  # hosts, ranks on each
 # Mb/s of a host's link (0: as fast as the kernel copies) and microseconds that a packet costs besides
 LINKS = {"not slowed": (0, 0), "100 Mb/s": (100, 0), "100 Mb/s, 1 ms a packet": (100, 1000)}
 SIZES = [16, 256, 1024, 4096, 16384, 65536]
-ENVIRONMENT = dict(
-    os.environ,
-    OMP_NUM_THREADS="1",
-    OMPI_ALLOW_RUN_AS_ROOT="1",
-    OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
-    OMPI_MCA_mpi_yield_when_idle="1",
-    OMPI_MCA_btl_vader_single_copy_mechanism="none",
-)
+ENVIRONMENT = {**os.environ, **virtual_hosts.MPI_ENVIRONMENT}
 
 
 def mpirun(hosts, names, ranks):

@@ -6,7 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
 
 STAGES = {
     "route": "route",
@@ -114,9 +114,11 @@ def plot_scaling(records, scaling, path):
     for axes in (left, right):
         ranks_axis(axes, all_ranks)
     right.axhline(1, color="grey", lw=1, ls=":", label="perfect")
+    # As many times the ranks as the tokens: a straight line, whatever a configuration's own speed.
+    left.set_yscale("log", base=2)
+    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     left.set_ylabel("thousand tokens a second, all ranks")
     right.set_ylabel("efficiency: throughput of a rank\nover that at the fewest ranks")
-    left.set_ylim(bottom=0)
     right.set_ylim(bottom=0)
     right.legend()
     figure.suptitle(f"{scaling.capitalize()} scaling, forward and backward of one layer")

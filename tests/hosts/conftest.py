@@ -11,14 +11,7 @@ BUILD = Path(os.environ.get("ANABRANCH_BUILD", ROOT / "build/release"))
 sys.path.insert(0, str(ROOT / "tests/support"))
 import virtual_hosts  # noqa: E402
 
-ENVIRONMENT = dict(
-    os.environ,
-    OMP_NUM_THREADS="1",
-    OMPI_ALLOW_RUN_AS_ROOT="1",
-    OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
-    OMPI_MCA_mpi_yield_when_idle="1",
-    OMPI_MCA_btl_vader_single_copy_mechanism="none",
-)
+ENVIRONMENT = {**os.environ, **virtual_hosts.MPI_ENVIRONMENT}
 
 
 class Hosts(virtual_hosts.VirtualHosts):

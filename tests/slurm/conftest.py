@@ -13,15 +13,8 @@ import virtual_hosts  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = Path(os.environ.get("ANABRANCH_BUILD", ROOT / "build/release"))
 
-# Inherited by the jobs. More ranks than cores: who waits makes way.
-os.environ.update(
-    OMP_NUM_THREADS="1",
-    OMPI_ALLOW_RUN_AS_ROOT="1",
-    OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
-    OMPI_MCA_mpi_yield_when_idle="1",
-    OMPI_MCA_btl_vader_single_copy_mechanism="none",
-    ANABRANCH_ROOT=str(ROOT),
-)
+# Inherited by the jobs.
+os.environ.update(virtual_hosts.MPI_ENVIRONMENT, ANABRANCH_ROOT=str(ROOT))
 
 
 class Cluster(slurm.SlurmCluster):
