@@ -148,14 +148,24 @@ def test_what_it_refuses(study, wrong):
     assert "no points" in study("--report-only", expect=1)
 
 
-@pytest.mark.skipif(not STEP.exists() or not shutil.which("mpirun"), reason="benchmark_step is not built")
-def test_a_real_study(tmp_path):
-    command = [sys.executable, ROOT / "launch/scaling.py", "--output", tmp_path, "--program", STEP, "--ranks", "1,2"]
-    command += ["--experts", "5", "--top-k", "2", "--skew", "0,2", "--tokens", "40", "--hidden", "16"]
-    command += ["--expert-hidden", "24", "--rounds", "2", "--scaling", "weak"]
+needs_step = pytest.mark.skipif(
+    not STEP.exists() or not shutil.which("mpirun"), reason="benchmark_step is not built"
+)
+
+
+def real_study(folder, *more):
+    """Records of benchmark_step on small layers."""
+    command = [sys.executable, ROOT / "launch/scaling.py", "--output", folder, "--program", STEP]
+    command += ["--experts", "5", "--top-k", "2", "--tokens", "40", "--hidden", "16"]
+    command += ["--expert-hidden", "24", "--rounds", "2", "--scaling", "weak", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(list(map(str, command)), check=True, timeout=200, env=environment)
-    records = json.loads((tmp_path / "results.json").read_text())
+    return json.loads((folder / "results.json").read_text())
+
+
+@needs_step
+def test_a_real_study(tmp_path):
+    records = real_study(tmp_path, "--ranks", "1,2", "--skew", "0,2")
     assert [(r["ranks"], r["skew"]) for r in records] == [(1, 0), (2, 0), (1, 2), (2, 2)]
     for record in records:
         # Every token is assigned twice, and its row crosses at most once each way, for x, dy, y and dx.
@@ -164,3 +174,11 @@ def test_a_real_study(tmp_path):
         assert 0 <= crossing <= 4 * 40 * record["ranks"] * 16 * 4
         assert (crossing > 0) == (record["ranks"] > 1)
     assert records[2]["expert_imbalance"] > records[0]["expert_imbalance"]
+
+
+@needs_step
+def test_rows_of_half_the_bytes(tmp_path):
+    (half,) = real_study(tmp_path / "bf16", "--ranks", "2", "--skew", "0", "--dtype", "bf16")
+    (whole,) = real_study(tmp_path / "fp32", "--ranks", "2", "--skew", "0")
+    assert half["dtype"] == "bf16" and half["expert_load"] == whole["expert_load"]
+    assert [2 * count for row in half["link_bytes"] for count in row] == sum(whole["link_bytes"], [])
