@@ -77,6 +77,13 @@ def times(rows, folder, dtype, routing):
     return over_cases(rows, folder, f"time_{dtype}", f"Time of a layer, {dtype}, {routing} routing", panels)
 
 
+def ratios(rows, folder, dtype, routing):
+    rows = select(rows, dtype=dtype, routing=routing, memory_limit=None)
+    label = "time / that of the fastest"
+    panels = [(which, label, True, lambda row, which=which: row["pass"] == which, lambda row: row["ratio"]) for which in PASSES]
+    return over_cases(rows, folder, f"ratio_{dtype}", f"Time over the fastest method's, {dtype}, {routing} routing", panels)
+
+
 def memory(rows, folder, dtype, routing):
     rows = select(rows, dtype=dtype, routing=routing, memory_limit=None)
     gib = lambda row: row["peak_bytes"] and row["peak_bytes"] / GIB  # noqa: E731

@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import os
 import statistics
+from pathlib import Path
 
 from . import plots, sanitize
 from .cases import ARTICLE_SPLIT, PASSES, TYPES
@@ -11,6 +13,7 @@ from .stages import STAGES
 from .tables import case_label, methods_in, select, table, tuple_of
 
 ARTICLE_SUM = sum(ARTICLE_SPLIT)
+TESTS = Path(__file__).resolve().parents[2] / "tests/gemm"
 
 
 def against_even(rows):
@@ -116,18 +119,21 @@ another, would take this many times the even one's, beside what was measured (me
     return text + "\n" + table(header, lines) + "\n" + image.take()
 
 
-def offsets(_whole, _image):
-    return """### 2. The grouped batched kernel that was wrong for variable sizes
+def offsets(_whole, image):
+    test = os.path.relpath(TESTS / "row_offsets_test.cpp", image.document.parent)
+    return f"""### 2. The grouped batched kernel that was wrong for variable sizes
 
-An expert's operands begin after the rows of all experts before it: `first[e] = Σ counts[0..e)`. What was used is
-`e × counts[e]`, which is right only where all counts are equal. `OffsetFormula` in
-[tests/gemm/grouped_gemm_test.cpp](../tests/gemm/grouped_gemm_test.cpp) computes both, shows that equal counts cannot
-tell them apart and that variable ones do, and that the engine `cublas_grouped` gives the right product.
+For the first row of expert e it took `e · counts[e]`, the expert times its own rows; it is
+`counts[0] + ... + counts[e − 1]`, the rows of all experts before it. The two agree where all counts are equal, so that
+an even split could not show it; otherwise products are wrong, or reach beyond the rows there are.
+[row_offsets_test.cpp]({test}) tells them apart; the grouped GEMM suite runs `cublas_grouped` on experts of all sizes.
 """
 
 
-def sanitizer(whole, _image):
+def sanitizer(whole, image):
+    test = os.path.relpath(TESTS / "grouped_gemm_test.cpp", image.document.parent)
     text = f"### 3. The illegal memory access at ({', '.join(map(str, sanitize.SIZES))})\n\n"
+    text += f"`TheCaseOfTheIllegalAccess` in [grouped_gemm_test.cpp]({test}) compares every product of this case with an oracle.\n"
     if not whole["sanitizer"]:
         return text + "This has not been run: `launch/article.sh --sanitize` runs every engine at this case under compute-sanitizer.\n"
     lines = []

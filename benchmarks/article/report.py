@@ -28,7 +28,8 @@ def about(whole):
 Every way to run the experts of one layer, on the article's grid: an MLP with tanh-GELU, without biases, its gate
 included; `(sequences × length, hidden, E experts, k of them for a token)`. Outputs and every gradient are checked
 against an fp64 oracle before anything is timed. Each time is a median over turns that the methods take in rotation;
-peak memory counts inputs, parameters, gradients and everything between. Written by `launch/article.sh`.
+peak memory counts inputs, parameters, gradients and everything
+alive between, without workspaces that are kept from step to step. Written by `launch/article.sh`.
 {small if any(run["small"] for run in runs) else ""}
 - device: {distinct("device")}; host processor {distinct("processor")}, {distinct("cores")} cores
 - PyTorch {distinct("torch")}, CUDA {distinct("cuda") or "none"}; {others}
@@ -115,6 +116,7 @@ Time over the fastest method's at the same case, geometric mean over all cases a
         if routing is None:
             continue
         image(plots.times, free, dtype, routing)
+        image(plots.ratios, free, dtype, routing)
         for which in PASSES:
             here = [row for row in select(free, dtype=dtype, routing=routing) if row["pass"] == which]
             text += f"\nMilliseconds, {dtype}, {which}, {routing} routing:\n\n{grid_table(here, milliseconds)}\n"

@@ -8,7 +8,7 @@ import torch
 STAGES = ("routing", "permutation", "topology", "GEMM", "activation", "combination", "other")
 # What record_function ranges say; others, such as of a whole layer, say nothing.
 RANGES = {
-    "routing": ("route", "router", "gate"),
+    "routing": ("route", "router", "gate", "losses"),
     "permutation": ("plan", "permute", "dispatch"),
     "topology": ("topology",),
     "GEMM": ("up", "down", "grouped_gemm", "gemm"),

@@ -102,8 +102,8 @@ def test_the_five_questions(written):
 
 def test_every_plot_is_there_and_shown(written):
     _, text, folder = written
-    expected = {"time_bf16", "time_fp32", "memory_bf16", "memory_fp32", "survivors", "split_bf16", "split_fp32"}
-    assert {path.stem for path in (folder / "plots").glob("*.png")} == expected | {"rate", "stages"}
+    expected = {"time_bf16", "time_fp32", "memory_bf16", "memory_fp32", "survivors", "split_bf16", "split_fp32", "ratio_bf16"}
+    assert {path.stem for path in (folder / "plots").glob("*.png")} == expected | {"ratio_fp32", "rate", "stages"}
     for path in (folder / "plots").glob("*.png"):
         assert f"](plots/{path.name})" in text and path.stat().st_size > 10_000
 
