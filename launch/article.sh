@@ -51,5 +51,5 @@ fi
 
 python=$venv/bin/python
 if [[ ! -x $python ]]; then python=${ANABRANCH_PYTHON:-python3}; fi
-export PYTHONPATH="$project_root/benchmarks:$project_root/build/$preset/python${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$project_root/benchmarks:$project_root/build/$preset/python"
 exec "$python" -m article "${arguments[@]}"

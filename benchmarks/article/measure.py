@@ -30,7 +30,7 @@ class DeviceLost(Exception):
 class Settings:
     device: str
     seed: int = 1
-    seconds: float = 0.05  # of measuring, for a method and pass
+    seconds: float = 0.03  # of measuring, for a method and pass
     rounds: int = 3  # over which these are spread
     memory_limit: int | None = None  # bytes
 
@@ -236,12 +236,11 @@ class Subject:
                 padding_rows=self.padding,
                 errors={name: dataclasses.asdict(error) for name, error in self.errors.items()},
                 steps=len(self.times[which]),
-                counts=self.problem.counts,
             )
 
 
 def row_of(unit, which, method, settings, **values):
-    empty = dict(ms=None, tflops=None, peak_bytes=None, padding_rows=None, errors={}, steps=0, counts=None)
+    empty = dict(ms=None, tflops=None, peak_bytes=None, padding_rows=None, errors={}, steps=0)
     about = {**dataclasses.asdict(unit.case), "assignments": unit.case.assignments}
     about.update(unit=unit.name, dtype=unit.dtype, routing=unit.routing, method=method)
     return {**about, "pass": which, "memory_limit": settings.memory_limit, **empty, **values}

@@ -74,18 +74,37 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def compact(value, digits=5):
+    """The same with floats of so many digits."""
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, dict):
+        return {name: compact(each, digits) for name, each in value.items()}
+    return [compact(each, digits) for each in value] if isinstance(value, list) else value
+
+
+def as_lines(whole):
+    """JSON with a line for each record of each list."""
+    parts = []
+    for name, records in whole.items():
+        lines = ",\n  ".join(json.dumps(record) for record in records)
+        parts.append(f' {json.dumps(name)}: [\n  {lines}\n ]')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def write_tables(store, sanitized, folder):
     """DIR/article.json, all that is known, and DIR/article.csv, a line for each case, pass and method."""
     runs = {run["run"]: run for run in store.of("run")}
     rows = with_ratios(list(store.steps().values()))
-    whole = {
+    whole = compact({
         "runs": list(runs.values()),
         "rows": rows,
         "stages": store.of("stages"),
         "rates": store.of("rate"),
         "sanitizer": sanitized,
-    }
-    (folder / "article.json").write_text(json.dumps(whole, indent=1) + "\n")
+    })
+    rows = whole["rows"]
+    (folder / "article.json").write_text(as_lines(whole))
     with open(folder / "article.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=COLUMNS, extrasaction="ignore")
         writer.writeheader()

@@ -41,7 +41,7 @@ def test_a_right_method(rows_of):
         row = rows["plain", which]
         assert row["status"] == "ok" and row["ms"] > 0 and row["steps"] >= 2 and row["padding_rows"] == 0
         assert row["tflops"] == pytest.approx(SMALL.flops(which) / row["ms"] / 1e9)
-        assert row["assignments"] == sum(row["counts"]) == SMALL.assignments
+        assert row["assignments"] == SMALL.assignments
     inputs = 2 * SMALL.tokens * SMALL.hidden * 4
     weights = 2 * SMALL.experts * SMALL.hidden * SMALL.expert_hidden * 4
     forward, both = (rows["plain", which]["peak_bytes"] for which in cases.PASSES)

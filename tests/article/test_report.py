@@ -111,6 +111,7 @@ def test_every_plot_is_there_and_shown(written):
 def test_csv_and_json(written):
     whole, _, folder = written
     assert json.loads((folder / "article.json").read_text()) == whole
+    assert max(map(len, (folder / "article.json").read_text().splitlines())) < 2000
     lines = list(csv.DictReader(open(folder / "article.csv")))
     assert len(lines) == len(whole["rows"])
     line = next(r for r in lines if (r["method"], r["dtype"], r["pass"]) == ("padded_bmm", "bf16", "forward"))
