@@ -365,7 +365,7 @@ TEST_F(MoELayerTest, MainGradientsTakeTheWeightsGradients) {
     auto plain = make_layer(layer_case, world_);
     run_step(plain, layer_case, layer_case.counts, rank_);
     auto layer = make_layer(layer_case, world_);
-    const auto& experts = layer->experts();
+    auto experts = layer->experts();
     const auto sum_of = [&](const torch::Tensor& weight) {
       return torch::ones_like(weight, weight.options().dtype(accumulation_type(dtype)));
     };
@@ -395,7 +395,7 @@ TEST_F(MoELayerTest, MainGradientsTakeTheWeightsGradients) {
 TEST_F(MoELayerTest, FrozenWeightsLeaveMainGradientsAlone) {
   const auto layer_case = small_case(small_options());
   auto layer = make_layer(layer_case, world_);
-  const auto& experts = layer->experts();
+  auto experts = layer->experts();
   experts->main_grad = {torch::ones_like(experts->up_weight),
                         torch::ones_like(experts->down_weight)};
   experts->up_weight.set_requires_grad(false);

@@ -33,7 +33,7 @@ class NcclGroup {
 
   /// Runs `calls`, which launch on a stream, as one group and waits until they are launched.
   void launch(const std::function<void(ncclComm_t)>& calls, const KeepWaiting& keep_waiting);
-  /// NCCL's word on what has failed in the background; empty if nothing has.
+  /// NCCL's word on what has failed in the background; empty if nothing has. Not beside `launch`.
   std::string asynchronous_error() const;
   /// Ends in peace, when all that was launched has ended. No launch may follow.
   void finalize(const KeepWaiting& keep_waiting);

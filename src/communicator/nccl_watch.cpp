@@ -155,9 +155,13 @@ std::optional<NcclWatch::Trouble> NcclWatch::look() {
     if (!oldest.begun.has_value() && has_ended(oldest.begin)) {
       oldest.begun = Clock::now();
     }
-    const std::string error = group_.asynchronous_error();
-    if (!error.empty()) {
-      return Trouble{c10::str(oldest.name, " failed: ", error), oldest.sequence};
+    // Not while another thread launches: asking NCCL for errors also completes what is being launched,
+    // which two threads must not do at once. Who launches asks by itself.
+    if (const std::unique_lock group_lock(group_mutex_, std::try_to_lock); group_lock) {
+      const std::string error = group_.asynchronous_error();
+      if (!error.empty()) {
+        return Trouble{c10::str(oldest.name, " failed: ", error), oldest.sequence};
+      }
     }
     if (oldest.begun.has_value() && Clock::now() - *oldest.begun > deadline_) {
       return Trouble{c10::str(oldest.name, " did not end within ", deadline_.count(), " ms"),

@@ -62,7 +62,7 @@ class NcclWatch {
   std::chrono::milliseconds heartbeat_;
   Clock::time_point next_sign_;       ///< of the thread alone
   std::atomic<bool> ending_ = false;  ///< whoever launches is to give up
-  std::mutex group_mutex_;            ///< held while launching and while aborting
+  std::mutex group_mutex_;            ///< held by whoever calls the group
   std::mutex mutex_;                  ///< guards what follows
   std::condition_variable changed_;
   std::deque<Collective> running_;

@@ -58,6 +58,7 @@ c10::intrusive_ptr<ProcessGroup> make_process_group(Communicator& harness,
   group->setGroupName("tests");
   add_gloo(*group, store, deadline);
   if (device().is_cuda()) {
+    group->setBoundDeviceId(device());
     add_nccl(*group, store);
   }
   return group;
