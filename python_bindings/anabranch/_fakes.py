@@ -57,12 +57,11 @@ def _route_backward(gradients, state, logits):
 @torch.library.register_fake("anabranch::plan")
 def _plan(expert_ids, weights, num_experts, group):
     """What reaches this rank is known when the ranks have told each other."""
-    _, ranks, _ = torch.ops.anabranch.describe_group(group)
-    rank = torch.ops.anabranch.describe_group(group)[0]
+    rank, ranks, _ = torch.ops.anabranch.describe_group(group)
     local = num_experts // ranks + (rank < num_experts % ranks)
     tokens, top_k = expert_ids.shape
     context = torch.library.get_ctx()
-    sent, rows, assignments = (context.new_dynamic_size() for _ in range(3))
+    sent, row_offsets, assignments = (context.new_dynamic_size(min=least) for least in (0, 1, 0))
 
     def on_host(size):
         return torch.empty((size,), dtype=torch.int64, device="cpu")
@@ -79,7 +78,7 @@ def _plan(expert_ids, weights, num_experts, group):
         indices(tokens * top_k),
         indices(assignments),
         indices(assignments),
-        indices(rows + 1),
+        indices(row_offsets),
         indices(assignments),
     ]
 

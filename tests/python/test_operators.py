@@ -91,8 +91,8 @@ def results(block, x):
 
 def test_compile_of_a_block(device):
     block = Block(device, shared_expert_hidden_size=6)
-    # In this process, and without a precompiled header: quicker for so few kernels.
-    options = {"compile_threads": 1, "cpp_cache_precompile_headers": False}
+    # In this process, without a precompiled header or trials of instruction sets: quicker for few kernels.
+    options = {"compile_threads": 1, "cpp_cache_precompile_headers": False, "cpp.simdlen": 1}
     compiled = torch.compile(block, fullgraph=True, dynamic=True, options=options)
     for tokens in (11, 5):
         x = torch.randn(tokens, 8, device=device)
