@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import gc
 import itertools
-import math
 import re
 import statistics
 import time
@@ -254,6 +253,7 @@ class UnitMeasurement:
         self.problem = Problem(unit, settings.device, settings.seed)
         self.oracle = Oracle(self.problem)
         self.expected = {}  # by coarse_logits
+        self.expect(False)
         problem = self.problem
         self.subjects = [Subject(name, make, problem, self.clock, settings) for name, make in factories.items()]
         self.inputs = problem.bytes_of_inputs()
@@ -289,7 +289,6 @@ class UnitMeasurement:
                 yield subject.name, profile(subject.forward_backward, self.clock.cuda)
                 if not self.keep:
                     subject.release()
-                    self.clock.clear()
 
     def last_times(self):
         return [times[-1] for subject in self.subjects if (times := subject.times["forward+backward"])]
@@ -312,7 +311,7 @@ class UnitMeasurement:
             subject.release()
         else:
             subject.clear_gradients()
-        if not self.keep or "out of memory" in subject.status.values():
+        if "out of memory" in subject.status.values():
             self.clock.clear()
 
     def failed(self, subject, which, error):

@@ -53,7 +53,11 @@ def over_cases(rows, folder, name, title, panels):
     for axes, (panel, label, log, chosen, value) in zip(grid[:, 0], panels):
         for i, method in enumerate(methods):
             offset = 0.7 * ((i + 0.5) / len(methods) - 0.5)
-            points = [(cases.index(tuple_of(row)) + offset, value(row)) for row in rows if row["method"] == method and chosen(row)]
+            points = [
+                (cases.index(tuple_of(row)) + offset, value(row))
+                for row in rows
+                if row["method"] == method and chosen(row)
+            ]
             points = [(x, y) for x, y in points if y is not None]
             axes.plot(*(zip(*points) if points else ((), ())), ls="", markersize=5, **look[method])
         if log:
@@ -73,15 +77,23 @@ def over_cases(rows, folder, name, title, panels):
 
 def times(rows, folder, dtype, routing):
     rows = select(rows, dtype=dtype, routing=routing, memory_limit=None)
-    panels = [(which, "milliseconds", True, lambda row, which=which: row["pass"] == which, lambda row: row["ms"]) for which in PASSES]
+    panels = [
+        (which, "milliseconds", True, lambda row, which=which: row["pass"] == which, lambda row: row["ms"])
+        for which in PASSES
+    ]
     return over_cases(rows, folder, f"time_{dtype}", f"Time of a layer, {dtype}, {routing} routing", panels)
 
 
 def ratios(rows, folder, dtype, routing):
     rows = select(rows, dtype=dtype, routing=routing, memory_limit=None)
     label = "time / that of the fastest"
-    panels = [(which, label, True, lambda row, which=which: row["pass"] == which, lambda row: row["ratio"]) for which in PASSES]
-    return over_cases(rows, folder, f"ratio_{dtype}", f"Time over the fastest method's, {dtype}, {routing} routing", panels)
+    panels = [
+        (which, label, True, lambda row, which=which: row["pass"] == which, lambda row: row["ratio"])
+        for which in PASSES
+    ]
+    return over_cases(
+        rows, folder, f"ratio_{dtype}", f"Time over the fastest method's, {dtype}, {routing} routing", panels
+    )
 
 
 def memory(rows, folder, dtype, routing):
@@ -94,11 +106,14 @@ def memory(rows, folder, dtype, routing):
 
 def splits(ratios, folder, dtype):
     """`ratios`: rows with `ratio_to_even`."""
+    label = "time of the uneven split / of the even one"
     panels = [
-        (which, "time of the uneven split / of the even one", False, lambda row, which=which: row["pass"] == which, lambda row: row["ratio_to_even"])
+        (which, label, False, lambda row, which=which: row["pass"] == which, lambda row: row["ratio_to_even"])
         for which in PASSES
     ]  # fmt: skip
-    return over_cases(ratios, folder, f"split_{dtype}", f"The article's split over the even one, {dtype} (1: equal)", panels)
+    return over_cases(
+        ratios, folder, f"split_{dtype}", f"The article's split over the even one, {dtype} (1: equal)", panels
+    )
 
 
 def survivors(rows, folder, limit):
@@ -124,7 +139,9 @@ def survivors(rows, folder, limit):
         axes.set_xticks(range(len(methods)), methods, rotation=60, ha="right", fontsize=8)
         axes.set_title(f"{dtype}, {which}", fontsize=10)
     grid[0][0].set_yticks(range(len(cases)), [case_label(case) for case in cases], fontsize=8)
-    figure.suptitle(f"Who runs in {limit / GIB:g} GiB (numbers: peak GiB; OOM: out of memory; –: not for other reasons)")
+    figure.suptitle(
+        f"Who runs in {limit / GIB:g} GiB (numbers: peak GiB; OOM: out of memory; –: not for other reasons)"
+    )
     return save(figure, folder, "survivors")
 
 

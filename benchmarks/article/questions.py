@@ -18,7 +18,9 @@ TESTS = Path(__file__).resolve().parents[2] / "tests/gemm"
 
 def against_even(rows):
     """Rows of the uneven split, with their time over the even one's as `ratio_to_even`."""
-    even = {(tuple_of(r), r["dtype"], r["method"], r["pass"]): r["ms"] for r in rows if r["routing"] == "even" and r["ms"]}
+    even = {
+        (tuple_of(r), r["dtype"], r["method"], r["pass"]): r["ms"] for r in rows if r["routing"] == "even" and r["ms"]
+    }
     found = []
     for row in rows:
         other = even.get((tuple_of(row), row["dtype"], row["method"], row["pass"]))
@@ -57,21 +59,30 @@ def uneven(whole, image):
     ratios = against_even(rows)
     text = f"""### 1. Is an uneven split faster than an even one?
 
-The article's split {list(ARTICLE_SPLIT)} has {ARTICLE_SUM:,} rows and was compared with an even one of {64 * 1024 * 8:,}.
+The article's split {list(ARTICLE_SPLIT)} has {ARTICLE_SUM:,}
+rows and was compared with an even one of {64 * 1024 * 8:,}.
 """
     sums = [row for row in rows if row["sequences"] == 1 and row["top_k"] == 1]
     if sums:
-        text += "\nThe same number of rows in both, one expert a token (E 8, milliseconds):\n\n" + equal_sums(sums) + "\n"
+        text += (
+            "\nThe same number of rows in both, one expert a token (E 8, milliseconds):\n\n" + equal_sums(sums) + "\n"
+        )
     for dtype in TYPES:
         here = select(ratios, dtype=dtype)
         if not here:
             continue
         lines = [
-            (method, *(spread(v) if (v := [r["ratio_to_even"] for r in own if r["pass"] == which]) else "" for which in PASSES))
+            (
+                method,
+                *(
+                    spread(v) if (v := [r["ratio_to_even"] for r in own if r["pass"] == which]) else ""
+                    for which in PASSES
+                ),
+            )
             for method in methods_in(here)
             if (own := select(here, method=method))
         ]
-        text += f"\nTime of the uneven split over the even one, equal sums, {dtype}: median (least to most) over the cases\n\n"
+        text += f"\nUneven split over even one, equal sums, {dtype}: median of the times' ratio (least to most) over cases\n\n"
         text += table(("method", *PASSES), lines) + "\n"
         image(plots.splits, here, dtype)
         text += image.take()
@@ -98,7 +109,7 @@ def why_uneven(rates, ratios, image):
     image(plots.rates, rates)
     first = rates[0]
     text = f"""
-Why: the rate of one GEMM against its rows, {first['k']} → {first['n']}. Where the curve is flat, rows may lie as they
+Why: the rate of one GEMM against its rows, {first["k"]} → {first["n"]}. Where the curve is flat, rows may lie as they
 like; an expert on its rising part costs more than its share. From the curve, an uneven split's products, one after
 another, would take this many times the even one's, beside what was measured (median over the cases):
 """
@@ -133,9 +144,14 @@ an even split could not show it; otherwise products are wrong, or reach beyond t
 def sanitizer(whole, image):
     test = os.path.relpath(TESTS / "grouped_gemm_test.cpp", image.document.parent)
     text = f"### 3. The illegal memory access at ({', '.join(map(str, sanitize.SIZES))})\n\n"
-    text += f"`TheCaseOfTheIllegalAccess` in [grouped_gemm_test.cpp]({test}) compares every product of this case with an oracle.\n"
+    text += (
+        f"`TheCaseOfTheIllegalAccess` in [grouped_gemm_test.cpp]({test}) compares its every product with an oracle.\n"
+    )
     if not whole["sanitizer"]:
-        return text + "This has not been run: `launch/article.sh --sanitize` runs every engine at this case under compute-sanitizer.\n"
+        return (
+            text
+            + "Under compute-sanitizer it has not been run here: `launch/article.sh --sanitize` does so, every engine.\n"
+        )
     lines = []
     for record in whole["sanitizer"]:
         for engine, found in record["engines"].items():
@@ -143,7 +159,7 @@ def sanitizer(whole, image):
     last = whole["sanitizer"][-1]
     return (
         text
-        + f"Forward and backward with even and uneven routing under compute-sanitizer, on {last['device']}, {last['date']}: "
+        + f"Forward and backward, even and uneven, under compute-sanitizer, on {last['device']}, {last['date']}: "
         + f"`{last['command'].replace('|', ' ')}`\n\n{table(('tool', 'method', 'result'), lines)}\n"
     )
 
@@ -181,14 +197,15 @@ def where_time_goes(whole, image):
     records = whole["stages"]
     if not records:
         return text + "No traces have been taken: the cases that they are taken at were not measured.\n"
-    text += """Milliseconds of one forward and backward with the learned gate, from a trace: on a GPU of its kernels, which may run
-side by side. Where an activation is in a product's epilogue it is counted there; a peer's kernels are told apart by
+    text += """Milliseconds of one forward and backward with the learned gate, from a trace: on a GPU of its kernels, which may
+run side by side. Where an activation is in a product's epilogue it is counted there; a peer's kernels are told apart by
 their names.
 """
     for unit in dict.fromkeys(record["unit"] for record in records):
         latest = {record["method"]: record["ms"] for record in records if record["unit"] == unit}
         lines = [
-            (method, *(f"{ms[stage]:.3g}" for stage in STAGES), f"{sum(ms.values()):.3g}") for method, ms in latest.items()
+            (method, *(f"{ms[stage]:.3g}" for stage in STAGES), f"{sum(ms.values()):.3g}")
+            for method, ms in latest.items()
         ]
         text += f"\n{unit_label(unit)}:\n\n" + table(("method", *STAGES, "all"), lines) + "\n"
     image(plots.stages, records, unit_label)

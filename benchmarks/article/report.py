@@ -22,7 +22,9 @@ def about(whole):
     versions = {name: version for run in runs for name, version in run["versions"].items()}
     others = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     dates = [run["date"] for run in runs]
-    small = "\n**This is the small grid, on a machine without a GPU: it shows that everything runs, not what is fast.**\n"
+    small = (
+        "\n**This is the small grid, on a machine without a GPU: it shows that everything runs, not what is fast.**\n"
+    )
     return f"""# The article's experiment
 
 Every way to run the experts of one layer, on the article's grid: an MLP with tanh-GELU, without biases, its gate
@@ -77,7 +79,13 @@ def troubles(rows):
         if row["status"] not in ("ok", "impossible"):
             reasons[row["method"], row["status"], row["reason"]].append(row)
     lines = [
-        (method, status, str(len(found)), f"{unit_label(found[0]['unit'])}, {found[0]['pass']}", (reason or "").replace("|", "\\|"))
+        (
+            method,
+            status,
+            str(len(found)),
+            f"{unit_label(found[0]['unit'])}, {found[0]['pass']}",
+            (reason or "").replace("|", "\\|"),
+        )
         for (method, status, reason), found in reasons.items()
     ]
     if not lines:
@@ -112,7 +120,9 @@ Time over the fastest method's at the same case, geometric mean over all cases a
 {summary(free)}
 """
     for dtype in TYPES:
-        routing = next((name for name in ("learned", "even", "uneven") if select(free, dtype=dtype, routing=name)), None)
+        routing = next(
+            (name for name in ("learned", "even", "uneven") if select(free, dtype=dtype, routing=name)), None
+        )
         if routing is None:
             continue
         image(plots.times, free, dtype, routing)
@@ -132,10 +142,13 @@ def memory(rows, image):
         if here:
             image(plots.memory, free, dtype, "learned")
             gib = lambda row: f"{row['peak_bytes'] / GIB:.3g}"  # noqa: E731
-            text += f"\nPeak GiB, {dtype}, forward and backward, learned routing:\n\n{grid_table(here, gib)}\n{image.take()}"
+            text += f"\nPeak GiB, {dtype}, forward and backward, learned routing:\n\n{grid_table(here, gib)}\n"
+            text += image.take()
     limits = sorted({row["memory_limit"] for row in rows if row["memory_limit"]})
     if not limits:
-        return text + "\nNothing has been measured under a memory limit yet: `launch/article.sh --memory-limit 16GiB`.\n"
+        return (
+            text + "\nNothing has been measured under a memory limit yet: `launch/article.sh --memory-limit 16GiB`.\n"
+        )
     for limit in limits:
         held = select(rows, memory_limit=limit)
         routing = max(("learned", "even", "uneven"), key=lambda name: len(select(held, routing=name)))
@@ -166,7 +179,9 @@ class Images:
     def take(self):
         paths = [os.path.relpath(path, self.document.parent) for path in self.drawn]
         self.drawn = []
-        return "".join(f"\n![{os.path.basename(path).removesuffix('.png').replace('_', ', ')}]({path})\n" for path in paths)
+        return "".join(
+            f"\n![{os.path.basename(path).removesuffix('.png').replace('_', ', ')}]({path})\n" for path in paths
+        )
 
 
 def write(whole, folder, document):

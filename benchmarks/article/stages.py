@@ -20,9 +20,9 @@ RANGE_STAGE = {name: stage for stage, names in RANGES.items() for name in names}
 KERNELS = (
     ("topology", r"topology|first_rows_kernel|row_indices"),
     ("routing", r"route_|softmax|topk|top_k|sbtopk|bitonic"),
-    ("combination", r"sum_rows|unpermute|index_add|indexFunc|padded_scatter|binned_scatter|_scatter_kernel|decode|moe_gather"),
-    ("permutation", r"gather|permute|sort|histogram|cumsum|scan|digits|plac|segment|order_|token_|send_|offsets|bincount|"
-     r"index|encode|padded_copy|_group\b|argsort"),
+    ("combination", r"sum_rows|unpermute|index_add|indexFunc|padded_scatter|_scatter_kernel|decode|moe_gather"),
+    ("permutation", r"gather|permute|sort|histogram|cumsum|scan|digits|plac|segment|order_|token_|send_|offsets|"
+     r"bincount|index|encode|padded_copy|_group\b|argsort"),
     ("GEMM", r"gemm|gemv|cutlass|nvjet|xmma|sdd|dsd|dds|block_sparse|matmul|scatter2scatter|groupXtY|\bmm\b|addmm|bmm|"
      r"splitK|reduce_kernel_split"),
     ("activation", r"gelu|silu|activat"),

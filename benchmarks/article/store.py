@@ -88,7 +88,7 @@ def as_lines(whole):
     parts = []
     for name, records in whole.items():
         lines = ",\n  ".join(json.dumps(record) for record in records)
-        parts.append(f' {json.dumps(name)}: [\n  {lines}\n ]')
+        parts.append(f" {json.dumps(name)}: [\n  {lines}\n ]")
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
@@ -96,13 +96,15 @@ def write_tables(store, sanitized, folder):
     """DIR/article.json, all that is known, and DIR/article.csv, a line for each case, pass and method."""
     runs = {run["run"]: run for run in store.of("run")}
     rows = with_ratios(list(store.steps().values()))
-    whole = compact({
-        "runs": list(runs.values()),
-        "rows": rows,
-        "stages": store.of("stages"),
-        "rates": store.of("rate"),
-        "sanitizer": sanitized,
-    })
+    whole = compact(
+        {
+            "runs": list(runs.values()),
+            "rows": rows,
+            "stages": store.of("stages"),
+            "rates": store.of("rate"),
+            "sanitizer": sanitized,
+        }
+    )
     rows = whole["rows"]
     (folder / "article.json").write_text(as_lines(whole))
     with open(folder / "article.csv", "w", newline="") as file:

@@ -5,7 +5,14 @@ from report import table  # benchmarks/report.py
 from .cases import Case
 
 GIB = 1 << 30
-SHORT = {"out of memory": "OOM", "unsupported": "–", "missing": "–", "impossible": "", "wrong": "**wrong**", "failed": "failed"}
+SHORT = {
+    "out of memory": "OOM",
+    "unsupported": "–",
+    "missing": "–",
+    "impossible": "",
+    "wrong": "**wrong**",
+    "failed": "failed",
+}
 
 
 def select(rows, **wanted):
@@ -38,7 +45,9 @@ def grid_table(rows, cell):
     for sizes in cases_in(rows):
         here = [by_place.get((sizes, method)) for method in methods]
         if any(row and row["status"] != "impossible" for row in here):
-            cells = ["" if row is None else cell(row) if row["status"] == "ok" else SHORT[row["status"]] for row in here]
+            cells = [
+                "" if row is None else cell(row) if row["status"] == "ok" else SHORT[row["status"]] for row in here
+            ]
             lines.append((case_label(sizes), *cells))
     return table(("case", *methods), lines) if lines else "Nothing was measured."
 

@@ -95,14 +95,26 @@ def test_the_five_questions(written):
         "### 5. Where the time of a layer goes",
     ]
     assert "| auto | 2.00 (2.00 to 2.00) | 2.00 (2.00 to 2.00) |" in text
-    assert "| memcheck | auto | clean |" in text and "| memcheck | padded_bmm | 1 findings: Invalid __global__ read |" in text
+    assert (
+        "| memcheck | auto | clean |" in text
+        and "| memcheck | padded_bmm | 1 findings: Invalid __global__ read |" in text
+    )
     assert "| auto | 0.25 (0.51) | 0.25 (0.51) |" in text  # 2e-3 over bf16's 2^-8
     assert "| auto | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 28 |" in text
 
 
 def test_every_plot_is_there_and_shown(written):
     _, text, folder = written
-    expected = {"time_bf16", "time_fp32", "memory_bf16", "memory_fp32", "survivors", "split_bf16", "split_fp32", "ratio_bf16"}
+    expected = {
+        "time_bf16",
+        "time_fp32",
+        "memory_bf16",
+        "memory_fp32",
+        "survivors",
+        "split_bf16",
+        "split_fp32",
+        "ratio_bf16",
+    }
     assert {path.stem for path in (folder / "plots").glob("*.png")} == expected | {"ratio_fp32", "rate", "stages"}
     for path in (folder / "plots").glob("*.png"):
         assert f"](plots/{path.name})" in text and path.stat().st_size > 10_000
@@ -137,7 +149,7 @@ def test_what_has_not_been_run_is_said(tmp_path):
     for which in cases.PASSES:
         kept.add("step", run=0, **row(unit, which, "auto"))
     text = report.write(store.write_tables(kept, [], tmp_path), tmp_path, tmp_path / "article.md").read_text()
-    assert "This has not been run: `launch/article.sh --sanitize`" in text and "small grid" in text
+    assert "has not been run here: `launch/article.sh --sanitize`" in text and "small grid" in text
     assert "Nothing has been measured under a memory limit yet" in text
     assert "No traces have been taken" in text and "has not been measured" in text
 

@@ -48,12 +48,16 @@ def test_the_launcher(tmp_path):
     paths = os.pathsep.join(filter(None, [PACKAGE, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     launcher = [ROOT / "launch/article.sh", "--no-build", "--output", tmp_path, *QUICK]
-    run = subprocess.run([*launcher, *CASES[:2]], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    run = subprocess.run(
+        [*launcher, *CASES[:2]], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     rows = json.loads((tmp_path / "article.json").read_text())["rows"]
     assert {row["status"] for row in rows} == {"ok"}, [row["reason"] for row in rows if row["reason"]]
     names = {row["method"] for row in rows}
-    assert "plain loop" in names and ({"auto", "cpu"} <= names or not Path(PACKAGE, "anabranch").exists() or not PACKAGE)
+    assert "plain loop" in names and (
+        {"auto", "cpu"} <= names or not Path(PACKAGE, "anabranch").exists() or not PACKAGE
+    )
     help_text = subprocess.run([launcher[0], "--help"], capture_output=True, text=True, check=True, timeout=100).stdout
     for word in ("--budget", "--memory-limit", "--sanitize", "--peers", "--publish", "--no-build"):
         assert word in help_text

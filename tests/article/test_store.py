@@ -78,7 +78,9 @@ def test_what_failed_is_repeated_on_demand(run):
         raise ValueError("not today")
 
     run({"a": throws})
-    assert all(r["status"] == "failed" for r in run({"a": PlainLoop}).store.steps().values() if r["status"] != "impossible")
+    assert all(
+        r["status"] == "failed" for r in run({"a": PlainLoop}).store.steps().values() if r["status"] != "impossible"
+    )
     repeated = run({"a": PlainLoop}, "--again").store.steps().values()
     assert sum(row["status"] == "ok" for row in repeated) == 10
 
