@@ -82,7 +82,7 @@ rows and was compared with an even one of {64 * 1024 * 8:,}.
             for method in methods_in(here)
             if (own := select(here, method=method))
         ]
-        text += f"\nUneven split over even one, equal sums, {dtype}: median of the times' ratio (least to most) over cases\n\n"
+        text += f"\nTime of the uneven split over the even one's, {dtype}: median (least to most) over the cases\n\n"
         text += table(("method", *PASSES), lines) + "\n"
         image(plots.splits, here, dtype)
         text += image.take()
@@ -144,13 +144,11 @@ an even split could not show it; otherwise products are wrong, or reach beyond t
 def sanitizer(whole, image):
     test = os.path.relpath(TESTS / "grouped_gemm_test.cpp", image.document.parent)
     text = f"### 3. The illegal memory access at ({', '.join(map(str, sanitize.SIZES))})\n\n"
-    text += (
-        f"`TheCaseOfTheIllegalAccess` in [grouped_gemm_test.cpp]({test}) compares its every product with an oracle.\n"
-    )
+    text += f"`TheCaseOfTheIllegalAccess` in [grouped_gemm_test.cpp]({test}) has its every product against an oracle.\n"
     if not whole["sanitizer"]:
         return (
             text
-            + "Under compute-sanitizer it has not been run here: `launch/article.sh --sanitize` does so, every engine.\n"
+            + "Under compute-sanitizer it has not been run here: `launch/article.sh --sanitize` does so.\n"
         )
     lines = []
     for record in whole["sanitizer"]:
@@ -197,9 +195,9 @@ def where_time_goes(whole, image):
     records = whole["stages"]
     if not records:
         return text + "No traces have been taken: the cases that they are taken at were not measured.\n"
-    text += """Milliseconds of one forward and backward with the learned gate, from a trace: on a GPU of its kernels, which may
-run side by side. Where an activation is in a product's epilogue it is counted there; a peer's kernels are told apart by
-their names.
+    text += """Milliseconds of one forward and backward with the learned gate, from a trace: on a GPU
+of its kernels, which may run side by side. Where an activation is in a product's epilogue it is counted there; a peer's
+kernels are told apart by their names.
 """
     for unit in dict.fromkeys(record["unit"] for record in records):
         latest = {record["method"]: record["ms"] for record in records if record["unit"] == unit}
