@@ -88,6 +88,7 @@ GPU_STAGES = {
     "down dX, activation": r"Epilogue\)2",
     "up dX": r"Operation\)1|nvjet_sm90_tst.*_NN.$",
     "dW": r"Operation\)2|nvjet_sm90_tst.*_NT.$|splitKreduce",
+    "activation": r"activate_kernel|activate_backward",
     "permute": r"gather_rows|scatter_rows",
     "unpermute": r"sum_rows",
     "router, plan, sums": r"",

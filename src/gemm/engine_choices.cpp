@@ -19,7 +19,7 @@ namespace anabranch {
 namespace {
 
 /// To be raised whenever an engine comes, goes or becomes faster: older choices are then forgotten.
-constexpr int kEngines = 1;
+constexpr int kEngines = 2;
 
 std::filesystem::path cache_folder() {
   if (const char* named = std::getenv("ANABRANCH_CACHE_DIR")) {

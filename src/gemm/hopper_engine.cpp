@@ -183,6 +183,9 @@ class HopperEngine final : public GroupedGemmEngine {
 std::shared_ptr<GroupedGemmEngine> make_hopper_engine() { return std::make_shared<HopperEngine>(); }
 
 bool is_hopper(torch::Device device) {
+  if (c10::cuda::device_count() == 0) {
+    return false;
+  }
   const auto* properties = device.has_index() ? at::cuda::getDeviceProperties(device.index())
                                               : at::cuda::getCurrentDeviceProperties();
   return properties->major == 9 && properties->minor == 0;
