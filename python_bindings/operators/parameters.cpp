@@ -44,12 +44,13 @@ std::vector<torch::Tensor> initial_parameters(const MoEOptions& options, int64_t
                                               int64_t num_ranks) {
   checked(options);
   check_input(rank >= 0 && rank < num_ranks, "initial_parameters: rank ", rank, " of ", num_ranks);
-  MoEParameters parameters = {
-      Router(options)->weight,
-      Experts(options, ExpertPlacement{options.num_experts, num_ranks}, rank)->projections(),
-      /*main_grad=*/{},
-      options.shared_expert_hidden_size > 0 ? make_shared_expert(options)->projections()
-                                            : ExpertProjections()};
+  MoEParameters parameters;
+  parameters.router_weight = Router(options)->weight;
+  parameters.experts =
+      Experts(options, ExpertPlacement{options.num_experts, num_ranks}, rank)->projections();
+  if (options.shared_expert_hidden_size > 0) {
+    parameters.shared_expert = make_shared_expert(options)->projections();
+  }
   std::vector<torch::Tensor> list;
   for (const auto& parameter : named_parameters(parameters, options)) {
     list.push_back(parameter.tensor->detach());

@@ -96,3 +96,7 @@ def test_building_without_torch(tmp_path):
         *("-D", f"Python_EXECUTABLE={tmp_path / 'empty' / 'bin' / 'python'}"),
     )
     assert result.returncode != 0 and "pip install torch scikit-build-core" in " ".join(result.stderr.split())
+
+
+def test_types():
+    checked(sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", "-p", "anabranch", cwd=PROJECT)
