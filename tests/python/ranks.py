@@ -14,7 +14,9 @@ _context.set_forkserver_preload(["torch", "anabranch"])
 _TIMEOUT = 120
 
 
-def _rank(function: Callable[..., Any], rank: int, size: int, store: str, results: Any, arguments: tuple) -> None:
+def _rank(
+    function: Callable[..., Any], rank: int, size: int, store: str, results: Any, arguments: tuple, together: bool
+) -> None:
     import torch
     import torch.distributed as dist
 
@@ -22,7 +24,8 @@ def _rank(function: Callable[..., Any], rank: int, size: int, store: str, result
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
         value = function(rank, size, *arguments)
-        dist.barrier()
+        if together:
+            dist.barrier()
         results.put((rank, value, None))
         import anabranch
 
@@ -32,14 +35,14 @@ def _rank(function: Callable[..., Any], rank: int, size: int, store: str, result
         results.put((rank, None, traceback.format_exc()))
 
 
-def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, together: bool = True) -> list[Any]:
     """function(rank, size, *arguments) on each rank of a fresh gloo world; what each returned, by rank. Results
-    travel by pickle: tensors as numpy arrays or lists."""
+    travel by pickle: tensors as lists. `together`: ranks wait for each other before they end."""
     results = _context.Queue()
     with tempfile.TemporaryDirectory() as directory:
         store = os.path.join(directory, "store")
         processes = [
-            _context.Process(target=_rank, args=(function, rank, size, store, results, arguments), daemon=True)
+            _context.Process(target=_rank, args=(function, rank, size, store, results, arguments, together), daemon=True)
             for rank in range(size)
         ]
         for process in processes:

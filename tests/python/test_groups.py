@@ -1,9 +1,11 @@
 """Groups of ranks: what they may be made from, and that the ranks' number changes no answer."""
 
 import copy
+import datetime
 import os
 import subprocess
 import sys
+import time
 
 import anabranch
 import pytest
@@ -230,6 +232,23 @@ def test_ranks_that_differ_are_named():
         assert "top_k = 2" in errors[0] and "rank 1" in errors[0]
         assert "seed = 8" in errors[1]
         assert "token 2" in errors[2] and ("rank 1" in errors[2] or rank == 1)
+
+
+def waiting_in_vain(rank, size):
+    anabranch.groups.DEADLINE = datetime.timedelta(seconds=2)
+    layer = anabranch.MoE(**OPTIONS)
+    if rank == 1:
+        time.sleep(4)
+        return None
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError) as raised:
+        layer(torch.randn(3, 8))
+    assert time.monotonic() - begin < 60
+    return str(raised.value)
+
+
+def test_a_rank_that_stays_away_is_named():
+    assert "rank 1" in run_ranks(2, waiting_in_vain, together=False)[0]
 
 
 def unready_ddp(rank, size):
