@@ -35,6 +35,17 @@ def _rank(
         results.put((rank, None, traceback.format_exc()))
 
 
+def _next(results: Any, processes: list[Any]) -> tuple[int, Any, str | None]:
+    """What the next rank says; AssertionError where one has died or time is up."""
+    for _ in range(_TIMEOUT):
+        try:
+            return results.get(timeout=1)
+        except queue.Empty:
+            for rank, process in enumerate(processes):
+                assert process.exitcode in (None, 0), f"rank {rank} ended with {process.exitcode}"
+    raise AssertionError(f"ranks did not end within {_TIMEOUT} s")
+
+
 def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, together: bool = True) -> list[Any]:
     """function(rank, size, *arguments) on each rank of a fresh gloo world; what each returned, by rank. Results
     travel by pickle: tensors as lists. `together`: ranks wait for each other before they end."""
@@ -50,15 +61,13 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, together
         try:
             values: list[Any] = [None] * size
             for _ in range(size):
-                rank, value, error = results.get(timeout=_TIMEOUT)
+                rank, value, error = _next(results, processes)
                 assert error is None, f"rank {rank}:\n{error}"
                 values[rank] = value
             for process in processes:
                 process.join(_TIMEOUT)
                 assert process.exitcode == 0, f"a rank ended with {process.exitcode}"
             return values
-        except queue.Empty:
-            raise AssertionError(f"ranks did not end within {_TIMEOUT} s") from None
         finally:
             for process in processes:
                 process.kill()
