@@ -15,14 +15,16 @@ _TIMEOUT = 120
 
 
 def _rank(
-    function: Callable[..., Any], rank: int, size: int, store: str, results: Any, arguments: tuple, together: bool
+    function: Callable[..., Any], rank: int, size: int, store: str, results: Any, arguments: tuple, together: bool, backend: str
 ) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+        if "nccl" in backend:
+            torch.cuda.set_device(rank)
+        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
         value = function(rank, size, *arguments)
         if together:
             dist.barrier()
@@ -46,14 +48,18 @@ def _next(results: Any, processes: list[Any]) -> tuple[int, Any, str | None]:
     raise AssertionError(f"ranks did not end within {_TIMEOUT} s")
 
 
-def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, together: bool = True) -> list[Any]:
-    """function(rank, size, *arguments) on each rank of a fresh gloo world; what each returned, by rank. Results
+def run_ranks(
+    size: int, function: Callable[..., Any], *arguments: Any, together: bool = True, backend: str = "gloo"
+) -> list[Any]:
+    """function(rank, size, *arguments) on each rank of a fresh world; what each returned, by rank. Results
     travel by pickle: tensors as lists. `together`: ranks wait for each other before they end."""
     results = _context.Queue()
     with tempfile.TemporaryDirectory() as directory:
         store = os.path.join(directory, "store")
         processes = [
-            _context.Process(target=_rank, args=(function, rank, size, store, results, arguments, together), daemon=True)
+            _context.Process(
+                target=_rank, args=(function, rank, size, store, results, arguments, together, backend), daemon=True
+            )
             for rank in range(size)
         ]
         for process in processes:

@@ -34,11 +34,16 @@ def batch(total=24):
     return x, dy
 
 
-def run_layer(rank, size, freeze_experts):
-    layer = anabranch.MoE(**OPTIONS, **MORE)
+def backend_for(device, size):
+    """NCCL where each rank has a GPU; else GPU memory travels through the host."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" and torch.cuda.device_count() >= size else "gloo"
+
+
+def run_layer(rank, size, freeze_experts, device):
+    layer = anabranch.MoE(**OPTIONS, **MORE, device=device)
     assert layer.group.size == size and layer.group.rank == rank
     layer.experts.requires_grad_(not freeze_experts)
-    x, dy = (part[tokens_of(rank, size)] for part in batch())
+    x, dy = (part[tokens_of(rank, size)].to(device) for part in batch())
     x = x.requires_grad_()
     out = layer(x)
     ((out.output * dy).sum() + 0.1 * (out.balance_loss + out.z_loss)).backward()
@@ -52,9 +57,9 @@ def run_layer(rank, size, freeze_experts):
 
 @pytest.mark.parametrize("freeze_experts", [False, True])
 @pytest.mark.parametrize("size", [2, 4])
-def test_any_number_of_ranks_gives_the_answer_of_one(size, freeze_experts):
-    (one,) = run_ranks(1, run_layer, freeze_experts)
-    several = run_ranks(size, run_layer, freeze_experts)
+def test_any_number_of_ranks_gives_the_answer_of_one(size, freeze_experts, device):
+    (one,) = run_ranks(1, run_layer, freeze_experts, "cpu")
+    several = run_ranks(size, run_layer, freeze_experts, device.type, backend=backend_for(device, size))
 
     def close(actual, expected):
         torch.testing.assert_close(
@@ -62,9 +67,6 @@ def test_any_number_of_ranks_gives_the_answer_of_one(size, freeze_experts):
         )
 
     close(sum((rank[0] for rank in several), []), one[0])
-    # Each rank's loss counts whole: its own rows' gradient, and W times the auxiliary losses' (their mean is
-    # what finish_gradients leaves).
-    x, _ = batch()
     for rank in several:
         close(rank[2], one[2])
         assert rank[3] == one[3]
