@@ -126,19 +126,21 @@ void measure_activations(Bench& bench, int64_t rows, int64_t n) {
 /// Small tensors: microseconds count here, not bandwidth.
 void measure_routing(Bench& bench, int64_t tokens, int64_t experts, int64_t top_k) {
   const Kernels& kernels = cuda_kernels();
+  RoutingRule rule;
+  rule.top_k = top_k;
   std::vector<at::Tensor> logits;
   for (int i = 0; i < kSets; ++i) {
     logits.push_back(at::randn({tokens, experts}, kFloat));
   }
   const double bytes = 4.0 * static_cast<double>(tokens * experts);
   bench.run("route k " + std::to_string(top_k), tokens, experts, 2 * bytes,
-            [&](int set) { kernels.route(logits[set], top_k, true); });
-  const auto routed = kernels.route(logits[0], top_k, true);
+            [&](int set) { kernels.route(logits[set], rule, {}); });
+  const auto routed = kernels.route(logits[0], rule, {});
   const auto dweights = at::randn({tokens, top_k}, kFloat);
   const auto dsum = at::randn({experts}, kFloat);
   const auto dsquared = at::randn({}, kFloat);
   bench.run("route_backward k " + std::to_string(top_k), tokens, experts, 2 * bytes,
-            [&](int) { kernels.route_backward(routed, true, dweights, dsum, dsquared); });
+            [&](int) { kernels.route_backward(routed, rule, dweights, dsum, dsquared); });
   const double ids = 8.0 * static_cast<double>(tokens * top_k);
   bench.run("plan_send W 1", tokens, top_k, 2 * ids, [&](int) {
     kernels.plan_send(routed.expert_ids, {0, experts});

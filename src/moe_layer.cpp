@@ -3,13 +3,13 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 
-#include "exchange/sum_over_ranks.h"
 #include "experts/feed_forward.h"
 #include "experts/permute.h"
 #include "experts/shared_expert.h"
 #include "moe_options.h"
 #include "routing/auxiliary_losses.h"
 #include "support/check.h"
+#include "support/given.h"
 #include "support/stage.h"
 
 namespace anabranch {
@@ -111,9 +111,8 @@ MoEFunction::MoEFunction(const MoEOptions& options, std::shared_ptr<Communicator
 
 MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Tensor& x,
                                bool training) const {
-  return forward(
-      parameters, x,
-      route_tokens(layer_tokens(x, options_), parameters.router_weight, options_, training));
+  return forward(parameters, x,
+                 route_tokens(layer_tokens(x, options_), parameters.router, options_, training));
 }
 
 MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Tensor& x,
@@ -128,13 +127,13 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
                                  given(down.bias), step);
   if (parameters.shared_expert.up.weight.defined()) {
     const Stage named("anabranch.shared_expert");
-    y = y + through_shared_expert(tokens, parameters.shared_expert, expert);
+    y = y + gated(through_shared_expert(tokens, parameters.shared_expert, expert), tokens,
+                  parameters.shared_expert_gate);
   }
   const Stage named("anabranch.losses");
-  const auto losses = auxiliary_losses(
-      sum_over_ranks(batch_sums(routing, options_.num_experts), exchange_.communicator()),
-      options_.num_experts, options_.top_k, routing.weights.scalar_type());
-  return {y.view(x.sizes()), losses.balance_loss, losses.z_loss, losses.expert_load};
+  const auto losses = auxiliary_losses(routing, step->plan.source_counts, exchange_.communicator());
+  return {y.view(x.sizes()),      losses.balance_loss, losses.z_loss,
+          losses.importance_loss, losses.load_loss,    losses.expert_load};
 }
 
 MoELayerImpl::MoELayerImpl(const MoEOptions& options, std::shared_ptr<Communicator> communicator)
@@ -147,11 +146,16 @@ MoELayerImpl::MoELayerImpl(const MoEOptions& options, std::shared_ptr<Communicat
   if (options.shared_expert_hidden_size > 0) {
     shared_expert_ = register_module("shared_expert", make_shared_expert(options));
   }
+  if (options.shared_expert_gate) {
+    shared_expert_gate_ =
+        register_parameter("shared_expert_gate", make_shared_expert_gate(options));
+  }
 }
 
 MoEParameters MoELayerImpl::parameters_of_modules() const {
-  return {router_->weight, experts_->projections(), experts_->main_grad,
-          shared_expert_ ? shared_expert_->projections() : ExpertProjections()};
+  return {router_->router_parameters(), experts_->projections(), experts_->main_grad,
+          shared_expert_ ? shared_expert_->projections() : ExpertProjections(),
+          shared_expert_gate_};
 }
 
 MoEOutput MoELayerImpl::forward(const torch::Tensor& x) {

@@ -1,6 +1,7 @@
 #include "moe_options.h"
 
 #include "communicator/agreement.h"
+#include "routing/rule.h"
 #include "support/check.h"
 
 namespace anabranch {
@@ -20,18 +21,36 @@ void check_addressable(int64_t experts, int64_t inner, int64_t hidden) {
               " overflow 64-bit sizes");
 }
 
+/// Gates of their own rules go with no others.
+void check_gate(const MoEOptions& options) {
+  if (options.gate == Gate::kTopK) {
+    return;
+  }
+  const char* name = options.gate == Gate::kGShard ? "kGShard" : "kNoisyTopK";
+  check_input(options.router_score == RouterScore::kSoftmax && options.expert_groups == 1 &&
+                  !options.expert_bias,
+              "MoEOptions: gate ", name,
+              " takes softmax scores, one group of experts and no expert_bias");
+  check_input(options.gate != Gate::kGShard || (options.top_k == 2 && options.renormalize),
+              "MoEOptions: gate kGShard with top_k = ", options.top_k,
+              options.renormalize ? "" : " and without renormalize",
+              ", expected top_k = 2 and renormalize");
+}
+
 }  // namespace
 
 const MoEOptions& checked(const MoEOptions& options) {
   check_positive(options.hidden_size, "hidden_size");
   check_positive(options.expert_hidden_size, "expert_hidden_size");
   check_positive(options.num_experts, "num_experts");
-  check_input(options.top_k >= 1 && options.top_k <= options.num_experts,
-              "MoEOptions: top_k = ", options.top_k, " with ", options.num_experts,
-              " experts, expected 1 ≤ top_k ≤ num_experts");
+  check_rule(routing_rule(options), options.num_experts, "MoEOptions");
+  check_gate(options);
   check_input(options.shared_expert_hidden_size >= 0,
               "MoEOptions: shared_expert_hidden_size = ", options.shared_expert_hidden_size,
               ", expected 0 (none) or more");
+  check_input(!options.shared_expert_gate || options.shared_expert_hidden_size > 0,
+              "MoEOptions: shared_expert_gate without a shared expert, expected "
+              "shared_expert_hidden_size of at least 1");
   check_input(options.jitter >= 0 && options.jitter < 1, "MoEOptions: jitter = ", options.jitter,
               ", expected 0 ≤ jitter < 1");
   check_input(options.dtype == torch::kFloat32 || options.dtype == torch::kFloat64 ||
@@ -53,7 +72,15 @@ std::vector<std::pair<std::string, std::string>> fields(const MoEOptions& option
           {"glu", c10::str(options.glu)},
           {"bias", c10::str(options.bias)},
           {"shared_expert_hidden_size", c10::str(options.shared_expert_hidden_size)},
+          {"shared_expert_gate", c10::str(options.shared_expert_gate)},
+          {"gate", c10::str(static_cast<int>(options.gate))},
+          {"router_score", c10::str(static_cast<int>(options.router_score))},
           {"renormalize", c10::str(options.renormalize)},
+          {"routing_scale", c10::str(options.routing_scale)},
+          {"expert_bias", c10::str(options.expert_bias)},
+          {"expert_groups", c10::str(options.expert_groups)},
+          {"top_groups", c10::str(options.top_groups)},
+          {"group_score", c10::str(static_cast<int>(options.group_score))},
           {"jitter", c10::str(options.jitter)},
           {"recompute", c10::str(options.recompute)},
           {"engine", options.engine},

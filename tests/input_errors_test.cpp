@@ -76,9 +76,63 @@ TEST_F(InputErrorsTest, OptionsOutOfRange) {
   for (const double value : {-0.1, 1.0, 2.0, std::nan(""), HUGE_VAL}) {
     expect_refused([&](MoEOptions& o) { o.jitter = value; }, "jitter");
   }
+  for (const double value : {0.0, -1.0, std::nan(""), HUGE_VAL}) {
+    expect_refused([&](MoEOptions& o) { o.routing_scale = value; }, "routing_scale");
+  }
+  expect_refused([](MoEOptions& o) { o.shared_expert_gate = true; }, "shared_expert_gate");
   for (const auto dtype : {torch::kInt64, torch::kBool, torch::kComplexFloat}) {
     expect_refused([&](MoEOptions& o) { o.dtype = dtype; }, "dtype");
   }
+}
+
+TEST_F(InputErrorsTest, GroupsThatDoNotFit) {
+  for (const int64_t groups : {-1, 0, 2, 33}) {  // of 5 experts
+    expect_refused([&](MoEOptions& o) { o.expert_groups = groups; }, "expert_groups");
+  }
+  const auto refuse = [&](int64_t experts, int64_t groups, int64_t top_groups,
+                          const std::string& text) {
+    expect_refused(
+        [&](MoEOptions& o) {
+          o.num_experts = experts;
+          o.expert_groups = groups;
+          o.top_groups = top_groups;
+        },
+        text);
+  };
+  refuse(66, 33, 2, "expert_groups = 33");
+  refuse(6, 2, 0, "top_groups = 0");
+  refuse(6, 2, 3, "top_groups = 3 of 2");
+  refuse(6, 6, 1, "top_k = 2 from top_groups = 1");
+  refuse(6, 6, 2, "groups of one expert");
+}
+
+TEST_F(InputErrorsTest, GatesThatGoWithNoOtherRules) {
+  for (const auto gate : {Gate::kNoisyTopK, Gate::kGShard}) {
+    const auto refuse = [&](const Change& change) {
+      expect_refused(
+          [&](MoEOptions& o) {
+            o.gate = gate;
+            o.num_experts = 6;
+            change(o);
+          },
+          gate == Gate::kGShard ? "kGShard" : "kNoisyTopK");
+    };
+    refuse([](MoEOptions& o) { o.router_score = RouterScore::kSigmoid; });
+    refuse([](MoEOptions& o) { o.expert_bias = true; });
+    refuse([](MoEOptions& o) { o.expert_groups = 2; });
+  }
+  expect_refused(
+      [](MoEOptions& o) {
+        o.gate = Gate::kGShard;
+        o.top_k = 1;
+      },
+      "top_k = 1");
+  expect_refused(
+      [](MoEOptions& o) {
+        o.gate = Gate::kGShard;
+        o.renormalize = false;
+      },
+      "renormalize");
 }
 
 // Products of sizes that no 64-bit number holds are refused as such, not wrapped into small ones.
@@ -263,6 +317,11 @@ TEST_F(InputErrorsTest, OptionsThatDifferBetweenRanksAreNamed) {
       {"shared_expert_hidden_size", [](MoEOptions& o) { o.shared_expert_hidden_size = 4; }},
       {"renormalize", [](MoEOptions& o) { o.renormalize = false; }},
       {"jitter", [](MoEOptions& o) { o.jitter = 0.01; }},
+      {"gate", [](MoEOptions& o) { o.gate = Gate::kNoisyTopK; }},
+      {"router_score", [](MoEOptions& o) { o.router_score = RouterScore::kSigmoid; }},
+      {"routing_scale", [](MoEOptions& o) { o.routing_scale = 2; }},
+      {"expert_bias", [](MoEOptions& o) { o.expert_bias = true; }},
+      {"group_score", [](MoEOptions& o) { o.group_score = GroupScore::kMaximum; }},
       {"recompute", [](MoEOptions& o) { o.recompute = true; }},
       {"dtype", [](MoEOptions& o) { o.dtype = torch::kBFloat16; }},
       {"seed", [](MoEOptions& o) { o.seed = 1; }},

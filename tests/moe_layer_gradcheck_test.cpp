@@ -36,7 +36,7 @@ LayerCase GradcheckTest::draw(const MoEOptions& options, bool routing_from_outsi
   for (int i = 0; i < 10000; ++i) {
     auto drawn = draw_layer_case(random_, world_->size(), options, 7, Skew::kUniform,
                                  Split::kUneven, routing_from_outside);
-    const auto dense = make_reference(drawn.parameters, options);
+    const auto dense = make_reference(drawn.parameters, options, drawn.expert_bias);
     if (dense.margin(drawn.x, !routing_from_outside) > kReach) {
       return drawn;
     }
@@ -155,6 +155,24 @@ TEST_F(GradcheckTest, TopKOfOneAndOfAll) {
   options.top_k = 1;
   check(options, false);
   options.top_k = options.num_experts;
+  check(options, false);
+}
+
+TEST_F(GradcheckTest, SigmoidScoresGroupsBiasAndScale) {
+  auto options = options_of(Activation::kSilu, true, false, 3);
+  options.router_score = RouterScore::kSigmoid;
+  options.shared_expert_gate = true;
+  options.routing_scale = 2.5;
+  check(options, false);
+  options.num_experts = 6;
+  options.expert_groups = 3;
+  options.top_groups = 2;
+  options.expert_bias = true;
+  check(options, false);
+  options.renormalize = false;
+  check(options, false);
+  options.router_score = RouterScore::kSoftmax;
+  options.group_score = GroupScore::kMaximum;
   check(options, false);
 }
 

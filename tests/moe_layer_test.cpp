@@ -21,8 +21,8 @@ namespace {
 // values, the rows and their sums as well.
 class Limits {
  public:
-  Limits(const LayerCase& layer_case, const Scale& scale, int ranks)
-      : case_(layer_case), scale_(scale) {
+  Limits(const LayerCase& layer_case, Scale scale, int ranks)
+      : case_(layer_case), scale_(std::move(scale)) {
     const auto& options = case_.options;
     length_ = 4 * (2 * options.hidden_size + 2 * options.expert_hidden_size +
                    options.shared_expert_hidden_size + options.num_experts + ranks) +
@@ -59,11 +59,12 @@ class Limits {
   // Independent errors of that many tokens' logits add up as their root. Auxiliary losses add terms
   // of the order of 1.
   double dlogits(int64_t tokens) const {
-    return (2 * scale_.dweights + 1) * std::sqrt(static_cast<double>(tokens));
+    return (2 * scale_.dweights * case_.options.routing_scale + 1) *
+           std::sqrt(static_cast<double>(tokens));
   }
 
   const LayerCase& case_;
-  const Scale& scale_;
+  Scale scale_;  // its own: callers hand in what they have just computed
   int64_t length_;
 };
 
@@ -150,7 +151,7 @@ TEST_F(MoELayerTest, EqualsOneRankThatHoldsEverything) {
       layer_case.parameters[parameter.key()] = parameter.value().detach().cpu().clone();
     }
     // Not drawn with these parameters: away from switches in all likelihood, but check.
-    const auto dense = make_reference(layer_case.parameters, options);
+    const auto dense = make_reference(layer_case.parameters, options, layer_case.expert_bias);
     if (dense.margin(layer_case.x.to(torch::kFloat64), true) < 1e-6) {
       continue;
     }
@@ -216,6 +217,111 @@ TEST_F(MoELayerTest, TwoRunsAgreeBitForBit) {
       EXPECT_TRUE(identical(first[i], second[i])) << "result " << i;
     }
   }
+}
+
+// An expert id of −1 is no assignment: as one of weight 0, but nothing is computed for it.
+TEST_F(MoELayerTest, SkippedAssignmentsCostNothingAndChangeNothing) {
+  for (const bool all_of_a_token : {false, true}) {
+    auto options = small_options();
+    options.dtype = torch::kFloat64;
+    auto layer_case = small_case(options, /*routing_from_outside=*/true);
+    auto skipped = random_.uniform(layer_case.expert_ids.sizes()) < 0.4;
+    if (all_of_a_token) {
+      skipped[3].fill_(true);
+    }
+    layer_case.weights = layer_case.weights.masked_fill(skipped, 0);
+    const auto expected = run_reference(layer_case, world_->size());
+    auto layer = make_layer(layer_case, world_);
+    const auto mine = [&](const torch::Tensor& whole) {
+      return shard(whole, layer_case.counts, rank_);
+    };
+    const auto x = mine(layer_case.x).requires_grad_();
+    Routing routing;
+    routing.may_skip = true;
+    routing.expert_ids = mine(layer_case.expert_ids.masked_fill(skipped, -1));
+    routing.weights = mine(layer_case.weights.masked_fill(skipped, std::nan(""))).requires_grad_();
+    const auto output = layer->forward(x, routing);
+    (output.output * mine(layer_case.doutput)).sum().backward();
+
+    const Limits limits(layer_case, expected.scale, world_->size());
+    EXPECT_TRUE(
+        close(output.output, mine(expected.result.output), limits.output(expected.result.output)));
+    EXPECT_TRUE(close(x.grad(), mine(expected.dx), limits.dx(expected.dx)));
+    EXPECT_TRUE(close(routing.weights.grad(), mine(expected.dweights.masked_fill(skipped, 0)),
+                      limits.dweights(expected.dweights)));
+    const auto gradients = gather_gradients(layer, *world_);
+    for (const auto& [name, gradient] : gradients) {
+      const auto& exact = expected.gradients.at(name);
+      EXPECT_TRUE(close(gradient, exact, limits.gradient(name, exact))) << name;
+    }
+    const auto kept = layer_case.expert_ids.index({skipped.logical_not()});
+    EXPECT_TRUE(output.expert_load.cpu().equal(kept.bincount({}, options.num_experts)));
+  }
+}
+
+// Each rank draws for its own tokens; the layer sends what the router chose.
+TEST_F(MoELayerTest, GShardSendsSecondChoicesByChance) {
+  auto options = small_options();
+  options.gate = Gate::kGShard;
+  options.dtype = torch::kFloat64;
+  const auto layer_case = small_case(options);
+  auto layer = make_layer(layer_case, world_);
+  Router router(options);
+  {
+    const torch::NoGradGuard no_grad;
+    router->weight.copy_(layer_case.parameters.at("router.weight"));
+  }
+  const auto x = shard(layer_case.x, layer_case.counts, rank_);
+  torch::manual_seed(test_seed() + static_cast<uint64_t>(rank_));
+  const auto output = layer->forward(x);
+  torch::manual_seed(test_seed() + static_cast<uint64_t>(rank_));
+  const auto routing = router->forward(x);
+  // Where the second is not taken its weight is 0: any other than the first stands for it.
+  const auto first = routing.expert_ids.select(1, 0).cpu();
+  const auto second = routing.expert_ids.select(1, 1).cpu();
+  const auto ids = torch::stack(
+      {first, torch::where(second < 0, (first + 1).remainder(options.num_experts), second)}, 1);
+  const auto expected = make_reference(layer_case.parameters, options)
+                            .forward(x.cpu(), ids, routing.weights.detach().cpu());
+  const Limits limits(layer_case, run_reference(layer_case, world_->size()).scale, world_->size());
+  EXPECT_TRUE(close(output.output, expected.output, limits.output(expected.output)));
+  const auto everywhere = [&](const torch::Tensor& sum) {
+    return sum_over_ranks(*world_, sum.cpu().to(torch::kFloat64));
+  };
+  EXPECT_TRUE(output.expert_load.cpu().to(torch::kFloat64).equal(everywhere(routing.counts)));
+  const auto share = everywhere(routing.first_counts) / static_cast<double>(layer_case.tokens);
+  const auto mean =
+      everywhere(routing.probability_sum.detach()) / static_cast<double>(layer_case.tokens);
+  EXPECT_NEAR(output.balance_loss.item<double>(),
+              static_cast<double>(options.num_experts) * (share * mean).sum().item<double>(),
+              limits.loss(output.balance_loss));
+  EXPECT_FALSE(output.load_loss.defined());
+}
+
+TEST_F(MoELayerTest, NoisyGateHasImportanceAndLoadLosses) {
+  auto options = small_options();
+  options.gate = Gate::kNoisyTopK;
+  options.dtype = torch::kFloat64;
+  auto layer_case = draw_layer_case(random_, world_->size(), small_options(), 24, Skew::kZipf,
+                                    Split::kUneven, false);
+  MoELayer layer(options, world_);
+  Router router(options);
+  const auto x = shard(layer_case.x.to(torch::kFloat64), layer_case.counts, rank_);
+  torch::manual_seed(test_seed() + static_cast<uint64_t>(rank_));
+  const auto output = layer->forward(x);
+  (output.importance_loss + output.load_loss).backward();
+  torch::manual_seed(test_seed() + static_cast<uint64_t>(rank_));
+  const auto routing = router->forward(x);
+  const auto variation = [&](const torch::Tensor& sums) {
+    return reference::squared_variation(sum_over_ranks(*world_, sums.detach().cpu()))
+        .item<double>();
+  };
+  const double allowed = tolerance(torch::kFloat64, 1000, 10);
+  EXPECT_NEAR(output.importance_loss.item<double>(), variation(routing.importance), allowed);
+  EXPECT_NEAR(output.load_loss.item<double>(), variation(routing.smooth_load), allowed);
+  const auto gradients = gather_gradients(layer, *world_);
+  EXPECT_GT(max_abs(gradients.at("router.weight")), 0);
+  EXPECT_GT(max_abs(gradients.at("router.noise_weight")), 0);
 }
 
 // Recomputing gives the very same numbers, not only close ones.

@@ -18,15 +18,16 @@ struct ExchangePlan {
   int64_t top_k = 0;
   std::vector<int64_t> send_rows;            ///< [W] rows to each rank, Σ = S
   std::vector<int64_t> receive_rows;         ///< [W] rows from each rank, Σ = R
-  std::vector<int64_t> send_assignments;     ///< [W], Σ = T·top_k
+  std::vector<int64_t> send_assignments;     ///< [W], Σ = A: T·top_k less those that are none
   std::vector<int64_t> receive_assignments;  ///< [W], Σ = P
   std::vector<int64_t> expert_counts;        ///< [local experts] assignments of each, Σ = P
 
   // Source side. Sent rows are ordered by (destination, token).
+  torch::Tensor source_counts;  ///< [E] assignments of each expert; of no use to Exchange
   torch::Tensor send_tokens;    ///< [S] token of each sent row
   torch::Tensor token_offsets;  ///< [T+1] into token_rows
   torch::Tensor token_rows;     ///< [S] the sent rows of each token, ascending
-  torch::Tensor send_order;     ///< [T·top_k] flat (token, slot) of assignments by (expert, token)
+  torch::Tensor send_order;     ///< [A] flat (token, slot) of assignments by (expert, token)
 
   // Expert side. Assignments are expert-major: by (expert, source rank, token), which is the order
   // of a single rank holding the ranks' tokens one after another.

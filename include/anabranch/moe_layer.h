@@ -14,19 +14,26 @@ struct MoEOutput {
   /// Auxiliary losses of the group's whole batch: equal on every rank, and meant to be added to each
   /// rank's loss with the same coefficient. Undefined when the routing was handed in.
   /// [] E · Σ_e f_e · P_e with f_e the share of all assignments that went to expert e and P_e its mean
-  /// probability: 1 in perfect balance (Switch Transformer, arXiv:2101.03961, eq. 4; GShard).
+  /// probability: 1 in perfect balance (Switch Transformer, arXiv:2101.03961, eq. 4). With
+  /// Gate::kGShard f_e counts best experts only: E² times the loss of GShard's algorithm 1.
   torch::Tensor balance_loss;
   torch::Tensor z_loss;  ///< [] mean_t logsumexp(logits[t])² (ST-MoE, arXiv:2202.08906, eq. 5)
+  /// Gate::kNoisyTopK only: the squared coefficient of variation, variance over squared mean, of the
+  /// experts' importance (sums of weights) and smooth load (arXiv:1701.06538, eq. 7 and 11). [], 0 in
+  /// perfect balance. Without noise the load is that of the assignments, without gradient.
+  torch::Tensor importance_loss;
+  torch::Tensor load_loss;
   /// [E] int64: assignments of each expert over all ranks of the group.
   torch::Tensor expert_load;
 };
 
 /// What a layer computes with: undefined where its options have none.
 struct MoEParameters {
-  torch::Tensor router_weight;      ///< [E, h] fp32 (fp64 for fp64 layers)
-  ExpertProjections experts;        ///< of this rank
-  WeightSums main_grad;             ///< see ExpertsImpl
-  ExpertProjections shared_expert;  ///< of one expert
+  RouterParameters router;
+  ExpertProjections experts;         ///< of this rank
+  WeightSums main_grad;              ///< see ExpertsImpl
+  ExpertProjections shared_expert;   ///< of one expert
+  torch::Tensor shared_expert_gate;  ///< [1, h] of the layer's type
 };
 
 /// A layer whose parameters lie elsewhere: MoELayer, and the operators of other languages, are made
@@ -37,7 +44,7 @@ class MoEFunction {
   /// layer can have.
   MoEFunction(const MoEOptions& options, std::shared_ptr<Communicator> communicator);
 
-  /// `x`: [..., h] of the layer's type and device. `training`: with the router's jitter.
+  /// `x`: [..., h] of the layer's type and device. `training`: with the router's jitter, noise and chance.
   MoEOutput forward(const MoEParameters& parameters, const torch::Tensor& x, bool training) const;
   /// With routing from outside.
   MoEOutput forward(const MoEParameters& parameters, const torch::Tensor& x,
@@ -71,6 +78,12 @@ class MoELayerImpl : public torch::nn::Module {
   /// The same with routing from outside, for the tokens of `x` in row-major order.
   MoEOutput forward(const torch::Tensor& x, const Routing& routing);
 
+  /// The router's, for the `expert_load` of a step; in data parallelism summed over
+  /// `ParallelGroups::expert_replicas` by the caller. No communication.
+  void update_expert_bias(const torch::Tensor& expert_load, double rate) {
+    router_->update_expert_bias(expert_load, rate);
+  }
+
   const MoEOptions& options() const { return function_.options(); }
   const Exchange& exchange() const { return function_.exchange(); }
   /// Those of this rank.
@@ -83,6 +96,7 @@ class MoELayerImpl : public torch::nn::Module {
   Router router_{nullptr};
   Experts experts_{nullptr};
   Experts shared_expert_{nullptr};
+  torch::Tensor shared_expert_gate_;  ///< [1, h], undefined without the option
 };
 TORCH_MODULE(MoELayer);
 

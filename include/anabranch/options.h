@@ -9,6 +9,26 @@ namespace anabranch {
 
 enum class Activation { kGeluTanh, kGelu, kRelu, kSilu };
 
+/// How a router chooses among the experts.
+enum class Gate {
+  kTopK,  ///< the top_k best
+  /// The top_k best of noisy logits, x·W + ε · (softplus(x·W_noise) + 0.01) with ε normal, in training
+  /// (Shazeer et al. 2017, arXiv:1701.06538, section 2.1 and appendix A; their code's 0.01).
+  kNoisyTopK,
+  /// The best expert, and in training the second one by chance, with probability 2 · its weight
+  /// (GShard, arXiv:2006.16668, algorithm 1). Where it is not taken the token has one assignment.
+  kGShard,
+};
+
+/// What makes a logit a score between 0 and 1.
+enum class RouterScore { kSoftmax, kSigmoid };
+
+/// The score of a group of experts, from the scores of its experts.
+enum class GroupScore {
+  kTopTwoSum,  ///< the sum of the two best (DeepSeek-V3, arXiv:2412.19437)
+  kMaximum,    ///< the best (DeepSeek-V2, arXiv:2405.04434)
+};
+
 /// Everything a layer is made of. Every rank of a group builds its layer from equal options.
 struct MoEOptions {
   int64_t hidden_size = 0;         ///< h, width of a token
@@ -21,8 +41,22 @@ struct MoEOptions {
   bool bias = false;  ///< biases in both projections of every expert
   /// Inner width of an expert that sees every token, of the same kind as the others; 0: none.
   int64_t shared_expert_hidden_size = 0;
+  bool shared_expert_gate = false;  ///< its output times sigmoid(x · w), w [1, h] (Qwen2-MoE)
 
-  bool renormalize = true;  ///< weights of a token's top_k experts sum to 1
+  Gate gate = Gate::kTopK;
+  RouterScore router_score = RouterScore::kSoftmax;
+  /// Weights of a token's top_k experts sum to 1. Of softmax scores that is the softmax of the chosen
+  /// logits alone: the softmax after top-k instead of before.
+  bool renormalize = true;
+  double routing_scale = 1.0;  ///< the weights are multiplied by it in the end
+  /// A bias of each expert, a buffer, is added to its score where experts are chosen, not in the
+  /// weights: balance without a loss (arXiv:2408.15664), by `update_expert_bias`.
+  bool expert_bias = false;
+  /// The experts lie in this many groups of equal size, at most 32, in order. A token goes to experts
+  /// of its `top_groups` best groups only (DeepSeek-V2 and -V3).
+  int64_t expert_groups = 1;
+  int64_t top_groups = 1;
+  GroupScore group_score = GroupScore::kTopTwoSum;
   /// Training only: gate input multiplied by uniform noise in [1 − jitter, 1 + jitter].
   double jitter = 0.0;
 

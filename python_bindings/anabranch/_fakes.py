@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from torch import Tensor
 
@@ -14,14 +16,18 @@ def _gate_type(dtype: torch.dtype) -> torch.dtype:
 
 @torch.library.register_fake("anabranch::moe")
 def _moe(x: Tensor, parameters: list[Tensor], expert_ids, weights, options, group, training, probe):
-    router_weight, up_weight = parameters[:2]
-    loss_shape = () if weights is None else (0,)
-    loss_type = _gate_type(up_weight.dtype)
+    def loss(exists: bool) -> Tensor:
+        return x.new_empty(() if exists else (0,), dtype=_gate_type(parameters[-1].dtype))
+
+    routed = weights is None
+    noisy = routed and json.loads(options).get("gate") == "noisy_top_k"
     return (
         x.new_empty(x.shape),
-        x.new_empty(loss_shape, dtype=loss_type),
-        x.new_empty(loss_shape, dtype=loss_type),
-        x.new_empty((router_weight.shape[0],), dtype=torch.int64),
+        loss(routed),
+        loss(routed),
+        loss(noisy),
+        loss(noisy),
+        x.new_empty((parameters[0].shape[0],), dtype=torch.int64),
     )
 
 

@@ -26,6 +26,10 @@ class MoEOutput(NamedTuple):
     """[] mean_t logsumexp(logits[t])² over the group's whole batch; None with routing from outside."""
     expert_load: Tensor
     """[num_experts] int64: assignments of each expert over all ranks of the group."""
+    importance_loss: Tensor | None = None
+    """[] squared coefficient of variation of the experts' sums of weights; None but for the noisy gate."""
+    load_loss: Tensor | None = None
+    """[] the same of their smooth load (arXiv:1701.06538, eq. 11); None but for the noisy gate."""
 
 
 class _Parameters(nn.Module):
@@ -49,11 +53,14 @@ class MoE(nn.Module):
     parameter               shape                         on the ranks
     ======================  ============================  =================
     router.weight           [E, h], fp32 (fp64)           replicated
+    router.noise_weight     [E, h], fp32 (fp64)           replicated
+    router.expert_bias      [E], fp32 (fp64), a buffer    replicated
     experts.up_weight       [E / W, n (glu: 2n), h]       each its experts
     experts.down_weight     [E / W, h, n]                 each its experts
     experts.up_bias         [E / W, n (glu: 2n)]          each its experts
     experts.down_bias       [E / W, h]                    each its experts
     shared_expert. …        as experts., of one expert    replicated
+    shared_expert_gate      [1, h]                        replicated
     ======================  ============================  =================
 
     Args:
@@ -65,7 +72,17 @@ class MoE(nn.Module):
         glu: activation(gate) · up instead of activation(up); rows 0..n−1 of up_weight are the gate.
         bias: biases in both projections of every expert.
         shared_expert_hidden_size: inner width of an expert that sees every token; 0: none.
+        shared_expert_gate: the shared expert's output times sigmoid(x · shared_expert_gate).
+        gate: "top_k"; "noisy_top_k" (arXiv:1701.06538); "gshard", the second expert by chance
+            (arXiv:2006.16668).
+        router_score: "softmax" or "sigmoid" of the logits.
         renormalize: the weights of a token's top_k experts sum to 1.
+        routing_scale: the weights are multiplied by it in the end.
+        expert_bias: a bias of each expert is added to its score where experts are chosen, not in the
+            weights: `update_expert_bias` balances the load by it (arXiv:2408.15664).
+        expert_groups: the experts lie in this many groups of equal size, at most 32.
+        top_groups: a token goes to experts of its best `top_groups` groups only.
+        group_score: of a group: "top_two_sum" of its experts' scores (DeepSeek-V3), or "maximum".
         jitter: training only: noise on the router's input, uniform in [1 − jitter, 1 + jitter].
         recompute: keep only the received rows for backward, and compute the up-projection again.
         engine: grouped GEMM engine: "auto", or one of `grouped_gemm_engines(device)`.
@@ -87,7 +104,15 @@ class MoE(nn.Module):
         glu: bool = False,
         bias: bool = False,
         shared_expert_hidden_size: int = 0,
+        shared_expert_gate: bool = False,
+        gate: str = "top_k",
+        router_score: str = "softmax",
         renormalize: bool = True,
+        routing_scale: float = 1.0,
+        expert_bias: bool = False,
+        expert_groups: int = 1,
+        top_groups: int = 1,
+        group_score: str = "top_two_sum",
         jitter: float = 0.0,
         recompute: bool = False,
         engine: str = "auto",
@@ -106,7 +131,15 @@ class MoE(nn.Module):
             "glu": glu,
             "bias": bias,
             "shared_expert_hidden_size": shared_expert_hidden_size,
+            "shared_expert_gate": shared_expert_gate,
+            "gate": gate,
+            "router_score": router_score,
             "renormalize": renormalize,
+            "routing_scale": routing_scale,
+            "expert_bias": expert_bias,
+            "expert_groups": expert_groups,
+            "top_groups": top_groups,
+            "group_score": group_score,
             "jitter": jitter,
             "recompute": recompute,
             "engine": engine,
@@ -126,11 +159,14 @@ class MoE(nn.Module):
         names = operators.parameter_names(options)
         values = operators.initial_parameters(options, self.group.rank, self.group.size, dtype, device)
         operators.agree(options, dtype, device, self.group.name)
-        self._places = [tuple(name.split(".")) for name in names]
-        for (module, name), value in zip(self._places, values):
-            if module not in self._modules:
-                self.add_module(module, _Parameters())
-            self.get_submodule(module).register_parameter(name, nn.Parameter(value))
+        self._places = [tuple(name.rpartition(".")[::2]) for name in names]
+        for (path, name), value in zip(self._places, values):
+            if path and path not in self._modules:
+                self.add_module(path, _Parameters())
+            if name == "expert_bias":
+                self.get_submodule(path).register_buffer(name, value)
+            else:
+                self.get_submodule(path).register_parameter(name, nn.Parameter(value))
         self._join_device()
 
     def reset_parameters(self) -> None:
@@ -162,13 +198,23 @@ class MoE(nn.Module):
         if x.device.type != device.type:
             raise ValueError(f"x is on {x.device}, the layer on {device}")
         expert_ids, weights = (None, None) if routing is None else _checked_routing(routing)
-        output, balance_loss, z_loss, load = torch.ops.anabranch.moe(
+        output, balance_loss, z_loss, importance_loss, load_loss, load = torch.ops.anabranch.moe(
             x, self._parameter_list(), expert_ids, weights, self._options, self._group, self.training, self._probe.tensor
         )
         self._load = load
         if routing is not None:
             return MoEOutput(output, None, None, load)
-        return MoEOutput(output, balance_loss, z_loss, load)
+        if self.options["gate"] != "noisy_top_k":
+            return MoEOutput(output, balance_loss, z_loss, load)
+        return MoEOutput(output, balance_loss, z_loss, load, importance_loss, load_loss)
+
+    def update_expert_bias(self, expert_load: Tensor, rate: float) -> None:
+        """Balances without a loss: after each step, adds `rate` (DeepSeek-V3: 0.001) to the biases of experts
+        with less than the mean of `expert_load` [E], takes it from those with more. In data parallelism the
+        load is to be summed over the replicas of the experts. No communication."""
+        if not self.options["expert_bias"]:
+            raise ValueError("update_expert_bias: the layer has no bias of its experts (expert_bias=True)")
+        torch.ops.anabranch.update_expert_bias(self.get_submodule("router").expert_bias, expert_load, rate)
 
     def stats(self) -> LayerStats:
         """What this rank's layer has done since `reset_stats`. Waits for the device; no communication."""
@@ -179,11 +225,11 @@ class MoE(nn.Module):
         self._probe.reset(timed)
 
     def _up_weight(self) -> Tensor:
-        return self._parameter_list()[1]
+        return next(parameter for parameter in self._parameter_list() if parameter.dim() == 3)
 
     def _parameter_list(self) -> list[Tensor]:
         """In the order of the operators."""
-        return [getattr(self._modules[module], name) for module, name in self._places]
+        return [getattr(self._modules[path] if path else self, name) for path, name in self._places]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
         super()._apply(fn, recurse)

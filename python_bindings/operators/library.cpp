@@ -108,6 +108,10 @@ std::string discover() {
   return json.dump();
 }
 
+void update_bias(at::Tensor expert_bias, const at::Tensor& expert_load, double rate) {
+  update_expert_bias(expert_bias, expert_load, rate);
+}
+
 double load_imbalance(const at::Tensor& expert_load) { return imbalance(expert_load); }
 
 std::string build() { return describe_build(); }
@@ -140,6 +144,8 @@ TORCH_LIBRARY(anabranch, library) {
       norm);
   library.def("discover_rank() -> str", discover);
   library.def("describe_build() -> str", build);
+  library.def("update_expert_bias(Tensor(a!) expert_bias, Tensor expert_load, float rate) -> ()",
+              update_bias);
   library.def("imbalance(Tensor expert_load) -> float", load_imbalance);
   library.def("grouped_gemm_engines(Device device) -> str[]", engines);
 }

@@ -16,8 +16,11 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using OutputsAndState = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// Output, balance_loss, z_loss, importance_loss, load_loss, expert_load; losses that there are not are
+// empty.
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using OutputsAndState =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 torch::Dtype gate_type(torch::Dtype dtype) {
   return dtype == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
@@ -63,8 +66,7 @@ class Observing {
   StageTimes::Measuring measuring_;
 };
 
-/// Output, balance_loss, z_loss (empty with routing from outside), expert_load [E] and the graph from
-/// those of the inputs (x, weights, if given, and parameters) that `needs_gradient` names.
+/// The outputs and the graph from those of the inputs (x, weights, if given, and parameters) that `needs_gradient` names.
 OutputsAndState moe_forward(const at::Tensor& x, at::TensorList parameters,
                             const std::optional<at::Tensor>& expert_ids,
                             const std::optional<at::Tensor>& weights, std::string options,
@@ -81,7 +83,7 @@ OutputsAndState moe_forward(const at::Tensor& x, at::TensorList parameters,
     if (needs_gradient[i]) graph.inputs.push_back(inputs[i].requires_grad_());
   }
   const auto leaves = at::TensorList(inputs).slice(inputs.size() - parameters.size());
-  const auto function = function_for(options, group, leaves[1].scalar_type(), x.device());
+  const auto function = function_for(options, group, leaves.back().scalar_type(), x.device());
 
   if (const auto counted = probe_of(probe)) {
     const std::scoped_lock lock(counted->mutex);
@@ -90,7 +92,9 @@ OutputsAndState moe_forward(const at::Tensor& x, at::TensorList parameters,
   const Observing observing(probe, function->exchange().communicator(), x.device());
   const Recording recording(!graph.inputs.empty());
   MoEParameters all = parameters_from_list(leaves, function->options());
-  all.router_weight = all.router_weight.to(gate_type(function->options().dtype));
+  for (auto* tensor : {&all.router.weight, &all.router.noise_weight, &all.router.expert_bias}) {
+    if (tensor->defined()) *tensor = tensor->to(gate_type(function->options().dtype));
+  }
   const auto output = weights.has_value()
                           ? function->forward(all, inputs[0],
                                               routing_from(expert_ids.value(), inputs[1],
@@ -98,18 +102,24 @@ OutputsAndState moe_forward(const at::Tensor& x, at::TensorList parameters,
                           : function->forward(all, inputs[0], training);
 
   graph.function = function;
-  for (const auto& tensor : {output.output, output.balance_loss, output.z_loss}) {
+  for (const auto& tensor : {output.output, output.balance_loss, output.z_loss,
+                             output.importance_loss, output.load_loss}) {
     if (tensor.defined() && tensor.requires_grad()) {
       graph.outputs.push_back(torch::autograd::impl::gradient_edge(tensor));
     }
   }
   const auto empty = x.options().dtype(gate_type(function->options().dtype));
-  return {output.output.detach(), defined_or_empty(output.balance_loss, empty),
-          defined_or_empty(output.z_loss, empty), output.expert_load, as_tensor(std::move(graph))};
+  return {output.output.detach(),
+          defined_or_empty(output.balance_loss, empty),
+          defined_or_empty(output.z_loss, empty),
+          defined_or_empty(output.importance_loss, empty),
+          defined_or_empty(output.load_loss, empty),
+          output.expert_load,
+          as_tensor(std::move(graph))};
 }
 
 /// The gradients of `inputs`: those that moe_forward was told of, in its order. `gradients` are of
-/// its differentiable outputs: output and, unless the routing came from outside, the losses.
+/// its differentiable outputs: output and the losses that there are, which come first of them all.
 std::vector<at::Tensor> moe_backward(at::TensorList gradients, const at::Tensor& state,
                                      const at::Tensor& probe, at::TensorList inputs) {
   const RecordedGraph& graph = recorded_graph(state);
@@ -171,12 +181,13 @@ struct MoE : torch::autograd::Function<MoE> {
     } else {
       ++place;
     }
+    const size_t routers = num_router_tensors(parameters);
     for (size_t i = 0; i < parameters.size(); ++i) {
-      add(parameters[i], i > 0 || !weights.has_value());  // the router comes first
+      add(parameters[i], i >= routers || !weights.has_value());
     }
 
     const at::AutoDispatchBelowADInplaceOrView below;
-    auto [output, balance_loss, z_loss, load, state] = call_forward(
+    auto [output, balance_loss, z_loss, importance_loss, load_loss, load, state] = call_forward(
         x, parameters, expert_ids, weights, options, group, training, probe, needs_gradient);
     inputs.push_back(state);
     inputs.push_back(probe);
@@ -184,7 +195,7 @@ struct MoE : torch::autograd::Function<MoE> {
     context->saved_data["places"] = places;
     context->saved_data["arguments"] = place + 5;
     context->mark_non_differentiable({load});
-    return {output, balance_loss, z_loss, load};
+    return {output, balance_loss, z_loss, importance_loss, load_loss, load};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
@@ -193,7 +204,7 @@ struct MoE : torch::autograd::Function<MoE> {
     inputs.pop_back();
     const auto state = inputs.back();
     inputs.pop_back();
-    const auto found = call_backward(at::TensorList(gradients).slice(0, 3), state, probe, inputs);
+    const auto found = call_backward(at::TensorList(gradients).slice(0, 5), state, probe, inputs);
     const auto places = context->saved_data["places"].toIntVector();
     variable_list result(context->saved_data["arguments"].toInt());
     for (size_t i = 0; i < places.size(); ++i) result[places[i]] = found[i];
@@ -207,9 +218,9 @@ Outputs moe(const at::Tensor& x, at::TensorList parameters,
             std::string options, std::string group, bool training, const at::Tensor& probe) {
   c10::List<bool> none;
   for (size_t i = 0; i < 1 + weights.has_value() + parameters.size(); ++i) none.push_back(false);
-  auto [output, balance_loss, z_loss, load, state] =
+  auto [output, balance_loss, z_loss, importance_loss, load_loss, load, state] =
       call_forward(x, parameters, expert_ids, weights, options, group, training, probe, none);
-  return {output, balance_loss, z_loss, load};
+  return {output, balance_loss, z_loss, importance_loss, load_loss, load};
 }
 
 Outputs moe_autograd(const at::Tensor& x, at::TensorList parameters,
@@ -224,7 +235,7 @@ Outputs moe_autograd(const at::Tensor& x, at::TensorList parameters,
                probe);
   }
   auto result = MoE::apply(x, weights, parameters, expert_ids, options, group, training, probe);
-  return {result[0], result[1], result[2], result[3]};
+  return {result[0], result[1], result[2], result[3], result[4], result[5]};
 }
 
 /// Rows and experts in autocast's type, as linear layers are; the router keeps its own.
@@ -235,8 +246,9 @@ Outputs moe_autocast(const at::Tensor& x, at::TensorList parameters,
   const c10::impl::ExcludeDispatchKeyGuard outside(c10::autocast_dispatch_keyset);
   const auto device = x.device().type();
   const auto type = at::autocast::get_autocast_dtype(device);
-  std::vector<at::Tensor> cast = {parameters[0]};
-  for (const auto& parameter : parameters.slice(1)) {
+  const size_t routers = num_router_tensors(parameters);
+  auto cast = parameters.slice(0, routers).vec();
+  for (const auto& parameter : parameters.slice(routers)) {
     cast.push_back(at::autocast::cached_cast(type, parameter, device));
   }
   static const auto op =
@@ -251,13 +263,12 @@ TORCH_LIBRARY_FRAGMENT(anabranch, library) {
   library.def(
       "moe(Tensor x, Tensor[] parameters, Tensor? expert_ids, Tensor? weights, str options, "
       "str group, bool training, Tensor probe) -> (Tensor output, Tensor balance_loss, Tensor "
-      "z_loss, "
-      "Tensor expert_load)");
+      "z_loss, Tensor importance_loss, Tensor load_loss, Tensor expert_load)");
   library.def(
       "moe_forward(Tensor x, Tensor[] parameters, Tensor? expert_ids, Tensor? weights, "
       "str options, str group, bool training, Tensor probe, bool[] needs_gradient) -> (Tensor "
-      "output, "
-      "Tensor balance_loss, Tensor z_loss, Tensor expert_load, Tensor state)");
+      "output, Tensor balance_loss, Tensor z_loss, Tensor importance_loss, Tensor load_loss, "
+      "Tensor expert_load, Tensor state)");
   library.def(
       "moe_backward(Tensor[] gradients, Tensor state, Tensor probe, Tensor[] inputs) -> Tensor[]");
 }

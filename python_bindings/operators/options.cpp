@@ -12,17 +12,6 @@ namespace {
 
 using Json = nlohmann::json;
 
-Activation activation_named(const std::string& name) {
-  static const std::map<std::string, Activation> activations = {
-      {"gelu_tanh", Activation::kGeluTanh},
-      {"gelu", Activation::kGelu},
-      {"relu", Activation::kRelu},
-      {"silu", Activation::kSilu}};
-  const auto found = activations.find(name);
-  check_input(found != activations.end(), "is unknown, expected gelu_tanh, gelu, relu or silu");
-  return found->second;
-}
-
 using Setter = std::function<void(MoEOptions&, const Json&)>;
 
 /// JSON's own conversions would take 1.5 for 1, and true for 1.
@@ -50,20 +39,49 @@ Setter set(T MoEOptions::*member) {
   return [member](MoEOptions& options, const Json& value) { options.*member = get<T>(value); };
 }
 
+/// The value of one of these names.
+template <typename T>
+Setter set(T MoEOptions::*member, std::vector<std::pair<std::string, T>> values) {
+  return [member, values = std::move(values)](MoEOptions& options, const Json& value) {
+    const auto name = get<std::string>(value);
+    std::vector<std::string> names;
+    for (const auto& [known, meaning] : values) {
+      if (name == known) {
+        options.*member = meaning;
+        return;
+      }
+      names.push_back(known);
+    }
+    throw InputError(c10::str("is unknown, expected one of ", c10::Join(", ", names)));
+  };
+}
+
 const std::map<std::string, Setter>& setters() {
   static const std::map<std::string, Setter> all = {
       {"hidden_size", set(&MoEOptions::hidden_size)},
       {"expert_hidden_size", set(&MoEOptions::expert_hidden_size)},
       {"num_experts", set(&MoEOptions::num_experts)},
       {"top_k", set(&MoEOptions::top_k)},
-      {"activation",
-       [](MoEOptions& options, const Json& value) {
-         options.activation = activation_named(get<std::string>(value));
-       }},
+      {"activation", set(&MoEOptions::activation, {{"gelu_tanh", Activation::kGeluTanh},
+                                                   {"gelu", Activation::kGelu},
+                                                   {"relu", Activation::kRelu},
+                                                   {"silu", Activation::kSilu}})},
       {"glu", set(&MoEOptions::glu)},
       {"bias", set(&MoEOptions::bias)},
       {"shared_expert_hidden_size", set(&MoEOptions::shared_expert_hidden_size)},
+      {"shared_expert_gate", set(&MoEOptions::shared_expert_gate)},
+      {"gate",
+       set(&MoEOptions::gate,
+           {{"top_k", Gate::kTopK}, {"noisy_top_k", Gate::kNoisyTopK}, {"gshard", Gate::kGShard}})},
+      {"router_score", set(&MoEOptions::router_score, {{"softmax", RouterScore::kSoftmax},
+                                                       {"sigmoid", RouterScore::kSigmoid}})},
       {"renormalize", set(&MoEOptions::renormalize)},
+      {"routing_scale", set(&MoEOptions::routing_scale)},
+      {"expert_bias", set(&MoEOptions::expert_bias)},
+      {"expert_groups", set(&MoEOptions::expert_groups)},
+      {"top_groups", set(&MoEOptions::top_groups)},
+      {"group_score", set(&MoEOptions::group_score, {{"top_two_sum", GroupScore::kTopTwoSum},
+                                                     {"maximum", GroupScore::kMaximum}})},
       {"jitter", set(&MoEOptions::jitter)},
       {"recompute", set(&MoEOptions::recompute)},
       {"engine", set(&MoEOptions::engine)},

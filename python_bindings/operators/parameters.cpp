@@ -1,5 +1,7 @@
 #include "parameters.h"
 
+#include <algorithm>
+
 #include "experts/shared_expert.h"
 #include "moe_options.h"
 #include "support/check.h"
@@ -20,13 +22,29 @@ void add_projections(std::vector<NamedParameter>& all, const std::string& prefix
 }  // namespace
 
 std::vector<NamedParameter> named_parameters(MoEParameters& parameters, const MoEOptions& options) {
-  std::vector<NamedParameter> all = {{"router.weight", &parameters.router_weight}};
+  std::vector<NamedParameter> all = {{"router.weight", &parameters.router.weight}};
+  if (options.gate == Gate::kNoisyTopK) {
+    all.push_back({"router.noise_weight", &parameters.router.noise_weight});
+  }
+  if (options.expert_bias) {
+    all.push_back({"router.expert_bias", &parameters.router.expert_bias});
+  }
   add_projections(all, "experts", parameters.experts, options.bias, /*is_expert=*/true);
   if (options.shared_expert_hidden_size > 0) {
     add_projections(all, "shared_expert", parameters.shared_expert, options.bias,
                     /*is_expert=*/false);
   }
+  if (options.shared_expert_gate) {
+    all.push_back({"shared_expert_gate", &parameters.shared_expert_gate});
+  }
   return all;
+}
+
+size_t num_router_tensors(at::TensorList list) {
+  const auto up_weight =
+      std::find_if(list.begin(), list.end(), [](const auto& tensor) { return tensor.dim() == 3; });
+  check_input(up_weight != list.end(), "parameters: there is none of three dimensions");
+  return static_cast<size_t>(up_weight - list.begin());
 }
 
 MoEParameters parameters_from_list(at::TensorList list, const MoEOptions& options) {
@@ -45,11 +63,14 @@ std::vector<torch::Tensor> initial_parameters(const MoEOptions& options, int64_t
   checked(options);
   check_input(rank >= 0 && rank < num_ranks, "initial_parameters: rank ", rank, " of ", num_ranks);
   MoEParameters parameters;
-  parameters.router_weight = Router(options)->weight;
+  parameters.router = Router(options)->router_parameters();
   parameters.experts =
       Experts(options, ExpertPlacement{options.num_experts, num_ranks}, rank)->projections();
   if (options.shared_expert_hidden_size > 0) {
     parameters.shared_expert = make_shared_expert(options)->projections();
+  }
+  if (options.shared_expert_gate) {
+    parameters.shared_expert_gate = make_shared_expert_gate(options);
   }
   std::vector<torch::Tensor> list;
   for (const auto& parameter : named_parameters(parameters, options)) {

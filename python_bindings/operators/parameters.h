@@ -7,7 +7,8 @@
 
 namespace anabranch::operators {
 
-// Parameters travel as a list: those that the options call for, in this order.
+// Parameters, and the router's buffer, travel as a list: those that the options call for, the router's
+// first, then the experts'.
 
 struct NamedParameter {
   std::string name;        ///< as MoELayer names it: "experts.up_weight"
@@ -15,6 +16,9 @@ struct NamedParameter {
   bool is_expert = false;  ///< spread over the ranks
 };
 std::vector<NamedParameter> named_parameters(MoEParameters& parameters, const MoEOptions& options);
+
+/// How many of such a list are the router's: experts.up_weight is the first of three dimensions.
+size_t num_router_tensors(at::TensorList list);
 
 /// InputError unless the list has as many as the options call for.
 MoEParameters parameters_from_list(at::TensorList list, const MoEOptions& options);

@@ -1,4 +1,5 @@
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <anabranch/exchange.h>
 
 #include "kernels/kernels.h"
@@ -56,7 +57,9 @@ Payload Exchange::combine(const Payload& results, const ExchangePlan& plan) cons
   const torch::NoGradGuard no_grad;
   check_payload(results, plan.rows(), {plan.assignments()}, "combine");
   const auto back_to_slots = [&](const torch::Tensor& ordered_values) {
-    return at::empty_like(ordered_values)
+    const int64_t slots = plan.tokens * plan.top_k;
+    const bool none = plan.send_order.size(0) < slots;  // slots without an assignment: zeros
+    return (none ? at::zeros({slots}, ordered_values.options()) : at::empty_like(ordered_values))
         .scatter_(0, plan.send_order, ordered_values)
         .view({plan.tokens, plan.top_k});
   };

@@ -49,10 +49,13 @@ torch::Tensor first_nonfinite_token(const Routing& routing) {
     return routing.first_nonfinite_token;
   }
   const auto tokens = routing.weights.size(0);
-  const auto finite = at::isfinite(routing.weights).all(1);
+  auto finite = at::isfinite(routing.weights);
+  if (routing.may_skip) {
+    finite = finite.logical_or(routing.expert_ids < 0);
+  }
   const auto numbers = at::arange(tokens, routing.expert_ids.options());
   const auto none = at::full({1}, tokens, routing.expert_ids.options());
-  const auto first = at::cat({numbers.masked_fill(finite, tokens), none}).min();
+  const auto first = at::cat({numbers.masked_fill(finite.all(1), tokens), none}).min();
   return first.masked_fill(first == tokens, -1);
 }
 
@@ -189,8 +192,8 @@ ExchangePlan Exchange::plan(const Routing& routing) const {
   const auto ids = routing.expert_ids.contiguous();
   const Kernels& kernels = kernels_for(ids.device());
   const auto nonfinite = first_nonfinite_token(routing);
-  const auto invalid = kernels.first_invalid_token(ids, placement_.num_experts);
-  const SendPlan send = kernels.plan_send(ids, first_experts(placement_));
+  const auto invalid = kernels.first_invalid_token(ids, placement_.num_experts, routing.may_skip);
+  const SendPlan send = kernels.plan_send(ids, first_experts(placement_), routing.may_skip);
 
   if (message_layout_.device() != ids.device()) {
     message_layout_ = message_layout_.to(ids.device());
@@ -208,16 +211,19 @@ ExchangePlan Exchange::plan(const Routing& routing) const {
   ExchangePlan plan = plan_counts(announced, placement_, communicator_->rank());
   plan.tokens = ids.size(0);
   plan.top_k = ids.size(1);
+  plan.source_counts = send.expert_counts.narrow(0, 0, placement_.num_experts);
   plan.send_tokens = send.send_tokens.narrow(0, 0, sum(plan.send_rows));
   plan.token_offsets = send.token_offsets;
   plan.token_rows = send.token_rows.narrow(0, 0, sum(plan.send_rows));
-  plan.send_order = send.send_order;
+  // All of them, unless there were none among the expert ids.
+  plan.send_order = send.send_order.narrow(0, 0, sum(plan.send_assignments));
 
-  torch::Tensor segment_rows = send.segment_rows;
+  const torch::Tensor sent_rows = send.segment_rows.narrow(0, 0, sum(plan.send_assignments));
+  torch::Tensor segment_rows = sent_rows;
   if (communicator_->size() > 1) {
     segment_rows = at::empty({sum(plan.receive_assignments)}, send.segment_rows.options());
     communicator_->all_to_all_v(
-        {{send.segment_rows, plan.send_assignments, segment_rows, plan.receive_assignments}});
+        {{sent_rows, plan.send_assignments, segment_rows, plan.receive_assignments}});
   }
   const auto local = static_cast<int64_t>(plan.expert_counts.size());
   const auto arrivals = kernels.order_arrivals(segment_rows, announced.received.select(1, kRows),

@@ -18,10 +18,6 @@ struct FeedForward {
   bool glu = false;
 };
 
-/// A bias as an autograd function takes it: no argument at all where there is none.
-inline std::optional<torch::Tensor> given(const torch::Tensor& bias) {
-  return bias.defined() ? std::optional(bias) : std::nullopt;
-}
 inline Projection projection(const torch::Tensor& weight,
                              const std::optional<torch::Tensor>& bias) {
   return {weight, bias.value_or(torch::Tensor())};

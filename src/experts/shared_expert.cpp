@@ -1,6 +1,13 @@
 #include "experts/shared_expert.h"
 
+#include <ATen/OpMathType.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/nn/functional/linear.h>
+
+#include <limits>
+
+#include "support/given.h"
+#include "support/initialize.h"
 
 namespace anabranch {
 namespace {
@@ -63,6 +70,22 @@ torch::Tensor through_shared_expert(const torch::Tensor& x, const ExpertProjecti
   const auto& [up, down] = shared_expert;
   return ThroughSharedExpert::apply(x, up.weight, down.weight, given(up.bias), given(down.bias),
                                     c10::make_intrusive<ExpertHolder>(expert));
+}
+
+torch::Tensor make_shared_expert_gate(const MoEOptions& options) {
+  auto gate =
+      torch::empty({1, options.hidden_size}, torch::dtype(options.dtype).device(options.device));
+  constexpr uint64_t kStream = std::numeric_limits<uint64_t>::max();  // apart from the experts'
+  fill_uniform(gate, options.hidden_size, ~options.seed, kStream);
+  return gate;
+}
+
+torch::Tensor gated(const torch::Tensor& y, const torch::Tensor& x, const torch::Tensor& gate) {
+  if (!gate.defined()) {
+    return y;
+  }
+  const auto logits = torch::linear(x, gate);
+  return y * torch::sigmoid(logits.to(at::toOpMathType(x.scalar_type()))).to(y.scalar_type());
 }
 
 }  // namespace anabranch

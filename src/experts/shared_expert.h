@@ -14,4 +14,11 @@ Experts make_shared_expert(const MoEOptions& options);
 torch::Tensor through_shared_expert(const torch::Tensor& x, const ExpertProjections& shared_expert,
                                     const FeedForward& expert);
 
+/// [1, h] of the layer's type, seeded apart from the rest.
+torch::Tensor make_shared_expert_gate(const MoEOptions& options);
+
+/// `y` [T, h] · sigmoid(x · gate) of each token, the sigmoid in fp32 (fp64); `y` where `gate` is
+/// undefined.
+torch::Tensor gated(const torch::Tensor& y, const torch::Tensor& x, const torch::Tensor& gate);
+
 }  // namespace anabranch

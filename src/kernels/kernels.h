@@ -1,6 +1,6 @@
 #pragma once
 
-#include <anabranch/options.h>
+#include <anabranch/router.h>
 #include <torch/types.h>
 
 #include <array>
@@ -11,7 +11,7 @@ namespace anabranch {
 
 /// What one rank's tokens send where. [T, k] routing, E experts, W ranks; all int64.
 struct SendPlan {
-  torch::Tensor expert_counts;  ///< [E] assignments per expert
+  torch::Tensor expert_counts;  ///< [E] assignments per expert (then [1] of none, if there may be)
   torch::Tensor rank_rows;      ///< [W] distinct tokens per rank
   torch::Tensor send_tokens;    ///< [≥ S] tokens by (rank, token); S = Σ rank_rows
   torch::Tensor token_offsets;  ///< [T+1]
@@ -33,13 +33,19 @@ struct ArrivalOrder {
 };
 
 struct RouteResult {
-  torch::Tensor expert_ids;             ///< [T, k] int64, largest probability first
+  torch::Tensor expert_ids;             ///< [T, k] int64, best choice first
   torch::Tensor weights;                ///< [T, k]
-  torch::Tensor probabilities;          ///< [T, E]
+  torch::Tensor probabilities;          ///< [T, E] softmax, or sigmoids over their sum
   torch::Tensor logsumexp;              ///< [T]
   torch::Tensor counts;                 ///< [E] int64
   torch::Tensor first_nonfinite_token;  ///< [] int64, -1 if none
 };
+
+/// The softmax's largest are the largest logits: no more is needed than those.
+inline bool is_plain(const RoutingRule& rule, const torch::Tensor& expert_bias) {
+  return rule.router_score == RouterScore::kSoftmax && rule.routing_scale == 1 &&
+         rule.expert_groups == 1 && !expert_bias.defined();
+}
 
 /// What a device computes for the stages: everything but the GEMMs. Index tensors are int64 unless
 /// said otherwise, value tensors fp32, fp64, bf16 or fp16; sums are taken in fp32 (fp64 for fp64) in
@@ -49,10 +55,13 @@ class Kernels {
   virtual ~Kernels() = default;
 
   // routing: logits [T, E] fp32 or fp64
-  virtual RouteResult route(const torch::Tensor& logits, int64_t top_k, bool renormalize) const = 0;
+  /// `expert_bias` [E] of the logits' type or undefined.
+  virtual RouteResult route(const torch::Tensor& logits, const RoutingRule& rule,
+                            const torch::Tensor& expert_bias) const = 0;
   /// dlogits [T, E] from the gradients of the weights [T, k], of the probability sum [E] and of the
-  /// sum of squared logsumexp [].
-  virtual torch::Tensor route_backward(const RouteResult& routed, bool renormalize,
+  /// sum of squared logsumexp []. Of `routed` ids, weights and logsumexp are read, and
+  /// `probabilities`, in the place of which sigmoids take the logits.
+  virtual torch::Tensor route_backward(const RouteResult& routed, const RoutingRule& rule,
                                        const torch::Tensor& dweights,
                                        const torch::Tensor& dprobability_sum,
                                        const torch::Tensor& dsquared_logsumexp_sum) const = 0;
@@ -64,13 +73,17 @@ class Kernels {
                               bool side_by_side) const = 0;
 
   // plan
-  /// [] int64: first token with an id outside [0, num_experts) or twice, or -1.
-  virtual torch::Tensor first_invalid_token(const torch::Tensor& expert_ids,
-                                            int64_t num_experts) const = 0;
+  /// [] int64: first token with an id outside [0, num_experts) or twice, or -1. With `may_skip` an id
+  /// of -1 is none and valid.
+  virtual torch::Tensor first_invalid_token(const torch::Tensor& expert_ids, int64_t num_experts,
+                                            bool may_skip = false) const = 0;
   /// `first_expert` [W+1]: rank r owns experts first_expert[r] .. first_expert[r+1]−1.
-  /// The result for ids that are not valid is discarded by the caller, but safe to compute.
+  /// The result for ids that are not valid is discarded by the caller, but safe to compute. With
+  /// `may_skip` ids of -1 come last in send_order and segment_rows, behind all assignments, and last
+  /// in expert_counts, which then has E+1 elements.
   virtual SendPlan plan_send(const torch::Tensor& expert_ids,
-                             const std::vector<int64_t>& first_expert) const = 0;
+                             const std::vector<int64_t>& first_expert,
+                             bool may_skip = false) const = 0;
   /// Brings arrivals into expert-major order. `segment_rows` [P] int32: row of each arrived
   /// assignment within its source's segment, ordered by (source, expert); `rows` [W] and `counts`
   /// [W, local experts]: rows and assignments per expert that came from each source.

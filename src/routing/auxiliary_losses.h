@@ -1,21 +1,24 @@
 #pragma once
 
+#include <anabranch/communicator.h>
 #include <anabranch/router.h>
 
 namespace anabranch {
 
 /// Losses and load of a whole batch.
 struct AuxiliaryLosses {
-  torch::Tensor balance_loss;  ///< [], undefined for routing from outside
-  torch::Tensor z_loss;        ///< [], undefined for routing from outside
-  torch::Tensor expert_load;   ///< [E] int64
+  torch::Tensor balance_loss;                ///< [], undefined for routing from outside
+  torch::Tensor z_loss;                      ///< [], undefined for routing from outside
+  torch::Tensor importance_loss, load_loss;  ///< [], undefined but for Gate::kNoisyTopK
+  torch::Tensor expert_load;                 ///< [E] int64
 };
 
-/// What one rank adds to the whole batch: one fp64 vector, so that one sum over ranks does for all.
-torch::Tensor batch_sums(const Routing& routing, int64_t num_experts);
-
-/// The losses, from `batch_sums` summed over the ranks.
-AuxiliaryLosses auxiliary_losses(const torch::Tensor& sums, int64_t num_experts, int64_t top_k,
-                                 torch::Dtype dtype);
+/// The losses of all ranks' tokens, from each rank's `routing` and `counts` [E] of its assignments, by
+/// one sum over ranks; the ranks' routing comes from the same kind of gate, or from outside.
+///
+/// Gradients are scaled by the number of ranks: every rank is taken to use the losses in its own loss in
+/// the same way, as losses are averaged over ranks. So backward needs no communication. Collective.
+AuxiliaryLosses auxiliary_losses(const Routing& routing, const torch::Tensor& counts,
+                                 Communicator& communicator);
 
 }  // namespace anabranch

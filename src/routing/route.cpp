@@ -2,6 +2,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "kernels/kernels.h"
+#include "routing/rule.h"
 #include "support/check.h"
 #include "support/stage.h"
 
@@ -11,16 +12,25 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+struct RuleHolder : torch::CustomClassHolder {
+  explicit RuleHolder(const RoutingRule& rule) : rule(rule) {}
+  RoutingRule rule;
+};
+
 /// logits [T, E] → weights, probability_sum, squared_logsumexp_sum; then, without gradient,
 /// expert_ids, counts, first_nonfinite_token.
 struct Route : torch::autograd::Function<Route> {
-  static variable_list forward(AutogradContext* context, const torch::Tensor& logits, int64_t top_k,
-                               bool renormalize) {
+  static variable_list forward(AutogradContext* context, const torch::Tensor& logits,
+                               const std::optional<torch::Tensor>& expert_bias,
+                               const c10::intrusive_ptr<RuleHolder>& holder) {
+    const RoutingRule& rule = holder->rule;
+    const auto contiguous = logits.contiguous();
     const RouteResult routed =
-        kernels_for(logits.device()).route(logits.contiguous(), top_k, renormalize);
-    context->saved_data["renormalize"] = renormalize;
-    context->save_for_backward(
-        {routed.expert_ids, routed.weights, routed.probabilities, routed.logsumexp});
+        kernels_for(logits.device()).route(contiguous, rule, expert_bias.value_or(torch::Tensor()));
+    const bool sigmoid = rule.router_score == RouterScore::kSigmoid;
+    context->saved_data["rule"] = torch::IValue::make_capsule(holder);
+    context->save_for_backward({routed.expert_ids, routed.weights,
+                                sigmoid ? contiguous : routed.probabilities, routed.logsumexp});
     context->mark_non_differentiable(
         {routed.expert_ids, routed.counts, routed.first_nonfinite_token});
     return {routed.weights,
@@ -35,36 +45,61 @@ struct Route : torch::autograd::Function<Route> {
     const torch::NoGradGuard no_grad;
     const Stage named("anabranch.route.backward");
     const auto saved = context->get_saved_variables();
+    const auto holder =
+        c10::static_intrusive_pointer_cast<RuleHolder>(context->saved_data["rule"].toCapsule());
     RouteResult routed;
     routed.expert_ids = saved[0];
     routed.weights = saved[1];
     routed.probabilities = saved[2];
     routed.logsumexp = saved[3];
     return {kernels_for(saved[1].device())
-                .route_backward(routed, context->saved_data["renormalize"].toBool(),
-                                gradients[0].contiguous(), gradients[1].contiguous(), gradients[2]),
+                .route_backward(routed, holder->rule, gradients[0].contiguous(),
+                                gradients[1].contiguous(), gradients[2]),
             {},
             {}};
   }
 };
 
+void check_bias(const torch::Tensor& expert_bias, const torch::Tensor& logits) {
+  check_input(expert_bias.sizes() == logits.sizes().slice(1) &&
+                  expert_bias.scalar_type() == logits.scalar_type() &&
+                  expert_bias.device() == logits.device(),
+              "route: expert_bias is ", expert_bias.scalar_type(), " ", expert_bias.sizes(), " on ",
+              expert_bias.device(), ", expected ", logits.scalar_type(), " ",
+              logits.sizes().slice(1), " on ", logits.device());
+}
+
 }  // namespace
 
-Routing route(const torch::Tensor& logits, int64_t top_k, bool renormalize) {
+Routing route(const torch::Tensor& logits, const RoutingRule& rule,
+              const torch::Tensor& expert_bias) {
   check_input(logits.defined(), "route: logits are undefined");
   check_input(logits.dim() == 2 && logits.size(1) > 0, "route: logits are ", logits.sizes(),
               ", expected [tokens, experts]");
   check_input(logits.scalar_type() == torch::kFloat32 || logits.scalar_type() == torch::kFloat64,
               "route: logits are ", logits.scalar_type(), ", expected fp32 or fp64");
-  check_input(top_k >= 1 && top_k <= logits.size(1), "route: top_k = ", top_k, " with ",
-              logits.size(1), " experts, expected 1 ≤ top_k ≤ experts");
-  auto outputs = Route::apply(logits, top_k, renormalize);
-  return {.expert_ids = outputs[3],
-          .weights = outputs[0],
-          .counts = outputs[4],
-          .probability_sum = outputs[1],
-          .squared_logsumexp_sum = outputs[2],
-          .first_nonfinite_token = outputs[5]};
+  check_rule(rule, logits.size(1), "route");
+  std::optional<torch::Tensor> bias;
+  if (expert_bias.defined()) {
+    check_bias(expert_bias, logits);
+    bias = expert_bias.detach().contiguous();
+  }
+  auto outputs = Route::apply(logits, bias, c10::make_intrusive<RuleHolder>(rule));
+  Routing routing;
+  routing.expert_ids = outputs[3];
+  routing.weights = outputs[0];
+  routing.counts = outputs[4];
+  routing.probability_sum = outputs[1];
+  routing.squared_logsumexp_sum = outputs[2];
+  routing.first_nonfinite_token = outputs[5];
+  return routing;
+}
+
+Routing route(const torch::Tensor& logits, int64_t top_k, bool renormalize) {
+  RoutingRule rule;
+  rule.top_k = top_k;
+  rule.renormalize = renormalize;
+  return route(logits, rule);
 }
 
 }  // namespace anabranch

@@ -95,12 +95,14 @@ TEST(Checkpoint, OfALayerLoadsAtAnyNumberOfRanks) {
   options.shared_expert_hidden_size = 3;
   options.num_experts = 5;
   options.device = device();
-  options.glu = options.bias = true;
+  options.glu = options.bias = options.expert_bias = options.shared_expert_gate = true;
   const auto expected = MoELayer(options)->named_parameters();
+  const auto load = torch::tensor({3, 0, 1, 1, 0});
   const SharedDirectory directory;
   const auto groups = parallel_groups();
-  save_checkpoint(directory.path(), *MoELayer(options, groups.expert_parallel), nullptr, {},
-                  groups);
+  MoELayer saved(options, groups.expert_parallel);
+  saved->update_expert_bias(load, 0.5);
+  save_checkpoint(directory.path(), *saved, nullptr, {}, groups);
   options.seed = 1;
   for (int size = 1; size <= world()->size(); ++size) {
     const auto part = world()->split(world()->rank() < size ? 0 : 1, world()->rank());
@@ -114,6 +116,8 @@ TEST(Checkpoint, OfALayerLoadsAtAnyNumberOfRanks) {
       }
       EXPECT_TRUE(identical(parameter.tensor, wanted)) << parameter.name;
     }
+    EXPECT_TRUE(identical(layer->named_buffers()["router.expert_bias"],
+                          torch::tensor({-0.5F, 0.5F, 0.0F, 0.0F, 0.5F})));
   }
 }
 

@@ -73,12 +73,14 @@ TEST_F(CudaKernelsTest, RouteEqualsTheCpu) {
     for (const auto dtype : {torch::kFloat32, torch::kFloat64}) {
       const auto top_k = random_.integer(1, std::min<int64_t>(experts, 40));
       const auto tokens = random_.pick<int64_t>({0, 1, 77, 9000});
-      const bool renormalize = random_.chance();
+      RoutingRule rule;
+      rule.top_k = top_k;
+      rule.renormalize = random_.chance();
       SCOPED_TRACE(c10::str("T ", tokens, " E ", experts, " k ", top_k, " ", to_string(dtype)));
       const auto logits = random_logits(tokens, experts, dtype);
-      const auto expected = cpu_.route(logits, top_k, renormalize);
-      const auto exact = cpu_.route(logits.to(torch::kFloat64), top_k, renormalize);
-      const auto result = cuda_->route(on_gpu(logits), top_k, renormalize);
+      const auto expected = cpu_.route(logits, rule, {});
+      const auto exact = cpu_.route(logits.to(torch::kFloat64), rule, {});
+      const auto result = cuda_->route(on_gpu(logits), rule, {});
       EXPECT_TRUE(identical(result.expert_ids.cpu(), expected.expert_ids));
       EXPECT_TRUE(identical(result.counts.cpu(), expected.counts));
       EXPECT_TRUE(identical(result.first_nonfinite_token.cpu(), expected.first_nonfinite_token));
@@ -101,9 +103,11 @@ TEST_F(CudaKernelsTest, RouteBackwardEqualsTheCpu) {
   for (const int64_t experts : {1, 3, 8, 20, 64, 128, 500, 1024, 2000}) {
     for (const auto dtype : {torch::kFloat32, torch::kFloat64}) {
       const auto top_k = random_.integer(1, std::min<int64_t>(experts, 40));
-      const bool renormalize = random_.chance();
-      const auto routed = cpu_.route(3 * random_.normal({random_.integer(0, 500), experts}, dtype),
-                                     top_k, renormalize);
+      RoutingRule rule;
+      rule.top_k = top_k;
+      rule.renormalize = random_.chance();
+      const auto routed =
+          cpu_.route(3 * random_.normal({random_.integer(0, 500), experts}, dtype), rule, {});
       const auto dweights = random_.normal(routed.weights.sizes(), dtype);
       const auto dsum = random_.normal({experts}, dtype);
       const auto dsquared = random_.normal({}, dtype);
@@ -112,13 +116,13 @@ TEST_F(CudaKernelsTest, RouteBackwardEqualsTheCpu) {
       as64.probabilities = routed.probabilities.to(torch::kFloat64);
       as64.logsumexp = routed.logsumexp.to(torch::kFloat64);
       const auto exact =
-          cpu_.route_backward(as64, renormalize, dweights.to(torch::kFloat64),
-                              dsum.to(torch::kFloat64), dsquared.to(torch::kFloat64));
+          cpu_.route_backward(as64, rule, dweights.to(torch::kFloat64), dsum.to(torch::kFloat64),
+                              dsquared.to(torch::kFloat64));
       const RouteResult on_device{
           on_gpu(routed.expert_ids), on_gpu(routed.weights), on_gpu(routed.probabilities),
           on_gpu(routed.logsumexp),  on_gpu(routed.counts),  on_gpu(routed.first_nonfinite_token)};
-      const auto result = cuda_->route_backward(on_device, renormalize, on_gpu(dweights),
-                                                on_gpu(dsum), on_gpu(dsquared));
+      const auto result =
+          cuda_->route_backward(on_device, rule, on_gpu(dweights), on_gpu(dsum), on_gpu(dsquared));
       // dp = dw / s: where the chosen probabilities are small, gradients are large.
       const double smallest = std::max(
           routed.weights.numel() == 0
@@ -127,7 +131,7 @@ TEST_F(CudaKernelsTest, RouteBackwardEqualsTheCpu) {
           1e-30);
       const double size =
           max_abs(dsum) +
-          static_cast<double>(top_k) * 2 * max_abs(dweights) / (renormalize ? smallest : 1) +
+          static_cast<double>(top_k) * 2 * max_abs(dweights) / (rule.renormalize ? smallest : 1) +
           2 * max_abs(routed.logsumexp) * max_abs(dsquared);
       EXPECT_TRUE(close(result, exact, tolerance(dtype, experts + top_k, 2 * size)))
           << "E " << experts << " k " << top_k << " " << to_string(dtype);
@@ -146,9 +150,13 @@ TEST_F(CudaKernelsTest, PlansEqualTheCpus) {
       first.push_back(r * experts / ranks);
     }
     SCOPED_TRACE(c10::str("T ", tokens, " E ", experts, " k ", top_k, " W ", ranks));
-    const auto ids = random_expert_ids(random_, tokens, experts, top_k, random_.pick(all_skews()));
-    const auto expected = cpu_.plan_send(ids, first);
-    const auto result = cuda_->plan_send(on_gpu(ids), first);
+    auto ids = random_expert_ids(random_, tokens, experts, top_k, random_.pick(all_skews()));
+    const bool may_skip = random_.chance();
+    if (may_skip) {
+      ids = ids.masked_fill(random_.uniform(ids.sizes()) < 0.3, -1);
+    }
+    const auto expected = cpu_.plan_send(ids, first, may_skip);
+    const auto result = cuda_->plan_send(on_gpu(ids), first, may_skip);
     const auto sent = expected.send_tokens.size(0);
     EXPECT_TRUE(identical(result.expert_counts.cpu(), expected.expert_counts));
     EXPECT_TRUE(identical(result.rank_rows.cpu(), expected.rank_rows));
@@ -156,7 +164,9 @@ TEST_F(CudaKernelsTest, PlansEqualTheCpus) {
     EXPECT_TRUE(identical(result.token_offsets.cpu(), expected.token_offsets));
     EXPECT_TRUE(identical(result.token_rows.narrow(0, 0, sent).cpu(), expected.token_rows));
     EXPECT_TRUE(identical(result.send_order.cpu(), expected.send_order));
-    EXPECT_TRUE(identical(result.segment_rows.cpu(), expected.segment_rows));
+    const auto kept = ids.ge(0).sum().item<int64_t>();
+    EXPECT_TRUE(identical(result.segment_rows.narrow(0, 0, kept).cpu(),
+                          expected.segment_rows.narrow(0, 0, kept)));
   }
 }
 
@@ -274,7 +284,9 @@ TEST_F(CudaKernelsTest, BiasGradientOfManyRows) {
 
 TEST_F(CudaKernelsTest, TwoRunsAgreeBitForBit) {
   const auto logits = on_gpu(random_.normal({3000, 64}, torch::kFloat32));
-  const auto routed = cuda_->route(logits, 6, true);
+  RoutingRule rule;
+  rule.top_k = 6;
+  const auto routed = cuda_->route(logits, rule, {});
   const auto plan = cuda_->plan_send(routed.expert_ids, {0, 20, 41, 64});
   const auto hidden = on_gpu(random_.normal({3000, 2 * 1536}, torch::kBFloat16));
   const auto dactivated = on_gpu(random_.normal({3000, 1536}, torch::kBFloat16));
@@ -286,7 +298,7 @@ TEST_F(CudaKernelsTest, TwoRunsAgreeBitForBit) {
   const auto first = gradient();
   const auto bias = cuda_->bias_gradient(hidden, weights, counts);
   for (int i = 0; i < 5; ++i) {
-    const auto again = cuda_->route(logits, 6, true);
+    const auto again = cuda_->route(logits, rule, {});
     EXPECT_TRUE(identical(again.weights, routed.weights));
     EXPECT_TRUE(identical(again.counts, routed.counts));
     EXPECT_TRUE(identical(cuda_->plan_send(routed.expert_ids, {0, 20, 41, 64}).token_rows,

@@ -27,10 +27,14 @@ TEST_P(PlanKernelsTest, PlanSendEqualsTheDefinition) {
     const auto tokens = random_.pick<int64_t>({0, 1, 3, 40, 1000});
     const auto ranks = random_.integer(1, 9);
     const auto first = random_blocks(random_, num_experts, ranks);
-    const auto ids =
-        random_expert_ids(random_, tokens, num_experts, top_k, random_.pick(all_skews()));
-    SCOPED_TRACE(c10::str("T ", tokens, " k ", top_k, " blocks ", c10::Join(",", first)));
-    const auto plan = kernels_.plan_send(on_device(ids), first);
+    auto ids = random_expert_ids(random_, tokens, num_experts, top_k, random_.pick(all_skews()));
+    const bool may_skip = random_.chance(0.3);
+    if (may_skip) {
+      ids = ids.masked_fill(random_.uniform(ids.sizes()) < random_.uniform(), -1);
+    }
+    SCOPED_TRACE(c10::str("T ", tokens, " k ", top_k, " blocks ", c10::Join(",", first),
+                          may_skip ? " with none" : ""));
+    const auto plan = kernels_.plan_send(on_device(ids), first, may_skip);
 
     const auto flat = numbers(ids);
     std::vector<int64_t> rank_rows, send_tokens, token_offsets, token_rows, send_order, row_in_rank;
@@ -41,7 +45,7 @@ TEST_P(PlanKernelsTest, PlanSendEqualsTheDefinition) {
       for (int64_t t = 0; t < tokens; ++t) {
         const bool goes = std::any_of(flat.begin() + t * top_k, flat.begin() + (t + 1) * top_k,
                                       [&](int64_t e) { return e >= first[r] && e < first[r + 1]; });
-        if (goes) {
+        if (goes || ranks == 1) {  // one rank has every token as a row
           rows_of_token[t].push_back(static_cast<int64_t>(send_tokens.size()));
           send_tokens.push_back(t);
           row_within[r][t] = rank_rows.back()++;
@@ -65,14 +69,16 @@ TEST_P(PlanKernelsTest, PlanSendEqualsTheDefinition) {
       }
     }
     const auto sent = static_cast<int64_t>(send_tokens.size());
-    EXPECT_EQ(numbers(plan.expert_counts), expert_counts);
+    const auto assignments = static_cast<int64_t>(send_order.size());
+    EXPECT_EQ(numbers(plan.expert_counts.narrow(0, 0, num_experts)), expert_counts);
     EXPECT_EQ(numbers(plan.rank_rows), rank_rows);
     EXPECT_EQ(numbers(plan.send_tokens.narrow(0, 0, sent)), send_tokens);
     EXPECT_EQ(numbers(plan.token_offsets), token_offsets);
     EXPECT_EQ(numbers(plan.token_rows.narrow(0, 0, sent)), token_rows);
-    EXPECT_EQ(numbers(plan.send_order), send_order);
+    EXPECT_EQ(plan.send_order.size(0), tokens * top_k);
+    EXPECT_EQ(numbers(plan.send_order.narrow(0, 0, assignments)), send_order);
     EXPECT_EQ(plan.segment_rows.scalar_type(), torch::kInt32);
-    EXPECT_EQ(numbers(plan.segment_rows), row_in_rank);
+    EXPECT_EQ(numbers(plan.segment_rows.narrow(0, 0, assignments)), row_in_rank);
   }
 }
 
@@ -136,8 +142,8 @@ TEST_P(PlanKernelsTest, GroupWithoutGroups) {
 }
 
 TEST_P(PlanKernelsTest, FindsTheFirstInvalidToken) {
-  const auto first_invalid = [&](const torch::Tensor& ids) {
-    return kernels_.first_invalid_token(on_device(ids), 20).item<int64_t>();
+  const auto first_invalid = [&](const torch::Tensor& ids, bool may_skip = false) {
+    return kernels_.first_invalid_token(on_device(ids), 20, may_skip).item<int64_t>();
   };
   const auto good = random_expert_ids(random_, 600, 20, 4, Skew::kUniform);
   EXPECT_EQ(first_invalid(good), -1);
@@ -150,6 +156,13 @@ TEST_P(PlanKernelsTest, FindsTheFirstInvalidToken) {
     bad[17][0] = value;
     EXPECT_EQ(first_invalid(bad), 17) << value;
   }
+  auto none = good.clone();
+  none[599].fill_(-1);
+  none[17][0] = -1;
+  EXPECT_EQ(first_invalid(none, /*may_skip=*/true), -1);
+  EXPECT_EQ(first_invalid(none), 17);
+  none[44][1] = -2;
+  EXPECT_EQ(first_invalid(none, /*may_skip=*/true), 44);
   auto twice = good.clone();
   twice[42][3] = twice[42][1];
   EXPECT_EQ(first_invalid(twice), 42);

@@ -30,7 +30,12 @@ def a_plan(device, tokens=7):
     return F.plan(ids, weights, 4), weights
 
 
-@pytest.mark.parametrize("more", [{}, {"bias": True, "shared_expert_hidden_size": 6}], ids=str)
+ROUTER = dict(
+    router_score="sigmoid", expert_bias=True, expert_groups=2, shared_expert_hidden_size=6, shared_expert_gate=True
+)
+
+
+@pytest.mark.parametrize("more", [{}, {"bias": True, "shared_expert_hidden_size": 6}, ROUTER], ids=str)
 def test_opcheck_of_the_layer(more, device):
     layer = layer_of(device, **more)
     x = torch.randn(7, 8, device=device, requires_grad=True)
@@ -38,6 +43,12 @@ def test_opcheck_of_the_layer(more, device):
     opcheck(OPERATORS.moe.default, arguments(layer, x, a_routing(7, device)))
     layer.requires_grad_(False)
     opcheck(OPERATORS.moe.default, arguments(layer, x.detach()))
+
+
+def test_opcheck_of_the_noisy_gate(device):
+    """Shapes only: the noise of two calls differs."""
+    call = arguments(layer_of(device, gate="noisy_top_k"), torch.randn(7, 8, device=device, requires_grad=True))
+    opcheck(OPERATORS.moe.default, call, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_opcheck_of_its_forward(device):

@@ -109,16 +109,20 @@ torch::Tensor DenseMoE::mix(const torch::Tensor& x, const torch::Tensor& expert_
                                                                activation, glu, linear);
   }
   if (shared_up_weight.defined()) {
-    output =
-        output + expert(x, shared_up_weight[0], row_of(shared_up_bias, 0), shared_down_weight[0],
-                        row_of(shared_down_bias, 0), activation, glu, linear);
+    auto shared = expert(x, shared_up_weight[0], row_of(shared_up_bias, 0), shared_down_weight[0],
+                         row_of(shared_down_bias, 0), activation, glu, linear);
+    if (shared_gate.defined()) {
+      const auto logits = x.matmul(shared_gate.t());
+      shared = shared * (linear ? 1 + logits : 1 / (1 + (-logits).exp()));
+    }
+    output = output + shared;
   }
   return output;
 }
 
 DenseMoE::Result DenseMoE::forward(const torch::Tensor& x) const {
   const auto logits = x.matmul(gate.t());
-  const auto chosen = top_k_of_softmax(logits, top_k, renormalize);
+  const auto chosen = choose(logits, routing);
   return {mix(x, chosen.expert_ids, chosen.weights),
           reference::balance_loss(chosen.probabilities, chosen.expert_ids),
           reference::z_loss(logits),
@@ -139,9 +143,8 @@ double DenseMoE::margin(const torch::Tensor& x, bool with_gate) const {
   if (x.size(0) == 0) {
     return smallest;
   }
-  if (with_gate && top_k < gate.size(0)) {
-    const auto sorted = std::get<0>(x.matmul(gate.t()).sort(/*dim=*/1, /*descending=*/true));
-    smallest = (sorted.select(1, top_k - 1) - sorted.select(1, top_k)).min().item<double>();
+  if (with_gate) {
+    smallest = choose(x.matmul(gate.t()), routing).margin.min().item<double>();
   }
   const auto hidden_margin = [&](const torch::Tensor& weights, const torch::Tensor& biases) {
     for (int64_t e = 0; weights.defined() && e < weights.size(0); ++e) {

@@ -3,6 +3,8 @@
 #include <anabranch/options.h>
 #include <torch/types.h>
 
+#include "reference/router.h"
+
 namespace anabranch::reference {
 
 /// softmax(logits) and its k largest, ties to the lowest expert.
@@ -38,12 +40,14 @@ struct DenseMoE {
   /// As above with E = 1, or undefined.
   torch::Tensor shared_up_weight, shared_up_bias, shared_down_weight, shared_down_bias;
 
-  int64_t top_k = 1;
+  torch::Tensor shared_gate;  ///< [1, h] or undefined
+
+  RoutingFormula routing;
   Activation activation = Activation::kGeluTanh;
   bool glu = false;
-  bool renormalize = true;
   /// No activation: what goes in comes out. With everything squared the layer and its gradients are
-  /// then the sums of squares of their terms (activations are no steeper than 1.13).
+  /// then the sums of squares of their terms (activations are no steeper than 1.13), or more: for the
+  /// shared expert's sigmoid, below 1 and less steep, 1 + its argument stands.
   bool linear = false;
 
   struct Result {
@@ -57,8 +61,8 @@ struct DenseMoE {
   Result forward(const torch::Tensor& x, const torch::Tensor& expert_ids,
                  const torch::Tensor& weights) const;
 
-  /// How far x is from a point where the result is not smooth: the smallest gap between the k-th and
-  /// the next logit of a token (not without a gate: routing from outside), and with ReLU the smallest
+  /// How far x is from a point where the result is not smooth: the smallest change of a token's logits
+  /// that changes its experts (not without a gate: routing from outside), and with ReLU the smallest
   /// distance of a hidden value from 0.
   double margin(const torch::Tensor& x, bool with_gate) const;
 

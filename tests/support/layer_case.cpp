@@ -38,6 +38,9 @@ NamedTensors draw_parameters(Random& random, const MoEOptions& options) {
   if (options.shared_expert_hidden_size > 0) {
     draw_experts("shared_expert", 1, options.shared_expert_hidden_size);
   }
+  if (options.shared_expert_gate) {
+    draw("shared_expert_gate", {1, options.hidden_size}, options.hidden_size, options.dtype);
+  }
   return parameters;
 }
 
@@ -64,7 +67,7 @@ torch::Tensor draw_tokens(Random& random, const LayerCase& drawn, int64_t count)
 
 // Token by token: a large batch has a switch somewhere in nearly every draw.
 torch::Tensor draw_smooth_input(Random& random, const LayerCase& drawn) {
-  const auto reference = make_reference(drawn.parameters, drawn.options);
+  const auto reference = make_reference(drawn.parameters, drawn.options, drawn.expert_bias);
   std::vector<torch::Tensor> rows = {draw_tokens(random, drawn, 0)};
   for (int64_t t = 0; t < drawn.tokens; ++t) {
     torch::Tensor row;
@@ -87,10 +90,15 @@ std::string LayerCase::describe() const {
                   options.num_experts, " k ", options.top_k, " activation ",
                   static_cast<int>(options.activation), options.glu ? " glu" : "",
                   options.bias ? " bias" : "", " shared ", options.shared_expert_hidden_size,
-                  options.renormalize ? " renormalize" : "", options.recompute ? " recompute" : "",
-                  " ", to_string(options.dtype), " tokens ", tokens, " (", c10::Join("+", counts),
-                  ") ", to_string(skew), " ", to_string(split),
-                  routing_from_outside ? " routing from outside" : "");
+                  options.shared_expert_gate ? " (gated)" : "",
+                  options.renormalize ? " renormalize" : "",
+                  options.router_score == RouterScore::kSigmoid ? " sigmoid" : "", " scale ",
+                  options.routing_scale, options.expert_bias ? " expert bias" : "", " groups ",
+                  options.top_groups, " of ", options.expert_groups,
+                  options.group_score == GroupScore::kMaximum ? " by maximum" : "",
+                  options.recompute ? " recompute" : "", " ", to_string(options.dtype), " tokens ",
+                  tokens, " (", c10::Join("+", counts), ") ", to_string(skew), " ",
+                  to_string(split), routing_from_outside ? " routing from outside" : "");
 }
 
 LayerCase draw_layer_case(Random& random, int ranks, const MoEOptions& options, int64_t tokens,
@@ -105,6 +113,10 @@ LayerCase draw_layer_case(Random& random, int ranks, const MoEOptions& options, 
   drawn.routing_from_outside = routing_from_outside;
   drawn.counts = split_tokens(random, tokens, ranks, split);
   drawn.parameters = draw_parameters(random, options);
+  if (options.expert_bias) {
+    drawn.expert_bias =
+        (0.3 * random.normal({options.num_experts})).to(accumulation_type(options.dtype));
+  }
   skew_the_gate(random, drawn);
   drawn.x = draw_smooth_input(random, drawn);
   drawn.doutput = random.normal({tokens, options.hidden_size}, options.dtype);
@@ -147,6 +159,14 @@ std::vector<LayerCase> layer_cases(Random& random, int ranks, int64_t sample) {
   add(recomputed, 30, Skew::kOneExpert, Split::kOnOneRank);
   add(everything, 1, Skew::kZipf, Split::kOnOneRank);
   add(plain, 20, Skew::kEmptyExperts, Split::kUneven, true);
+  auto grouped = everything;  // as DeepSeek-V3
+  grouped.router_score = RouterScore::kSigmoid;
+  grouped.expert_bias = grouped.shared_expert_gate = true;
+  grouped.expert_groups = 4;
+  grouped.top_groups = 2;
+  grouped.top_k = 3;
+  grouped.routing_scale = 2.5;
+  add(grouped, 25, Skew::kUniform, Split::kUneven);
   for (int64_t i = 0; i < sample; ++i) {
     MoEOptions options;
     options.hidden_size = random.integer(1, 40);
@@ -157,7 +177,11 @@ std::vector<LayerCase> layer_cases(Random& random, int ranks, int64_t sample) {
     options.glu = random.chance();
     options.bias = random.chance();
     options.shared_expert_hidden_size = random.chance() ? random.integer(1, 20) : 0;
+    options.shared_expert_gate = options.shared_expert_hidden_size > 0 && random.chance();
     options.renormalize = random.chance();
+    options.router_score = random.pick<RouterScore>({RouterScore::kSoftmax, RouterScore::kSigmoid});
+    options.routing_scale = random.pick<double>({1, 2.5});
+    options.expert_bias = random.chance(0.3);
     options.recompute = random.chance();
     options.dtype = random.pick(all_dtypes());
     if (options.activation == Activation::kRelu && options.bias) {
@@ -185,9 +209,16 @@ void set_parameters(MoELayer& layer, const NamedTensors& parameters) {
   }
 }
 
+void set_expert_bias(MoELayer& layer, const torch::Tensor& expert_bias) {
+  for (auto& buffer : layer->named_buffers()) {
+    buffer.value().copy_(expert_bias);  // the only one
+  }
+}
+
 MoELayer make_layer(const LayerCase& layer_case, std::shared_ptr<Communicator> communicator) {
   MoELayer layer(layer_case.options, std::move(communicator));
   set_parameters(layer, layer_case.parameters);
+  set_expert_bias(layer, layer_case.expert_bias);
   return layer;
 }
 
@@ -232,7 +263,8 @@ NamedTensors gather_gradients(MoELayer& layer, Communicator& communicator) {
   return gradients;
 }
 
-reference::DenseMoE make_reference(const NamedTensors& parameters, const MoEOptions& options) {
+reference::DenseMoE make_reference(const NamedTensors& parameters, const MoEOptions& options,
+                                   const torch::Tensor& expert_bias) {
   const auto find = [&](const std::string& name) {
     const auto found = parameters.find(name);
     return found == parameters.end() ? torch::Tensor() : found->second.to(torch::kFloat64);
@@ -247,10 +279,11 @@ reference::DenseMoE make_reference(const NamedTensors& parameters, const MoEOpti
   dense.shared_up_bias = find("shared_expert.up_bias");
   dense.shared_down_weight = find("shared_expert.down_weight");
   dense.shared_down_bias = find("shared_expert.down_bias");
-  dense.top_k = options.top_k;
+  dense.shared_gate = find("shared_expert_gate");
+  dense.routing = reference::formula_of(
+      options, expert_bias.defined() ? expert_bias.to(torch::kFloat64) : expert_bias);
   dense.activation = options.activation;
   dense.glu = options.glu;
-  dense.renormalize = options.renormalize;
   return dense;
 }
 
@@ -291,7 +324,7 @@ Expected run_reference(const LayerCase& layer_case, int ranks) {
   for (const auto& [name, value] : layer_case.parameters) {
     leaves[name] = value.to(torch::kFloat64).clone().requires_grad_();
   }
-  const auto dense = make_reference(leaves, layer_case.options);
+  const auto dense = make_reference(leaves, layer_case.options, layer_case.expert_bias);
   const auto x = layer_case.x.to(torch::kFloat64).clone().requires_grad_();
   Expected expected;
   if (layer_case.routing_from_outside) {

@@ -24,6 +24,7 @@ struct LayerCase {
 
   std::vector<int64_t> counts;  ///< [W] tokens of each rank
   NamedTensors parameters;      ///< in the layer's types
+  torch::Tensor expert_bias;    ///< [E], undefined without the option
   torch::Tensor x;              ///< [tokens, h]
   torch::Tensor doutput;        ///< [tokens, h] gradient of the output
   torch::Tensor expert_ids;     ///< [tokens, top_k], of routing from outside
@@ -81,6 +82,7 @@ struct Expected {
   Scale scale;
 };
 Expected run_reference(const LayerCase& layer_case, int ranks);
-reference::DenseMoE make_reference(const NamedTensors& parameters, const MoEOptions& options);
+reference::DenseMoE make_reference(const NamedTensors& parameters, const MoEOptions& options,
+                                   const torch::Tensor& expert_bias = {});
 
 }  // namespace anabranch::test

@@ -42,7 +42,12 @@ TokenRanks find_token_ranks(const torch::Tensor& expert_ids, const std::vector<i
   for (int64_t t = 0; t < tokens; ++t) {
     const auto start = static_cast<int64_t>(found.ranks.size());
     for (int64_t slot = 0; slot < top_k; ++slot) {
-      const int64_t rank = rank_of[ids[t * top_k + slot]];
+      const int64_t id = ids[t * top_k + slot];
+      if (id < 0 && ranks > 1) {
+        found.assignment_row[t * top_k + slot] = 0;
+        continue;
+      }
+      const int64_t rank = id < 0 ? 0 : rank_of[id];  // one rank has every token as a row
       if (row_at[rank] < 0) {
         row_at[rank] = rank_rows[rank]++;
         found.ranks.push_back(rank);
@@ -61,13 +66,16 @@ TokenRanks find_token_ranks(const torch::Tensor& expert_ids, const std::vector<i
 
 }  // namespace
 
-torch::Tensor CpuKernels::first_invalid_token(const torch::Tensor& expert_ids,
-                                              int64_t num_experts) const {
+torch::Tensor CpuKernels::first_invalid_token(const torch::Tensor& expert_ids, int64_t num_experts,
+                                              bool may_skip) const {
   const int64_t top_k = expert_ids.size(1);
   const int64_t* ids = expert_ids.const_data_ptr<int64_t>();
   std::vector<int64_t> last_token(num_experts, -1);
   for (int64_t i = 0; i < expert_ids.numel(); ++i) {
     const int64_t token = i / top_k;
+    if (may_skip && ids[i] == -1) {
+      continue;
+    }
     if (ids[i] < 0 || ids[i] >= num_experts || last_token[ids[i]] == token) {
       return at::scalar_tensor(token, expert_ids.options());
     }
@@ -77,9 +85,9 @@ torch::Tensor CpuKernels::first_invalid_token(const torch::Tensor& expert_ids,
 }
 
 SendPlan CpuKernels::plan_send(const torch::Tensor& unchecked_ids,
-                               const std::vector<int64_t>& first_expert) const {
+                               const std::vector<int64_t>& first_expert, bool may_skip) const {
   const int64_t experts = first_expert.back();
-  const auto expert_ids = unchecked_ids.clamp(0, experts - 1);
+  const auto expert_ids = unchecked_ids.clamp(may_skip ? -1 : 0, experts - 1);
   const int64_t tokens = expert_ids.size(0);
   const int64_t assignments = expert_ids.numel();
   const auto ranks = static_cast<int64_t>(first_expert.size()) - 1;
@@ -105,7 +113,8 @@ SendPlan CpuKernels::plan_send(const torch::Tensor& unchecked_ids,
     }
   }
 
-  const Csr by_expert = group(expert_ids.flatten(), experts);
+  const auto keys = may_skip ? expert_ids.masked_fill(expert_ids < 0, experts) : expert_ids;
+  const Csr by_expert = group(keys.flatten(), experts + (may_skip ? 1 : 0));
   plan.expert_counts = by_expert.offsets.diff();
   plan.send_order = by_expert.members;
   plan.segment_rows = at::empty({assignments}, index.dtype(torch::kInt32));

@@ -1,10 +1,14 @@
 #include <ATen/Dispatch.h>
 
+#include <array>
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <numeric>
+#include <vector>
 
 #include "kernels/cpu/cpu_kernels.h"
+#include "kernels/score_sum.h"
 
 namespace anabranch {
 namespace {
@@ -27,14 +31,16 @@ scalar_t softmax(const scalar_t* logits, int64_t experts, scalar_t* probabilitie
   return largest + std::log(sum) + poison;
 }
 
-/// The `top_k` experts with the largest logits, largest first, ties to the lowest id.
+/// The `top_k` best choices, best first, ties to the lowest number. `order` is scratch.
 template <typename scalar_t>
-void select(const scalar_t* logits, int64_t top_k, std::vector<int64_t>& order, int64_t* ids) {
+void select(const scalar_t* choices, int64_t count, int64_t top_k, std::vector<int64_t>& order,
+            int64_t* best) {
+  order.resize(count);
   std::iota(order.begin(), order.end(), 0);
   std::partial_sort(order.begin(), order.begin() + top_k, order.end(), [&](int64_t a, int64_t b) {
-    return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
+    return choices[a] > choices[b] || (choices[a] == choices[b] && a < b);
   });
-  std::copy_n(order.begin(), top_k, ids);
+  std::copy_n(order.begin(), top_k, best);
 }
 
 void keep_minimum(std::atomic<int64_t>& minimum, int64_t value) {
@@ -43,10 +49,106 @@ void keep_minimum(std::atomic<int64_t>& minimum, int64_t value) {
   }
 }
 
+/// Routes one token after another: what lies between is scratch.
 template <typename scalar_t>
-RouteResult route_tokens(const torch::Tensor& logits, int64_t top_k, bool renormalize) {
+class TokenRouter {
+ public:
+  TokenRouter(const RoutingRule& rule, const scalar_t* expert_bias, int64_t experts)
+      : rule_(rule),
+        bias_(expert_bias),
+        experts_(experts),
+        scores_(experts),
+        choices_(experts),
+        group_scores_(rule.expert_groups),
+        groups_(rule.expert_groups) {}
+
+  /// Writes probabilities [E], ids [k] and weights [k]; returns the logsumexp, which is not finite,
+  /// and the token not routed, where a logit or a biased score is not.
+  scalar_t route(const scalar_t* logits, scalar_t* probabilities, int64_t* ids, scalar_t* weights) {
+    scalar_t logsumexp = softmax(logits, experts_, probabilities);
+    const scalar_t* scores = probabilities;
+    if (rule_.router_score == RouterScore::kSigmoid) {
+      normalized_sigmoids(logits, probabilities);
+      scores = scores_.data();
+    }
+    const scalar_t* choices = logits;  // in the order of their scores
+    if (bias_ != nullptr || rule_.expert_groups > 1) {
+      logsumexp += choose_from(scores);
+      choices = choices_.data();
+    }
+    if (!std::isfinite(logsumexp)) [[unlikely]] {
+      std::iota(ids, ids + rule_.top_k, 0);
+      std::fill_n(weights, rule_.top_k, scalar_t{0});
+      return logsumexp;
+    }
+    select(choices, experts_, rule_.top_k, order_, ids);
+    scalar_t sum = rule_.renormalize ? static_cast<scalar_t>(kLeastScoreSum) : scalar_t{1};
+    for (int64_t slot = 0; slot < rule_.top_k; ++slot) {
+      weights[slot] = scores[ids[slot]];
+      sum += rule_.renormalize ? weights[slot] : 0;
+    }
+    for (int64_t slot = 0; slot < rule_.top_k; ++slot) {
+      weights[slot] = weights[slot] / sum * static_cast<scalar_t>(rule_.routing_scale);
+    }
+    return logsumexp;
+  }
+
+ private:
+  void normalized_sigmoids(const scalar_t* logits, scalar_t* probabilities) {
+    auto sum = static_cast<scalar_t>(kLeastScoreSum);
+    for (int64_t e = 0; e < experts_; ++e) {
+      scores_[e] = 1 / (1 + std::exp(-logits[e]));
+      sum += scores_[e];
+    }
+    for (int64_t e = 0; e < experts_; ++e) {
+      probabilities[e] = scores_[e] / sum;
+    }
+  }
+
+  /// Biased scores of the experts of the best groups; returns NaN if one is not finite, else 0.
+  scalar_t choose_from(const scalar_t* scores) {
+    scalar_t poison = 0;
+    for (int64_t e = 0; e < experts_; ++e) {
+      choices_[e] = scores[e] + (bias_ != nullptr ? bias_[e] : 0);
+      poison += choices_[e] * 0;
+    }
+    const int64_t size = experts_ / rule_.expert_groups;
+    for (int64_t group = 0; group < rule_.expert_groups; ++group) {
+      group_scores_[group] = group_score(choices_.data() + group * size, size);
+    }
+    select(group_scores_.data(), rule_.expert_groups, rule_.expert_groups, order_, groups_.data());
+    for (int64_t i = rule_.top_groups; i < rule_.expert_groups; ++i) {
+      std::fill_n(choices_.begin() + groups_[i] * size, size,
+                  -std::numeric_limits<scalar_t>::infinity());
+    }
+    return poison;
+  }
+
+  scalar_t group_score(const scalar_t* choices, int64_t size) {
+    if (rule_.group_score == GroupScore::kMaximum || size == 1) {
+      return *std::max_element(choices, choices + size);
+    }
+    std::array<int64_t, 2> best = {};
+    select(choices, size, 2, order_, best.data());
+    return choices[best[0]] + choices[best[1]];
+  }
+
+  const RoutingRule& rule_;
+  const scalar_t* bias_;
+  int64_t experts_;
+  std::vector<scalar_t> scores_;   // sigmoids
+  std::vector<scalar_t> choices_;  // biased, −Inf outside the best groups
+  std::vector<scalar_t> group_scores_;
+  std::vector<int64_t> groups_;  // best first
+  std::vector<int64_t> order_;
+};
+
+template <typename scalar_t>
+RouteResult route_tokens(const torch::Tensor& logits, const RoutingRule& rule,
+                         const torch::Tensor& expert_bias) {
   const int64_t tokens = logits.size(0);
   const int64_t experts = logits.size(1);
+  const int64_t top_k = rule.top_k;
   const auto index = logits.options().dtype(torch::kInt64);
   RouteResult result{at::empty({tokens, top_k}, index),
                      at::empty({tokens, top_k}, logits.options()),
@@ -55,6 +157,7 @@ RouteResult route_tokens(const torch::Tensor& logits, int64_t top_k, bool renorm
                      at::zeros({experts}, index),
                      at::empty({}, index)};
   const scalar_t* logit = logits.const_data_ptr<scalar_t>();
+  const scalar_t* bias = expert_bias.defined() ? expert_bias.const_data_ptr<scalar_t>() : nullptr;
   int64_t* ids = result.expert_ids.data_ptr<int64_t>();
   scalar_t* weights = result.weights.data_ptr<scalar_t>();
   scalar_t* probabilities = result.probabilities.data_ptr<scalar_t>();
@@ -62,26 +165,12 @@ RouteResult route_tokens(const torch::Tensor& logits, int64_t top_k, bool renorm
   std::atomic<int64_t> first_nonfinite = tokens;
 
   at::parallel_for(0, tokens, rows_per_task(experts), [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> order(experts);
+    TokenRouter<scalar_t> router(rule, bias, experts);
     for (int64_t t = begin; t < end; ++t) {
-      scalar_t* p = probabilities + t * experts;
-      scalar_t* w = weights + t * top_k;
-      int64_t* id = ids + t * top_k;
-      logsumexp[t] = softmax(logit + t * experts, experts, p);
+      logsumexp[t] = router.route(logit + t * experts, probabilities + t * experts, ids + t * top_k,
+                                  weights + t * top_k);
       if (!std::isfinite(logsumexp[t])) [[unlikely]] {
         keep_minimum(first_nonfinite, t);
-        std::iota(id, id + top_k, 0);
-        std::fill_n(w, top_k, scalar_t{0});
-        continue;
-      }
-      select(logit + t * experts, top_k, order, id);
-      scalar_t sum = 0;
-      for (int64_t slot = 0; slot < top_k; ++slot) {
-        w[slot] = p[id[slot]];
-        sum += w[slot];
-      }
-      for (int64_t slot = 0; renormalize && slot < top_k; ++slot) {
-        w[slot] /= sum;
       }
     }
   });
@@ -94,52 +183,99 @@ RouteResult route_tokens(const torch::Tensor& logits, int64_t top_k, bool renorm
   return result;
 }
 
-/// With p the softmax, w the weights and L the loss: dp = dL/dp through the selected weights and the
-/// probability sum, then dlogit = p (dp − ⟨p, dp⟩) + 2 · logsumexp · p · dL/d(Σ logsumexp²).
+/// One token's gradients: those that come, and the loss's at the chosen scores.
 template <typename scalar_t>
-torch::Tensor route_backward_tokens(const RouteResult& routed, bool renormalize,
+struct TokenGradient {
+  const RoutingRule& rule;
+  int64_t experts;
+  const int64_t* ids;
+  const scalar_t* weights;
+  const scalar_t* dweights;
+  const scalar_t* dprobability_sum;
+  scalar_t dlogsumexp;
+
+  /// dscores [E] += dL/ds through the weights: w = c·s / (Σ s + ε) or c·s.
+  void add_through_weights(const scalar_t* scores, scalar_t* dscores) const {
+    scalar_t inner = 0;
+    scalar_t sum = 1;
+    if (rule.renormalize) {
+      sum = static_cast<scalar_t>(kLeastScoreSum);
+      for (int64_t slot = 0; slot < rule.top_k; ++slot) {
+        inner += dweights[slot] * weights[slot];
+        sum += scores[ids[slot]];
+      }
+    }
+    const auto scale = static_cast<scalar_t>(rule.routing_scale);
+    for (int64_t slot = 0; slot < rule.top_k; ++slot) {
+      dscores[ids[slot]] += (scale * dweights[slot] - inner) / sum;
+    }
+  }
+
+  /// With p the softmax and dp = dL/dp through the weights and the probability sum:
+  /// dlogit = p (dp − ⟨p, dp⟩) + p · dL/dlogsumexp.
+  void of_softmax(const scalar_t* p, scalar_t* dlogits) const {
+    std::copy_n(dprobability_sum, experts, dlogits);
+    add_through_weights(p, dlogits);
+    const scalar_t mean = std::inner_product(p, p + experts, dlogits, scalar_t{0});
+    for (int64_t e = 0; e < experts; ++e) {
+      dlogits[e] = p[e] * (dlogits[e] - mean + dlogsumexp);
+    }
+  }
+
+  /// With s the sigmoids, q = s / (Σ s + ε) and ds = dL/ds through the weights:
+  /// dlogit = s (1 − s) (ds + (dq − ⟨q, dq⟩) / (Σ s + ε)) + softmax · dL/dlogsumexp.
+  void of_sigmoid(const scalar_t* logits, scalar_t logsumexp, std::vector<scalar_t>& scores,
+                  scalar_t* dlogits) const {
+    auto sum = static_cast<scalar_t>(kLeastScoreSum);
+    scalar_t inner = 0;
+    for (int64_t e = 0; e < experts; ++e) {
+      scores[e] = 1 / (1 + std::exp(-logits[e]));
+      sum += scores[e];
+      inner += scores[e] * dprobability_sum[e];
+    }
+    for (int64_t e = 0; e < experts; ++e) {
+      dlogits[e] = (dprobability_sum[e] - inner / sum) / sum;
+    }
+    add_through_weights(scores.data(), dlogits);
+    for (int64_t e = 0; e < experts; ++e) {
+      dlogits[e] =
+          scores[e] * (1 - scores[e]) * dlogits[e] + std::exp(logits[e] - logsumexp) * dlogsumexp;
+    }
+  }
+};
+
+template <typename scalar_t>
+torch::Tensor route_backward_tokens(const RouteResult& routed, const RoutingRule& rule,
                                     const torch::Tensor& dweights,
                                     const torch::Tensor& dprobability_sum,
                                     scalar_t dsquared_logsumexp_sum) {
+  const int64_t tokens = routed.probabilities.size(0);
   const int64_t experts = routed.probabilities.size(1);
-  const int64_t top_k = routed.expert_ids.size(1);
   torch::Tensor dlogits = at::empty_like(routed.probabilities);
   const int64_t* ids = routed.expert_ids.const_data_ptr<int64_t>();
   const scalar_t* weights = routed.weights.const_data_ptr<scalar_t>();
-  const scalar_t* probabilities = routed.probabilities.const_data_ptr<scalar_t>();
+  const scalar_t* saved = routed.probabilities.const_data_ptr<scalar_t>();
   const scalar_t* logsumexp = routed.logsumexp.const_data_ptr<scalar_t>();
   const scalar_t* dweight = dweights.const_data_ptr<scalar_t>();
   const scalar_t* dsum = dprobability_sum.const_data_ptr<scalar_t>();
   scalar_t* dlogit = dlogits.data_ptr<scalar_t>();
+  const bool sigmoid = rule.router_score == RouterScore::kSigmoid;
 
-  const int64_t tokens = routed.probabilities.size(0);
   at::parallel_for(0, tokens, rows_per_task(experts), [&](int64_t begin, int64_t end) {
+    std::vector<scalar_t> scores(sigmoid ? experts : 0);
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t* id = ids + t * top_k;
-      const scalar_t* w = weights + t * top_k;
-      const scalar_t* dw = dweight + t * top_k;
-      const scalar_t* p = probabilities + t * experts;
-      scalar_t* d = dlogit + t * experts;
-      std::copy_n(dsum, experts, d);
-      if (renormalize) {  // w = p / s, s = Σ selected p: dp = (dw − ⟨dw, w⟩) / s
-        scalar_t inner = 0;
-        scalar_t sum = 0;
-        for (int64_t slot = 0; slot < top_k; ++slot) {
-          inner += dw[slot] * w[slot];
-          sum += p[id[slot]];
-        }
-        for (int64_t slot = 0; slot < top_k; ++slot) {
-          d[id[slot]] += (dw[slot] - inner) / sum;
-        }
+      const int64_t slot = t * rule.top_k;
+      const TokenGradient<scalar_t> token{rule,
+                                          experts,
+                                          ids + slot,
+                                          weights + slot,
+                                          dweight + slot,
+                                          dsum,
+                                          2 * logsumexp[t] * dsquared_logsumexp_sum};
+      if (sigmoid) {
+        token.of_sigmoid(saved + t * experts, logsumexp[t], scores, dlogit + t * experts);
       } else {
-        for (int64_t slot = 0; slot < top_k; ++slot) {
-          d[id[slot]] += dw[slot];
-        }
-      }
-      const scalar_t mean = std::inner_product(p, p + experts, d, scalar_t{0});
-      const scalar_t dlogsumexp = 2 * logsumexp[t] * dsquared_logsumexp_sum;
-      for (int64_t e = 0; e < experts; ++e) {
-        d[e] = p[e] * (d[e] - mean + dlogsumexp);
+        token.of_softmax(saved + t * experts, dlogit + t * experts);
       }
     }
   });
@@ -148,18 +284,19 @@ torch::Tensor route_backward_tokens(const RouteResult& routed, bool renormalize,
 
 }  // namespace
 
-RouteResult CpuKernels::route(const torch::Tensor& logits, int64_t top_k, bool renormalize) const {
+RouteResult CpuKernels::route(const torch::Tensor& logits, const RoutingRule& rule,
+                              const torch::Tensor& expert_bias) const {
   return AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "route", [&] {
-    return route_tokens<scalar_t>(logits, top_k, renormalize);
+    return route_tokens<scalar_t>(logits, rule, expert_bias);
   });
 }
 
-torch::Tensor CpuKernels::route_backward(const RouteResult& routed, bool renormalize,
+torch::Tensor CpuKernels::route_backward(const RouteResult& routed, const RoutingRule& rule,
                                          const torch::Tensor& dweights,
                                          const torch::Tensor& dprobability_sum,
                                          const torch::Tensor& dsquared_logsumexp_sum) const {
   return AT_DISPATCH_FLOATING_TYPES(routed.weights.scalar_type(), "route_backward", [&] {
-    return route_backward_tokens<scalar_t>(routed, renormalize, dweights, dprobability_sum,
+    return route_backward_tokens<scalar_t>(routed, rule, dweights, dprobability_sum,
                                            dsquared_logsumexp_sum.item<scalar_t>());
   });
 }

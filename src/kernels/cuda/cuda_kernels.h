@@ -8,18 +8,19 @@ namespace anabranch {
 /// .cu files the device code. Everything runs on the current stream of the arguments' device.
 class CudaKernels : public Kernels {
  public:
-  RouteResult route(const torch::Tensor& logits, int64_t top_k, bool renormalize) const override;
-  torch::Tensor route_backward(const RouteResult& routed, bool renormalize,
+  RouteResult route(const torch::Tensor& logits, const RoutingRule& rule,
+                    const torch::Tensor& expert_bias) const override;
+  torch::Tensor route_backward(const RouteResult& routed, const RoutingRule& rule,
                                const torch::Tensor& dweights, const torch::Tensor& dprobability_sum,
                                const torch::Tensor& dsquared_logsumexp_sum) const override;
 
   torch::Tensor split(const torch::Tensor& x, const std::array<int, 3>& parts,
                       bool side_by_side) const override;
 
-  torch::Tensor first_invalid_token(const torch::Tensor& expert_ids,
-                                    int64_t num_experts) const override;
-  SendPlan plan_send(const torch::Tensor& expert_ids,
-                     const std::vector<int64_t>& first_expert) const override;
+  torch::Tensor first_invalid_token(const torch::Tensor& expert_ids, int64_t num_experts,
+                                    bool may_skip) const override;
+  SendPlan plan_send(const torch::Tensor& expert_ids, const std::vector<int64_t>& first_expert,
+                     bool may_skip) const override;
   ArrivalOrder order_arrivals(const torch::Tensor& segment_rows, const torch::Tensor& rows,
                               const torch::Tensor& counts) const override;
   Csr group(const torch::Tensor& group_of, int64_t groups) const override;

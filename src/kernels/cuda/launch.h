@@ -21,22 +21,53 @@ struct RouteArguments {
   int64_t experts;
   int64_t top_k;
   bool renormalize;
+  double scale;
 };
 
 /// `counts` [E] starts at 0 and `first_nonfinite_token` at −1.
-void launch_route(const RouteArguments& arguments, const void* logits, int64_t* expert_ids,
-                  void* weights, void* probabilities, void* logsumexp, int64_t* counts,
-                  int64_t* first_nonfinite_token, cudaStream_t stream);
+struct RouteResults {
+  int64_t* expert_ids;
+  void* weights;
+  void* probabilities;
+  void* logsumexp;
+  int64_t* counts;
+  int64_t* first_nonfinite_token;
+};
 
-struct RouteGradients {
+/// Softmax, and the experts with the largest logits; `scale` is 1.
+void launch_route(const RouteArguments& arguments, const void* logits, const RouteResults& results,
+                  cudaStream_t stream);
+
+struct RouteInputs {
+  const int64_t* expert_ids;
+  const void* weights;
+  const void* probabilities;  ///< of sigmoids: the logits
+  const void* logsumexp;
   const void* dweights;                ///< [T, k]
   const void* dprobability_sum;        ///< [E]
   const void* dsquared_logsumexp_sum;  ///< []
 };
 
-void launch_route_backward(const RouteArguments& arguments, const int64_t* expert_ids,
-                           const void* weights, const void* probabilities, const void* logsumexp,
-                           const RouteGradients& gradients, void* dlogits, cudaStream_t stream);
+/// Of softmax scores, however they were chosen.
+void launch_route_backward(const RouteArguments& arguments, const RouteInputs& inputs,
+                           void* dlogits, cudaStream_t stream);
+
+// routing_by_scores.cu
+
+struct ChoiceArguments {
+  bool sigmoid;
+  const void* expert_bias;  ///< [E] or null
+  int64_t groups;           ///< at most 32, a divisor of E
+  int64_t top_groups;
+  bool top_two_sum;  ///< of a group, not its best alone
+};
+
+/// Any scores, biased and from the best groups.
+void launch_route_by_scores(const RouteArguments& arguments, const ChoiceArguments& choice,
+                            const void* logits, const RouteResults& results, cudaStream_t stream);
+
+void launch_route_backward_of_sigmoids(const RouteArguments& arguments, const RouteInputs& inputs,
+                                       void* dlogits, cudaStream_t stream);
 
 // split.cu
 
@@ -46,26 +77,28 @@ void launch_split(const float* x, int64_t m, int64_t n, const int* parts, bool s
 
 // plan.cu
 
-/// `token` starts at −1.
+/// `token` starts at −1. `least_id`: 0, or −1 where an id of −1 is none.
 void launch_first_invalid_token(const int64_t* expert_ids, int64_t tokens, int64_t top_k,
-                                int64_t num_experts, int64_t* token, cudaStream_t stream);
+                                int64_t num_experts, int64_t least_id, int64_t* token,
+                                cudaStream_t stream);
 
 /// int64 elements of scratch that `launch_group` needs.
 int64_t group_scratch(int64_t count, int64_t groups);
 
 /// offsets [groups+1], members [count]: positions by (key, position). Keys outside [0, groups) count
-/// as the nearest inside.
+/// as the last.
 void launch_group(const int64_t* keys, int64_t count, int64_t groups, int64_t* scratch,
                   int64_t* offsets, int64_t* members, cudaStream_t stream);
 
 /// Which (token, rank) pairs exist. Each has a first assignment, the one of the lowest slot.
 struct TokenRanks {
-  int64_t* first;  ///< [T·k] flat index of the first assignment of the same (token, rank)
+  /// [T·k] flat index of the first assignment of the same (token, rank); of a negative id, its own
+  int64_t* first;
   int64_t* key;    ///< [T·k] rank at first assignments, W elsewhere
   int64_t* ranks;  ///< [T] distinct ranks of a token
 };
 
-/// `first_expert` [W+1] on the device.
+/// `first_expert` [W+1] on the device. Negative ids are of no rank.
 void launch_token_ranks(const int64_t* expert_ids, int64_t tokens, int64_t top_k,
                         const int64_t* first_expert, int64_t ranks, const TokenRanks& pairs,
                         cudaStream_t stream);

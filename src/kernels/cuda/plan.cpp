@@ -61,21 +61,21 @@ void plan_rows_of_one_rank(const torch::Tensor& expert_ids, SendPlan& plan) {
 
 }  // namespace
 
-torch::Tensor CudaKernels::first_invalid_token(const torch::Tensor& expert_ids,
-                                               int64_t num_experts) const {
+torch::Tensor CudaKernels::first_invalid_token(const torch::Tensor& expert_ids, int64_t num_experts,
+                                               bool may_skip) const {
   const OnDevice stream(expert_ids);
   torch::Tensor token = at::full({}, -1, expert_ids.options());
   cuda::launch_first_invalid_token(expert_ids.const_data_ptr<int64_t>(), expert_ids.size(0),
-                                   expert_ids.size(1), num_experts, token.data_ptr<int64_t>(),
-                                   stream);
+                                   expert_ids.size(1), num_experts, may_skip ? -1 : 0,
+                                   token.data_ptr<int64_t>(), stream);
   return token;
 }
 
 SendPlan CudaKernels::plan_send(const torch::Tensor& expert_ids,
-                                const std::vector<int64_t>& first_expert) const {
+                                const std::vector<int64_t>& first_expert, bool may_skip) const {
   const OnDevice stream(expert_ids);
   SendPlan plan;
-  const Csr by_expert = group(expert_ids.flatten(), first_expert.back());
+  const Csr by_expert = group(expert_ids.flatten(), first_expert.back() + (may_skip ? 1 : 0));
   plan.expert_counts = by_expert.offsets.diff();
   plan.send_order = by_expert.members;
   plan.segment_rows = at::empty({expert_ids.numel()}, expert_ids.options().dtype(torch::kInt32));

@@ -18,7 +18,8 @@ unsigned grid_for(int64_t threads) { return grid_size(divide_up(threads, kThread
 /// A warp per token.
 __global__ void __launch_bounds__(kThreads)
     first_invalid_token_kernel(const int64_t* __restrict__ expert_ids, int64_t tokens,
-                               int64_t top_k, int64_t num_experts, unsigned long long* first) {
+                               int64_t top_k, int64_t num_experts, int64_t least_id,
+                               unsigned long long* first) {
   const int64_t token = thread_index() / kWarp;
   if (token >= tokens) {
     return;
@@ -27,9 +28,9 @@ __global__ void __launch_bounds__(kThreads)
   bool valid = true;
   for (int64_t slot = threadIdx.x % kWarp; slot < top_k; slot += kWarp) {
     const int64_t id = ids[slot];
-    valid = valid && id >= 0 && id < num_experts;
+    valid = valid && id >= least_id && id < num_experts;
     for (int64_t other = 0; other < slot; ++other) {
-      valid = valid && ids[other] != id;
+      valid = valid && (ids[other] != id || id < 0);
     }
   }
   if (!valid) {
@@ -54,7 +55,10 @@ struct DigitPass {
   int digits;
   int64_t blocks;
 
-  __device__ int64_t key(int64_t i) const { return min(max(keys[i], int64_t{0}), largest_key); }
+  __device__ int64_t key(int64_t i) const {  // a negative key is a large one
+    return static_cast<int64_t>(
+        min(static_cast<uint64_t>(keys[i]), static_cast<uint64_t>(largest_key)));
+  }
   __device__ int digit(int64_t key) const { return static_cast<int>(key >> shift) & (digits - 1); }
 };
 
@@ -226,7 +230,12 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t begin = token * top_k;
   int64_t distinct = 0;
   for (int64_t i = begin; i < begin + top_k; ++i) {
-    // An expert beyond the last counts as the last rank's, a negative one as the first's.
+    if (expert_ids[i] < 0) {
+      pairs.first[i] = i;
+      pairs.key[i] = ranks;
+      continue;
+    }
+    // An expert beyond the last counts as the last rank's.
     const int64_t rank = min(upper_bound(first_expert + 1, ranks, expert_ids[i]), ranks - 1);
     int64_t first = begin;
     while (first < i && pairs.key[first] != rank) {
@@ -307,12 +316,14 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void launch_first_invalid_token(const int64_t* expert_ids, int64_t tokens, int64_t top_k,
-                                int64_t num_experts, int64_t* token, cudaStream_t stream) {
+                                int64_t num_experts, int64_t least_id, int64_t* token,
+                                cudaStream_t stream) {
   if (tokens == 0) {
     return;
   }
   first_invalid_token_kernel<<<grid_for(tokens * kWarp), kThreads, 0, stream>>>(
-      expert_ids, tokens, top_k, num_experts, reinterpret_cast<unsigned long long*>(token));
+      expert_ids, tokens, top_k, num_experts, least_id,
+      reinterpret_cast<unsigned long long*>(token));
   check_launch("first_invalid_token");
 }
 
