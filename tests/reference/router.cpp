@@ -100,7 +100,8 @@ torch::Tensor smooth_load(const torch::Tensor& clean, const torch::Tensor& noisy
 }
 
 torch::Tensor squared_variation(const torch::Tensor& values) {
-  return values.var(/*unbiased=*/false) / values.mean().square();
+  // As in the authors' code, where all may be 0.
+  return values.var(/*unbiased=*/false) / (values.mean().square() + 1e-10);
 }
 
 }  // namespace anabranch::reference
