@@ -20,6 +20,7 @@ from .gradients import (
     make_parallel_groups,
 )
 from .groups import Group, as_group
+from .huggingface import convert
 from .moe import MoE, MoEOutput
 from .plots import plot_load
 from .stats import LayerStats, imbalance
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "as_group",
     "clip_gradient_norm",
+    "convert",
     "discover_rank",
     "expert_parameters",
     "finish_gradients",

@@ -44,6 +44,10 @@ class Group:
             _groups[name] = Group(operators.nccl_group(name, self.name, device, DEADLINE.total_seconds()), self)
         return _groups[name]
 
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Replaces `tensor` with the sum over ranks, 16-bit types summed in fp32. Collective; no gradient."""
+        torch.ops.anabranch.all_reduce(tensor, self.on(tensor.device).name)
+
 
 _groups: dict[str, Group] = {}
 

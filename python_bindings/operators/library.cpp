@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <nlohmann/json.hpp>
+#include <numeric>
 
 #include "communicator/agreement.h"
 #include "moe_options.h"
@@ -98,6 +99,28 @@ double norm(at::TensorList experts, at::TensorList replicated, std::string world
   return gradient_norm(experts.vec(), replicated.vec(), *group_named(world), expert_parallel_size);
 }
 
+void all_reduce(at::Tensor tensor, std::string group) { group_named(group)->all_reduce(tensor); }
+
+/// The rows of all ranks in their order, in host memory, on rank 0; no rows elsewhere. Collective.
+at::Tensor gather_rows(const at::Tensor& rows, std::string group) {
+  const auto communicator = group_named(group);
+  const auto size = static_cast<size_t>(communicator->size());
+  const at::Tensor count = at::full({1}, rows.size(0), rows.options().dtype(at::kLong));
+  const at::Tensor counts = communicator->all_gather(count).cpu();
+  std::vector<int64_t> to(size, 0), from(size, 0);
+  to[0] = rows.size(0);
+  if (communicator->rank() == 0) {
+    from.assign(counts.const_data_ptr<int64_t>(), counts.const_data_ptr<int64_t>() + size);
+  }
+  auto sizes = rows.sizes().vec();
+  sizes[0] = std::accumulate(from.begin(), from.end(), int64_t{0});
+  const at::Tensor gathered = at::empty(sizes, rows.options());
+  communicator->all_to_all_v({{rows.contiguous(), to, gathered, from}});
+  at::Tensor on_host = gathered.cpu();
+  communicator->check();
+  return on_host;
+}
+
 /// A RankInfo as a JSON object.
 std::string discover() {
   const RankInfo info = discover_rank();
@@ -142,6 +165,8 @@ TORCH_LIBRARY(anabranch, library) {
       "gradient_norm(Tensor[] experts, Tensor[] replicated, str world, int expert_parallel_size) "
       "-> float",
       norm);
+  library.def("all_reduce(Tensor(a!) tensor, str group) -> ()", all_reduce);
+  library.def("gather_rows(Tensor rows, str group) -> Tensor", gather_rows);
   library.def("discover_rank() -> str", discover);
   library.def("describe_build() -> str", build);
   library.def("update_expert_bias(Tensor(a!) expert_bias, Tensor expert_load, float rate) -> ()",
