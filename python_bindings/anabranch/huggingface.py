@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,22 +17,31 @@ if TYPE_CHECKING:
     Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Family:
-    """Where a family of models has its experts."""
-
-    block: str
-    """Class of its Mixture-of-Experts block: a `gate` with `weight` [E, h] and `top_k`, and `experts` with
-    `gate_up_proj` [E, 2n, h], gate first, and `down_proj` [E, h, n]: in the layer's own layout."""
-    renormalize: str | None
-    """What its config calls it; None: always."""
+def _softmax_routing(config: Any) -> dict[str, Any]:
+    return {"renormalize": bool(getattr(config, "norm_topk_prob", True))}  # Mixtral has no such option
 
 
-_FAMILIES = {
-    "mixtral": _Family("MixtralSparseMoeBlock", None),
-    "olmoe": _Family("OlmoeSparseMoeBlock", "norm_topk_prob"),
-    "qwen3_moe": _Family("Qwen3MoeSparseMoeBlock", "norm_topk_prob"),
+def _sigmoid_routing(config: Any) -> dict[str, Any]:
+    return {
+        "router_score": "sigmoid",
+        "renormalize": bool(config.norm_topk_prob),
+        "routing_scale": float(config.routed_scaling_factor),
+        "expert_bias": True,
+        "expert_groups": config.n_group,
+        "top_groups": config.topk_group,
+        "shared_expert_hidden_size": config.moe_intermediate_size * config.n_shared_experts,
+    }
+
+
+_FAMILIES: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
+    "mixtral": ("MixtralSparseMoeBlock", _softmax_routing),
+    "olmoe": ("OlmoeSparseMoeBlock", _softmax_routing),
+    "qwen3_moe": ("Qwen3MoeSparseMoeBlock", _softmax_routing),
+    "deepseek_v3": ("DeepseekV3MoE", _sigmoid_routing),
 }
+"""By `config.model_type`: the class of its Mixture-of-Experts block, and the layer's options. A block has a `gate`
+with `weight` [E, h] and `top_k`, and `experts` with `gate_up_proj` [E, 2n, h], gate first, and `down_proj`
+[E, h, n]: in the layer's own layout."""
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -55,7 +63,7 @@ def convert(model: Model, group: object = None) -> Model:
     `state_dict` has the layers' own names and this rank's experts. Parameters that are frozen stay so.
 
     Args:
-        model: of transformers 5: Mixtral, OLMoE or Qwen3-MoE, with the same weights on every rank.
+        model: of transformers 5: Mixtral, OLMoE, Qwen3-MoE or DeepSeek-V3, with the same weights on every rank.
         group: the expert-parallel group, see `as_group`. Collective over it.
 
     TypeError for what is no model of transformers; ValueError for one of another family, or that has been
@@ -65,28 +73,22 @@ def convert(model: Model, group: object = None) -> Model:
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model is a {type(model).__name__}, expected a PreTrainedModel of transformers")
-    family = _family_of(model)
-    found = [(name, module) for name, module in model.named_modules() if type(module).__name__ == family.block]
+    kind = model.config.model_type
+    if kind not in _FAMILIES:
+        raise ValueError(f"the model is of type {kind!r}; convert knows {', '.join(map(repr, _FAMILIES))}")
+    block_class, routing = _FAMILIES[kind]
+    found = [(name, module) for name, module in model.named_modules() if type(module).__name__ == block_class]
     if not found:
-        raise ValueError(f"the model has no {family.block}: it has been converted, or has dense layers only")
+        raise ValueError(f"the model has no {block_class}: it has been converted, or has dense layers only")
     ranks = as_group(group)
     for name, block in found:
         _check(name, block)
     for name, block in found:
-        model.set_submodule(name, ConvertedBlock(block, _options(model.config, family, block), ranks))
+        model.set_submodule(name, ConvertedBlock(block, _options(model.config, block) | routing(model.config), ranks))
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.__class__ = _with_collective_saving(type(module))
     return model
-
-
-def _family_of(model: PreTrainedModel) -> _Family:
-    kind = model.config.model_type
-    if kind == "deepseek_v3":
-        raise ValueError("deepseek_v3: anabranch.MoE has no router with sigmoid scores, expert bias and expert groups")
-    if kind not in _FAMILIES:
-        raise ValueError(f"the model is of type {kind!r}; convert knows {', '.join(map(repr, _FAMILIES))}")
-    return _FAMILIES[kind]
 
 
 def _check(name: str, block: nn.Module) -> None:
@@ -106,7 +108,7 @@ def _check(name: str, block: nn.Module) -> None:
             )
 
 
-def _options(config: Any, family: _Family, block: Any) -> dict[str, Any]:
+def _options(config: Any, block: Any) -> dict[str, Any]:
     if config.hidden_act not in _ACTIVATIONS:
         raise ValueError(f"hidden_act is {config.hidden_act!r}, expected one of {', '.join(_ACTIVATIONS)}")
     num_experts, hidden_size, expert_hidden_size = block.experts.down_proj.shape
@@ -117,7 +119,6 @@ def _options(config: Any, family: _Family, block: Any) -> dict[str, Any]:
         "top_k": block.gate.top_k,
         "activation": _ACTIVATIONS[config.hidden_act],
         "glu": True,
-        "renormalize": family.renormalize is None or bool(getattr(config, family.renormalize)),
     }
 
 
@@ -135,7 +136,11 @@ class ConvertedBlock(nn.Module):
         """Mixtral's: of the hidden states, for router and experts alike."""
         self.router_dtype = block.gate.weight.dtype
         """In the family's checkpoints."""
-        _fill(self.moe.router.weight, block.gate.weight, 0)
+        _fill(self.moe.router.weight, block.gate.weight)
+        if options.get("expert_bias"):
+            self.moe.router.expert_bias.copy_(block.gate.e_score_correction_bias)
+        if options.get("shared_expert_hidden_size"):
+            _fill_shared_expert(self.moe.shared_expert, block.shared_experts)
         first = _first_expert(options["num_experts"], group)
         for theirs, ours in _EXPERTS.items():
             _fill(getattr(self.moe.experts, ours), getattr(block.experts, theirs), first)
@@ -169,10 +174,15 @@ def _first_expert(num_experts: int, group: Group) -> int:
     return group.rank * (num_experts // group.size) + min(group.rank, num_experts % group.size)
 
 
-def _fill(parameter: nn.Parameter, values: nn.Parameter, first: int) -> None:
+def _fill(parameter: nn.Parameter, values: Tensor, first: int = 0) -> None:
     with torch.no_grad():
         parameter.copy_(values[first : first + parameter.shape[0]])
     parameter.requires_grad_(values.requires_grad)
+
+
+def _fill_shared_expert(ours: Any, theirs: Any) -> None:
+    _fill(ours.up_weight, torch.cat([theirs.gate_proj.weight, theirs.up_proj.weight])[None])
+    _fill(ours.down_weight, theirs.down_proj.weight[None])
 
 
 class _CollectiveSaving:
@@ -219,6 +229,13 @@ def _whole_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[s
         raise ValueError(f"state_dict has no {missing[0]}, expected model.state_dict() of the converted model")
     for name, block in blocks:
         whole[f"{name}.gate.weight"] = whole.pop(f"{name}.moe.router.weight").to(block.router_dtype)
+        if f"{name}.moe.router.expert_bias" in whole:
+            whole[f"{name}.gate.e_score_correction_bias"] = whole.pop(f"{name}.moe.router.expert_bias")
+        if f"{name}.moe.shared_expert.up_weight" in whole:
+            gate, up = whole.pop(f"{name}.moe.shared_expert.up_weight")[0].chunk(2)
+            down = whole.pop(f"{name}.moe.shared_expert.down_weight")[0]
+            for projection, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+                whole[f"{name}.shared_experts.{projection}.weight"] = weight.clone()
         for theirs, ours in _EXPERTS.items():
             experts = whole.pop(f"{name}.moe.experts.{ours}")
             whole[f"{name}.experts.{theirs}"] = _gathered(experts, block.moe.group)

@@ -48,13 +48,37 @@ def _qwen3_moe(experts: int, **options):
     )
 
 
-CONFIGS = {"mixtral": _mixtral, "olmoe": _olmoe, "qwen3_moe": _qwen3_moe}
+def _deepseek_v3(experts: int, **options):
+    groups = dict(n_group=1, topk_group=1) if experts % 2 else dict(n_group=experts // 2, topk_group=2)
+    sizes = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4)
+    return transformers.DeepseekV3Config(
+        **{
+            **_COMMON,
+            **sizes,
+            **groups,
+            "num_key_value_heads": 4,
+            "intermediate_size": 20,
+            "moe_intermediate_size": EXPERT_HIDDEN,
+            "n_routed_experts": experts,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 3,
+            "first_k_dense_replace": 1,
+            **options,
+        }
+    )
+
+
+CONFIGS = {"mixtral": _mixtral, "olmoe": _olmoe, "qwen3_moe": _qwen3_moe, "deepseek_v3": _deepseek_v3}
 FAMILIES = list(CONFIGS)
 
 
 def make_model(family: str, seed: int, experts: int = 6, **options) -> transformers.PreTrainedModel:
     torch.manual_seed(seed)
-    return transformers.AutoModelForCausalLM.from_config(CONFIGS[family](experts, **options))
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family](experts, **options))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.2)
+    return model
 
 
 def make_batch(model: transformers.PreTrainedModel, seed: int, sequences: int = 4, length: int = 9) -> Tensor:
