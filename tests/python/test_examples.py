@@ -1,0 +1,109 @@
+"""The Python examples, as people start them: alone, under torchrun and mpirun, and beside the C++ program."""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import anabranch
+import pytest
+import torch
+import transformers
+from anabranch.info import transports
+
+PROJECT = pathlib.Path(__file__).parents[2]
+TRAIN_LM_CPP = pathlib.Path(anabranch.__file__).parents[2] / "examples" / "train_lm"
+ALONE = [sys.executable]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none", "-n", "2", sys.executable]
+ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
+SMALL = (
+    "--steps 5 --hidden 16 --expert-hidden 24 --layers 2 --experts 5 --batch-size 3 --sequence-length 24 --warmup 2 "
+    "--log-interval 2 --validation-interval 3 --validation-sequences 7"
+).split()
+CHANGING = {"seconds", "tokens_per_second"}
+
+
+def run(*command, expect=0):
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, env=os.environ | ROOT)
+    assert result.returncode == expect, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def train(launcher, folder, *options):
+    """The lines of metrics.jsonl."""
+    run(*launcher, PROJECT / "examples/train_lm.py", "--data", PROJECT / "README.md", "--output", folder, *SMALL, *options)
+    return metrics_of(folder)
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_training(actual, expected, ranks):
+    """Up to rounding: five steps of a small model, in fp32 about 1e-6 of each number; Adam divides by gradients'
+    roots, which magnifies it."""
+    assert [line["step"] for line in actual] == [2, 3, 4, 5]
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine.keys() - CHANGING - {"ranks", "load", "imbalance", "imbalance_per_layer"}:
+            assert mine[name] == pytest.approx(theirs[name], rel=2e-4), name
+        torch.testing.assert_close(torch.tensor(mine["load"]), torch.tensor(theirs["load"]), rtol=0, atol=0.02)
+        assert mine["ranks"] == ranks and all(mine[name] > 0 for name in CHANGING)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, train(ALONE, folder)
+
+
+def test_metrics(alone):
+    folder, lines = alone
+    assert ["validation_bpb" in line for line in lines] == [False, True, False, True]
+    assert lines[-1]["loss"] < lines[0]["loss"] < 1.2 * math.log(256)
+    assert all(sum(layer) == pytest.approx(1) for line in lines for layer in line["load"])
+    assert list(folder.glob("events.out.tfevents.*"))
+    run(sys.executable, PROJECT / "launch/plot.py", folder)
+    assert (folder / "loss.png").stat().st_size and (folder / "load.png").stat().st_size
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+def test_two_ranks_train_as_one(launcher, alone, tmp_path):
+    if launcher == "mpirun" and "mpi" not in transports():
+        pytest.skip("anabranch was built without MPI")
+    assert_same_training(train(TORCHRUN if launcher == "torchrun" else MPIRUN, tmp_path), alone[1], ranks=2)
+
+
+@pytest.mark.skipif(not TRAIN_LM_CPP.exists(), reason="examples/train_lm is not built")
+@pytest.mark.parametrize("glu", [[], ["--glu", "--dtype", "float64"]], ids=["gelu", "swiglu in fp64"])
+def test_it_is_the_twin_of_the_cpp_program(glu, tmp_path):
+    run(TRAIN_LM_CPP, "--data", PROJECT / "README.md", "--output", tmp_path / "cpp", "--sample-length", 0, *SMALL, *glu)
+    assert_same_training(train(ALONE, tmp_path / "python", *glu), metrics_of(tmp_path / "cpp"), ranks=1)
+
+
+def test_what_cannot_be_trained_on(tmp_path):
+    (tmp_path / "short").write_text("In the beginning")
+    said = run(*ALONE, PROJECT / "examples/train_lm.py", "--data", tmp_path / "short", "--output", tmp_path, expect=1)
+    assert "has 16 bytes, too few" in said
+
+
+def test_a_model_of_transformers_on_two_ranks(tmp_path):
+    options = "--steps 4 --batch-size 3 --sequence-length 24 --validation-sequences 4".split()
+    said = run(
+        *TORCHRUN, PROJECT / "examples/finetune_hf.py", "--data", PROJECT / "README.md", "--output", tmp_path, *options
+    )
+    after = float(said.split("after 4 steps: ")[1].split()[0])
+    assert after < math.log(256)
+    # Plain transformers goes on from there.
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    text = (PROJECT / "README.md").read_bytes()
+    held_out = torch.tensor(list(text[-(len(text) // 20) :]))
+    offsets = torch.arange(4) * (len(held_out) - 25) // 3
+    windows = held_out[offsets[:, None] + torch.arange(25)]
+    with torch.no_grad():
+        logits = model(windows[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+    assert loss == pytest.approx(after, abs=2e-3)  # printed with three digits
