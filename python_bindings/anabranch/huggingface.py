@@ -136,9 +136,9 @@ class ConvertedBlock(nn.Module):
         """Mixtral's: of the hidden states, for router and experts alike."""
         self.router_dtype = block.gate.weight.dtype
         """In the family's checkpoints."""
-        _fill(self.moe.router.weight, block.gate.weight)
+        _fill(self.moe.get_parameter("router.weight"), block.gate.weight)
         if options.get("expert_bias"):
-            self.moe.router.expert_bias.copy_(block.gate.e_score_correction_bias)
+            self.moe.get_buffer("router.expert_bias").copy_(block.gate.e_score_correction_bias)
         if options.get("shared_expert_hidden_size"):
             _fill_shared_expert(self.moe.shared_expert, block.shared_experts)
         first = _first_expert(options["num_experts"], group)
@@ -151,7 +151,7 @@ class ConvertedBlock(nn.Module):
             noise = torch.empty_like(hidden_states).uniform_(1 - self.jitter, 1 + self.jitter)
             hidden_states = hidden_states * noise
         if self.gate._forward_hooks:
-            weight = self.moe.router.weight
+            weight = self.moe.get_parameter("router.weight")
             self.gate(F.linear(hidden_states.flatten(0, -2).to(weight.dtype), weight))
         return self.moe(hidden_states).output
 
