@@ -32,9 +32,9 @@ Tensors to_list(const ExchangePlan& plan) {
           to_tensor(plan.send_assignments),
           to_tensor(plan.receive_assignments),
           to_tensor(plan.expert_counts),
-          plan.send_tokens,
+          plan.send_tokens.clone(),  // what an operator returns shares no memory
           plan.token_offsets,
-          plan.token_rows,
+          plan.token_rows.clone(),
           plan.send_order,
           plan.received_order,
           plan.assignment_rows,
