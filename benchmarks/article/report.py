@@ -42,13 +42,16 @@ alive between, without workspaces that are kept from step to step. Written by `l
 """
 
 
-PADDING = {
+DESCRIPTIONS = {
     "padded_bmm": "every expert padded to the fullest, one batched product",
     "block_diagonal": "blocks on a diagonal, each as large as the fullest expert",
     "block_sparse": "MegaBlocks' way, our own: rows padded to blocks of 128",
     "block_sparse_64": "the same with blocks of 64",
     "block_sparse_32": "the same with blocks of 32",
-    "cublas_loop": "one cuBLAS product an expert, over several streams",
+    **{
+        f"cublas_loop_{streams}": f"one cuBLAS product an expert, over {streams} stream{'s' * (streams > 1)}"
+        for streams in (1, 2, 4, 8)
+    },
     "cublas_grouped": "cuBLAS's grouped batched product",
     "hopper": "our own kernel, the activation in its epilogue",
     "torch_grouped_mm": "LibTorch's own grouped product",
@@ -67,7 +70,7 @@ def methods(whole):
         padded = [row["padding_rows"] / row["assignments"] for row in own if row["padding_rows"] is not None]
         most = f"{max(padded):.0%}" if padded else ""
         states = ", ".join(f"{count} {status}" for status, count in counts.items())
-        lines.append((method, PADDING.get(method, "peer, behind the plain gate"), most, states))
+        lines.append((method, DESCRIPTIONS.get(method, "peer, behind the plain gate"), most, states))
     header = ("method", "what it does", "padding rows, most, of the assignments", "rows of the results")
     return f"## Methods\n\n{table(header, lines)}\n\n{troubles(rows)}"
 
