@@ -102,12 +102,12 @@ torch::Tensor up_projection(const FeedForward& expert, const Part& part, const I
   return hidden;
 }
 
-/// For a gradient of `parameter`; undefined where there is no parameter, none is wanted, or it is
-/// added to a sum.
-torch::Tensor gradient_for(const torch::Tensor& parameter, bool wanted,
-                           const torch::Tensor& sum = {}) {
-  return wanted && parameter.defined() && !sum.defined() ? at::empty_like(parameter)
-                                                         : torch::Tensor();
+/// Makes room for a parameter's gradient where one is wanted. Not before it is found: until then
+/// other values are alive.
+void make_room(torch::Tensor& gradient, const torch::Tensor& parameter, bool wanted) {
+  if (wanted && parameter.defined() && !gradient.defined()) {
+    gradient = at::empty_like(parameter);
+  }
 }
 
 /// The weight's gradient, where it is wanted: into `dweight` or added to `sum`, whichever is defined.
@@ -120,52 +120,61 @@ void weight_gradient(const FeedForward& expert, const torch::Tensor& dy, const t
   }
 }
 
-/// A part's backward, written to its places in `gradient`; `hidden` is the part's own, and so is
-/// `dhidden`, which receives its gradient and may be the same.
-void backward_of(const Part& part, const FeedForward& expert, const IndexedRows& dy,
-                 const IndexedRows& x, const torch::Tensor& hidden, const torch::Tensor& dhidden,
-                 const torch::Tensor& values, const ExpertProjections& parameters,
-                 const WantedGradients& wanted, FeedForwardGradient& gradient) {
-  const Kernels& kernels = kernels_for(hidden.device());
-  const Projection up = part.experts_of(parameters.up);
-  const Projection down = part.experts_of(parameters.down);
-  Projection dup = part.experts_of(gradient.parameters.up);
-  Projection ddown = part.experts_of(gradient.parameters.down);
-  auto dvalues = part.rows_of(gradient.dvalues);
+// A part's backward, written to its places in `gradient`.
 
-  auto dresults = part.take(dy);
-  std::optional<Stage> named("anabranch.down.backward");
+/// Through the down-projection and the activation. `hidden` is the part's own, and so is `dhidden`,
+/// which receives its gradient and may be the same.
+void down_backward(const Part& part, const FeedForward& expert, const IndexedRows& dy,
+                   const torch::Tensor& hidden, const torch::Tensor& dhidden,
+                   const torch::Tensor& values, const Projection& parameters,
+                   const WantedGradients& wanted, FeedForwardGradient& gradient) {
+  const auto dresults = part.take(dy);
+  const Stage named("anabranch.down.backward");
+  const Kernels& kernels = kernels_for(hidden.device());
+  const Projection down = part.experts_of(parameters);
+  auto dvalues = part.rows_of(gradient.dvalues);
   GroupedGemmEngine::ActivatedGradient activation = {
       dhidden, dvalues, at::empty({part.rows, down.weight.size(2)}, hidden.options())};
   grouped_gemm_dgrad_activated(*expert.engine, dresults, down.weight, part.counts,
                                activation_of(expert), hidden, values, activation);
+  auto& [dweight, dbias] = gradient.parameters.down;
+  make_room(dweight, parameters.weight, wanted.down_weight && !wanted.sums.down.defined());
+  make_room(dbias, parameters.bias, wanted.down_bias);
   if (wanted.down_weight) {
-    weight_gradient(expert, dresults, activation.activated, part.counts, ddown.weight,
+    weight_gradient(expert, dresults, activation.activated, part.counts, part.experts_of(dweight),
                     part.experts_of(wanted.sums.down));
   }
-  if (ddown.bias.defined()) {
-    ddown.bias.copy_(kernels.bias_gradient(dresults, values, part.counts));
+  if (dbias.defined()) {
+    part.experts_of(dbias).copy_(kernels.bias_gradient(dresults, values, part.counts));
   }
   if (down.bias.defined()) {
     dvalues.add_(kernels.bias_dot(dresults, down.bias, part.counts));
   }
-  activation.activated.reset();
-  dresults.reset();
+}
 
-  named.emplace("anabranch.up.backward");
+/// Through the up-projection.
+void up_backward(const Part& part, const FeedForward& expert, const IndexedRows& x,
+                 const torch::Tensor& dhidden, const Projection& parameters,
+                 const WantedGradients& wanted, FeedForwardGradient& gradient) {
+  const Stage named("anabranch.up.backward");
+  auto& [dweight, dbias] = gradient.parameters.up;
+  make_room(dweight, parameters.weight, wanted.up_weight && !wanted.sums.up.defined());
+  make_room(dbias, parameters.bias, wanted.up_bias);
   if (wanted.up_weight) {
-    weight_gradient(expert, dhidden, part.take(x), part.counts, dup.weight,
+    weight_gradient(expert, dhidden, part.take(x), part.counts, part.experts_of(dweight),
                     part.experts_of(wanted.sums.up));
   }
-  if (dup.bias.defined()) {
-    dup.bias.copy_(kernels.bias_gradient(dhidden, {}, part.counts));
+  if (dbias.defined()) {
+    part.experts_of(dbias).copy_(
+        kernels_for(dhidden.device()).bias_gradient(dhidden, {}, part.counts));
   }
   if (!gradient.dx.defined()) {  // not sooner: another part's rows may have left their memory
-    gradient.dx = on_large_pages(
-        at::empty({gradient.dvalues.size(0), up.weight.size(2)}, up.weight.options()));
+    gradient.dx = on_large_pages(at::empty({gradient.dvalues.size(0), parameters.weight.size(2)},
+                                           parameters.weight.options()));
   }
   auto dx = part.rows_of(gradient.dx);
-  grouped_gemm_dgrad_out(*expert.engine, dhidden, up.weight, part.counts, dx);
+  grouped_gemm_dgrad_out(*expert.engine, dhidden, part.experts_of(parameters.weight), part.counts,
+                         dx);
 }
 
 }  // namespace
@@ -204,19 +213,15 @@ FeedForwardGradient feed_forward_backward(const FeedForward& expert, const Index
   const auto options = x.rows.options();
   const int64_t rows = (x.index.defined() ? x.index : x.rows).size(0);
   FeedForwardGradient gradient;
-  const auto& [up, down] = parameters;
-  gradient.parameters = {{gradient_for(up.weight, wanted.up_weight, wanted.sums.up),
-                          gradient_for(up.bias, wanted.up_bias)},
-                         {gradient_for(down.weight, wanted.down_weight, wanted.sums.down),
-                          gradient_for(down.bias, wanted.down_bias)}};
   gradient.dvalues =
       at::empty({rows}, options.dtype(at::toOpMathType(options.dtype().toScalarType())));
   for (const Part& part : parts_of(counts, x.rows.device())) {
     const auto own =
         hidden.defined() ? part.rows_of(hidden) : up_projection(expert, part, x, parameters.up);
-    backward_of(part, expert, dy, x, own,
-                hidden.defined() && !overwrite_hidden ? at::empty_like(own) : own,
-                part.rows_of(values), parameters, wanted, gradient);
+    const auto dhidden = hidden.defined() && !overwrite_hidden ? at::empty_like(own) : own;
+    down_backward(part, expert, dy, own, dhidden, part.rows_of(values), parameters.down, wanted,
+                  gradient);
+    up_backward(part, expert, x, dhidden, parameters.up, wanted, gradient);
   }
   return gradient;
 }
