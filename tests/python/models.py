@@ -102,6 +102,7 @@ def tolerance(expected: Tensor, batch: Tensor) -> float:
 
 
 def assert_close(actual: Tensor, expected: Tensor, batch: Tensor, what: str) -> None:
+    actual, expected = actual.detach().cpu(), expected.detach().cpu()
     assert actual.shape == expected.shape, f"{what}: {actual.shape}, expected {expected.shape}"
     error = (actual - expected).abs().max().item()
     assert error <= tolerance(expected, batch), f"{what}: off by {error:.3g} where {expected.abs().max():.3g} is largest"

@@ -48,6 +48,13 @@ def _next(results: Any, processes: list[Any]) -> tuple[int, Any, str | None]:
     raise AssertionError(f"ranks did not end within {_TIMEOUT} s")
 
 
+def backend_for(device: Any, size: int) -> str:
+    """NCCL where each rank has a GPU; else GPU memory travels through the host."""
+    import torch
+
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" and torch.cuda.device_count() >= size else "gloo"
+
+
 def run_ranks(
     size: int, function: Callable[..., Any], *arguments: Any, together: bool = True, backend: str = "gloo"
 ) -> list[Any]:

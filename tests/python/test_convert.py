@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from models import FAMILIES, assert_close, make_batch, make_model, tolerance
-from ranks import run_ranks
+from ranks import backend_for, run_ranks
 from safetensors.torch import load_file
 
 transformers.logging.set_verbosity_error()
@@ -54,15 +54,16 @@ def assert_same_weights(model, folder):
     found = loaded.state_dict()
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+        assert torch.equal(found[name], value.cpu()), name
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients(family, renormalize, seed):
+def test_logits_and_gradients(family, renormalize, device, seed):
     options = {} if family == "mixtral" else {"norm_topk_prob": renormalize}
     plain = make_model(family, seed, **options)
-    batch = make_batch(plain, seed)
+    batch = make_batch(plain, seed).to(device)
+    plain.to(device)
     converted = anabranch.convert(copy.deepcopy(plain))
     assert len(layers_of(converted)) == (1 if family in ("qwen3_moe", "deepseek_v3") else 2)
     expected, expected_gradients = step(plain, batch)
@@ -135,12 +136,13 @@ def test_trained_and_loaded_again(seed, tmp_path):
         assert_close(anabranch.convert(loaded)(batch).logits, converted(batch).logits, batch, "logits")
 
 
-def on_ranks(rank, size, experts, seed, folder):
+def on_ranks(rank, size, experts, seed, folder, device):
     transformers.logging.set_verbosity_error()
     own = slice(0, 3) if rank == 0 else slice(3, experts)
     for family in FAMILIES:
         plain = make_model(family, seed, experts)
-        batch = make_batch(plain, seed)
+        batch = make_batch(plain, seed).to(device)
+        plain.to(device)
         mine = slice(3, 4) if rank == 0 else slice(0, 3)
         expected, expected_gradients = step(plain, batch)
 
@@ -170,8 +172,8 @@ def on_ranks(rank, size, experts, seed, folder):
     return None
 
 
-def test_ranks_keep_their_experts(seed, tmp_path):
-    errors = run_ranks(2, on_ranks, 5, seed, str(tmp_path))
+def test_ranks_keep_their_experts(device, seed, tmp_path):
+    errors = run_ranks(2, on_ranks, 5, seed, str(tmp_path), device.type, backend=backend_for(device, 2))
     assert "config.json" in errors[0] and "rank 0 could not save" in errors[1]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from anabranch.info import transports
-from ranks import run_ranks
+from ranks import backend_for, run_ranks
 from torch import nn
 
 OPTIONS = dict(hidden_size=8, expert_hidden_size=12, num_experts=5, top_k=2, glu=True, bias=True, seed=7)
@@ -32,11 +32,6 @@ def batch(total=24):
     x = torch.randn(total, 8, dtype=torch.float64, generator=generator)
     dy = torch.randn(total, 8, dtype=torch.float64, generator=generator)
     return x, dy
-
-
-def backend_for(device, size):
-    """NCCL where each rank has a GPU; else GPU memory travels through the host."""
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" and torch.cuda.device_count() >= size else "gloo"
 
 
 def run_layer(rank, size, freeze_experts, device):
