@@ -68,16 +68,18 @@ void check_product(const GroupedGemmEngine& engine, const torch::Tensor& rows, c
   check_supported(engine, weight.scalar_type(), weight.size(1), weight.size(2));
 }
 
-/// The sizes of the weight.
-std::array<int64_t, 3> check_wgrad(const GroupedGemmEngine& engine, const torch::Tensor& dy,
-                                   const torch::Tensor& x, const std::vector<int64_t>& counts) {
+/// `result`: of the weight's sizes, and of the type of `result_like`.
+void check_wgrad(const GroupedGemmEngine& engine, const torch::Tensor& dy, const torch::Tensor& x,
+                 const std::vector<int64_t>& counts, const torch::Tensor& result, const char* name,
+                 const torch::Tensor& result_like) {
   check_operand(dy, 2, "dy", dy);
   check_operand(x, 2, "x", dy);
   check_input(x.size(0) == dy.size(0), "grouped GEMM: dy has ", dy.size(0), " rows and x ",
               x.size(0));
   check_counts(counts, x.size(0));
+  const std::array<int64_t, 3> sizes = {static_cast<int64_t>(counts.size()), dy.size(1), x.size(1)};
+  check_output(result, sizes, name, result_like);
   check_supported(engine, dy.scalar_type(), dy.size(1), x.size(1));
-  return {static_cast<int64_t>(counts.size()), dy.size(1), x.size(1)};
 }
 
 }  // namespace
@@ -199,17 +201,16 @@ torch::Tensor grouped_gemm_wgrad(GroupedGemmEngine& engine, const torch::Tensor&
 void grouped_gemm_wgrad_out(GroupedGemmEngine& engine, const torch::Tensor& dy,
                             const torch::Tensor& x, const std::vector<int64_t>& counts,
                             torch::Tensor& dweight) {
-  const auto sizes = check_wgrad(engine, dy, x, counts);
-  check_output(dweight, sizes, "dweight", dy);
+  check_wgrad(engine, dy, x, counts, dweight, "dweight", dy);
   engine.wgrad(dy, x, counts, dweight);
 }
 
 void grouped_gemm_wgrad_accumulate(GroupedGemmEngine& engine, const torch::Tensor& dy,
                                    const torch::Tensor& x, const std::vector<int64_t>& counts,
                                    torch::Tensor& sum) {
-  const auto sizes = check_wgrad(engine, dy, x, counts);
+  check_operand(dy, 2, "dy", dy);
   const auto type = at::toOpMathType(dy.scalar_type());
-  check_output(sum, sizes, "sum", at::empty({0}, dy.options().dtype(type)));
+  check_wgrad(engine, dy, x, counts, sum, "sum", at::empty({0}, dy.options().dtype(type)));
   engine.wgrad_accumulate(dy, x, counts, sum);
 }
 

@@ -143,7 +143,7 @@ TEST_P(GroupedGemmTest, AddsTheWeightsGradientToSumsOfFullWidth) {
       const auto x = random_.normal({sum(counts), k}, dtype).to(torch::kFloat64);
       const auto dy = random_.normal({sum(counts), n}, dtype).to(torch::kFloat64);
       const auto before = random_.normal({experts, n, k}, sum_type).to(torch::kFloat64);
-      auto sums = on_device(before, sum_type);
+      auto sums = on_device(before, sum_type).clone();
       grouped_gemm_wgrad_accumulate(*engine_, on_device(dy, dtype), on_device(x, dtype), counts,
                                     sums);
       // Not rounded to the rows' type on the way.
