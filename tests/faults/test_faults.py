@@ -169,10 +169,24 @@ def check_survivors(outcome, deadline=DEADLINE, says=f"rank {CULPRIT}", culprit=
         assert outcome.statuses[ending.rank] == 1, outcome.output
 
 
+def where_mpi_survives(start_job, attempts=3):
+    """The outcome of a job in which Open MPI itself did not hang. Rarely, a survivor that was just
+    sending to the dead peer connects to it anew and never comes back from MPI, which says so."""
+    for attempt in range(attempts):
+        job = start_job()
+        try:
+            return job.outcome(DEADLINE + MARGIN)
+        except AssertionError:
+            hung = "Open MPI failed to TCP connect to a peer" in job.log.read_text()
+            if not hung or attempt + 1 == attempts:
+                raise
+            job.end()
+
+
 @pytest.mark.parametrize("transport", ["vader", "tcp"])
 def test_killed_in_the_middle_of_a_collective(start, transport):
-    outcome = start("killed", flags=["--mca", "btl", f"self,{transport}"]).outcome(
-        DEADLINE + MARGIN
+    outcome = where_mpi_survives(
+        lambda: start("killed", flags=["--mca", "btl", f"self,{transport}"])
     )
     check_survivors(outcome)
     assert outcome.statuses[CULPRIT] == 128 + signal.SIGKILL
