@@ -507,9 +507,9 @@ TEST_F(MoELayerTest, FrozenWeightsLeaveMainGradientsAlone) {
   experts->up_weight.set_requires_grad(false);
   run_step(layer, layer_case, layer_case.counts, rank_);
   EXPECT_TRUE(identical(experts->main_grad.up, torch::ones_like(experts->up_weight)));
-  if (experts->down_weight.size(0) > 0) {
-    EXPECT_FALSE(identical(experts->main_grad.down, torch::ones_like(experts->down_weight)));
-  }
+  // A rank's experts may have had no token, but not all ranks'.
+  const bool changed = !experts->main_grad.down.equal(torch::ones_like(experts->down_weight));
+  EXPECT_GT(sum_over_ranks(*world_, changed ? 1.0 : 0.0), 0);
 }
 
 TEST_F(MoELayerTest, WithoutGradientsForwardIsTheSame) {
