@@ -1,3 +1,6 @@
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
 #include <numeric>
 
 #include "kernels/cuda/cuda_kernels.h"
@@ -35,15 +38,20 @@ torch::Tensor CudaKernels::bias_gradient(const torch::Tensor& rows, const torch:
   std::vector<int64_t> table = offsets_of(counts);
   const std::vector<int64_t> chunks = offsets_of(chunk_counts);
   table.insert(table.end(), chunks.begin(), chunks.end());
+  const auto scalar = cuda::scalar_of(rows);
+  const int64_t counters = experts * cuda::bias_strips(scalar, rows.const_data_ptr(), rows.size(1));
+  table.resize(table.size() + (counters + 1) / 2, 0);  // two in one of these
   const torch::Tensor device_table = upload(table, rows.device());
-  const int64_t* offsets = device_table.const_data_ptr<int64_t>();
+  auto* offsets = device_table.data_ptr<int64_t>();
   const torch::Tensor partial =
       at::empty({chunks.back(), rows.size(1)}, cuda::accumulate_options(rows));
-  torch::Tensor out = at::empty({experts, rows.size(1)}, rows.options());
-  cuda::launch_bias_gradient(cuda::scalar_of(rows), rows.const_data_ptr(),
-                             cuda::address_or_null(weights), offsets, offsets + experts + 1,
-                             chunks.back(), experts, rows.size(1), partial.data_ptr(),
-                             out.data_ptr(), stream);
+  const bool all = std::find(counts.begin(), counts.end(), 0) == counts.end();
+  torch::Tensor out = all ? at::empty({experts, rows.size(1)}, rows.options())
+                          : at::zeros({experts, rows.size(1)}, rows.options());
+  cuda::launch_bias_gradient(scalar, rows.const_data_ptr(), cuda::address_or_null(weights), offsets,
+                             offsets + experts + 1, chunks.back(), experts, rows.size(1),
+                             reinterpret_cast<unsigned*>(offsets + 2 * (experts + 1)),
+                             partial.data_ptr(), out.data_ptr(), stream);
   return out;
 }
 

@@ -83,14 +83,15 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 /// A block sums one chunk of rows over one strip of 32 packs of columns. Each warp takes every
-/// kWarps-th row; the warps' sums are added in order.
+/// kWarps-th row; the warps' sums are added in order, and the chunks' by the block that is the last of
+/// an expert's strip to be done, in order too. `done` [experts, strips] counts from 0.
 template <typename scalar_t, int kSize>
 __global__ void __launch_bounds__(kThreads)
     sum_chunks_kernel(const scalar_t* __restrict__ rows,
                       const accumulate_t<scalar_t>* __restrict__ weights,
                       const int64_t* __restrict__ offsets, const int64_t* __restrict__ chunks,
-                      int64_t experts, int64_t strips, int64_t width,
-                      accumulate_t<scalar_t>* __restrict__ partial) {
+                      int64_t experts, int64_t strips, int64_t width, unsigned* __restrict__ done,
+                      accumulate_t<scalar_t>* partial, scalar_t* __restrict__ out) {
   using acc_t = accumulate_t<scalar_t>;
   __shared__ acc_t sums[kWarps][kSize][kWarp];
   const int lane = threadIdx.x % kWarp;
@@ -125,25 +126,28 @@ __global__ void __launch_bounds__(kThreads)
     }
     partial[chunk * width + column + i] = total;
   }
-}
-
-/// A thread adds the partial sums of one expert's column.
-template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
-    add_chunks_kernel(const accumulate_t<scalar_t>* __restrict__ partial,
-                      const int64_t* __restrict__ chunks, int64_t width,
-                      scalar_t* __restrict__ out) {
-  const int64_t expert = blockIdx.x;
-  const int64_t column = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
-  if (column >= width) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  const int64_t strip = blockIdx.x - chunk * strips;
+  if (threadIdx.x == 0) {
+    const auto before = atomicAdd(&done[expert * strips + strip], 1u);
+    last = before == chunks[expert + 1] - chunks[expert] - 1;
+  }
+  __syncthreads();
+  if (!last) {
     return;
   }
-  accumulate_t<scalar_t> sum = 0;
+  __threadfence();
+  const int64_t strip_end = min(width, (strip + 1) * kWarp * kSize);
+  for (int64_t i = strip * kWarp * kSize + threadIdx.x; i < strip_end; i += kThreads) {
+    acc_t total = 0;
 #pragma unroll 8
-  for (int64_t chunk = chunks[expert]; chunk < chunks[expert + 1]; ++chunk) {
-    sum += partial[chunk * width + column];
+    for (int64_t c = chunks[expert]; c < chunks[expert + 1]; ++c) {
+      total += __ldcg(partial + c * width + i);
+    }
+    out[expert * width + i] = static_cast<scalar_t>(total);
   }
-  out[expert * width + column] = static_cast<scalar_t>(sum);
 }
 
 }  // namespace
@@ -187,31 +191,37 @@ void launch_bias_dot(Scalar scalar, const void* rows, const void* bias, const in
   });
 }
 
+int64_t bias_strips(Scalar scalar, const void* rows, int64_t width) {
+  int64_t strips = 0;
+  dispatch(scalar, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(scalar_t));
+    dispatch_pack<scalar_t>(aligned_rows(row_bytes, rows), [&](auto pack_size) {
+      strips = divide_up(width, kWarp * decltype(pack_size)::value);
+    });
+  });
+  return strips;
+}
+
 void launch_bias_gradient(Scalar scalar, const void* rows, const void* weights,
                           const int64_t* offsets, const int64_t* chunks, int64_t num_chunks,
-                          int64_t experts, int64_t width, void* partial, void* out,
+                          int64_t experts, int64_t width, unsigned* done, void* partial, void* out,
                           cudaStream_t stream) {
-  if (experts == 0 || width == 0) {
+  if (num_chunks == 0 || width == 0) {
     return;
   }
   dispatch(scalar, [&](auto zero) {
     using scalar_t = decltype(zero);
     using acc_t = accumulate_t<scalar_t>;
     const int64_t row_bytes = width * static_cast<int64_t>(sizeof(scalar_t));
-    if (num_chunks > 0) {
-      dispatch_pack<scalar_t>(aligned_rows(row_bytes, rows), [&](auto pack_size) {
-        constexpr int kSize = decltype(pack_size)::value;
-        const int64_t strips = divide_up(width, kWarp * kSize);
-        sum_chunks_kernel<scalar_t, kSize><<<grid_size(num_chunks * strips), kThreads, 0, stream>>>(
-            static_cast<const scalar_t*>(rows), static_cast<const acc_t*>(weights), offsets, chunks,
-            experts, strips, width, static_cast<acc_t*>(partial));
-        check_launch("bias_gradient");
-      });
-    }
-    const dim3 grid(grid_size(experts), grid_size(divide_up(width, kThreads), 65535));
-    add_chunks_kernel<scalar_t><<<grid, kThreads, 0, stream>>>(
-        static_cast<const acc_t*>(partial), chunks, width, static_cast<scalar_t*>(out));
-    check_launch("bias_gradient");
+    dispatch_pack<scalar_t>(aligned_rows(row_bytes, rows), [&](auto pack_size) {
+      constexpr int kSize = decltype(pack_size)::value;
+      const int64_t strips = bias_strips(scalar, rows, width);
+      sum_chunks_kernel<scalar_t, kSize><<<grid_size(num_chunks * strips), kThreads, 0, stream>>>(
+          static_cast<const scalar_t*>(rows), static_cast<const acc_t*>(weights), offsets, chunks,
+          experts, strips, width, done, static_cast<acc_t*>(partial), static_cast<scalar_t*>(out));
+      check_launch("bias_gradient");
+    });
   });
 }
 
