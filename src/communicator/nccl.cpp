@@ -9,6 +9,7 @@
 #include "communicator/nccl_watch.h"
 #include "support/check.h"
 #include "support/cuda_device.h"
+#include "support/side_stream.h"
 
 namespace anabranch {
 namespace {
@@ -49,6 +50,7 @@ class NcclCommunicator final : public Communicator {
   }
 
   void check() override { watch_.check(); }
+  bool runs_on_stream() const override { return true; }
 
  protected:
   void do_all_to_all_v(const std::vector<Transfer>& transfers) override {
@@ -57,8 +59,11 @@ class NcclCommunicator final : public Communicator {
       return;
     }
     const OnDevice stream(device_);
+    SideStream beside(device_);
     for (const Transfer& transfer : transfers) {
-      copy_own_rows(transfer, stream);
+      if (transfer.send_rows[rank()] > 0) {
+        beside.run([&] { copy_own_rows(transfer); });
+      }
     }
     watch_.run("all_to_all_v", stream, [&](ncclComm_t comm) {
       for (const Transfer& transfer : transfers) {
@@ -82,7 +87,7 @@ class NcclCommunicator final : public Communicator {
     torch::Tensor flat = tensor.view({-1});
     torch::Tensor parts = at::empty({size() * own}, tensor.options());
     const Transfer scatter{flat, lengths, parts, std::vector<int64_t>(size(), own)};
-    copy_own_rows(scatter, stream);
+    copy_own_rows(scatter);
     watch_.run("all_reduce", stream, [&](ncclComm_t comm) { exchange(scatter, comm, stream); });
     const bool narrow = tensor.element_size() == 2 && tensor.is_floating_point();
     torch::Tensor sum = parts.narrow(0, 0, own).to(narrow ? torch::kFloat32 : tensor.scalar_type(),
@@ -186,7 +191,7 @@ class NcclCommunicator final : public Communicator {
     }
   }
 
-  void copy_own_rows(const Transfer& transfer, cudaStream_t stream) const {
+  void copy_own_rows(const Transfer& transfer) const {
     const size_t bytes = row_bytes(transfer.send);
     size_t from = 0;
     size_t to = 0;
@@ -198,7 +203,8 @@ class NcclCommunicator final : public Communicator {
     if (own > 0) {
       check_cuda(cudaMemcpyAsync(static_cast<char*>(transfer.receive.data_ptr()) + to,
                                  static_cast<const char*>(transfer.send.const_data_ptr()) + from,
-                                 own, cudaMemcpyDeviceToDevice, stream),
+                                 own, cudaMemcpyDeviceToDevice,
+                                 c10::cuda::getCurrentCUDAStream(device_.index())),
                  "cudaMemcpyAsync");
     }
   }

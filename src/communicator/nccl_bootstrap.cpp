@@ -100,7 +100,7 @@ std::string describe_nccl() {
   // Several ranks on one GPU, as the tests have them, need 2.30.3.
   const int version = loaded_nccl_version();
   return c10::str("NCCL ", nccl_version_name(version), " (built with ",
-                  nccl_version_name(NCCL_VERSION_CODE), "): non-blocking communicators, abort",
+                  nccl_version_name(NCCL_VERSION_CODE), "): abort",
                   version >= NCCL_VERSION(2, 30, 3)
                       ? ", several ranks on one GPU (NCCL_MULTI_RANK_GPU_ENABLE=1)"
                       : "; a GPU for each rank");
@@ -159,13 +159,11 @@ std::shared_ptr<Communicator> meet_through_nccl(const std::string& unique_id, in
     text.copy(static_cast<char*>(address.mutable_data_ptr()), text.size());
   }
   torch::Tensor shared = address.to(device);
-  group.launch(
-      [&](ncclComm_t comm) {
-        check_nccl(ncclBroadcast(shared.data_ptr(), shared.data_ptr(), kAddressBytes, ncclInt8,
-                                 /*root=*/0, comm, stream),
-                   "ncclBroadcast");
-      },
-      keep_waiting);
+  group.launch([&](ncclComm_t comm) {
+    check_nccl(ncclBroadcast(shared.data_ptr(), shared.data_ptr(), kAddressBytes, ncclInt8,
+                             /*root=*/0, comm, stream),
+               "ncclBroadcast");
+  });
   wait_for(stream, keep_waiting);
   if (rank != 0) {
     address = shared.cpu();
@@ -174,7 +172,7 @@ std::shared_ptr<Communicator> meet_through_nccl(const std::string& unique_id, in
     store =
         open_tcp_store(reachable_name(host, own_host), port, /*serves=*/false, options.deadline);
   }
-  group.finalize(keep_waiting);
+  group.finalize();
   return make_store_communicator(std::move(store), rank, size, options);
 }
 

@@ -17,19 +17,27 @@ void check_nccl(ncclResult_t result, const char* call, std::source_location plac
 NcclGroup::NcclGroup(const ncclUniqueId& id, int rank, int size, const KeepWaiting& keep_waiting) {
   ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
   config.blocking = 0;
-  check_nccl(ncclCommInitRankConfig(&comm_, size, id, rank, &config), "ncclCommInitRankConfig");
+  ncclComm_t meeting = nullptr;
+  ncclComm_t working = nullptr;
+  check_nccl(ncclCommInitRankConfig(&meeting, size, id, rank, &config), "ncclCommInitRankConfig");
   try {
-    await("ncclCommInitRankConfig", keep_waiting);
+    await(meeting, "ncclCommInitRankConfig", keep_waiting);
+    // A communicator that does not block makes a thread for every launch, about 0.1 ms. The one that
+    // works blocks; what makes it, the one in which the ranks have met, does not.
+    config.blocking = 1;
+    check_nccl(ncclCommSplit(meeting, 0, rank, &working, &config), "ncclCommSplit");
+    await(meeting, "ncclCommSplit", keep_waiting);
   } catch (...) {
-    abort();
+    static_cast<void>(ncclCommAbort(meeting));
     throw;
   }
+  comm_ = working;
+  static_cast<void>(ncclCommAbort(meeting));  // nothing runs in it
 }
 
 NcclGroup::~NcclGroup() { abort(); }
 
-void NcclGroup::launch(const std::function<void(ncclComm_t)>& calls,
-                       const KeepWaiting& keep_waiting) {
+void NcclGroup::launch(const std::function<void(ncclComm_t)>& calls) {
   check_nccl(ncclGroupStart(), "ncclGroupStart");
   try {
     calls(comm_);
@@ -38,7 +46,6 @@ void NcclGroup::launch(const std::function<void(ncclComm_t)>& calls,
     throw;
   }
   check_nccl(ncclGroupEnd(), "ncclGroupEnd");
-  await("ncclGroupEnd", keep_waiting);
 }
 
 std::string NcclGroup::asynchronous_error() const {
@@ -50,24 +57,22 @@ std::string NcclGroup::asynchronous_error() const {
   return std::string(ncclGetErrorString(state)) + " (" + ncclGetLastError(comm_) + ")";
 }
 
-void NcclGroup::finalize(const KeepWaiting& keep_waiting) {
-  check_nccl(ncclCommFinalize(comm_), "ncclCommFinalize");
-  await("ncclCommFinalize", keep_waiting);
-  const ncclComm_t comm = std::exchange(comm_, nullptr);
+void NcclGroup::finalize() {
+  const ncclComm_t comm = comm_.exchange(nullptr);
+  check_nccl(ncclCommFinalize(comm), "ncclCommFinalize");
   check_nccl(ncclCommDestroy(comm), "ncclCommDestroy");
 }
 
 void NcclGroup::abort() noexcept {
-  if (comm_ != nullptr) {
-    static_cast<void>(ncclCommAbort(comm_));
-    comm_ = nullptr;
+  if (const ncclComm_t comm = comm_.exchange(nullptr)) {
+    static_cast<void>(ncclCommAbort(comm));
   }
 }
 
-void NcclGroup::await(const char* call, const KeepWaiting& keep_waiting) {
+void NcclGroup::await(ncclComm_t comm, const char* call, const KeepWaiting& keep_waiting) {
   ncclResult_t state = ncclInProgress;
   for (;;) {
-    check_nccl(ncclCommGetAsyncError(comm_, &state), "ncclCommGetAsyncError");
+    check_nccl(ncclCommGetAsyncError(comm, &state), "ncclCommGetAsyncError");
     if (state != ncclInProgress) {
       check_nccl(state, call);
       return;

@@ -2,6 +2,7 @@
 
 #include <nccl.h>
 
+#include <atomic>
 #include <functional>
 #include <source_location>
 #include <string>
@@ -17,9 +18,9 @@ namespace anabranch {
 void check_nccl(ncclResult_t result, const char* call,
                 std::source_location place = std::source_location::current());
 
-/// One ncclComm_t, owned. It does not block: while a call is in progress `keep_waiting` is called
-/// again and again, and throws when that has become vain, so that a peer that never comes cannot
-/// hold this rank for good.
+/// One ncclComm_t, owned. Making it does not block: while that is in progress `keep_waiting` is called
+/// again and again, and throws when it has become vain, so that a peer that never comes cannot hold
+/// this rank for good. A launch may block while ranks first connect; `abort` ends that too.
 class NcclGroup {
  public:
   using KeepWaiting = std::function<void()>;
@@ -31,19 +32,20 @@ class NcclGroup {
   NcclGroup(const NcclGroup&) = delete;
   NcclGroup& operator=(const NcclGroup&) = delete;
 
-  /// Runs `calls`, which launch on a stream, as one group and waits until they are launched.
-  void launch(const std::function<void(ncclComm_t)>& calls, const KeepWaiting& keep_waiting);
+  /// Runs `calls`, which launch on a stream, as one group.
+  void launch(const std::function<void(ncclComm_t)>& calls);
   /// NCCL's word on what has failed in the background; empty if nothing has. Not beside `launch`.
   std::string asynchronous_error() const;
   /// Ends in peace, when all that was launched has ended. No launch may follow.
-  void finalize(const KeepWaiting& keep_waiting);
-  /// Ends everything in flight: streams go on with undefined data. No launch may follow.
+  void finalize();
+  /// Ends everything in flight: streams go on with undefined data, and a launch that another thread is
+  /// in fails. None may follow.
   void abort() noexcept;
 
  private:
-  void await(const char* call, const KeepWaiting& keep_waiting);
+  static void await(ncclComm_t comm, const char* call, const KeepWaiting& keep_waiting);
 
-  ncclComm_t comm_ = nullptr;
+  std::atomic<ncclComm_t> comm_ = nullptr;
 };
 
 }  // namespace anabranch

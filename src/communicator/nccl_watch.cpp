@@ -10,8 +10,6 @@ namespace {
 
 constexpr std::chrono::milliseconds kGlance{10};
 constexpr std::chrono::milliseconds kLongestHeartbeat{1000};
-/// How long a group that has ended its work may take to say good-bye.
-constexpr std::chrono::milliseconds kLongestFarewell{5000};
 
 bool has_ended(cudaEvent_t event) {
   const cudaError_t status = cudaEventQuery(event);
@@ -65,20 +63,17 @@ void NcclWatch::run(const char* name, cudaStream_t stream,
   CudaEvent begin = recorded(stream);
   std::unique_lock lock(mutex_);
   const int64_t sequence = ++started_;
+  launching_ = Launch{name, sequence, Clock::now()};
   lock.unlock();
   std::string error;
-  const auto start = Clock::now();
   try {
-    group_.launch(calls, [&] {
-      if (ending_ || Clock::now() - start > deadline_) {
-        throw std::runtime_error(c10::str("not launched within ", deadline_.count(), " ms"));
-      }
-    });
+    group_.launch(calls);
   } catch (const std::runtime_error& failed) {
     error = failed.what();
   }
   group_lock.unlock();
   lock.lock();
+  launching_.reset();
   if (error.empty()) {
     running_.push_back({name, sequence, std::move(begin), recorded(stream), std::nullopt});
     return;
@@ -95,12 +90,7 @@ void NcclWatch::finish() {
   lock.unlock();
   check();
   const std::lock_guard group_lock(group_mutex_);
-  const auto start = Clock::now();
-  group_.finalize([&] {
-    if (Clock::now() - start > std::min(kLongestFarewell, deadline_)) {
-      throw std::runtime_error("ncclCommFinalize takes too long");
-    }
-  });
+  group_.finalize();
 }
 
 void NcclWatch::watch(int device) {
@@ -142,6 +132,11 @@ std::optional<NcclWatch::Trouble> NcclWatch::look() {
   }
   if (launch_trouble_.has_value()) {
     return launch_trouble_;
+  }
+  if (launching_.has_value() && Clock::now() - launching_->begun > deadline_) {
+    return Trouble{
+        c10::str(launching_->name, " was not launched within ", deadline_.count(), " ms"),
+        launching_->sequence};
   }
   try {
     while (!running_.empty() && has_ended(running_.front().end)) {
@@ -189,8 +184,8 @@ void NcclWatch::end_with(const NcclProgress::Failure& failure) {
     const std::lock_guard lock(mutex_);
     failure_ = failure;
   }
-  ending_ = true;
-  const std::lock_guard group_lock(group_mutex_);
+  // Without the lock where a launch that waits for a peer holds it: aborting is what ends that launch.
+  const std::unique_lock group_lock(group_mutex_, heartbeat_);
   group_.abort();
   changed_.notify_all();
 }

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
@@ -44,6 +43,13 @@ class NcclWatch {
     std::optional<Clock::time_point> begun;  ///< when the stream was seen to have come to it
   };
 
+  /// A collective that the host is in.
+  struct Launch {
+    std::string name;
+    int64_t sequence;
+    Clock::time_point begun;
+  };
+
   /// What makes the watch give up.
   struct Trouble {
     std::string reason;
@@ -60,13 +66,13 @@ class NcclWatch {
   NcclProgress& progress_;
   std::chrono::milliseconds deadline_;
   std::chrono::milliseconds heartbeat_;
-  Clock::time_point next_sign_;       ///< of the thread alone
-  std::atomic<bool> ending_ = false;  ///< whoever launches is to give up
-  std::mutex group_mutex_;            ///< held by whoever calls the group
-  std::mutex mutex_;                  ///< guards what follows
+  Clock::time_point next_sign_;   ///< of the thread alone
+  std::timed_mutex group_mutex_;  ///< held by whoever calls the group
+  std::mutex mutex_;              ///< guards what follows
   std::condition_variable changed_;
   std::deque<Collective> running_;
   int64_t started_ = 0;
+  std::optional<Launch> launching_;
   std::optional<Trouble> launch_trouble_;
   std::optional<NcclProgress::Failure> failure_;
   bool stop_ = false;
