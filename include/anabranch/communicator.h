@@ -67,6 +67,10 @@ class Communicator {
   /// stream. To be called when the host has waited for that stream, before it uses what came.
   virtual void check() {}
 
+  /// Whether a collective of tensors in GPU memory runs on the current stream while the host, and
+  /// other streams, go on.
+  virtual bool runs_on_stream() const { return false; }
+
   const Traffic& traffic() const noexcept { return traffic_; }
   void reset_traffic() noexcept { traffic_ = {}; }
 

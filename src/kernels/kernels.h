@@ -7,13 +7,15 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels/pieces.h"
+
 namespace anabranch {
 
 /// What one rank's tokens send where. [T, k] routing, E experts, W ranks; all int64.
 struct SendPlan {
   torch::Tensor expert_counts;  ///< [E] assignments per expert (then [1] of none, if there may be)
-  torch::Tensor rank_rows;      ///< [W] distinct tokens per rank
-  torch::Tensor send_tokens;    ///< [≥ S] tokens by (rank, token); S = Σ rank_rows
+  torch::Tensor piece_rows;     ///< [W, kPieces] distinct tokens per rank, of each piece
+  torch::Tensor send_tokens;    ///< [≥ S] tokens by (rank, token); S = Σ piece_rows
   torch::Tensor token_offsets;  ///< [T+1]
   torch::Tensor token_rows;     ///< [≥ S] rows of each token in send_tokens, ascending
   torch::Tensor send_order;     ///< [T·k] flat (token, slot), by (expert, token)
@@ -94,14 +96,17 @@ class Kernels {
 
   // rows
   /// out[i] = rows[index[i]]; rows [N, h], index [M] → [M, h]. `rows` may also be a vector [N].
-  virtual torch::Tensor gather_rows(const torch::Tensor& rows,
-                                    const torch::Tensor& index) const = 0;
+  torch::Tensor gather_rows(const torch::Tensor& rows, const torch::Tensor& index) const;
+  virtual void gather_rows_into(torch::Tensor out, const torch::Tensor& rows,
+                                const torch::Tensor& index) const = 0;
   /// out[p] = rows[g] for each p of group g: gather_rows by the rows, each read once. rows [groups, h],
   /// members a permutation of 0..P−1 → [P, h].
   virtual torch::Tensor scatter_rows(const torch::Tensor& rows, const Csr& groups) const = 0;
   /// out[g] = Σ_{p in group g} weights[p] · rows[p], in ascending p; weights [P] may be undefined.
-  virtual torch::Tensor sum_rows(const torch::Tensor& rows, const Csr& groups,
-                                 const torch::Tensor& weights) const = 0;
+  torch::Tensor sum_rows(const torch::Tensor& rows, const Csr& groups,
+                         const torch::Tensor& weights) const;
+  virtual void sum_rows_into(torch::Tensor out, const torch::Tensor& rows, const Csr& groups,
+                             const torch::Tensor& weights) const = 0;
 
   // experts; `counts` [experts] are the rows of each, expert-major
   /// rows[p] += bias[expert of p]; bias [experts, m].

@@ -25,10 +25,8 @@ void sum_group(const scalar_t* rows, int64_t width, const int64_t* member, const
 
 }  // namespace
 
-torch::Tensor CpuKernels::gather_rows(const torch::Tensor& rows, const torch::Tensor& index) const {
-  auto sizes = rows.sizes().vec();
-  sizes[0] = index.size(0);
-  torch::Tensor out = at::empty(sizes, rows.options());
+void CpuKernels::gather_rows_into(torch::Tensor out, const torch::Tensor& rows,
+                                  const torch::Tensor& index) const {
   const int64_t width = rows.dim() == 1 ? 1 : rows.size(1);
   const int64_t bytes = width * rows.element_size();
   const auto* source = static_cast<const char*>(rows.const_data_ptr());
@@ -39,7 +37,6 @@ torch::Tensor CpuKernels::gather_rows(const torch::Tensor& rows, const torch::Te
       std::memcpy(target + i * bytes, source + from[i] * bytes, bytes);
     }
   });
-  return out;
 }
 
 torch::Tensor CpuKernels::scatter_rows(const torch::Tensor& rows, const Csr& groups) const {
@@ -59,10 +56,9 @@ torch::Tensor CpuKernels::scatter_rows(const torch::Tensor& rows, const Csr& gro
   return out;
 }
 
-torch::Tensor CpuKernels::sum_rows(const torch::Tensor& rows, const Csr& groups,
-                                   const torch::Tensor& weights) const {
+void CpuKernels::sum_rows_into(torch::Tensor out, const torch::Tensor& rows, const Csr& groups,
+                               const torch::Tensor& weights) const {
   const int64_t width = rows.size(1);
-  torch::Tensor out = at::empty({groups.offsets.size(0) - 1, width}, rows.options());
   const int64_t* offsets = groups.offsets.const_data_ptr<int64_t>();
   const int64_t* members = groups.members.const_data_ptr<int64_t>();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.scalar_type(), "sum_rows", [&] {
@@ -78,7 +74,6 @@ torch::Tensor CpuKernels::sum_rows(const torch::Tensor& rows, const Csr& groups,
       }
     });
   });
-  return out;
 }
 
 }  // namespace anabranch

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "kernels/pieces.h"
+
 // Launchers of the device code: raw device pointers and sizes, no LibTorch, so that the .cu files
 // compile in seconds. They run on `stream`, launch nothing for empty tensors and throw
 // std::runtime_error when a launch fails. Shapes and meanings are those of kernels/kernels.h.
@@ -108,11 +110,16 @@ void launch_token_ranks(const int64_t* expert_ids, int64_t tokens, int64_t top_k
 void launch_send_tokens(const int64_t* sent, int64_t count, int64_t top_k, int64_t* send_tokens,
                         int64_t* row_of, cudaStream_t stream);
 
+/// `piece_rows` [W, kPieces]: how many rows of each rank's segment are of tokens of each piece.
+/// `segments` [W+1]: first row of each rank's segment.
+void launch_piece_rows(const int64_t* send_tokens, const int64_t* segments, int64_t ranks,
+                       const std::array<int64_t, kPieces + 1>& begins, int64_t* piece_rows,
+                       cudaStream_t stream);
+
 void launch_token_rows(const TokenRanks& pairs, const int64_t* row_of, const int64_t* token_offsets,
                        int64_t tokens, int64_t top_k, int64_t ranks, int64_t* token_rows,
                        cudaStream_t stream);
 
-/// `segments` [W+1]: first row of each rank's segment.
 void launch_segment_rows(const int64_t* send_order, int64_t count, const TokenRanks& pairs,
                          const int64_t* row_of, const int64_t* segments, int32_t* segment_rows,
                          cudaStream_t stream);
@@ -148,11 +155,15 @@ void launch_bias_dot(Scalar scalar, const void* rows, const void* bias, const in
 /// Rows that `launch_bias_gradient` sums into one partial sum.
 constexpr int64_t kBiasChunk = 256;
 
+/// Strips of columns that `launch_bias_gradient` sums at a time.
+int64_t bias_strips(Scalar scalar, const void* rows, int64_t width);
+
 /// `chunks` [experts+1]: first chunk of each expert, whose rows are cut into pieces of kBiasChunk;
-/// `partial` [chunks[experts], width] of the accumulation type is scratch. `weights` may be null.
+/// `partial` [chunks[experts], width] of the accumulation type is scratch, and so is `done`
+/// [experts, bias_strips], of zeros. `weights` may be null. Experts without rows: not written.
 void launch_bias_gradient(Scalar scalar, const void* rows, const void* weights,
                           const int64_t* offsets, const int64_t* chunks, int64_t num_chunks,
-                          int64_t experts, int64_t width, void* partial, void* out,
+                          int64_t experts, int64_t width, unsigned* done, void* partial, void* out,
                           cudaStream_t stream);
 
 // activation.cu

@@ -3,17 +3,13 @@
 
 namespace anabranch {
 
-torch::Tensor CudaKernels::gather_rows(const torch::Tensor& rows,
-                                       const torch::Tensor& index) const {
+void CudaKernels::gather_rows_into(torch::Tensor out, const torch::Tensor& rows,
+                                   const torch::Tensor& index) const {
   const OnDevice stream(rows);
-  auto sizes = rows.sizes().vec();
-  sizes[0] = index.size(0);
-  torch::Tensor out = at::empty(sizes, rows.options());
   const int64_t width = rows.dim() == 1 ? 1 : rows.size(1);
   cuda::launch_gather_rows(rows.const_data_ptr(), index.const_data_ptr<int64_t>(), index.size(0),
                            width * static_cast<int64_t>(rows.element_size()), out.data_ptr(),
                            stream);
-  return out;
 }
 
 torch::Tensor CudaKernels::scatter_rows(const torch::Tensor& rows, const Csr& groups) const {
@@ -26,15 +22,13 @@ torch::Tensor CudaKernels::scatter_rows(const torch::Tensor& rows, const Csr& gr
   return out;
 }
 
-torch::Tensor CudaKernels::sum_rows(const torch::Tensor& rows, const Csr& groups,
-                                    const torch::Tensor& weights) const {
+void CudaKernels::sum_rows_into(torch::Tensor out, const torch::Tensor& rows, const Csr& groups,
+                                const torch::Tensor& weights) const {
   const OnDevice stream(rows);
-  torch::Tensor out = at::empty({groups.offsets.size(0) - 1, rows.size(1)}, rows.options());
   cuda::launch_sum_rows(cuda::scalar_of(rows), rows.const_data_ptr(),
                         groups.offsets.const_data_ptr<int64_t>(),
                         groups.members.const_data_ptr<int64_t>(), cuda::address_or_null(weights),
                         out.size(0), out.size(1), out.data_ptr(), stream);
-  return out;
 }
 
 }  // namespace anabranch
