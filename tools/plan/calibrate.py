@@ -26,6 +26,8 @@ SIZES = [
     (1024, 128, 256, 32, 2),
     (512, 256, 512, 32, 4),
     (1024, 256, 256, 8, 2),
+    (1024, 128, 512, 16, 2),
+    (2048, 256, 512, 16, 1),
 ]
 EXCHANGES = ("dispatch", "combine", "dispatch_backward", "combine_backward")
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
