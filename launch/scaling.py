@@ -111,7 +111,7 @@ def gpus():
 
 def provenance(command):
     return {
-        "command": shlex.join(map(str, command)),
+        "command": shlex.join(str(word).removeprefix(f"{ROOT}/") for word in command),
         "commit": git("rev-parse", "HEAD"),
         "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -5,7 +5,6 @@
 #include <anabranch/router.h>
 
 #include <memory>
-#include <optional>
 #include <vector>
 
 namespace anabranch {
@@ -22,10 +21,6 @@ struct ExchangePlan {
   std::vector<int64_t> send_assignments;     ///< [W], Σ = A: T·top_k less those that are none
   std::vector<int64_t> receive_assignments;  ///< [W], Σ = P
   std::vector<int64_t> expert_counts;        ///< [local experts] assignments of each, Σ = P
-  // Rows cross in the order of tokens: at once, or in three pieces of a rank's tokens.
-  std::vector<int64_t> send_piece_rows;     ///< [W · 3] of send_rows, those of each piece
-  std::vector<int64_t> receive_piece_rows;  ///< [W · 3] of receive_rows, likewise
-  int64_t mean_tokens = 0;                  ///< of all ranks, rounded down: the same on each
 
   // Source side. Sent rows are ordered by (destination, token).
   torch::Tensor source_counts;  ///< [E] assignments of each expert; of no use to Exchange
@@ -51,24 +46,15 @@ struct Payload {
   torch::Tensor values;  ///< [T, top_k] at the source, [P] at the experts; may be undefined
 };
 
-struct ExchangeOptions {
-  /// Least bytes of a rank's tokens, on average, that cross in pieces, so that copying and summing at
-  /// both ends go on beside the sending. Without a value: 8 MiB where the communicator's collectives
-  /// run on a stream, and never where the host waits for them. The same on every rank.
-  std::optional<int64_t> least_bytes_in_pieces;
-};
-
 /// Moves tokens to the ranks of their experts and back. Each token crosses to a rank once, however
 /// many of its experts live there.
 class Exchange {
  public:
-  Exchange(std::shared_ptr<Communicator> communicator, int64_t num_experts,
-           const ExchangeOptions& options = {});
+  Exchange(std::shared_ptr<Communicator> communicator, int64_t num_experts);
 
-  /// The one place where the host learns counts, and waits for the current stream. Collective.
-  /// Invalid routing (expert ids out of range or twice in a token, a gate that is not finite) on any
-  /// rank is an InputError on that rank and a CommunicationError naming it on the others; nothing
-  /// else has been exchanged by then.
+  /// The one place where the host learns counts, and waits for the current stream. Collective. Invalid routing (expert ids out of
+  /// range or twice in a token, a gate that is not finite) on any rank is an InputError on that rank
+  /// and a CommunicationError naming it on the others; nothing else has been exchanged by then.
   ExchangePlan plan(const Routing& routing) const;
 
   /// Source → experts. Collective.
@@ -80,11 +66,8 @@ class Exchange {
   Communicator& communicator() const { return *communicator_; }
 
  private:
-  bool crosses_in_pieces(const torch::Tensor& rows, const ExchangePlan& plan) const;
-
   std::shared_ptr<Communicator> communicator_;
   ExpertPlacement placement_;
-  std::optional<int64_t> least_bytes_in_pieces_;
   /// What of its counts a rank tells each other rank; on the device of the last plan.
   mutable torch::Tensor message_layout_;
 };

@@ -86,9 +86,6 @@ def _plan(expert_ids, weights, num_experts, group):
         indices(assignments),
         indices(row_offsets),
         indices(assignments),
-        on_host(3 * ranks),
-        on_host(3 * ranks),
-        on_host(1),
     ]
 
 

@@ -39,14 +39,11 @@ Tensors to_list(const ExchangePlan& plan) {
           plan.received_order,
           plan.assignment_rows,
           plan.row_offsets,
-          plan.row_assignments,
-          to_tensor(plan.send_piece_rows),
-          to_tensor(plan.receive_piece_rows),
-          to_tensor({plan.mean_tokens})};
+          plan.row_assignments};
 }
 
 ExchangePlan to_plan(at::TensorList list, int64_t top_k) {
-  check_input(list.size() == 16, "a plan has 16 tensors, not ", list.size());
+  check_input(list.size() == 13, "a plan has 13 tensors, not ", list.size());
   ExchangePlan plan;
   plan.tokens = list[6].size(0) - 1;
   plan.top_k = top_k;
@@ -63,9 +60,6 @@ ExchangePlan to_plan(at::TensorList list, int64_t top_k) {
   plan.assignment_rows = list[10];
   plan.row_offsets = list[11];
   plan.row_assignments = list[12];
-  plan.send_piece_rows = to_vector(list[13]);
-  plan.receive_piece_rows = to_vector(list[14]);
-  plan.mean_tokens = to_vector(list[15]).at(0);
   return plan;
 }
 

@@ -17,10 +17,9 @@
 namespace anabranch {
 namespace {
 
-// What every rank tells every other before any row moves: whether its routing is valid, how many
-// tokens it has, the rows it will send there, of each piece, and the assignments among them of each of
-// the receiver's experts.
-enum Header : int64_t { kNonfiniteToken, kInvalidToken, kTokens, kRows, kHeader = kRows + kPieces };
+// What every rank tells every other before any row moves: whether its routing is valid, the rows it
+// will send there, and the assignments among them of each of the receiver's experts.
+enum Header : int64_t { kNonfiniteToken, kInvalidToken, kRows, kHeader };
 
 int64_t sum(const std::vector<int64_t>& values) {
   return std::accumulate(values.begin(), values.end(), int64_t{0});
@@ -92,17 +91,14 @@ void check_peers(const std::vector<const int64_t*>& headers) {
   }
 }
 
-/// Places, in [nonfinite, invalid, tokens, rows of each rank and piece.., counts of each expert..], of
-/// what each rank is sent.
+/// Places, in [nonfinite, invalid, rows of each rank.., counts of each expert..], of what each rank
+/// is sent.
 torch::Tensor message_layout(const ExpertPlacement& placement) {
   std::vector<int64_t> layout;
   for (int64_t rank = 0; rank < placement.num_ranks; ++rank) {
-    layout.insert(layout.end(), {kNonfiniteToken, kInvalidToken, kTokens});
-    for (int64_t piece = 0; piece < kPieces; ++piece) {
-      layout.push_back(kRows + rank * kPieces + piece);
-    }
+    layout.insert(layout.end(), {kNonfiniteToken, kInvalidToken, kRows + rank});
     for (int64_t e = 0; e < placement.local_experts(rank); ++e) {
-      layout.push_back(kRows + placement.num_ranks * kPieces + placement.first_expert(rank) + e);
+      layout.push_back(kRows + placement.num_ranks + placement.first_expert(rank) + e);
     }
   }
   return torch::tensor(layout, torch::kInt64);
@@ -168,37 +164,24 @@ ExchangePlan plan_counts(const Announced& announced, const ExpertPlacement& plac
   ExchangePlan plan;
   plan.expert_counts.assign(local, 0);
   for (int64_t rank = 0; rank < placement.num_ranks; ++rank) {
-    const int64_t* sent = announced.to[rank] + kRows;
-    const int64_t* received = announced.from[rank] + kRows;
-    plan.send_piece_rows.insert(plan.send_piece_rows.end(), sent, sent + kPieces);
-    plan.receive_piece_rows.insert(plan.receive_piece_rows.end(), received, received + kPieces);
-    plan.send_rows.push_back(std::accumulate(sent, sent + kPieces, int64_t{0}));
-    plan.receive_rows.push_back(std::accumulate(received, received + kPieces, int64_t{0}));
-    plan.mean_tokens += announced.from[rank][kTokens];
-    sent += kPieces;
-    received += kPieces;
+    const int64_t* sent = announced.to[rank] + kHeader;
+    const int64_t* received = announced.from[rank] + kHeader;
+    plan.send_rows.push_back(announced.to[rank][kRows]);
+    plan.receive_rows.push_back(announced.from[rank][kRows]);
     plan.send_assignments.push_back(
         std::accumulate(sent, sent + placement.local_experts(rank), int64_t{0}));
     plan.receive_assignments.push_back(std::accumulate(received, received + local, int64_t{0}));
     std::transform(received, received + local, plan.expert_counts.begin(),
                    plan.expert_counts.begin(), std::plus<>());
   }
-  plan.mean_tokens /= placement.num_ranks;
   return plan;
 }
 
 }  // namespace
 
-Exchange::Exchange(std::shared_ptr<Communicator> communicator, int64_t num_experts,
-                   const ExchangeOptions& options)
-    : communicator_(std::move(communicator)),
-      placement_{num_experts, communicator_->size()},
-      least_bytes_in_pieces_(options.least_bytes_in_pieces) {
-  constexpr int64_t kWorthAnotherLaunch = int64_t{8} << 20;
+Exchange::Exchange(std::shared_ptr<Communicator> communicator, int64_t num_experts)
+    : communicator_(std::move(communicator)), placement_{num_experts, communicator_->size()} {
   check_input(num_experts >= 1, "exchange: num_experts = ", num_experts, ", expected at least 1");
-  if (!least_bytes_in_pieces_.has_value() && communicator_->runs_on_stream()) {
-    least_bytes_in_pieces_ = kWorthAnotherLaunch;
-  }
   message_layout_ = message_layout(placement_);
 }
 
@@ -217,8 +200,7 @@ ExchangePlan Exchange::plan(const Routing& routing) const {
   }
   const auto announced = announce(
       *communicator_, placement_,
-      at::cat({nonfinite.reshape(1), invalid.reshape(1), at::full({1}, ids.size(0), ids.options()),
-               send.piece_rows.flatten(), send.expert_counts})
+      at::cat({nonfinite.reshape(1), invalid.reshape(1), send.rank_rows, send.expert_counts})
           .index_select(0, message_layout_));
   const int64_t* own = announced.to[0];
   if (own[kNonfiniteToken] >= 0 || own[kInvalidToken] >= 0) {
@@ -244,9 +226,8 @@ ExchangePlan Exchange::plan(const Routing& routing) const {
         {{sent_rows, plan.send_assignments, segment_rows, plan.receive_assignments}});
   }
   const auto local = static_cast<int64_t>(plan.expert_counts.size());
-  const auto arrivals =
-      kernels.order_arrivals(segment_rows, announced.received.narrow(1, kRows, kPieces).sum(1),
-                             announced.received.narrow(1, kHeader, local));
+  const auto arrivals = kernels.order_arrivals(segment_rows, announced.received.select(1, kRows),
+                                               announced.received.narrow(1, kHeader, local));
   plan.received_order = arrivals.received_order;
   plan.assignment_rows = arrivals.assignment_rows;
   const Csr by_row = kernels.group(arrivals.assignment_rows, sum(plan.receive_rows));

@@ -159,7 +159,7 @@ TEST_F(CudaKernelsTest, PlansEqualTheCpus) {
     const auto result = cuda_->plan_send(on_gpu(ids), first, may_skip);
     const auto sent = expected.send_tokens.size(0);
     EXPECT_TRUE(identical(result.expert_counts.cpu(), expected.expert_counts));
-    EXPECT_TRUE(identical(result.piece_rows.cpu(), expected.piece_rows));
+    EXPECT_TRUE(identical(result.rank_rows.cpu(), expected.rank_rows));
     EXPECT_TRUE(identical(result.send_tokens.narrow(0, 0, sent).cpu(), expected.send_tokens));
     EXPECT_TRUE(identical(result.token_offsets.cpu(), expected.token_offsets));
     EXPECT_TRUE(identical(result.token_rows.narrow(0, 0, sent).cpu(), expected.token_rows));

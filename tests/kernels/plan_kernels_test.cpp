@@ -37,8 +37,7 @@ TEST_P(PlanKernelsTest, PlanSendEqualsTheDefinition) {
     const auto plan = kernels_.plan_send(on_device(ids), first, may_skip);
 
     const auto flat = numbers(ids);
-    std::vector<int64_t> rank_rows, piece_rows, send_tokens, token_offsets, token_rows, send_order,
-        row_in_rank;
+    std::vector<int64_t> rank_rows, send_tokens, token_offsets, token_rows, send_order, row_in_rank;
     std::vector<std::vector<int64_t>> rows_of_token(tokens);
     std::vector<std::vector<int64_t>> row_within(ranks, std::vector<int64_t>(tokens, -1));
     for (int64_t r = 0; r < ranks; ++r) {
@@ -52,14 +51,6 @@ TEST_P(PlanKernelsTest, PlanSendEqualsTheDefinition) {
           row_within[r][t] = rank_rows.back()++;
         }
       }
-      const auto rows_of_tokens = [&](int64_t begin, int64_t end) {
-        const auto first = row_within[r].begin();
-        return end - begin - std::count(first + begin, first + end, -1);
-      };
-      const int64_t quarter = tokens / 4;
-      piece_rows.insert(piece_rows.end(),
-                        {rows_of_tokens(0, quarter), rows_of_tokens(quarter, tokens - quarter),
-                         rows_of_tokens(tokens - quarter, tokens)});
     }
     token_offsets.push_back(0);
     for (const auto& rows : rows_of_token) {
@@ -80,7 +71,7 @@ TEST_P(PlanKernelsTest, PlanSendEqualsTheDefinition) {
     const auto sent = static_cast<int64_t>(send_tokens.size());
     const auto assignments = static_cast<int64_t>(send_order.size());
     EXPECT_EQ(numbers(plan.expert_counts.narrow(0, 0, num_experts)), expert_counts);
-    EXPECT_EQ(numbers(plan.piece_rows.flatten()), piece_rows);
+    EXPECT_EQ(numbers(plan.rank_rows), rank_rows);
     EXPECT_EQ(numbers(plan.send_tokens.narrow(0, 0, sent)), send_tokens);
     EXPECT_EQ(numbers(plan.token_offsets), token_offsets);
     EXPECT_EQ(numbers(plan.token_rows.narrow(0, 0, sent)), token_rows);

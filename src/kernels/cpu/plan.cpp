@@ -28,11 +28,8 @@ struct TokenRanks {
   std::vector<int64_t> assignment_row;  // [T·k] the same, for each (token, slot)
 };
 
-/// `rank_rows` becomes the rows of each rank, `piece_rows` [ranks, kPieces] those of each piece.
 TokenRanks find_token_ranks(const torch::Tensor& expert_ids, const std::vector<int64_t>& rank_of,
-                            std::vector<int64_t>& rank_rows, int64_t* piece_rows,
-                            int64_t* token_offsets) {
-  const auto ranks = static_cast<int64_t>(rank_rows.size());
+                            int64_t* rank_rows, int64_t ranks, int64_t* token_offsets) {
   const int64_t tokens = expert_ids.size(0);
   const int64_t top_k = expert_ids.size(1);
   const int64_t* ids = expert_ids.const_data_ptr<int64_t>();
@@ -42,12 +39,7 @@ TokenRanks find_token_ranks(const torch::Tensor& expert_ids, const std::vector<i
   found.rows.reserve(tokens * std::min(top_k, ranks));
   std::vector<int64_t> row_at(ranks, -1);
   token_offsets[0] = 0;
-  const auto begins = piece_begins(tokens);
-  int64_t piece = 0;
   for (int64_t t = 0; t < tokens; ++t) {
-    while (t >= begins[piece + 1]) {
-      ++piece;
-    }
     const auto start = static_cast<int64_t>(found.ranks.size());
     for (int64_t slot = 0; slot < top_k; ++slot) {
       const int64_t id = ids[t * top_k + slot];
@@ -58,7 +50,6 @@ TokenRanks find_token_ranks(const torch::Tensor& expert_ids, const std::vector<i
       const int64_t rank = id < 0 ? 0 : rank_of[id];  // one rank has every token as a row
       if (row_at[rank] < 0) {
         row_at[rank] = rank_rows[rank]++;
-        ++piece_rows[rank * kPieces + piece];
         found.ranks.push_back(rank);
       }
       found.assignment_row[t * top_k + slot] = row_at[rank];
@@ -103,14 +94,13 @@ SendPlan CpuKernels::plan_send(const torch::Tensor& unchecked_ids,
   const auto index = expert_ids.options();
   SendPlan plan;
 
-  std::vector<int64_t> rank_rows(ranks, 0);
-  plan.piece_rows = at::zeros({ranks, kPieces}, index);
+  plan.rank_rows = at::zeros({ranks}, index);
   plan.token_offsets = at::empty({tokens + 1}, index);
   const TokenRanks pairs =
-      find_token_ranks(expert_ids, rank_of_expert(first_expert), rank_rows,
-                       plan.piece_rows.data_ptr<int64_t>(), plan.token_offsets.data_ptr<int64_t>());
+      find_token_ranks(expert_ids, rank_of_expert(first_expert), plan.rank_rows.data_ptr<int64_t>(),
+                       ranks, plan.token_offsets.data_ptr<int64_t>());
   const auto sent = static_cast<int64_t>(pairs.ranks.size());
-  const auto segments = offsets_of(rank_rows.data(), ranks);
+  const auto segments = offsets_of(plan.rank_rows.const_data_ptr<int64_t>(), ranks);
   plan.send_tokens = at::empty({sent}, index);
   plan.token_rows = at::empty({sent}, index);
   int64_t* send_tokens = plan.send_tokens.data_ptr<int64_t>();

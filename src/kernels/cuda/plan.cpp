@@ -5,9 +5,6 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 
-#include <algorithm>
-#include <functional>
-
 #include "kernels/cuda/cuda_kernels.h"
 #include "kernels/cuda/tensors.h"
 
@@ -32,15 +29,12 @@ void plan_rows(const torch::Tensor& expert_ids, const std::vector<int64_t>& firs
                            ranks, pairs, stream);
   // Assignments that are not the first of their (token, rank) go last, behind all sent rows.
   const Csr sent = cuda_kernels().group(key, ranks + 1);
+  plan.rank_rows = sent.offsets.diff().narrow(0, 0, ranks).contiguous();
   const torch::Tensor row_of = at::empty({assignments}, index);
   plan.send_tokens = at::empty({assignments}, index);
   cuda::launch_send_tokens(sent.members.const_data_ptr<int64_t>(), assignments, top_k,
                            plan.send_tokens.data_ptr<int64_t>(), row_of.data_ptr<int64_t>(),
                            stream);
-  plan.piece_rows = at::empty({ranks, kPieces}, index);
-  cuda::launch_piece_rows(plan.send_tokens.const_data_ptr<int64_t>(),
-                          sent.offsets.const_data_ptr<int64_t>(), ranks, piece_begins(tokens),
-                          plan.piece_rows.data_ptr<int64_t>(), stream);
   plan.token_offsets = at::zeros({tokens + 1}, index);
   auto token_ends = plan.token_offsets.narrow(0, 1, tokens);
   at::cumsum_out(token_ends, rows_of_token, 0);
@@ -58,10 +52,7 @@ void plan_rows(const torch::Tensor& expert_ids, const std::vector<int64_t>& firs
 void plan_rows_of_one_rank(const torch::Tensor& expert_ids, SendPlan& plan) {
   const int64_t tokens = expert_ids.size(0);
   const auto index = expert_ids.options();
-  const auto begins = piece_begins(tokens);
-  std::vector<int64_t> rows(kPieces);
-  std::transform(begins.begin() + 1, begins.end(), begins.begin(), rows.begin(), std::minus<>());
-  plan.piece_rows = upload(rows, expert_ids.device()).view({1, kPieces});
+  plan.rank_rows = at::full({1}, tokens, index);
   plan.token_offsets = at::arange(tokens + 1, index);
   plan.send_tokens = plan.token_offsets.narrow(0, 0, tokens);
   plan.token_rows = plan.send_tokens;

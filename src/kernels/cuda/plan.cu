@@ -258,27 +258,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-struct PieceBegins {
-  int64_t token[kPieces + 1];
-};
-
-/// A thread per (rank, piece).
-__global__ void __launch_bounds__(kThreads)
-    piece_rows_kernel(const int64_t* __restrict__ send_tokens, const int64_t* __restrict__ segments,
-                      int64_t ranks, PieceBegins begins, int64_t* __restrict__ piece_rows) {
-  const int64_t i = thread_index();
-  if (i >= ranks * kPieces) {
-    return;
-  }
-  const int64_t begin = segments[i / kPieces];
-  const int64_t rows = segments[i / kPieces + 1] - begin;
-  const auto rows_before = [&](int64_t token) {
-    return upper_bound(send_tokens + begin, rows, token - 1);
-  };
-  const int64_t piece = i % kPieces;
-  piece_rows[i] = rows_before(begins.token[piece + 1]) - rows_before(begins.token[piece]);
-}
-
 /// A thread per token: its rows in the order of their ranks.
 __global__ void __launch_bounds__(kThreads)
     token_rows_kernel(TokenRanks pairs, const int64_t* __restrict__ row_of,
@@ -402,16 +381,6 @@ void launch_send_tokens(const int64_t* sent, int64_t count, int64_t top_k, int64
   send_tokens_kernel<<<grid_for(count), kThreads, 0, stream>>>(sent, count, top_k, send_tokens,
                                                                row_of);
   check_launch("send_tokens");
-}
-
-void launch_piece_rows(const int64_t* send_tokens, const int64_t* segments, int64_t ranks,
-                       const std::array<int64_t, kPieces + 1>& begins, int64_t* piece_rows,
-                       cudaStream_t stream) {
-  PieceBegins of_tokens;
-  std::copy(begins.begin(), begins.end(), of_tokens.token);
-  piece_rows_kernel<<<grid_for(ranks * kPieces), kThreads, 0, stream>>>(
-      send_tokens, segments, ranks, of_tokens, piece_rows);
-  check_launch("piece_rows");
 }
 
 void launch_token_rows(const TokenRanks& pairs, const int64_t* row_of, const int64_t* token_offsets,
