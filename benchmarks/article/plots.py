@@ -164,6 +164,9 @@ def rates(records, folder):
     return save(figure, folder, "rate")
 
 
+OFF_SCALE = 5  # times the fastest method
+
+
 def stages(records, folder, label_of):
     """Stacked milliseconds of each method, one panel a case."""
     units = list(dict.fromkeys(record["unit"] for record in records))
@@ -181,6 +184,12 @@ def stages(records, folder, label_of):
             values = [ms[stage] for ms in here.values()]
             axes.barh(list(here), values, left=left, color=colours[stage], label=stage)
             left = [a + b for a, b in zip(left, values)]
+        # A few methods may take many times as long: their bars are cut, and say so.
+        most = 1.05 * max(total for total in left if total <= OFF_SCALE * min(left))
+        axes.set_xlim(0, most)
+        for method, total in zip(here, left):
+            if total > most:
+                axes.text(0.98 * most, method, f"{total:,.{0 if total >= 100 else 1}f} ms →", ha="right", va="center", color="white", fontsize=8)
         axes.invert_yaxis()
         axes.set_title(label_of(unit), fontsize=10)
         axes.set_xlabel("milliseconds")
