@@ -52,9 +52,10 @@ class Exchange {
  public:
   Exchange(std::shared_ptr<Communicator> communicator, int64_t num_experts);
 
-  /// The one place where the host learns counts, and waits for the current stream. Collective. Invalid routing (expert ids out of
-  /// range or twice in a token, a gate that is not finite) on any rank is an InputError on that rank
-  /// and a CommunicationError naming it on the others; nothing else has been exchanged by then.
+  /// The one place where the host learns counts, and waits for the current stream. Collective.
+  /// Invalid routing (expert ids out of range or twice in a token, a gate that is not finite) on any
+  /// rank is an InputError on that rank and a CommunicationError naming it on the others; nothing
+  /// else has been exchanged by then.
   ExchangePlan plan(const Routing& routing) const;
 
   /// Source → experts. Collective.

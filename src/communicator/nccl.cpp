@@ -60,14 +60,15 @@ class NcclCommunicator final : public Communicator {
     }
     const OnDevice stream(device_);
     SideStream beside(device_);
-    for (const Transfer& transfer : transfers) {
-      if (transfer.send_rows[rank()] > 0) {
-        beside.run([&] { copy_own_rows(transfer); });
-      }
-    }
     watch_.run("all_to_all_v", stream, [&](ncclComm_t comm) {
       for (const Transfer& transfer : transfers) {
         exchange(transfer, comm, stream);
+      }
+    });
+    // Launched behind NCCL's kernel, which then has the multiprocessors that it needs.
+    beside.run([&] {
+      for (const Transfer& transfer : transfers) {
+        copy_own_rows(transfer);
       }
     });
   }

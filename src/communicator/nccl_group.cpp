@@ -50,7 +50,10 @@ void NcclGroup::launch(const std::function<void(ncclComm_t)>& calls) {
 
 std::string NcclGroup::asynchronous_error() const {
   ncclResult_t state = ncclSuccess;
-  check_nccl(ncclCommGetAsyncError(comm_, &state), "ncclCommGetAsyncError");
+  const ncclResult_t answer = ncclCommGetAsyncError(comm_, &state);
+  if (answer != ncclSuccess) {
+    state = answer;
+  }
   if (state == ncclSuccess || state == ncclInProgress) {
     return "";
   }

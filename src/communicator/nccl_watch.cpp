@@ -38,7 +38,9 @@ NcclWatch::NcclWatch(NcclGroup& group, NcclProgress& progress, int device,
       progress_(progress),
       deadline_(deadline),
       heartbeat_(heartbeat_for(deadline)),
-      thread_([this, device] { watch(device); }) {}
+      looked_(Clock::now()),
+      follower_([this, device] { follow_streams(device); }),
+      watcher_([this] { watch(); }) {}
 
 NcclWatch::~NcclWatch() {
   {
@@ -46,7 +48,8 @@ NcclWatch::~NcclWatch() {
     stop_ = true;
   }
   changed_.notify_all();
-  thread_.join();
+  follower_.join();
+  watcher_.join();
 }
 
 void NcclWatch::check() {
@@ -65,20 +68,22 @@ void NcclWatch::run(const char* name, cudaStream_t stream,
   const int64_t sequence = ++started_;
   launching_ = Launch{name, sequence, Clock::now()};
   lock.unlock();
+  std::optional<CudaEvent> end;
   std::string error;
   try {
     group_.launch(calls);
+    end.emplace(recorded(stream));
   } catch (const std::runtime_error& failed) {
     error = failed.what();
   }
   group_lock.unlock();
   lock.lock();
   launching_.reset();
-  if (error.empty()) {
-    running_.push_back({name, sequence, std::move(begin), recorded(stream), std::nullopt});
+  if (end.has_value()) {
+    running_.push_back({name, sequence, std::move(begin), std::move(*end), std::nullopt});
     return;
   }
-  launch_trouble_ = Trouble{c10::str(name, ": ", error), sequence};
+  trouble_ = Trouble{c10::str(name, ": ", error), sequence};
   changed_.wait(lock, [&] { return failure_.has_value(); });
   lock.unlock();
   check();
@@ -93,16 +98,53 @@ void NcclWatch::finish() {
   group_.finalize();
 }
 
-void NcclWatch::watch(int device) {
+bool NcclWatch::pause() {
+  std::unique_lock lock(mutex_);
+  return !changed_.wait_for(lock, kGlance, [&] { return stop_; });
+}
+
+void NcclWatch::follow_streams(int device) {
   static_cast<void>(cudaSetDevice(device));  // its events' own calls will tell
-  next_sign_ = Clock::now();
-  for (;;) {
-    {
-      std::unique_lock lock(mutex_);
-      if (changed_.wait_for(lock, kGlance, [&] { return stop_; })) {
-        return;
-      }
+  while (pause()) {
+    try {
+      look_at_streams();
+    } catch (const std::runtime_error& error) {  // of this rank's own GPU
+      const std::lock_guard lock(mutex_);
+      trouble_ = Trouble{error.what(), started_};
     }
+    const std::lock_guard lock(mutex_);
+    looked_ = Clock::now();
+  }
+}
+
+/// Nothing of CUDA's is called while the mutex is held. Only this thread takes collectives away.
+void NcclWatch::look_at_streams() {
+  std::unique_lock lock(mutex_);
+  while (!running_.empty() && !failure_.has_value()) {
+    Collective& oldest = running_.front();
+    lock.unlock();
+    const bool begun = oldest.begun.has_value() || has_ended(oldest.begin);
+    const bool ended = begun && has_ended(oldest.end);
+    lock.lock();
+    if (begun && !oldest.begun.has_value()) {
+      oldest.begun = Clock::now();
+    }
+    if (!ended) {
+      break;
+    }
+    {
+      const Collective done = std::move(oldest);
+      running_.pop_front();
+      changed_.notify_all();
+      lock.unlock();
+    }  // its events are destroyed
+    lock.lock();
+  }
+}
+
+void NcclWatch::watch() {
+  next_sign_ = Clock::now();
+  while (pause()) {
     exchange_signs(Clock::now());
     if (const auto trouble = look()) {
       fail(*trouble);
@@ -130,42 +172,39 @@ std::optional<NcclWatch::Trouble> NcclWatch::look() {
   if (failure_.has_value()) {
     return std::nullopt;
   }
-  if (launch_trouble_.has_value()) {
-    return launch_trouble_;
+  if (trouble_.has_value()) {
+    return trouble_;
   }
-  if (launching_.has_value() && Clock::now() - launching_->begun > deadline_) {
+  const auto now = Clock::now();
+  if (launching_.has_value() && now - launching_->begun > deadline_) {
     return Trouble{
         c10::str(launching_->name, " was not launched within ", deadline_.count(), " ms"),
         launching_->sequence};
   }
-  try {
-    while (!running_.empty() && has_ended(running_.front().end)) {
-      running_.pop_front();
-      changed_.notify_all();
-    }
-    if (running_.empty()) {
-      return std::nullopt;
-    }
-    Collective& oldest = running_.front();
-    if (!oldest.begun.has_value() && has_ended(oldest.begin)) {
-      oldest.begun = Clock::now();
-    }
-    // Not while another thread launches: asking NCCL for errors also completes what is being launched,
-    // which two threads must not do at once. Who launches asks by itself.
-    if (const std::unique_lock group_lock(group_mutex_, std::try_to_lock); group_lock) {
-      const std::string error = group_.asynchronous_error();
-      if (!error.empty()) {
-        return Trouble{c10::str(oldest.name, " failed: ", error), oldest.sequence};
-      }
-    }
-    if (oldest.begun.has_value() && Clock::now() - *oldest.begun > deadline_) {
-      return Trouble{c10::str(oldest.name, " did not end within ", deadline_.count(), " ms"),
-                     oldest.sequence};
-    }
+  if (running_.empty()) {
     return std::nullopt;
-  } catch (const std::runtime_error& error) {  // of this rank's own GPU
-    return Trouble{error.what(), started_};
   }
+  const Collective& oldest = running_.front();
+  if (oldest.begun.has_value() && now - *oldest.begun > deadline_) {
+    return Trouble{c10::str(oldest.name, " did not end within ", deadline_.count(), " ms"),
+                   oldest.sequence};
+  }
+  if (now - looked_ > deadline_) {
+    return Trouble{c10::str("CUDA has not said for ", deadline_.count(), " ms whether ",
+                            oldest.name, " has ended"),
+                   oldest.sequence};
+  }
+  const int64_t sequence = oldest.sequence;
+  const std::string name = oldest.name;
+  lock.unlock();
+  // Not while another thread launches, which asks by itself.
+  if (const std::unique_lock group_lock(group_mutex_, std::try_to_lock); group_lock) {
+    const std::string error = group_.asynchronous_error();
+    if (!error.empty()) {
+      return Trouble{c10::str(name, " failed: ", error), sequence};
+    }
+  }
+  return std::nullopt;
 }
 
 void NcclWatch::fail(const Trouble& trouble) {

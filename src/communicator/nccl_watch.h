@@ -11,10 +11,14 @@
 
 namespace anabranch {
 
-/// Watches a group's collectives from a thread of its own: one that does not end within its deadline,
-/// or that NCCL reports as failed, ends all of them, here and on the other ranks, and is told by
-/// `check`: before streams go on, so that who has waited for a stream learns it there. The time of a
-/// collective begins when the stream has come to it.
+/// Watches a group's collectives: one that does not end within its deadline, or that NCCL reports as
+/// failed, ends all of them, here and on the other ranks, and is told by `check`: before streams go on,
+/// so that who has waited for a stream learns it there. The time of a collective begins when the
+/// stream has come to it.
+///
+/// One thread asks CUDA how far the streams are. Its calls may have to wait for another thread's, which
+/// may wait for a collective that never ends: so it is another thread, calling nothing of CUDA's, that
+/// tells the other ranks that this one lives, and gives up.
 class NcclWatch {
  public:
   /// How often a rank tells the others that it lives.
@@ -56,9 +60,13 @@ class NcclWatch {
     int64_t sequence;
   };
 
-  void watch(int device);
+  void follow_streams(int device);
+  void look_at_streams();
+  void watch();
   void exchange_signs(Clock::time_point now);
   std::optional<Trouble> look();
+  /// False when there is no more to do.
+  bool pause();
   void fail(const Trouble& trouble);
   void end_with(const NcclProgress::Failure& failure);
 
@@ -73,10 +81,13 @@ class NcclWatch {
   std::deque<Collective> running_;
   int64_t started_ = 0;
   std::optional<Launch> launching_;
-  std::optional<Trouble> launch_trouble_;
+  Clock::time_point looked_;  ///< when CUDA last answered
+  std::optional<Trouble> trouble_;
   std::optional<NcclProgress::Failure> failure_;
   bool stop_ = false;
-  std::thread thread_;  ///< the last member: it uses all others
+  // The last members: they use all others.
+  std::thread follower_;
+  std::thread watcher_;
 };
 
 }  // namespace anabranch

@@ -7,15 +7,13 @@
 #include <cstdint>
 #include <vector>
 
-#include "kernels/pieces.h"
-
 namespace anabranch {
 
 /// What one rank's tokens send where. [T, k] routing, E experts, W ranks; all int64.
 struct SendPlan {
   torch::Tensor expert_counts;  ///< [E] assignments per expert (then [1] of none, if there may be)
-  torch::Tensor piece_rows;     ///< [W, kPieces] distinct tokens per rank, of each piece
-  torch::Tensor send_tokens;    ///< [≥ S] tokens by (rank, token); S = Σ piece_rows
+  torch::Tensor rank_rows;      ///< [W] distinct tokens per rank
+  torch::Tensor send_tokens;    ///< [≥ S] tokens by (rank, token); S = Σ rank_rows
   torch::Tensor token_offsets;  ///< [T+1]
   torch::Tensor token_rows;     ///< [≥ S] rows of each token in send_tokens, ascending
   torch::Tensor send_order;     ///< [T·k] flat (token, slot), by (expert, token)

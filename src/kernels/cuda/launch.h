@@ -4,8 +4,6 @@
 
 #include <cstdint>
 
-#include "kernels/pieces.h"
-
 // Launchers of the device code: raw device pointers and sizes, no LibTorch, so that the .cu files
 // compile in seconds. They run on `stream`, launch nothing for empty tensors and throw
 // std::runtime_error when a launch fails. Shapes and meanings are those of kernels/kernels.h.
@@ -110,16 +108,11 @@ void launch_token_ranks(const int64_t* expert_ids, int64_t tokens, int64_t top_k
 void launch_send_tokens(const int64_t* sent, int64_t count, int64_t top_k, int64_t* send_tokens,
                         int64_t* row_of, cudaStream_t stream);
 
-/// `piece_rows` [W, kPieces]: how many rows of each rank's segment are of tokens of each piece.
-/// `segments` [W+1]: first row of each rank's segment.
-void launch_piece_rows(const int64_t* send_tokens, const int64_t* segments, int64_t ranks,
-                       const std::array<int64_t, kPieces + 1>& begins, int64_t* piece_rows,
-                       cudaStream_t stream);
-
 void launch_token_rows(const TokenRanks& pairs, const int64_t* row_of, const int64_t* token_offsets,
                        int64_t tokens, int64_t top_k, int64_t ranks, int64_t* token_rows,
                        cudaStream_t stream);
 
+/// `segments` [W+1]: first row of each rank's segment.
 void launch_segment_rows(const int64_t* send_order, int64_t count, const TokenRanks& pairs,
                          const int64_t* row_of, const int64_t* segments, int32_t* segment_rows,
                          cudaStream_t stream);
