@@ -122,9 +122,10 @@ cublasLtMatmulAlgo_t CublasLt::choose(const Key& key, Problem& problem) const {
   set<uint32_t>(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, key[kAlignB]);
   set<uint32_t>(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, key[kAlignC]);
   set<uint32_t>(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, key[kAlignC]);
-  // Sums of parts in 16 bits would lose what fp32 accumulation has gained.
+  // No sum over k is split: cuBLAS 13.1's algorithms that do lose rows at some k above 8192, such as
+  // 8193 at m = n = 512, and sums of parts in 16 bits would lose what fp32 accumulation has gained.
   set<uint32_t>(&preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-                CUBLASLT_REDUCTION_SCHEME_MASK & ~CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE);
+                CUBLASLT_REDUCTION_SCHEME_NONE);
   cublasLtMatmulHeuristicResult_t found;
   int count = 0;
   check_cublas(

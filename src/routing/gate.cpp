@@ -18,6 +18,24 @@ torch::Tensor split(const torch::Tensor& x, const std::array<int, 3>& parts, boo
                       : places.view({3 * x.size(0), x.size(1)});
 }
 
+/// dᵀ · x in fp32, of bf16 numbers; d [T, m], x [T, n] → [m, n]. The sum over tokens is taken in parts:
+/// cuBLAS 13.1 splits sums over more than 8192 rows among blocks of its own, and then loses some where
+/// their number is uneven.
+torch::Tensor sum_over_tokens(const torch::Tensor& d, const torch::Tensor& x) {
+  constexpr int64_t kPart = 4096;
+  const int64_t parts = x.size(0) / kPart;
+  const int64_t whole = parts * kPart;
+  const auto rest = [&] { return at::mm(d.slice(0, whole).t(), x.slice(0, whole), torch::kFloat); };
+  if (parts == 0) {
+    return rest();
+  }
+  const auto in_parts = [&](const torch::Tensor& rows) {
+    return rows.slice(0, 0, whole).view({parts, kPart, rows.size(1)});
+  };
+  const auto sums = at::bmm(in_parts(d).transpose(1, 2), in_parts(x), torch::kFloat);
+  return whole == x.size(0) ? sums.sum(0) : sums.sum(0).add_(rest());
+}
+
 /// Exact products of bf16 numbers, summed in fp32.
 struct SplitGate : torch::autograd::Function<SplitGate> {
   static torch::Tensor forward(AutogradContext* context, const torch::Tensor& x,
@@ -33,7 +51,7 @@ struct SplitGate : torch::autograd::Function<SplitGate> {
     const auto& x = saved[0];
     const auto& weight = saved[1];
     const auto& dlogits = gradients[0];
-    const auto dweight = at::mm(split(dlogits, {0, 1, 2}, true).t(), x, torch::kFloat)
+    const auto dweight = sum_over_tokens(split(dlogits, {0, 1, 2}, true), x)
                              .view({3, weight.size(0), x.size(1)})
                              .sum(0);
     // dx is rounded to bf16: twice its digits are enough, d0·w0 + d1·w0 + d0·w1.

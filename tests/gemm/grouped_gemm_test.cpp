@@ -5,6 +5,7 @@
 #include <limits>
 #include <map>
 #include <numeric>
+#include <set>
 
 #include "support/devices.h"
 #include "support/random.h"
@@ -400,6 +401,46 @@ TEST_P(GroupedGemmTest, DifferentiatesTheActivation) {
         }
       }
     }
+  }
+}
+
+// Sums over so many rows that cuBLAS would split them, and of such a number that it loses some: few of
+// the rows are not zero, so that the sums are known exactly.
+TEST_P(GroupedGemmTest, LosesNoRowOfALongSum) {
+  const auto device = GetParam().device;
+  const std::vector<int64_t> counts =
+      device.is_cuda() ? std::vector<int64_t>{8193, 8194, 8195, 8321, 0, 8199, 12291, 15107}
+                       : std::vector<int64_t>{129, 0, 130, 131, 257};
+  const auto experts = static_cast<int64_t>(counts.size());
+  const int64_t rows = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  const int64_t n = device.is_cuda() ? random_.pick<int64_t>({512, 1024}) : 16;
+  const int64_t k = device.is_cuda() ? 512 : 24;
+  for (const auto dtype : dtypes()) {
+    SCOPED_TRACE(c10::str(n, " x ", k, " ", to_string(dtype)));
+    const auto options = torch::TensorOptions(dtype).device(device);
+    const auto dy = torch::zeros({rows, n}, options);
+    const auto x = torch::zeros({rows, k}, options);
+    const auto expected = torch::zeros({experts, n, k}, options.dtype(torch::kFloat64));
+    int64_t begin = 0;
+    for (int64_t e = 0; e < experts; begin += counts[e], ++e) {
+      if (counts[e] == 0) {
+        continue;
+      }
+      std::set<int64_t> marked = {0, counts[e] - 3, counts[e] - 2, counts[e] - 1};
+      for (int64_t row = 128; row < counts[e]; row += 128) {
+        marked.insert({row - 1, row});
+      }
+      for (const int64_t row : marked) {  // one column each: the largest sum is exact in any type
+        const int64_t i = random_.integer(0, n - 1);
+        const int64_t j = random_.integer(0, k - 1);
+        dy[begin + row][i] = 1;
+        x[begin + row][j] = 1;
+        expected[e][i][j] += 1;
+      }
+    }
+    auto dweight = torch::full({experts, n, k}, 7, options);
+    engine_->wgrad(dy, x, counts, dweight);
+    EXPECT_TRUE(dweight.to(torch::kFloat64).equal(expected));
   }
 }
 

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "reference/dense_moe.h"
+#include "routing/gate.h"
 #include "support/devices.h"
 #include "support/random.h"
 #include "support/thrown.h"
@@ -30,6 +31,24 @@ torch::Tensor clear_logits(Random& random, int64_t tokens, int64_t num_experts, 
   auto logits = scale * random.normal({tokens, num_experts});
   auto ranks = std::get<1>(logits.sort(1)).argsort(1, /*descending=*/false).to(torch::kFloat64);
   return (logits + 1e-3 * ranks).to(torch::kFloat32).to(torch::kFloat64);
+}
+
+// Small whole numbers: every sum is exact, however many tokens there are and in whatever order.
+TEST_P(RouteTest, TheGatesGradientLosesNoToken) {
+  const auto whole = [&](at::IntArrayRef sizes, torch::Dtype dtype) {
+    return on_device((random_.uniform(sizes) * 5).floor().sub(2).to(dtype));
+  };
+  for (const int64_t tokens : {0, 1, 4095, 4096, 8193, 8195, 12300}) {
+    for (const auto dtype : {torch::kBFloat16, torch::kFloat32}) {
+      SCOPED_TRACE(c10::str("T ", tokens, " ", to_string(dtype)));
+      const auto x = whole({tokens, 40}, dtype);
+      const auto dlogits = whole({tokens, 16}, torch::kFloat32);
+      const auto weight = whole({16, 40}, torch::kFloat32).requires_grad_();
+      gate_logits(x, weight).backward(dlogits);
+      const auto expected = dlogits.cpu().to(torch::kFloat64).t().mm(x.cpu().to(torch::kFloat64));
+      EXPECT_TRUE(weight.grad().cpu().to(torch::kFloat64).equal(expected));
+    }
+  }
 }
 
 TEST_P(RouteTest, EqualsReferenceForwardAndBackward) {
