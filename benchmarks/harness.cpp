@@ -10,6 +10,8 @@
 #include <cmath>
 #include <ctime>
 #include <iostream>
+#include <numeric>
+#include <random>
 #include <stdexcept>
 
 #include "support/cuda_check.h"
@@ -102,8 +104,13 @@ std::vector<double> gpu_milliseconds(const std::vector<std::function<void()>>& c
     batch.push_back(std::clamp(static_cast<int>(kBatchMilliseconds / estimate), 2, 50));
   }
   std::vector<std::vector<double>> rounds(calls.size());
+  std::vector<size_t> order(calls.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::mt19937 generator(1);
   for (int round = 0; round < kRounds; ++round) {
-    for (size_t i = 0; i < calls.size(); ++i) {
+    // A product that keeps the chip cool lets the next one run at a higher clock: not always the same.
+    std::shuffle(order.begin(), order.end(), generator);
+    for (const size_t i : order) {
       calls[i]();  // warm for the one that is timed
       rounds[i].push_back(batch_milliseconds(calls[i], batch[i]));
     }
