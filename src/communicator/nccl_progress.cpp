@@ -147,14 +147,16 @@ std::vector<int> NcclProgress::missing(int64_t sequence, std::chrono::millisecon
     std::this_thread::sleep_for(heartbeat / 2);
     listen();
   }
-  std::vector<int> ranks;
+  std::vector<int> silent;
+  std::vector<int> behind;
   for (int rank = 0; rank < static_cast<int>(states_.size()); ++rank) {
-    const bool silent = states_[rank].beats == before[rank].beats;
-    if (rank != rank_ && (silent || states_[rank].started < sequence)) {
-      ranks.push_back(rank);
+    if (rank != rank_ && states_[rank].beats == before[rank].beats) {
+      silent.push_back(rank);
+    } else if (rank != rank_ && states_[rank].started < sequence) {
+      behind.push_back(rank);
     }
   }
-  return ranks;
+  return silent.empty() ? behind : silent;
 }
 
 void NcclProgress::announce(const Failure& failure) {

@@ -27,7 +27,8 @@ class NcclProgress {
   void publish(int64_t started);
   /// Takes in what the others have told.
   void listen();
-  /// Ranks that do not live any more, or have not come to the `sequence`th collective. Takes three
+  /// Ranks that are dead or stalled, or else, where all live, those that have not come to the
+  /// `sequence`th collective: beside a dead rank these may be waiting for it, too. Takes three
   /// `heartbeat`s: who does not publish in that time is dead or stalled.
   std::vector<int> missing(int64_t sequence, std::chrono::milliseconds heartbeat);
 

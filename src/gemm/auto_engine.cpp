@@ -131,8 +131,9 @@ class AutoEngine final : public GroupedGemmEngine {
 
   using Engines = std::vector<std::shared_ptr<GroupedGemmEngine>>;
 
-  /// All that can multiply rows of that type with `weight`, best guess first. Eight streams gain
-  /// nothing over four, and their workspaces take 128 MiB more.
+  /// All that can multiply rows of that type with `weight`, best guess first, and of the loops that of
+  /// the fewest workspaces. Eight streams gain nothing over four, and their workspaces take 128 MiB
+  /// more.
   Engines able_engines(torch::Dtype dtype, const torch::Tensor& weight) const {
     Engines able;
     for (const auto& name : cuda_engine_names(device_)) {
@@ -142,6 +143,12 @@ class AutoEngine final : public GroupedGemmEngine {
         able.push_back(std::move(engine));
       }
     }
+    const auto is_loop = [](const auto& engine) {
+      return engine->name().starts_with("cublas_loop_");
+    };
+    const auto loops = std::find_if(able.begin(), able.end(), is_loop);
+    std::sort(loops, std::find_if_not(loops, able.end(), is_loop),
+              [](const auto& a, const auto& b) { return a->name() < b->name(); });
     return able;
   }
 

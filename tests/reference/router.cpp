@@ -25,6 +25,15 @@ torch::Tensor gap(const torch::Tensor& values, int64_t k) {
   return best.select(1, k - 1) - best.select(1, k);
 }
 
+/// [T]: least distance between two of the k + 1 largest that follow one another: their order counts.
+torch::Tensor least_gap(const torch::Tensor& values, int64_t k) {
+  const auto best = sorted(values).first.slice(1, 0, k + 1);
+  if (best.size(1) < 2) {
+    return torch::full({values.size(0)}, kInfinity, values.options().requires_grad(false));
+  }
+  return (best.slice(1, 0, -1) - best.slice(1, 1)).nan_to_num(kInfinity).amin(1);
+}
+
 /// [T, groups]
 torch::Tensor group_scores(const torch::Tensor& choices, const RoutingFormula& formula) {
   const auto grouped = choices.unflatten(1, {formula.groups, choices.size(1) / formula.groups});
@@ -56,16 +65,17 @@ Choice choose(const torch::Tensor& logits, const RoutingFormula& formula) {
   if (formula.expert_bias.defined()) {
     choices = choices + formula.expert_bias;
   }
-  // A score changes by a quarter of what its logit does at most; the sum of two by half.
+  // Scores are rounded in proportion to the largest; logits have been rounded before.
+  const auto largest = by_score ? choices.abs().amax(1) : torch::ones_like(margin);
   if (formula.groups > 1) {
     const auto of_groups = group_scores(choices, formula);
-    margin = 2 * gap(of_groups, formula.top_groups);
+    margin = gap(of_groups, formula.top_groups) / of_groups.abs().amax(1);
     const auto best = sorted(of_groups).second.slice(1, 0, formula.top_groups);
     const auto kept = torch::zeros_like(of_groups, torch::kBool).scatter(1, best, true);
     const int64_t size = logits.size(1) / formula.groups;
     choices = choices.masked_fill(kept.repeat_interleave(size, 1).logical_not(), -kInfinity);
   }
-  margin = torch::minimum(margin, (by_score ? 4.0 : 1.0) * gap(choices, formula.top_k));
+  margin = torch::minimum(margin, least_gap(choices, formula.top_k) / largest);
   Choice choice;
   choice.probabilities = sigmoid ? scores / scores.sum(1, /*keepdim=*/true) : scores;
   choice.expert_ids = sorted(choices).second.slice(1, 0, formula.top_k).contiguous();

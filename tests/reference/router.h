@@ -23,7 +23,8 @@ struct Choice {
   torch::Tensor probabilities;  ///< [T, E] softmax, or sigmoids over their sum
   torch::Tensor expert_ids;     ///< [T, top_k] int64, best first, ties to the lowest
   torch::Tensor weights;        ///< [T, top_k]
-  /// [T] what logits may change by before other experts are chosen.
+  /// [T] how clear the choice and its order are: the least distance between two of what experts are
+  /// chosen by, of scores over the largest.
   torch::Tensor margin;
 };
 Choice choose(const torch::Tensor& logits, const RoutingFormula& formula);

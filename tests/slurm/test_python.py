@@ -38,4 +38,4 @@ def test_srun_ties_the_ranks_of_a_layer(cluster):
     assert len(gradients) == 1, shlex.join(lines)  # finished: the same on every rank
     for rank, line in enumerate(lines):
         host = "n1" if rank < 2 else "n2"
-        assert f"Slurm: rank {rank} of 4 on {host}, layer {rank} of 4," in line, log.read_text()
+        assert f"rank {rank} of 4 on {host}, layer {rank} of 4," in line, log.read_text()
