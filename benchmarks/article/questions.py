@@ -172,6 +172,12 @@ The largest error as a part of what rounding allows there (1: the limit), over a
 error of the whole tensor by root mean squares, over the type's unit roundoff. `dup`, `ddown`: of both projections of
 every expert; `dgate`: of the learned gate; `dlogits`: of given routing's logits. What is allowed is derived
 element by element from the type and the lengths of the sums (`benchmarks/article/oracle.py`).
+
+A check of the loss alone would not have seen what this one found, on an H200 on 2026-11-28: weight gradients of
+`cublas_loop` that were wrong in fp16 and bf16 where an expert had 8193 or 8194 rows. cuBLAS 13.1 splits such long sums
+among blocks and then loses rows at some lengths; PyTorch's `mm` gave the same wrong numbers at 512 × 512 from 8193 rows.
+The library no longer takes algorithms that split a sum; `LosesNoRowOfALongSum` in the grouped GEMM suite holds every
+engine to it.
 """
     for dtype, torch_type in TYPES.items():
         lines = []

@@ -84,7 +84,7 @@ def run(folder, arguments, which="memcheck"):
         raise RuntimeError(f"compute-sanitizer ran no engine (exit code {result.returncode}); see {log}")
     record = {
         "tool": which,
-        "command": shlex.join(command),
+        "command": shlex.join(Path(word).name if word in (program, sys.executable) else word for word in command),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "exit_code": result.returncode,
