@@ -8,7 +8,7 @@ import scaling  # launch/scaling.py: provenance
 import torch
 from tqdm import tqdm
 
-from . import cases, measure, methods, rates, store
+from . import cases, measure, rates, registry, store
 
 # Where question 5 looks: sizes at which stages differ, with the learned gate and in the first type.
 STAGE_CASES = ("16,1024,512,8,3", "64,1024,512,8,8", "64,1024,1024,8,3", "64,1024,4224,8,3", "8,64,128,8,3")
@@ -28,7 +28,7 @@ def units_of(arguments):
 
 
 def factories_of(arguments):
-    factories = methods.methods_for(arguments.device, arguments.peers)
+    factories = registry.methods_for(arguments.device, arguments.peers)
     unknown = set(arguments.methods) - set(factories)
     if unknown:
         raise ValueError(f"no method is '{sorted(unknown)[0]}'; there are: {', '.join(factories)}")
@@ -47,7 +47,7 @@ def provenance(arguments, number):
         "cuda": torch.version.cuda if cuda else None,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
-        "versions": methods.versions(),
+        "versions": registry.versions(),
         "small": arguments.small,
         "seed": arguments.seed,
         "expert_hidden_factor": arguments.expert_hidden_factor,

@@ -1,10 +1,8 @@
-"""Ways to run the layer, one small adapter each: a plain gate and plain experts, and the library's engines.
+"""What ways to run the layer have in common, and the plain one: a plain gate and plain experts.
 
 A method takes a problem, shares its weights where the layouts agree, and computes y = method(x). `leaves` are what
 gets gradients beside x; `gradients(units)` gives them as the oracle names them.
 """
-
-import importlib.metadata
 
 import torch
 from torch.profiler import record_function
@@ -119,25 +117,3 @@ def padded_to_fullest(counts):
 
 def padded_to_blocks(counts, block=128):
     return sum(-count % block for count in counts)
-
-
-def methods_for(device, peers=False):
-    """Factories by name: the library's engines where it is installed, plain PyTorch, and peers if asked for."""
-    from . import engines
-    from . import peers as peer_methods
-
-    return {**engines.factories(device), "plain loop": PlainLoop, **(peer_methods.FACTORIES if peers else {})}
-
-
-PACKAGES = ("anabranch", "megablocks", "grouped_gemm", "scattermoe", "sonic-moe", "tutel", "fastmoe", "triton", "numpy")
-
-
-def versions():
-    """Of the packages that are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

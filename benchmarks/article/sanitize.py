@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from .cases import Case, Unit
-from .methods import methods_for
 from .problem import Problem
+from .registry import methods_for
 
 SIZES = (32, 512, 512, 8, 4)
 ROUTINGS = ("even", "uneven")

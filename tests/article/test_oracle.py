@@ -74,14 +74,15 @@ def test_a_plain_layer_is_right_with_room(rows_of, dtype, routing):
     assert max(error["used"] for error in errors.values()) > 0.02
 
 
-def drop_first_row(tensor):
+def drop_a_row(tensor):
+    """The largest: one of nearly nothing may be lost without a trace."""
     changed = tensor.clone()
-    changed[0] = 0
+    changed[tensor.flatten(1).norm(dim=1).argmax()] = 0
     return changed
 
 
 CHANGES = {
-    "a lost row": drop_first_row,
+    "a lost row": drop_a_row,
     "ten per cent": lambda tensor: tensor * 1.1,
     "nan": lambda tensor: torch.where(torch.arange(tensor.numel()).view(tensor.shape) == 3, torch.nan, tensor),
     "shape": lambda tensor: tensor[..., :-1],

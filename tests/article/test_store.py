@@ -15,7 +15,7 @@ def run(tmp_path, monkeypatch):
     """run(factories, *options) measures into one folder; returns the Experiment."""
 
     def measure(factories, *more):
-        monkeypatch.setattr("article.methods.methods_for", lambda device, peers: factories)
+        monkeypatch.setattr("article.registry.methods_for", lambda device, peers: factories)
         experiment = Experiment(options.parse([f"--output={tmp_path}", *SOME, *more]))
         experiment.measure()
         return experiment
