@@ -14,6 +14,7 @@
 #   launch/article.sh --memory-limit 16GiB                 # who survives on the article's GPU
 #   launch/article.sh --sanitize                           # the engines under compute-sanitizer
 #   launch/article.sh --report-only --publish              # docs/article.md from what has been measured
+#   launch/article.sh --continue benchmarks/results/article # what the published report lacks
 #
 # Everything is kept in DIR (--output, runs/article): rows.jsonl as it comes, article.csv, article.json,
 # article.md and its plots. The same command goes on where an earlier one ended; nothing is measured twice.

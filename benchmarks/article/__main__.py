@@ -54,6 +54,8 @@ def run(arguments):
         return run_under_sanitizer(arguments)
     if arguments.sanitize:
         return run_sanitizer(arguments)
+    if arguments.published:
+        store.adopt(arguments.published, arguments.output)
     if arguments.report_only:
         measured = store.Store(arguments.output)
     else:

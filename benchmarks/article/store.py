@@ -12,6 +12,18 @@ BEGINNINGS = 2
 REPEATABLE = ("failed", "wrong", "missing", "out of memory")
 
 
+def adopt(published, folder):
+    """What `published`/article.json has becomes the beginning of `folder`, if nothing has been measured there."""
+    rows = folder / "rows.jsonl"
+    if rows.exists():
+        return
+    whole = json.loads((published / "article.json").read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sanitizer.json").write_text(json.dumps(whole["sanitizer"], indent=1) + "\n")
+    records = [record for kind in ("runs", "rates", "rows", "stages") for record in whole[kind]]
+    rows.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "ratio"}) + "\n" for r in records))
+
+
 class Store:
     """DIR/rows.jsonl: one JSON object a line. `kind` says what: run, begun, step, stages, rate."""
 

@@ -43,6 +43,24 @@ def test_nothing_is_measured_twice(run):
     assert len(again.store.of("rate")) == len(first.store.of("rate"))
 
 
+def test_what_was_published_is_gone_on_from(run, tmp_path):
+    first = run({"a": PlainLoop})
+    published = tmp_path / "published"
+    published.mkdir()
+    store.write_tables(first.store, [{"tool": "memcheck"}], published)
+    rows = first.store.steps()
+    (tmp_path / "rows.jsonl").unlink()
+    store.adopt(published, tmp_path)
+    made = []
+    again = run({"a": counted(made)})
+    assert not made and again.store.steps().keys() == rows.keys()
+    assert all(row["status"] == rows[key]["status"] for key, row in again.store.steps().items())
+    assert json.loads((tmp_path / "sanitizer.json").read_text()) == [{"tool": "memcheck"}]
+    kept = (tmp_path / "rows.jsonl").read_text()
+    store.adopt(published, tmp_path)  # of what has been measured there, nothing is lost
+    assert (tmp_path / "rows.jsonl").read_text() == kept
+
+
 def test_a_new_method_is_added(run):
     made = []
     run({"a": PlainLoop})
