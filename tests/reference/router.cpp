@@ -25,13 +25,17 @@ torch::Tensor gap(const torch::Tensor& values, int64_t k) {
   return best.select(1, k - 1) - best.select(1, k);
 }
 
-/// [T]: least distance between two of the k + 1 largest that follow one another: their order counts.
-torch::Tensor least_gap(const torch::Tensor& values, int64_t k) {
+/// [T]: least distance between two of the k + 1 largest that follow one another, for their order
+/// counts; over `scale` [T, 1], or over the larger of the two where that is undefined.
+torch::Tensor least_gap(const torch::Tensor& values, int64_t k, const torch::Tensor& scale) {
   const auto best = sorted(values).first.slice(1, 0, k + 1);
   if (best.size(1) < 2) {
     return torch::full({values.size(0)}, kInfinity, values.options().requires_grad(false));
   }
-  return (best.slice(1, 0, -1) - best.slice(1, 1)).nan_to_num(kInfinity).amin(1);
+  const auto larger = best.slice(1, 0, -1);
+  return ((larger - best.slice(1, 1)) / (scale.defined() ? scale : larger))
+      .nan_to_num(kInfinity)
+      .amin(1);
 }
 
 /// [T, groups]
@@ -65,8 +69,14 @@ Choice choose(const torch::Tensor& logits, const RoutingFormula& formula) {
   if (formula.expert_bias.defined()) {
     choices = choices + formula.expert_bias;
   }
-  // Scores are rounded in proportion to the largest; logits have been rounded before.
-  const auto largest = by_score ? choices.abs().amax(1) : torch::ones_like(margin);
+  // Logits have been rounded before; scores are, in proportion to themselves, or to what they are
+  // with a bias, of which they may be a small rest.
+  torch::Tensor scale;
+  if (!by_score) {
+    scale = torch::ones({tokens, 1}, choices.options());
+  } else if (formula.expert_bias.defined()) {
+    scale = choices.abs().amax(1, /*keepdim=*/true);
+  }
   if (formula.groups > 1) {
     const auto of_groups = group_scores(choices, formula);
     margin = gap(of_groups, formula.top_groups) / of_groups.abs().amax(1);
@@ -75,7 +85,7 @@ Choice choose(const torch::Tensor& logits, const RoutingFormula& formula) {
     const int64_t size = logits.size(1) / formula.groups;
     choices = choices.masked_fill(kept.repeat_interleave(size, 1).logical_not(), -kInfinity);
   }
-  margin = torch::minimum(margin, least_gap(choices, formula.top_k) / largest);
+  margin = torch::minimum(margin, least_gap(choices, formula.top_k, scale));
   Choice choice;
   choice.probabilities = sigmoid ? scores / scores.sum(1, /*keepdim=*/true) : scores;
   choice.expert_ids = sorted(choices).second.slice(1, 0, formula.top_k).contiguous();

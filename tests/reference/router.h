@@ -24,7 +24,7 @@ struct Choice {
   torch::Tensor expert_ids;     ///< [T, top_k] int64, best first, ties to the lowest
   torch::Tensor weights;        ///< [T, top_k]
   /// [T] how clear the choice and its order are: the least distance between two of what experts are
-  /// chosen by, of scores over the largest.
+  /// chosen by, of scores in proportion to what they are rounded by.
   torch::Tensor margin;
 };
 Choice choose(const torch::Tensor& logits, const RoutingFormula& formula);
