@@ -189,7 +189,8 @@ def stages(records, folder, label_of):
         axes.set_xlim(0, most)
         for method, total in zip(here, left):
             if total > most:
-                axes.text(0.98 * most, method, f"{total:,.{0 if total >= 100 else 1}f} ms →", ha="right", va="center", color="white", fontsize=8)
+                text = f"{total:,.{0 if total >= 100 else 1}f} ms →"
+                axes.text(0.98 * most, method, text, ha="right", va="center", color="white", fontsize=8)
         axes.invert_yaxis()
         axes.set_title(label_of(unit), fontsize=10)
         axes.set_xlabel("milliseconds")

@@ -2,7 +2,6 @@
 
 #include <stdexcept>
 #include <thread>
-#include <utility>
 
 namespace anabranch {
 

@@ -14,13 +14,6 @@ torch::Tensor Kernels::gather_rows(const torch::Tensor& rows, const torch::Tenso
   return out;
 }
 
-torch::Tensor Kernels::sum_rows(const torch::Tensor& rows, const Csr& groups,
-                                const torch::Tensor& weights) const {
-  torch::Tensor out = at::empty({groups.offsets.size(0) - 1, rows.size(1)}, rows.options());
-  sum_rows_into(out, rows, groups, weights);
-  return out;
-}
-
 const Kernels& kernels_for(torch::Device device) {
   check_input(device.is_cpu() || device.is_cuda(), "tensors must be on cpu or cuda, not on ",
               device);

@@ -101,10 +101,8 @@ class Kernels {
   /// members a permutation of 0..P−1 → [P, h].
   virtual torch::Tensor scatter_rows(const torch::Tensor& rows, const Csr& groups) const = 0;
   /// out[g] = Σ_{p in group g} weights[p] · rows[p], in ascending p; weights [P] may be undefined.
-  torch::Tensor sum_rows(const torch::Tensor& rows, const Csr& groups,
-                         const torch::Tensor& weights) const;
-  virtual void sum_rows_into(torch::Tensor out, const torch::Tensor& rows, const Csr& groups,
-                             const torch::Tensor& weights) const = 0;
+  virtual torch::Tensor sum_rows(const torch::Tensor& rows, const Csr& groups,
+                                 const torch::Tensor& weights) const = 0;
 
   // experts; `counts` [experts] are the rows of each, expert-major
   /// rows[p] += bias[expert of p]; bias [experts, m].

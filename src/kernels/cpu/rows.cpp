@@ -56,9 +56,10 @@ torch::Tensor CpuKernels::scatter_rows(const torch::Tensor& rows, const Csr& gro
   return out;
 }
 
-void CpuKernels::sum_rows_into(torch::Tensor out, const torch::Tensor& rows, const Csr& groups,
-                               const torch::Tensor& weights) const {
+torch::Tensor CpuKernels::sum_rows(const torch::Tensor& rows, const Csr& groups,
+                                   const torch::Tensor& weights) const {
   const int64_t width = rows.size(1);
+  torch::Tensor out = at::empty({groups.offsets.size(0) - 1, width}, rows.options());
   const int64_t* offsets = groups.offsets.const_data_ptr<int64_t>();
   const int64_t* members = groups.members.const_data_ptr<int64_t>();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.scalar_type(), "sum_rows", [&] {
@@ -74,6 +75,7 @@ void CpuKernels::sum_rows_into(torch::Tensor out, const torch::Tensor& rows, con
       }
     });
   });
+  return out;
 }
 
 }  // namespace anabranch

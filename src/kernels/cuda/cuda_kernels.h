@@ -28,8 +28,8 @@ class CudaKernels : public Kernels {
   void gather_rows_into(torch::Tensor out, const torch::Tensor& rows,
                         const torch::Tensor& index) const override;
   torch::Tensor scatter_rows(const torch::Tensor& rows, const Csr& groups) const override;
-  void sum_rows_into(torch::Tensor out, const torch::Tensor& rows, const Csr& groups,
-                     const torch::Tensor& weights) const override;
+  torch::Tensor sum_rows(const torch::Tensor& rows, const Csr& groups,
+                         const torch::Tensor& weights) const override;
 
   void add_bias(torch::Tensor& rows, const torch::Tensor& bias,
                 const std::vector<int64_t>& counts) const override;

@@ -22,13 +22,15 @@ torch::Tensor CudaKernels::scatter_rows(const torch::Tensor& rows, const Csr& gr
   return out;
 }
 
-void CudaKernels::sum_rows_into(torch::Tensor out, const torch::Tensor& rows, const Csr& groups,
-                                const torch::Tensor& weights) const {
+torch::Tensor CudaKernels::sum_rows(const torch::Tensor& rows, const Csr& groups,
+                                    const torch::Tensor& weights) const {
   const OnDevice stream(rows);
+  torch::Tensor out = at::empty({groups.offsets.size(0) - 1, rows.size(1)}, rows.options());
   cuda::launch_sum_rows(cuda::scalar_of(rows), rows.const_data_ptr(),
                         groups.offsets.const_data_ptr<int64_t>(),
                         groups.members.const_data_ptr<int64_t>(), cuda::address_or_null(weights),
                         out.size(0), out.size(1), out.data_ptr(), stream);
+  return out;
 }
 
 }  // namespace anabranch
