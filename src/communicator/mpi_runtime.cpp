@@ -9,11 +9,13 @@
 #include <stdlib.h>  // on_exit
 #include <unistd.h>
 
+#include <cstdio>
 #include <memory>
 #include <thread>
 
 #include "communicator/describe.h"
 #include "communicator/mpi_notice.h"
+#include "communicator/mpi_watch.h"
 #include "communicator/waiting_time.h"
 
 namespace anabranch {
@@ -26,6 +28,40 @@ struct Process {
   pid_t id = getpid();
   bool finalise = false;  ///< MPI was initialised here
 };
+
+/// Waits until every rank is at its exit, so that finalising finds them all: MPI_Finalize waits for
+/// them without a limit, sometimes also for those that have failed. False if one has failed. A rank
+/// that calls this one within the deadline has failed within twice the deadline; then it is MPI's
+/// turn.
+bool all_leave(MpiRuntime& runtime) {
+  MPI_Request request = MPI_REQUEST_NULL;
+  {
+    const std::lock_guard lock(runtime.mutex());
+    ANABRANCH_CHECK_MPI(MPI_Ibarrier(runtime.comm(), &request));
+  }
+  WaitingTime waiting;
+  int done = 0;
+  while (done == 0 && waiting.so_far() < 2 * runtime.deadline()) {
+    while (const auto received = receive_notice(runtime)) {
+      if (received->notice.kind == Notice::Kind::kFailure) {
+        return false;
+      }
+      if (received->notice.kind == Notice::Kind::kQuestion) {
+        Notice answer;
+        answer.kind = Notice::Kind::kAnswer;
+        answer.question = received->notice.question;
+        answer.call = static_cast<int32_t>(Call::kExit);
+        send_notice(runtime, received->source, answer);
+      }
+    }
+    {
+      const std::lock_guard lock(runtime.mutex());
+      ANABRANCH_CHECK_MPI(MPI_Test(&request, &done, MPI_STATUS_IGNORE));
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(done ? 0 : 1));
+  }
+  return true;
+}
 
 /// Ends MPI at exit.
 void leave(int status, void* argument) {
@@ -40,8 +76,14 @@ void leave(int status, void* argument) {
     const int rank = running->rank();
     announce_failure(*running,
                      {c10::str("rank ", rank, " has exited with status ", status), {rank}});
-  } else if (process->finalise) {
-    MPI_Finalize();
+    return;
+  }
+  try {
+    if (process->finalise && all_leave(*running)) {
+      MPI_Finalize();
+    }
+  } catch (const MpiError& error) {
+    std::fprintf(stderr, "anabranch: MPI is not finalised: %s\n", error.what());
   }
 }
 
@@ -119,7 +161,7 @@ MpiRuntime& MpiRuntime::get(std::chrono::milliseconds deadline) {
   return *running;
 }
 
-MpiRuntime::MpiRuntime(std::chrono::milliseconds deadline) {
+MpiRuntime::MpiRuntime(std::chrono::milliseconds deadline) : deadline_(deadline) {
   initialise();
   survive_broken_connections();
   duplicate_world(deadline);

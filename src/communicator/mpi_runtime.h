@@ -37,7 +37,7 @@ struct Failure {
 /// Lives until the process ends. At exit it finalises MPI if it initialised it, but not after a
 /// failure or when the process exits with another status than 0: finalising waits for the other
 /// ranks, which may be waiting for this one. mpirun takes a rank that leaves so for a failed one
-/// and ends the job.
+/// and ends the job. Until all are at their exit, it answers those that wait for it in a collective.
 class MpiRuntime {
  public:
   /// The first call initialises MPI if nobody has. Collective over MPI_COMM_WORLD. Throws
@@ -47,6 +47,8 @@ class MpiRuntime {
   MPI_Comm comm() const noexcept { return comm_; }
   int rank() const noexcept { return rank_; }
   int size() const noexcept { return size_; }
+  /// How long it waits for other ranks when it starts and ends.
+  std::chrono::milliseconds deadline() const noexcept { return deadline_; }
   /// Largest tag.
   int tag_limit() const noexcept { return tag_limit_; }
   /// Held around every MPI call: the library may have granted no more than
@@ -72,6 +74,7 @@ class MpiRuntime {
     std::vector<at::Tensor> buffers;
   };
 
+  std::chrono::milliseconds deadline_;
   MPI_Comm comm_ = MPI_COMM_NULL;
   int rank_ = 0;
   int size_ = 1;

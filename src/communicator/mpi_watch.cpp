@@ -21,8 +21,8 @@ constexpr milliseconds kQuietTime(100);
 constexpr milliseconds kLongestInquiry(2000);
 
 const char* name_of(Call call) {
-  constexpr std::array names = {"all_to_all_v", "all_reduce", "all_gather",
-                                "broadcast",    "barrier",    "split"};
+  constexpr std::array names = {"all_to_all_v", "all_reduce", "all_gather", "broadcast",
+                                "barrier",      "split",      "exit"};
   return names.at(static_cast<size_t>(call));
 }
 
@@ -135,6 +135,11 @@ void Watch::give_up(const std::vector<int>& pending) {
     fail(c10::str(waited, ", held up by ", group_.describe(silent), " (dead or stalled)"), silent);
   } else if (!elsewhere.empty()) {
     const CallId& other = answers_.at(elsewhere.front()).call;
+    if (other.call == Call::kExit) {
+      fail(c10::str(waited, ": ", group_.describe({elsewhere.front()}),
+                    " has come to the end of its program"),
+           {elsewhere.front()});
+    }
     fail(
         c10::str(waited, ": the ranks do not make the same calls, this is call ", call_.sequence,
                  ", but ", group_.describe({elsewhere.front()}), " waits in call ", other.sequence,

@@ -14,7 +14,15 @@
 
 namespace anabranch {
 
-enum class Call : int32_t { kAllToAllV, kAllReduce, kAllGather, kBroadcast, kBarrier, kSplit };
+enum class Call : int32_t {
+  kAllToAllV,
+  kAllReduce,
+  kAllGather,
+  kBroadcast,
+  kBarrier,
+  kSplit,
+  kExit,  ///< of the process, where it waits for all others
+};
 
 /// One collective call: the `sequence`th of a group.
 struct CallId {

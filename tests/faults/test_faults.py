@@ -227,7 +227,9 @@ def test_never_makes_a_communicator(start):
 
 def test_leaves_without_an_error(start):
     outcome = start("leaves").outcome(DEADLINE + MARGIN)
-    check_survivors(outcome, says=f"rank {CULPRIT} (dead or stalled)")
+    check_survivors(outcome, says=f"rank {CULPRIT} has come to the end of its program")
+    assert all(ending.peers == [CULPRIT] for ending in outcome.survivors), outcome.output
+    assert outcome.statuses[CULPRIT] == 0
 
 
 def test_ends_by_an_exception(start):
