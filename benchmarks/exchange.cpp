@@ -1,4 +1,5 @@
-// Dispatch and combine beside bare grouped ncclSend and ncclRecv of the same bytes, in the same run:
+// Dispatch and combine, by NCCL and by peers' memory, beside bare grouped ncclSend and ncclRecv of the
+// same bytes, in the same run:
 //   mpirun -n 8 benchmark_gpu_exchange --json FILE
 // Each rank takes a GPU of its host; several on one need NCCL 2.30.3, NCCL_MULTI_RANK_GPU_ENABLE=1
 // and NCCL_NVLS_ENABLE=0, and tell about the code's overhead, not about a network.
@@ -15,6 +16,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <iostream>
@@ -100,6 +102,8 @@ std::vector<double> milliseconds(Communicator& host,
   return medians;
 }
 
+constexpr std::chrono::minutes kDeadline(1);
+
 struct Case {
   int64_t tokens, hidden, experts, top_k;
 };
@@ -109,16 +113,18 @@ class Bench {
   Bench(std::shared_ptr<Communicator> host, torch::Device device)
       : host_(std::move(host)),
         nccl_(make_nccl_communicator(host_, device)),
+        peers_(make_nccl_communicator(host_, device, {kDeadline, /*peer_memory=*/true})),
         bare_(*host_),
         options_(at::TensorOptions(device).dtype(at::kBFloat16)) {}
 
   void run(const Case& shape) {
-    const Exchange exchange(nccl_, shape.experts);
+    const Exchange by_nccl(nccl_, shape.experts);
+    const Exchange by_peers(peers_, shape.experts);
     Routing routing;
     const auto scores = at::rand({shape.tokens, shape.experts}, options_.dtype(at::kFloat));
     routing.expert_ids = std::get<1>(scores.topk(shape.top_k, 1));
     routing.weights = at::ones({shape.tokens, shape.top_k}, options_.dtype(at::kFloat));
-    const ExchangePlan plan = exchange.plan(routing);
+    const ExchangePlan plan = by_nccl.plan(routing);
     const auto x = at::randn({shape.tokens, shape.hidden}, options_);
     const auto sent = at::randn({plan.send_tokens.size(0), shape.hidden}, options_);
     const auto received = at::randn({plan.rows(), shape.hidden}, options_);
@@ -128,25 +134,31 @@ class Bench {
     nccl_->all_to_all_v({there});
     const auto bytes = largest(*host_, static_cast<double>(nccl_->traffic().bytes_sent));
 
-    const auto times =
-        milliseconds(*host_, {[&] { bare_.exchange(there); }, [&] { nccl_->all_to_all_v({there}); },
-                              [&] {
-                                exchange.dispatch({x, {}}, plan);
-                              },
-                              [&] { bare_.exchange(back); },
-                              [&] {
-                                exchange.combine({received, {}}, plan);
-                              }});
-    report(shape, bytes, times);
+    std::vector<std::function<void()>> calls = {[&] { bare_.exchange(there); },
+                                                [&] { bare_.exchange(back); }};
+    for (const Exchange* exchange : {&by_nccl, &by_peers}) {
+      calls.emplace_back([&, exchange] { exchange->communicator().all_to_all_v({there}); });
+      calls.emplace_back([&, exchange] { exchange->dispatch({x, {}}, plan); });
+      calls.emplace_back([&, exchange] { exchange->combine({received, {}}, plan); });
+    }
+    const auto times = milliseconds(*host_, calls);
+    report(shape, "nccl", bytes, {times[0], times[1], times[2], times[3], times[4]});
+    // Where GPUs cannot map each other's memory, it would be NCCL once more.
+    if (peers_->gathers_rows()) {
+      report(shape, "peer memory", bytes, {times[0], times[1], times[5], times[6], times[7]});
+    }
   }
 
   std::vector<Record> results;
 
  private:
-  void report(const Case& shape, double bytes, const std::vector<double>& times) {
-    const double bare = times[0];
-    const double bare_back = times[3];
+  struct Times {
+    double bare, bare_back, all_to_all, dispatch, combine;  ///< ms
+  };
+
+  void report(const Case& shape, const std::string& way, double bytes, const Times& times) {
     results.push_back(Record()
+                          .add("way", way)
                           .add("ranks", int64_t{host_->size()})
                           .add("gpus", static_cast<int64_t>(at::getNumGPUs()))
                           .add("tokens", shape.tokens)
@@ -154,24 +166,26 @@ class Bench {
                           .add("experts", shape.experts)
                           .add("top_k", shape.top_k)
                           .add("bytes", static_cast<int64_t>(bytes))
-                          .add("bare_ms", bare)
-                          .add("all_to_all_ms", times[1])
-                          .add("dispatch_ms", times[2])
-                          .add("bare_back_ms", bare_back)
-                          .add("combine_ms", times[4]));
+                          .add("bare_ms", times.bare)
+                          .add("all_to_all_ms", times.all_to_all)
+                          .add("dispatch_ms", times.dispatch)
+                          .add("bare_back_ms", times.bare_back)
+                          .add("combine_ms", times.combine));
     if (host_->rank() == 0) {
       std::printf(
-          "W %d T %6ld h %5ld E %3ld k %ld: %7.1f MB, bare %8.3f ms %6.1f GB/s; all_to_all_v %8.3f "
-          "(%.2f) dispatch %8.3f (%.2f) combine %8.3f (%.2f)\n",
+          "W %d T %6ld h %5ld E %3ld k %ld %-11s: %7.1f MB, bare %8.3f ms %6.1f GB/s; all_to_all_v "
+          "%8.3f (%.2f) dispatch %8.3f (%.2f) combine %8.3f (%.2f)\n",
           host_->size(), long{shape.tokens}, long{shape.hidden}, long{shape.experts},
-          long{shape.top_k}, bytes / 1e6, bare, bytes / bare / 1e6, times[1], bare / times[1],
-          times[2], bare / times[2], times[4], bare_back / times[4]);
+          long{shape.top_k}, way.c_str(), bytes / 1e6, times.bare, bytes / times.bare / 1e6,
+          times.all_to_all, times.bare / times.all_to_all, times.dispatch,
+          times.bare / times.dispatch, times.combine, times.bare_back / times.combine);
       std::fflush(stdout);
     }
   }
 
   std::shared_ptr<Communicator> host_;
   std::shared_ptr<Communicator> nccl_;
+  std::shared_ptr<Communicator> peers_;
   BareNccl bare_;
   at::TensorOptions options_;
 };

@@ -212,6 +212,7 @@ def gpu_exchange(measured):
         (
             f"{case['ranks']} / {case['gpus']}",
             f"T {case['tokens']}, h {case['hidden']}, E {case['experts']}, k {case['top_k']}",
+            case.get("way", "nccl"),
             f"{case['bytes'] / 1e6:.1f}",
             f"{case['bare_ms']:.3f}",
             f"{case['bytes'] / case['bare_ms'] / 1e6:.0f}",
@@ -221,9 +222,9 @@ def gpu_exchange(measured):
         )
         for case in measured["results"]
     ]
-    header = ("ranks / GPUs", "case", "MB from a rank", "bare, ms", "GB/s",
+    header = ("ranks / GPUs", "case", "by", "MB from a rank", "bare, ms", "GB/s",
               "bare / all_to_all_v", "dispatch, ms (bare / it)", "combine, ms (bare / it)")
-    return f"""## Exchange over NCCL
+    return f"""## Exchange between GPUs
 
 Beside bare grouped ncclSend and ncclRecv of the same bytes in the same run. Dispatch also gathers the
 rows that it sends, combine also sums the rows that come back.

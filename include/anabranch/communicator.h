@@ -19,6 +19,10 @@ struct Transfer {
   std::vector<int64_t> send_rows;  ///< [size]
   torch::Tensor receive;
   std::vector<int64_t> receive_rows;  ///< [size]
+  /// Where the communicator `gathers_rows`: [Σ send_rows], int64, the row of `send` for each row sent,
+  /// of which `send` then has any number. Not read by the host, so not checked. Undefined: they are
+  /// the rows of `send` in order.
+  torch::Tensor send_index = {};
 };
 
 /// What this rank has moved to and from *other* ranks since construction or `reset_traffic`.
@@ -31,6 +35,10 @@ struct Traffic {
 struct CommunicatorOptions {
   /// How long one collective may wait for a peer before it ends in a CommunicationError.
   std::chrono::milliseconds deadline = std::chrono::minutes(5);
+  /// NCCL's communicator: whether rows go between the GPUs of one host through memory that they map
+  /// from each other, by a kernel of this library's. All ranks alike. Where they cannot, on several
+  /// hosts or with more than 8 ranks, they go by NCCL as they do otherwise.
+  bool peer_memory = false;
 };
 
 /// A group of ranks that can exchange tensors.
@@ -70,6 +78,9 @@ class Communicator {
   /// Whether a collective of tensors in GPU memory runs on the current stream while the host, and
   /// other streams, go on.
   virtual bool runs_on_stream() const { return false; }
+
+  /// Whether `all_to_all_v` takes a `send_index` for tensors in GPU memory.
+  virtual bool gathers_rows() const { return false; }
 
   const Traffic& traffic() const noexcept { return traffic_; }
   void reset_traffic() noexcept { traffic_ = {}; }

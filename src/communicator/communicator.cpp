@@ -4,6 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <anabranch/communicator.h>
 
+#include <numeric>
+
 #include "communicator/chunks.h"
 #include "support/check.h"
 
@@ -44,16 +46,37 @@ void check_rows(const char* what, const torch::Tensor& tensor,
               what, "_rows sum to ", sum);
 }
 
-void check_transfer(const Transfer& transfer, int rank, int size) {
+/// The tensor of as many rows as are sent.
+const torch::Tensor& sent_rows(const Transfer& transfer) {
+  return transfer.send_index.defined() ? transfer.send_index : transfer.send;
+}
+
+void check_index(const Transfer& transfer, bool gathers_rows) {
+  const torch::Tensor& index = transfer.send_index;
+  check_input(gathers_rows && transfer.send.is_cuda(),
+              "all_to_all_v: this communicator takes no send_index for tensors on ",
+              transfer.send.device());
+  check_tensor("all_to_all_v", "send_index", index);
+  check_input(index.dim() == 1 && index.scalar_type() == at::kLong &&
+                  index.device() == transfer.send.device(),
+              "all_to_all_v: send_index is ", index.scalar_type(), " of sizes ", index.sizes(),
+              " on ", index.device(), ", expected one dimension of Long on ",
+              transfer.send.device());
+}
+
+void check_transfer(const Transfer& transfer, int rank, int size, bool gathers_rows) {
   const torch::Tensor& send = transfer.send;
   const torch::Tensor& receive = transfer.receive;
   check_tensor("all_to_all_v", "send", send);
   check_tensor("all_to_all_v", "receive", receive);
+  if (transfer.send_index.defined()) {
+    check_index(transfer, gathers_rows);
+  }
   check_input(send.scalar_type() == receive.scalar_type(), "all_to_all_v: send is ",
               send.scalar_type(), ", receive is ", receive.scalar_type());
   check_input(send.device() == receive.device(), "all_to_all_v: send is on ", send.device(),
               ", receive is on ", receive.device());
-  check_rows("send", send, transfer.send_rows, size);
+  check_rows("send", sent_rows(transfer), transfer.send_rows, size);
   check_rows("receive", receive, transfer.receive_rows, size);
   check_input(send.sizes().slice(1) == receive.sizes().slice(1), "all_to_all_v: send has rows of ",
               send.sizes().slice(1), ", receive has rows of ", receive.sizes().slice(1));
@@ -67,7 +90,8 @@ void check_transfer(const Transfer& transfer, int rank, int size) {
 /// Bytes of the rows for or from ranks other than `rank`.
 int64_t bytes_elsewhere(const torch::Tensor& rows, const std::vector<int64_t>& rows_per_peer,
                         int rank) {
-  return (rows.size(0) - rows_per_peer[rank]) * row_bytes(rows);
+  const int64_t all = std::accumulate(rows_per_peer.begin(), rows_per_peer.end(), int64_t{0});
+  return (all - rows_per_peer[rank]) * row_bytes(rows);
 }
 
 int64_t bytes_of(const torch::Tensor& tensor) { return static_cast<int64_t>(tensor.nbytes()); }
@@ -76,7 +100,7 @@ int64_t bytes_of(const torch::Tensor& tensor) { return static_cast<int64_t>(tens
 
 void Communicator::all_to_all_v(const std::vector<Transfer>& transfers) {
   for (const Transfer& transfer : transfers) {
-    check_transfer(transfer, rank_, size_);
+    check_transfer(transfer, rank_, size_, gathers_rows());
     check_device(transfer.send.device());
     check_input(transfer.send.device() == transfers.front().send.device(),
                 "all_to_all_v: tensors on ", transfers.front().send.device(), " and on ",

@@ -1,12 +1,14 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <anabranch/communicator.h>
+#include <c10/util/Exception.h>
 #include <c10/util/StringUtil.h>
 
 #include "communicator/agreement.h"
 #include "communicator/chunks.h"
 #include "communicator/nccl_bootstrap.h"
 #include "communicator/nccl_watch.h"
+#include "communicator/peer_exchange.h"
 #include "support/check.h"
 #include "support/cuda_device.h"
 #include "support/side_stream.h"
@@ -22,6 +24,20 @@ size_t row_bytes(const torch::Tensor& rows) {
   return bytes;
 }
 
+/// The way through peers' memory, where it is asked for and can be had. Collective.
+std::unique_ptr<PeerExchange> tie_peers(Communicator& bootstrap,
+                                        const CommunicatorOptions& options) {
+  if (!options.peer_memory || bootstrap.size() == 1) {
+    return nullptr;
+  }
+  std::string obstacle;
+  auto peers = PeerExchange::make(bootstrap, obstacle);
+  if (peers == nullptr && bootstrap.rank() == 0) {
+    TORCH_WARN("rows go by NCCL, not through peers' memory: ", obstacle);
+  }
+  return peers;
+}
+
 /// NCCL over GPUs of all ranks, on the caller's current stream; `bootstrap` for host memory.
 class NcclCommunicator final : public Communicator {
  public:
@@ -33,7 +49,12 @@ class NcclCommunicator final : public Communicator {
         options_(options),
         progress_(*bootstrap_),
         group_(join_nccl_group(*bootstrap_, progress_, options.deadline)),
-        watch_(*group_, progress_, device.index(), options.deadline) {}
+        peers_(tie_peers(*bootstrap_, options)),
+        watch_(*group_, progress_, device.index(), options.deadline, [this] {
+          if (peers_ != nullptr) {
+            peers_->abort();
+          }
+        }) {}
 
   ~NcclCommunicator() override {
     try {
@@ -51,6 +72,7 @@ class NcclCommunicator final : public Communicator {
 
   void check() override { watch_.check(); }
   bool runs_on_stream() const override { return true; }
+  bool gathers_rows() const override { return peers_ != nullptr; }
 
  protected:
   void do_all_to_all_v(const std::vector<Transfer>& transfers) override {
@@ -59,6 +81,11 @@ class NcclCommunicator final : public Communicator {
       return;
     }
     const OnDevice stream(device_);
+    if (peers_ != nullptr) {
+      watch_.run("all_to_all_v", stream,
+                 [&](ncclComm_t /*comm*/) { peers_->all_to_all_v(transfers, stream); });
+      return;
+    }
     SideStream beside(device_);
     watch_.run("all_to_all_v", stream, [&](ncclComm_t comm) {
       for (const Transfer& transfer : transfers) {
@@ -215,6 +242,7 @@ class NcclCommunicator final : public Communicator {
   CommunicatorOptions options_;
   NcclProgress progress_;
   std::unique_ptr<NcclGroup> group_;
+  std::unique_ptr<PeerExchange> peers_;  ///< null: rows go by NCCL
   NcclWatch watch_;
 };
 

@@ -33,11 +33,12 @@ std::chrono::milliseconds NcclWatch::heartbeat_for(std::chrono::milliseconds dea
 }
 
 NcclWatch::NcclWatch(NcclGroup& group, NcclProgress& progress, int device,
-                     std::chrono::milliseconds deadline)
+                     std::chrono::milliseconds deadline, std::function<void()> on_failure)
     : group_(group),
       progress_(progress),
       deadline_(deadline),
       heartbeat_(heartbeat_for(deadline)),
+      on_failure_(std::move(on_failure)),
       looked_(Clock::now()),
       follower_([this, device] { follow_streams(device); }),
       watcher_([this] { watch(); }) {}
@@ -223,6 +224,7 @@ void NcclWatch::end_with(const NcclProgress::Failure& failure) {
     const std::lock_guard lock(mutex_);
     failure_ = failure;
   }
+  on_failure_();
   // Without the lock where a launch that waits for a peer holds it: aborting is what ends that launch.
   const std::unique_lock group_lock(group_mutex_, heartbeat_);
   group_.abort();

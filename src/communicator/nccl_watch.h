@@ -24,8 +24,9 @@ class NcclWatch {
   /// How often a rank tells the others that it lives.
   static std::chrono::milliseconds heartbeat_for(std::chrono::milliseconds deadline);
 
+  /// `on_failure` ends what the group does not know of. It is called by a thread of the watch's.
   NcclWatch(NcclGroup& group, NcclProgress& progress, int device,
-            std::chrono::milliseconds deadline);
+            std::chrono::milliseconds deadline, std::function<void()> on_failure);
   ~NcclWatch();
   NcclWatch(const NcclWatch&) = delete;
   NcclWatch& operator=(const NcclWatch&) = delete;
@@ -74,6 +75,7 @@ class NcclWatch {
   NcclProgress& progress_;
   std::chrono::milliseconds deadline_;
   std::chrono::milliseconds heartbeat_;
+  std::function<void()> on_failure_;
   Clock::time_point next_sign_;   ///< of the thread alone
   std::timed_mutex group_mutex_;  ///< held by whoever calls the group
   std::mutex mutex_;              ///< guards what follows

@@ -97,8 +97,13 @@ Payload Exchange::dispatch(const Payload& tokens, const ExchangePlan& plan) cons
     transfers.push_back(
         {ordered_values, plan.send_assignments, arrived_values, plan.receive_assignments});
   }
-  if (communicator_->runs_on_stream() && tokens.rows.is_cuda() &&
-      communicator_->size() <= kFewRanks) {
+  if (communicator_->gathers_rows() && tokens.rows.is_cuda()) {
+    received.rows = at::empty({plan.rows(), tokens.rows.size(1)}, tokens.rows.options());
+    transfers.push_back(
+        {tokens.rows, plan.send_rows, received.rows, plan.receive_rows, plan.send_tokens});
+    communicator_->all_to_all_v(transfers);
+  } else if (communicator_->runs_on_stream() && tokens.rows.is_cuda() &&
+             communicator_->size() <= kFewRanks) {
     received.rows = dispatch_beside_own(*communicator_, tokens.rows, plan, std::move(transfers));
   } else {
     received.rows = at::empty({plan.rows(), tokens.rows.size(1)}, tokens.rows.options());

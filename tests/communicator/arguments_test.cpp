@@ -87,6 +87,21 @@ TEST(Arguments, AllToAllVRefusesTensorsOfDifferentDevices) {
       c10::str("tensors on ", device(), " and on cpu"));
 }
 
+TEST(Arguments, AllToAllVRefusesAnIndex) {
+  const auto index = [](torch::Tensor values) {
+    return [values](Transfer& t) { t.send_index = on_device(values); };
+  };
+  const auto all = torch::arange(2 * world()->size());
+  if (!world()->gathers_rows()) {
+    expect_refused(index(all), "takes no send_index");
+    return;
+  }
+  expect_refused(index(all.to(torch::kInt32)), "send_index is Int");
+  expect_refused(index(all.unsqueeze(1)), "expected one dimension of Long");
+  expect_refused([&](Transfer& t) { t.send_index = all; }, "on cpu");
+  expect_refused(index(torch::arange(world()->size() * 100)), "send_rows sum to");
+}
+
 TEST(Arguments, OtherCollectivesRefuseTensors) {
   torch::Tensor undefined;
   auto strided = on_device(torch::ones({4, 6})).slice(1, 0, 6, 2);

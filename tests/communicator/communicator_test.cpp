@@ -20,11 +20,6 @@ namespace {
 const std::vector<torch::Dtype> kDtypes = {torch::kFloat32, torch::kFloat64, torch::kBFloat16,
                                            torch::kFloat16, torch::kInt64,   torch::kInt32};
 
-/// A small whole number, exact in every type, that tells where an element came from.
-int64_t mark(int64_t source, int64_t destination, int64_t row, int64_t column) {
-  return (source * 53 + destination * 31 + row * 7 + column * 3) % 251 - 125;
-}
-
 /// counts[source][destination]
 using Counts = std::vector<std::vector<int64_t>>;
 
@@ -46,20 +41,16 @@ Counts everything_to(int rank, int size, int64_t rows) {
   return counts;
 }
 
-/// Rows of marks, [Σ count, columns], for the given (source, destination, count) one after another.
+/// Rows of small whole numbers, exact in every type, that tell where each element came from,
+/// [Σ count, columns], for the given (source, destination, count) one after another.
 torch::Tensor marked_rows(const std::vector<std::array<int64_t, 3>>& blocks, int64_t columns,
                           torch::Dtype dtype) {
-  std::vector<int64_t> values;
-  int64_t rows = 0;
+  std::vector<torch::Tensor> marks = {torch::empty({0, columns}, dtype)};
   for (const auto& [source, destination, count] : blocks) {
-    rows += count;
-    for (int64_t row = 0; row < count; ++row) {
-      for (int64_t column = 0; column < columns; ++column) {
-        values.push_back(mark(source, destination, row, column));
-      }
-    }
+    const auto row = torch::arange(count).unsqueeze(1) * 7 + source * 53 + destination * 31;
+    marks.push_back(((row + torch::arange(columns) * 3) % 251 - 125).to(dtype));
   }
-  return torch::tensor(values, torch::kInt64).view({rows, columns}).to(dtype);
+  return torch::cat(marks);
 }
 
 struct Expected {
@@ -122,11 +113,50 @@ TEST(AllToAllV, MovesLargeRows) {
   check_all_to_all(*world(), {make_transfer(*world(), counts, 20'000, torch::kFloat32)});
 }
 
+TEST(AllToAllV, MovesMoreThanIsKeptOnTheWay) {
+  Random random(test_seed());
+  const Counts counts = random_counts(random, world()->size(), 1000);
+  check_all_to_all(*world(), {make_transfer(*world(), counts, 4096, torch::kFloat32),
+                              make_transfer(*world(), counts, 1001, torch::kBFloat16)});
+}
+
+/// Rank s sends rows of a table that only it has, any number of times.
+TEST(AllToAllV, GathersTheRowsOfAnIndex) {
+  if (!world()->gathers_rows()) {
+    GTEST_SKIP() << "this communicator does not gather";
+  }
+  constexpr int64_t kTable = 50;
+  const int size = world()->size();
+  const int rank = world()->rank();
+  Random random(test_seed());
+  for (const int64_t columns : {1, 7, 8, 500, 1024, 40'000}) {
+    for (const auto dtype : kDtypes) {
+      const Counts counts = random_counts(random, size, columns > 10'000 ? 40 : 400);
+      Expected expected = make_transfer(*world(), counts, columns, dtype);
+      std::vector<torch::Tensor> arriving;
+      for (int source = 0; source < size; ++source) {
+        const auto table = marked_rows({{source, 0, kTable}}, columns, dtype);
+        const auto total =
+            std::accumulate(counts[source].begin(), counts[source].end(), int64_t{0});
+        const auto index = (random.uniform({total}) * kTable).to(torch::kInt64);
+        arriving.push_back(
+            table.index_select(0, index.split_with_sizes(counts[source])[rank].contiguous()));
+        if (source == rank) {
+          expected.transfer.send = on_device(table);
+          expected.transfer.send_index = on_device(index);
+        }
+      }
+      expected.received = on_device(torch::cat(arriving));
+      check_all_to_all(*world(), {expected, make_transfer(*world(), counts, 3, torch::kFloat32)});
+    }
+  }
+}
+
 TEST(AllToAllV, MovesSeveralTransfersAtOnce) {
   Random random(test_seed());
   for (int64_t i = 0; i < effort(10); ++i) {
     std::vector<Expected> transfers;
-    for (int64_t t = random.integer(1, 5); t > 0; --t) {
+    for (int64_t t = random.integer(1, 9); t > 0; --t) {
       transfers.push_back(make_transfer(*world(), random_counts(random, world()->size(), 10),
                                         random.integer(1, 2000), random.pick(kDtypes)));
     }

@@ -1,4 +1,4 @@
-// One rank of a job in which something goes wrong: fault_rank SCENARIO DEADLINE_MS [mpi|nccl] [CULPRIT]
+// One rank of a job in which something goes wrong: fault_rank SCENARIO DEADLINE_MS [mpi|nccl|peer_memory] [CULPRIT]
 //
 // Says on standard error how it ended, as one line: "ended rank=0 seconds=2.0 peers=2 what=...".
 #include <ATen/Context.h>
@@ -182,7 +182,7 @@ void stay_away() {
 
 /// The culprit stays away while the others make an NCCL group.
 std::shared_ptr<Communicator> start_nccl(const std::shared_ptr<Communicator>& mpi,
-                                         const std::string& scenario) {
+                                         const std::string& scenario, bool peer_memory) {
   const char* local = std::getenv("OMPI_COMM_WORLD_LOCAL_RANK");
   const int gpus = static_cast<int>(at::getNumGPUs());
   device = torch::Device(torch::kCUDA,
@@ -190,7 +190,7 @@ std::shared_ptr<Communicator> start_nccl(const std::shared_ptr<Communicator>& mp
   if (scenario == "absent_from_nccl" && mpi->rank() == culprit) {
     std::this_thread::sleep_for(2 * deadline);
   }
-  return anabranch::make_nccl_communicator(mpi, device, {deadline});
+  return anabranch::make_nccl_communicator(mpi, device, {deadline, peer_memory});
 }
 
 const std::map<std::string, std::function<void(Communicator&)>> scenarios = {
@@ -223,10 +223,11 @@ void report(const std::vector<int>& peers, const std::string& what) {
 
 int main(int argc, char** argv) {
   if (argc < 3) {
-    std::fprintf(stderr, "usage: fault_rank SCENARIO DEADLINE_MS [mpi|nccl] [CULPRIT]\n");
+    std::fprintf(stderr,
+                 "usage: fault_rank SCENARIO DEADLINE_MS [mpi|nccl|peer_memory] [CULPRIT]\n");
     return 2;
   }
-  const bool with_nccl = argc > 3 && std::string(argv[3]) == "nccl";
+  const std::string kind = argc > 3 ? argv[3] : "mpi";
   if (argc > 4) {
     culprit = std::atoi(argv[4]);
   }
@@ -240,8 +241,8 @@ int main(int argc, char** argv) {
     }
     began = Clock::now();
     communicator = anabranch::make_mpi_communicator({deadline});
-    if (with_nccl) {
-      communicator = start_nccl(communicator, scenario);
+    if (kind != "mpi") {
+      communicator = start_nccl(communicator, scenario, kind == "peer_memory");
       communicator->barrier();
       began = Clock::now();
     }

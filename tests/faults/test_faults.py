@@ -295,16 +295,18 @@ def nccl_obstacle():
 
 NCCL_OBSTACLE = nccl_obstacle()
 needs_nccl = pytest.mark.skipif(bool(NCCL_OBSTACLE), reason=NCCL_OBSTACLE)
+on_both_ways = pytest.mark.parametrize("communicator", ["nccl", "peer_memory"])
 # The first collective of ranks that share a GPU takes long.
 NCCL_DEADLINE = 6.0
 NCCL_MARGIN = 60.0
 
 
 @needs_nccl
+@on_both_ways
 @pytest.mark.parametrize("scenario", ["killed", "killed_in_a_training_step"])
 @pytest.mark.parametrize("culprit", [0, CULPRIT])
-def test_nccl_killed(start, scenario, culprit):
-    job = start(scenario, NCCL_DEADLINE, communicator="nccl", culprit=culprit)
+def test_nccl_killed(start, scenario, culprit, communicator):
+    job = start(scenario, NCCL_DEADLINE, communicator=communicator, culprit=culprit)
     outcome = job.outcome(NCCL_DEADLINE + NCCL_MARGIN)
     check_survivors(outcome, NCCL_DEADLINE, says=f"rank {culprit}", culprit=culprit)
     for rank, ending in outcome.endings.items():
@@ -312,9 +314,10 @@ def test_nccl_killed(start, scenario, culprit):
 
 
 @needs_nccl
-def test_nccl_stalled_and_woken_too_late(start):
+@on_both_ways
+def test_nccl_stalled_and_woken_too_late(start, communicator):
     culprit = CULPRIT
-    job = start("stalled", NCCL_DEADLINE, communicator="nccl")
+    job = start("stalled", NCCL_DEADLINE, communicator=communicator)
     survivors = set(range(RANKS)) - {culprit}
     job.wait_until(lambda: set(job.endings()) >= survivors, NCCL_DEADLINE + NCCL_MARGIN)
     (stopped,) = job.pids(state="T")

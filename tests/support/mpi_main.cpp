@@ -83,7 +83,8 @@ std::shared_ptr<Communicator> make_world(const std::string& kind) {
     return make_self_communicator();
   }
   const bool between_gpus = kind.empty() && device().is_cuda() && host_world->size() > 1;
-  if (kind == "nccl" || between_gpus) {
+  if (kind == "nccl" || kind == "peer_memory" || between_gpus) {
+    options.peer_memory = kind == "peer_memory";
     return make_nccl_communicator(std::move(host_world), device(), options);
   }
   return host_world;
@@ -121,7 +122,7 @@ Arguments parse(int argc, char** argv) {
     } else if (argument.rfind("--gtest_", 0) != 0) {
       throw std::invalid_argument("unknown argument '" + argument +
                                   "'; known: --seed N, --device cpu|cuda, "
-                                  "--communicator mpi|store|nccl|process_group, "
+                                  "--communicator mpi|store|nccl|peer_memory|process_group, "
                                   "--gtest_*");
     }
   }
