@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "communicator/chunks.h"
+#include "communicator/row_bytes.h"
 #include "support/check.h"
 
 namespace anabranch {
@@ -18,14 +19,6 @@ void check_tensor(const char* call, const char* what, const torch::Tensor& tenso
               ", expected a dense tensor");
   check_input(tensor.is_contiguous(), call, ": ", what, " of sizes ", tensor.sizes(),
               " and strides ", tensor.strides(), " is not contiguous");
-}
-
-int64_t row_bytes(const torch::Tensor& rows) {
-  int64_t bytes = static_cast<int64_t>(rows.element_size());
-  for (const int64_t size : rows.sizes().slice(1)) {
-    bytes *= size;
-  }
-  return bytes;
 }
 
 /// `rows_per_peer` holds a count for each of `size` ranks, and they sum to the rows of `tensor`.

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "communicator/agreement.h"
+#include "communicator/row_bytes.h"
 #include "communicator/two_hops.h"
 #include "support/check.h"
 
@@ -17,15 +18,11 @@ namespace {
 
 /// The bytes of a row of each transfer: the same on every rank, whatever it holds.
 std::vector<int64_t> kind_of(const std::vector<Transfer>& transfers) {
-  std::vector<int64_t> row_bytes;
+  std::vector<int64_t> kinds;
   for (const Transfer& transfer : transfers) {
-    int64_t bytes = static_cast<int64_t>(transfer.send.element_size());
-    for (const int64_t size : transfer.send.sizes().slice(1)) {
-      bytes *= size;
-    }
-    row_bytes.push_back(bytes);
+    kinds.push_back(row_bytes(transfer.send));
   }
-  return row_bytes;
+  return kinds;
 }
 
 double median(std::vector<double> values) {

@@ -9,20 +9,13 @@
 #include "communicator/nccl_bootstrap.h"
 #include "communicator/nccl_watch.h"
 #include "communicator/peer_exchange.h"
+#include "communicator/row_bytes.h"
 #include "support/check.h"
 #include "support/cuda_device.h"
 #include "support/side_stream.h"
 
 namespace anabranch {
 namespace {
-
-size_t row_bytes(const torch::Tensor& rows) {
-  size_t bytes = rows.element_size();
-  for (const int64_t size : rows.sizes().slice(1)) {
-    bytes *= static_cast<size_t>(size);
-  }
-  return bytes;
-}
 
 /// The way through peers' memory, where it is asked for and can be had. Collective.
 std::unique_ptr<PeerExchange> tie_peers(Communicator& bootstrap,
@@ -204,7 +197,7 @@ class NcclCommunicator final : public Communicator {
 
   /// The rows for and from other ranks; peers with none are left out on both sides.
   void exchange(const Transfer& transfer, ncclComm_t comm, cudaStream_t stream) const {
-    const size_t bytes = row_bytes(transfer.send);
+    const auto bytes = static_cast<size_t>(row_bytes(transfer.send));
     const auto* source = static_cast<const char*>(transfer.send.const_data_ptr());
     auto* target = static_cast<char*>(transfer.receive.data_ptr());
     for (int peer = 0; peer < size(); ++peer) {
@@ -220,7 +213,7 @@ class NcclCommunicator final : public Communicator {
   }
 
   void copy_own_rows(const Transfer& transfer) const {
-    const size_t bytes = row_bytes(transfer.send);
+    const auto bytes = static_cast<size_t>(row_bytes(transfer.send));
     size_t from = 0;
     size_t to = 0;
     for (int peer = 0; peer < rank(); ++peer) {

@@ -9,6 +9,7 @@
 
 #include "communicator/agreement.h"
 #include "communicator/host_name.h"
+#include "communicator/row_bytes.h"
 
 namespace anabranch {
 namespace {
@@ -21,14 +22,6 @@ std::string first_of(const std::vector<std::string>& errors) {
     }
   }
   return "";
-}
-
-int64_t row_bytes(const torch::Tensor& rows) {
-  auto bytes = static_cast<int64_t>(rows.element_size());
-  for (const int64_t size : rows.sizes().slice(1)) {
-    bytes *= size;
-  }
-  return bytes;
 }
 
 /// As many rows as `counts` from each rank's first row on.
