@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes docs/performance.md from the measurements under benchmarks/results/."""
+"""Tables of what launch/benchmark.sh has measured: docs/performance.md from benchmarks/results/."""
 
 import argparse
 import json
@@ -247,12 +247,17 @@ SECTIONS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "docs" / "performance.md")
     arguments = parser.parse_args()
-    parts = ["# Performance\n\nMade by `benchmarks/report.py` from the files in `benchmarks/results/`.\n"]
+    parts = [
+        "# Performance\n\nMeasured by the command below each table, as `launch/benchmark.sh` runs them; made by"
+        " `benchmarks/report.py`\nfrom their files in `benchmarks/results/`.\n"
+    ]
     for name, section in SECTIONS.items():
-        if (RESULTS / name).exists():  # not every machine has been measured on
-            parts.append(section(json.loads((RESULTS / name).read_text())))
+        measured = arguments.results / name
+        if measured.exists():  # not every machine has a GPU
+            parts.append(section(json.loads(measured.read_text())))
     arguments.output.write_text("\n".join(parts))
 
 

@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Usage: launch/benchmark.sh [options] [NAME...]
+#
+# Measures the library beside what one would use instead, on this machine's GPUs, or on its CPU where
+# there is none. Sets up, builds, measures; ends with tables. A few minutes on a GPU.
+#
+#   NAME            what to measure; default: all that can be measured here, of
+#                     gpu_layer gpu_grouped_gemm gpu_kernels gpu_exchange (from 2 GPUs on)
+#                     cpu_layer cpu_grouped_gemm (where there is no GPU)
+#   --output DIR    where NAME.json and performance.md go (default: runs/benchmark)
+#   --quick         a few cases of what runs on GPUs, to see whether it does
+#   --no-build      with what is built in build/
+#   --commit HASH   what to note as the commit of the sources (default: what git says)
+#   --publish       benchmarks/results and docs/performance.md, too, from what was measured
+#   --help          this text
+#
+# What fails is said at the end, and nothing else is lost by it.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+output=$project_root/runs/benchmark
+commit=
+build_first=true publish=false
+flags=()
+names=()
+while (($#)); do
+  case $1 in
+    -h | --help)
+      print_header_of "$0"
+      exit 0
+      ;;
+    --output | --commit)
+      (($# > 1)) || die "$1 needs a value (try --help)"
+      if [[ $1 == --output ]]; then output=$2; else commit=$2; fi
+      shift
+      ;;
+    --quick) flags=(--quick) ;;
+    --no-build) build_first=false ;;
+    --publish) publish=true ;;
+    gpu_layer | gpu_grouped_gemm | gpu_kernels | gpu_exchange | cpu_layer | cpu_grouped_gemm)
+      names+=("$1")
+      ;;
+    *) die "unknown argument '$1' (try --help)" ;;
+  esac
+  shift
+done
+if $publish && ((${#flags[@]})); then die "a few cases are not for publishing: --quick or --publish"; fi
+
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+preset=release
+if ((gpus > 0)); then preset=cuda; fi
+if ((${#names[@]} == 0)); then
+  if ((gpus > 1)); then
+    names=(gpu_layer gpu_grouped_gemm gpu_kernels gpu_exchange)
+  elif ((gpus == 1)); then
+    names=(gpu_layer gpu_grouped_gemm gpu_kernels)
+  else
+    names=(cpu_layer cpu_grouped_gemm)
+  fi
+fi
+for name in "${names[@]}"; do
+  if [[ $name == gpu_* ]] && ((gpus == 0)); then die "$name needs a GPU, and there is none here"; fi
+done
+
+if [[ -z $commit ]]; then
+  commit=$(git -C "$project_root" rev-parse HEAD 2>/dev/null || echo unknown)
+  if [[ -n $(git -C "$project_root" status --porcelain 2>/dev/null || true) ]]; then
+    if $publish; then die "the sources have changed since commit $commit: commit, then measure"; fi
+    commit+=-changed
+  fi
+fi
+
+if $build_first; then
+  "$project_root/launch/setup.sh"
+  build "$preset" "${names[@]/#/benchmark_}"
+fi
+
+mkdir -p "$output"
+prepare_mpirun "$gpus" "$(cores)"
+failed=()
+for name in "${names[@]}"; do
+  say "Measuring $name"
+  command=("$project_root/build/$preset/benchmarks/benchmark_$name" --commit "$commit"
+    --json "$output/$name.json.new")
+  if [[ $name == gpu_* ]]; then command+=("${flags[@]}"); fi
+  if [[ $name == gpu_exchange ]]; then
+    command=(mpirun "${mpirun_flags[@]}" -n "$gpus" "${command[@]}")
+  fi
+  if "${command[@]}"; then
+    mv "$output/$name.json.new" "$output/$name.json"
+  else
+    failed+=("$name")
+  fi
+done
+
+python=$venv/bin/python
+if [[ ! -x $python ]]; then python=${ANABRANCH_PYTHON:-python3}; fi
+"$python" "$project_root/benchmarks/report.py" --results "$output" --output "$output/performance.md"
+note "$output/performance.md"
+if ((${#failed[@]})); then die "failed: ${failed[*]}"; fi
+if $publish; then
+  for name in "${names[@]}"; do
+    cp "$output/$name.json" "$project_root/benchmarks/results/"
+  done
+  "$python" "$project_root/benchmarks/report.py"
+  note "$project_root/docs/performance.md"
+fi

@@ -1,0 +1,114 @@
+"""launch/benchmark.sh: what it measures where, what it keeps, and what it refuses. The programs are
+stand-ins that hand out the published results."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT, executable
+
+GPU_NAMES = ["gpu_layer", "gpu_grouped_gemm", "gpu_kernels"]
+CPU_NAMES = ["cpu_layer", "cpu_grouped_gemm"]
+
+
+@pytest.fixture
+def machine(project, tmp_path):
+    """The project with stand-ins, on a machine with as many GPUs as its environment says."""
+    for name in [*GPU_NAMES, "gpu_exchange", *CPU_NAMES]:
+        for preset in ("release", "cuda"):
+            executable(
+                project.root / f"build/{preset}/benchmarks/benchmark_{name}",
+                f'#!/bin/bash\necho "{preset}/{name} $*" >> "{project.log}"\n'
+                f'[[ $FAILS == {name} ]] && exit 3\n'
+                'while [[ $1 != --json ]]; do shift; done\n'
+                f'cp "{ROOT}/benchmarks/results/{name}.json" "$2"\n',
+            )
+    tools = tmp_path / "tools"
+    executable(tools / "nvidia-smi", '#!/bin/bash\nfor ((i = 0; i < GPUS; ++i)); do echo "GPU $i: H200"; done\n')
+    executable(
+        tools / "mpirun",
+        f'#!/bin/bash\n[[ $1 == --version ]] && exit\necho "mpirun $*" >> "{project.log}"\n'
+        'while [[ $1 != -n ]]; do shift; done; shift 2\nexec "$@"\n',
+    )
+    shutil.copytree(ROOT / "benchmarks", project.root / "benchmarks", ignore=shutil.ignore_patterns("article", "plan", "scaling"))
+    (project.root / "docs").mkdir()
+
+    def run(*arguments, gpus=0, fails="", expect=0):
+        environment = {"GPUS": str(gpus), "FAILS": fails, "PATH": f"{tools}:{os.environ['PATH']}"}
+        return project.run("benchmark.sh", *arguments, environment=environment, expect=expect)
+
+    run.project = project
+    run.results = project.root / "runs/benchmark"
+    return run
+
+
+def measured(machine):
+    return [call.split()[0] for call in machine.project.calls() if call.startswith(("release/", "cuda/"))]
+
+
+def test_on_a_machine_without_a_gpu(machine):
+    machine("--commit", "0123abcd")
+    assert measured(machine) == [f"release/{name}" for name in CPU_NAMES]
+    build = next(call for call in machine.project.calls() if call.startswith("cmake --build"))
+    assert build.endswith("--target benchmark_cpu_layer benchmark_cpu_grouped_gemm")
+    assert all("--commit 0123abcd" in call for call in machine.project.calls() if call.startswith("release/"))
+    report = (machine.results / "performance.md").read_text()
+    assert "One layer on the CPU" in report and "between GPUs" not in report
+    assert sorted(path.name for path in machine.results.glob("*json*")) == ["cpu_grouped_gemm.json", "cpu_layer.json"]
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_on_a_machine_with_gpus(machine, gpus):
+    machine("--commit", "0123abcd", "--no-build", "--quick", gpus=gpus)
+    assert measured(machine) == [f"cuda/{name}" for name in GPU_NAMES + ["gpu_exchange"] * (gpus > 1)]
+    assert all(call.endswith("--quick") for call in machine.project.calls())
+    assert any(" -n 2 " in call for call in machine.project.calls()) == (gpus > 1)
+    assert not any(call.startswith(("setup", "cmake")) for call in machine.project.calls())
+
+
+def test_what_fails_costs_nothing_else(machine):
+    output = machine("--commit", "0123abcd", "--output", machine.results / "here", fails="cpu_layer", expect=1)
+    assert "failed: cpu_layer" in output
+    assert json.loads((machine.results / "here/cpu_grouped_gemm.json").read_text())["results"]
+    assert not (machine.results / "here/cpu_layer.json").exists()
+
+
+def test_publishes_what_was_measured(machine):
+    published = machine.project.root / "benchmarks/results"
+    for path in published.glob("*.json"):
+        path.unlink()
+    machine("--commit", "0123abcd", "--publish", "cpu_layer")
+    assert [path.name for path in published.glob("*.json")] == ["cpu_layer.json"]
+    assert "One layer on the CPU" in (machine.project.root / "docs/performance.md").read_text()
+
+
+def test_changed_sources_are_marked_and_not_published(machine):
+    root = machine.project.root
+    git = ["git", "-C", str(root), "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for command in (["init", "-q"], ["add", "launch"], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert f"changed since commit {commit}" in machine("--publish", expect=1)
+    assert machine.project.calls() == []
+    machine("cpu_layer")
+    assert f"--commit {commit}-changed " in machine.project.calls()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gpu_layer"], "gpu_layer needs a GPU"),
+        (["layer"], "unknown argument 'layer'"),
+        (["--output"], "--output needs a value"),
+        (["--quick", "--publish"], "not for publishing"),
+    ],
+)
+def test_refuses(machine, arguments, message):
+    assert message in machine(*arguments, expect=1)
+    assert machine.project.calls() == []
+
+
+def test_help(machine):
+    assert "--publish" in machine("--help")
