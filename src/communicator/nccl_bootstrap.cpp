@@ -124,8 +124,9 @@ std::unique_ptr<NcclGroup> join_nccl_group(Communicator& bootstrap, NcclProgress
   id = all_gather_strings(bootstrap, id)[0];
   Joining joining(progress, deadline);
   try {
-    return std::make_unique<NcclGroup>(id_of(id), bootstrap.rank(), bootstrap.size(),
-                                       [&] { joining.keep_waiting(); });
+    return std::make_unique<NcclGroup>(
+        id_of(id), bootstrap.rank(), bootstrap.size(), [&] { joining.keep_waiting(); },
+        NcclGroup::Waiting::kBlocks);
   } catch (const CommunicationError&) {
     throw;
   } catch (const std::exception& error) {
@@ -147,7 +148,7 @@ std::shared_ptr<Communicator> meet_through_nccl(const std::string& unique_id, in
     }
   };
   const OnDevice stream(device);
-  NcclGroup group(id_of(unique_id), rank, size, keep_waiting);
+  NcclGroup group(id_of(unique_id), rank, size, keep_waiting, NcclGroup::Waiting::kCallsBack);
 
   const std::string own_host = host_name();
   int port = 0;

@@ -13,7 +13,8 @@ void check_nccl(ncclResult_t result, const char* call, std::source_location plac
   }
 }
 
-NcclGroup::NcclGroup(const ncclUniqueId& id, int rank, int size, const KeepWaiting& keep_waiting) {
+NcclGroup::NcclGroup(const ncclUniqueId& id, int rank, int size, const KeepWaiting& keep_waiting,
+                     Waiting waiting) {
   ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
   config.blocking = 0;
   ncclComm_t meeting = nullptr;
@@ -21,6 +22,11 @@ NcclGroup::NcclGroup(const ncclUniqueId& id, int rank, int size, const KeepWaiti
   check_nccl(ncclCommInitRankConfig(&meeting, size, id, rank, &config), "ncclCommInitRankConfig");
   try {
     await(meeting, "ncclCommInitRankConfig", keep_waiting);
+    if (waiting == Waiting::kCallsBack) {
+      keep_waiting_ = keep_waiting;
+      comm_ = meeting;
+      return;
+    }
     // A communicator that does not block makes a thread for every launch, about 0.1 ms. The one that
     // works blocks; what makes it, the one in which the ranks have met, does not.
     config.blocking = 1;
@@ -45,6 +51,9 @@ void NcclGroup::launch(const std::function<void(ncclComm_t)>& calls) {
     throw;
   }
   check_nccl(ncclGroupEnd(), "ncclGroupEnd");
+  if (keep_waiting_) {
+    await(comm_, "ncclGroupEnd", keep_waiting_);
+  }
 }
 
 std::string NcclGroup::asynchronous_error() const {
@@ -62,6 +71,9 @@ std::string NcclGroup::asynchronous_error() const {
 void NcclGroup::finalize() {
   const ncclComm_t comm = comm_.exchange(nullptr);
   check_nccl(ncclCommFinalize(comm), "ncclCommFinalize");
+  if (keep_waiting_) {
+    await(comm, "ncclCommFinalize", keep_waiting_);
+  }
   check_nccl(ncclCommDestroy(comm), "ncclCommDestroy");
 }
 
