@@ -38,11 +38,7 @@ for argument in "$@"; do
   esac
 done
 
-# A GPU and its compiler, or a build with CUDA that is there already.
-preset=release
-if nvidia-smi -L >/dev/null 2>&1 && { command -v nvcc >/dev/null || [[ -d $project_root/build/cuda/python ]]; }; then
-  preset=cuda
-fi
+preset=$(measuring_preset python)
 
 if $build_first; then
   "$project_root/launch/setup.sh"

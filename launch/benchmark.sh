@@ -47,9 +47,9 @@ while (($#)); do
 done
 if $publish && ((${#flags[@]})); then die "a few cases are not for publishing: --quick or --publish"; fi
 
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-preset=release
-if ((gpus > 0)); then preset=cuda; fi
+preset=$(measuring_preset benchmarks)
+gpus=0
+if [[ $preset == cuda ]]; then gpus=$(gpus); fi
 if ((${#names[@]} == 0)); then
   if ((gpus > 1)); then
     names=(gpu_layer gpu_grouped_gemm gpu_kernels gpu_exchange)
@@ -60,7 +60,9 @@ if ((${#names[@]} == 0)); then
   fi
 fi
 for name in "${names[@]}"; do
-  if [[ $name == gpu_* ]] && ((gpus == 0)); then die "$name needs a GPU, and there is none here"; fi
+  if [[ $name == gpu_* ]] && ((gpus == 0)); then
+    die "$name needs a GPU, and nvcc or a build with CUDA, which are not here"
+  fi
 done
 
 if [[ -z $commit ]]; then

@@ -27,6 +27,18 @@ print_header_of() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$1
 # Cores this process may use (a scheduler may have given fewer than the machine has).
 cores() { nproc 2>/dev/null || getconf _NPROCESSORS_ONLN; }
 
+# GPUs that this process sees.
+gpus() { nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; }
+
+# The preset to measure with: cuda where there is a GPU, and its compiler or FOLDER of a build with CUDA.
+measuring_preset() {
+  if (($(gpus) > 0)) && { command -v nvcc >/dev/null || [[ -d $project_root/build/cuda/$1 ]]; }; then
+    echo cuda
+  else
+    echo release
+  fi
+}
+
 # Jobs for a build: one per core, but no more than memory allows at about 2 GB a compiler.
 build_jobs() {
   local jobs memory_kb by_memory

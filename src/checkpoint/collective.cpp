@@ -10,11 +10,8 @@
 namespace anabranch {
 
 void do_together(Communicator& communicator, const std::function<void()>& work) {
-  const auto failures = run_together(communicator, work);
-  const auto first = std::find_if(failures.begin(), failures.end(),
-                                  [](const std::string& text) { return !text.empty(); });
-  if (first == failures.end()) return;
-  throw CheckpointError(c10::str("rank ", first - failures.begin(), ": ", *first));
+  const std::string failure = first_failure(run_together(communicator, work));
+  if (!failure.empty()) throw CheckpointError(failure);
 }
 
 std::string broadcast_string(Communicator& communicator, const std::string& text) {

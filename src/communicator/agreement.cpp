@@ -108,6 +108,15 @@ std::vector<std::string> run_together(Communicator& communicator,
   return all_gather_strings(communicator, failure);
 }
 
+std::string first_failure(const std::vector<std::string>& failures) {
+  for (size_t rank = 0; rank < failures.size(); ++rank) {
+    if (!failures[rank].empty()) {
+      return c10::str("rank ", rank, ": ", failures[rank]);
+    }
+  }
+  return "";
+}
+
 void succeed_together(Communicator& communicator, const std::function<void()>& work) {
   const std::vector<std::string> failures = run_together(communicator, work);
   std::string message;

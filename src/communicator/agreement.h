@@ -22,8 +22,11 @@ void check_agreement(Communicator& communicator,
 std::vector<std::string> run_together(Communicator& communicator,
                                       const std::function<void()>& work);
 
-/// As above; where it threw on any rank, every rank throws a CommunicationError that names the ranks
-/// and what each threw. Collective.
+/// The first of what `run_together` has returned, with its rank: "rank 2: ..."; empty if there is none.
+std::string first_failure(const std::vector<std::string>& failures);
+
+/// Runs `work` on every rank; where it threw on any, every rank throws a CommunicationError that names
+/// the ranks and what each threw. Collective.
 void succeed_together(Communicator& communicator, const std::function<void()>& work);
 
 }  // namespace anabranch

@@ -14,16 +14,6 @@
 namespace anabranch {
 namespace {
 
-/// The first of the ranks' errors, if any.
-std::string first_of(const std::vector<std::string>& errors) {
-  for (size_t rank = 0; rank < errors.size(); ++rank) {
-    if (!errors[rank].empty()) {
-      return c10::str("rank ", rank, ": ", errors[rank]);
-    }
-  }
-  return "";
-}
-
 /// As many rows as `counts` from each rank's first row on.
 void set_ranges(const std::vector<int64_t>& counts, int64_t* begins, int64_t* rows) {
   int64_t begin = 0;
@@ -76,11 +66,14 @@ struct PeerExchange::Mailbox {
     const CudaStream stream = make_cuda_stream();
     for (int other = 0; other < layout.size; ++other) {
       peer::Queues queues = {};
+      if (other == rank) {
+        continue;
+      }
       check_cuda(cudaMemcpyAsync(&queues, memory + layout.state(other, 0), sizeof(queues),
                                  cudaMemcpyDeviceToHost, stream),
                  "cudaMemcpyAsync");
       check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-      if (other != rank && queues.closed == 0) {
+      if (queues.closed == 0) {
         return false;
       }
     }
@@ -122,7 +115,7 @@ std::unique_ptr<PeerExchange> PeerExchange::make(Communicator& bootstrap, std::s
   }
   Mailbox::retire(nullptr);
   std::unique_ptr<PeerExchange> exchange;
-  obstacle = first_of(run_together(
+  obstacle = first_failure(run_together(
       bootstrap, [&] { exchange.reset(new PeerExchange(bootstrap)); }));  // a private constructor
   if (obstacle.empty()) {
     obstacle = exchange->map(bootstrap);
@@ -152,12 +145,12 @@ PeerExchange::PeerExchange(const Communicator& bootstrap) : last_(make_cuda_even
 /// Maps all mailboxes into this process; the obstacle, if there is one on any rank.
 std::string PeerExchange::map(Communicator& bootstrap) {
   std::string handle;
-  std::string obstacle = first_of(run_together(bootstrap, [&] { handle = own_->handle(); }));
+  std::string obstacle = first_failure(run_together(bootstrap, [&] { handle = own_->handle(); }));
   if (!obstacle.empty()) {
     return obstacle;
   }
   const std::vector<std::string> handles = all_gather_strings(bootstrap, handle);
-  obstacle = first_of(run_together(bootstrap, [&] {
+  obstacle = first_failure(run_together(bootstrap, [&] {
     for (int rank = 0; rank < bootstrap.size(); ++rank) {
       if (rank == bootstrap.rank()) {
         arguments_.mailboxes[rank] = own_->memory;
@@ -217,10 +210,11 @@ void PeerExchange::all_to_all_v(const std::vector<Transfer>& transfers, cudaStre
     arguments_.num_transfers = 0;
   };
   for (const Transfer& transfer : transfers) {
-    if (row_bytes(transfer.send) == 0) {
+    const peer::Rows rows = rows_of(transfer);
+    if (rows.row_bytes == 0) {
       continue;
     }
-    arguments_.transfers[arguments_.num_transfers++] = rows_of(transfer);
+    arguments_.transfers[arguments_.num_transfers++] = rows;
     if (arguments_.num_transfers == peer::kMaxTransfers) {
       launch();
     }

@@ -111,55 +111,50 @@ class Lane {
   __device__ Lane(const Arguments& arguments, int peer, int lane, bool& waited)
       : arguments_(arguments), peer_(peer), lane_(lane), waited_(waited) {}
 
-  __device__ void send() const {
-    Queues& own = queues(arguments_.rank, peer_);
-    Queues& others = queues(peer_, arguments_.rank);
-    const uint64_t before = own.sent;
-    uint64_t sent = before;
-    for (int i = 0; i < arguments_.num_transfers; ++i) {
-      const Rows& rows = arguments_.transfers[i];
-      const auto fill = [&](const Piece& piece) {
-        if (!wait(own.emptied, sent < kSlots ? 0 : sent + 1 - kSlots)) {
-          return false;
-        }
-        gather(rows, rows.send_begin[peer_], piece, slot(peer_, arguments_.rank, sent));
-        say(others.filled, ++sent);
-        return true;
-      };
-      if (!for_each_piece(rows.send_rows[peer_], rows.row_bytes, lane_, arguments_.layout.lanes,
-                          fill)) {
-        return;
-      }
-    }
-    keep(own.sent, before, sent);
-  }
-
-  __device__ void receive() const {
-    Queues& own = queues(arguments_.rank, peer_);
-    Queues& others = queues(peer_, arguments_.rank);
-    const uint64_t before = own.received;
-    uint64_t received = before;
-    for (int i = 0; i < arguments_.num_transfers; ++i) {
-      const Rows& rows = arguments_.transfers[i];
-      const auto empty = [&](const Piece& piece) {
-        if (!wait(own.filled, received + 1)) {
-          return false;
-        }
-        copy(rows.target + (rows.receive_begin[peer_] + piece.row) * rows.row_bytes + piece.offset,
-             slot(arguments_.rank, peer_, received), piece.count * piece.bytes,
-             static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
-        say(others.emptied, ++received);
-        return true;
-      };
-      if (!for_each_piece(rows.receive_rows[peer_], rows.row_bytes, lane_, arguments_.layout.lanes,
-                          empty)) {
-        return;
-      }
-    }
-    keep(own.received, before, received);
-  }
+  __device__ void send() const { run<true>(); }
+  __device__ void receive() const { run<false>(); }
 
  private:
+  /// Fills, or empties, one slot after another as the other end makes them free, or fills them.
+  template <bool kSends>
+  __device__ void run() const {
+    Queues& own = queues(arguments_.rank, peer_);
+    Queues& others = queues(peer_, arguments_.rank);
+    uint64_t& kept = kSends ? own.sent : own.received;
+    const uint64_t before = kept;
+    uint64_t number = before;
+    for (int i = 0; i < arguments_.num_transfers; ++i) {
+      const Rows& rows = arguments_.transfers[i];
+      const auto move = [&](const Piece& piece) {
+        const uint64_t free = number < kSlots ? 0 : number + 1 - kSlots;
+        if (!(kSends ? wait(own.emptied, free) : wait(own.filled, number + 1))) {
+          return false;
+        }
+        if constexpr (kSends) {
+          gather(rows, rows.send_begin[peer_], piece, slot(peer_, arguments_.rank, number));
+        } else {
+          take(rows, piece, slot(arguments_.rank, peer_, number));
+        }
+        say(kSends ? others.filled : others.emptied, ++number);
+        return true;
+      };
+      if (!for_each_piece((kSends ? rows.send_rows : rows.receive_rows)[peer_], rows.row_bytes,
+                          lane_, arguments_.layout.lanes, move)) {
+        return;
+      }
+    }
+    // For the next launch. Where the counter has moved, all threads have read it.
+    if (threadIdx.x == 0 && number > before) {
+      kept = number;
+    }
+  }
+
+  __device__ void take(const Rows& rows, const Piece& piece, const std::byte* slot) const {
+    copy(rows.target + (rows.receive_begin[peer_] + piece.row) * rows.row_bytes + piece.offset,
+         slot, piece.count * piece.bytes, static_cast<int>(threadIdx.x),
+         static_cast<int>(blockDim.x));
+  }
+
   __device__ Queues& queues(int owner, int other) const {
     return *reinterpret_cast<Queues*>(arguments_.mailboxes[owner] +
                                       arguments_.layout.state(other, lane_));
@@ -189,13 +184,6 @@ class Lane {
     __syncthreads();
     if (threadIdx.x == 0) {
       Counter(counter).store(value, cuda::std::memory_order_release);
-    }
-  }
-
-  /// For the next launch. Where the counter has moved, all threads have read it.
-  __device__ void keep(uint64_t& counter, uint64_t before, uint64_t value) const {
-    if (threadIdx.x == 0 && value > before) {
-      counter = value;
     }
   }
 

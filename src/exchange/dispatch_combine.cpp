@@ -97,18 +97,15 @@ Payload Exchange::dispatch(const Payload& tokens, const ExchangePlan& plan) cons
     transfers.push_back(
         {ordered_values, plan.send_assignments, arrived_values, plan.receive_assignments});
   }
-  if (communicator_->gathers_rows() && tokens.rows.is_cuda()) {
-    received.rows = at::empty({plan.rows(), tokens.rows.size(1)}, tokens.rows.options());
-    transfers.push_back(
-        {tokens.rows, plan.send_rows, received.rows, plan.receive_rows, plan.send_tokens});
-    communicator_->all_to_all_v(transfers);
-  } else if (communicator_->runs_on_stream() && tokens.rows.is_cuda() &&
-             communicator_->size() <= kFewRanks) {
+  const bool gathers = communicator_->gathers_rows() && tokens.rows.is_cuda();
+  if (!gathers && communicator_->runs_on_stream() && tokens.rows.is_cuda() &&
+      communicator_->size() <= kFewRanks) {
     received.rows = dispatch_beside_own(*communicator_, tokens.rows, plan, std::move(transfers));
   } else {
     received.rows = at::empty({plan.rows(), tokens.rows.size(1)}, tokens.rows.options());
-    transfers.push_back({kernels.gather_rows(tokens.rows, plan.send_tokens), plan.send_rows,
-                         received.rows, plan.receive_rows});
+    transfers.push_back({gathers ? tokens.rows : kernels.gather_rows(tokens.rows, plan.send_tokens),
+                         plan.send_rows, received.rows, plan.receive_rows,
+                         gathers ? plan.send_tokens : torch::Tensor()});
     communicator_->all_to_all_v(transfers);
   }
   if (arrived_values.defined()) {

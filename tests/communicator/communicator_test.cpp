@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "communicator/mpi.h"
+#include "support/counts.h"
 #include "support/devices.h"
 #include "support/random.h"
 #include "support/tolerance.h"
@@ -19,19 +20,6 @@ namespace {
 
 const std::vector<torch::Dtype> kDtypes = {torch::kFloat32, torch::kFloat64, torch::kBFloat16,
                                            torch::kFloat16, torch::kInt64,   torch::kInt32};
-
-/// counts[source][destination]
-using Counts = std::vector<std::vector<int64_t>>;
-
-Counts random_counts(Random& random, int size, int64_t largest) {
-  Counts counts(size, std::vector<int64_t>(size));
-  for (auto& row : counts) {
-    for (auto& count : row) {
-      count = random.chance(0.3) ? 0 : random.integer(0, largest);
-    }
-  }
-  return counts;
-}
 
 Counts everything_to(int rank, int size, int64_t rows) {
   Counts counts(size, std::vector<int64_t>(size, 0));

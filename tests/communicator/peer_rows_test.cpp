@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "support/counts.h"
 #include "support/random.h"
 #include "support/world.h"
 
@@ -48,8 +49,10 @@ word_t __ldcg(const word_t* address) {  // NOLINT
 namespace anabranch::peer {
 namespace {
 
+using anabranch::test::Counts;
 using anabranch::test::effort;
 using anabranch::test::Random;
+using anabranch::test::random_counts;
 using anabranch::test::test_seed;
 
 constexpr unsigned kThreads = 2 * kWarp;
@@ -69,19 +72,6 @@ struct Mailbox {
   Layout layout;
   std::unique_ptr<std::byte[], Free> memory;
 };
-
-/// counts[source][destination]
-using Counts = std::vector<std::vector<int64_t>>;
-
-Counts random_counts(Random& random, int ranks, int64_t largest) {
-  Counts counts(ranks, std::vector<int64_t>(ranks));
-  for (auto& row : counts) {
-    for (auto& count : row) {
-      count = random.chance(0.3) ? 0 : random.integer(0, largest);
-    }
-  }
-  return counts;
-}
 
 std::vector<std::byte> random_bytes(Random& random, int64_t size) {
   std::vector<std::byte> bytes(size);
