@@ -112,7 +112,7 @@ class Bench {
  public:
   Bench(std::shared_ptr<Communicator> host, torch::Device device)
       : host_(std::move(host)),
-        nccl_(make_nccl_communicator(host_, device)),
+        nccl_(make_nccl_communicator(host_, device, {kDeadline, /*peer_memory=*/false})),
         peers_(make_nccl_communicator(host_, device, {kDeadline, /*peer_memory=*/true})),
         bare_(*host_),
         options_(at::TensorOptions(device).dtype(at::kBFloat16)) {}

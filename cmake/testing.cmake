@@ -6,7 +6,7 @@
 #     each number of ranks (default 1 2 3 4): CTest's NAME.np1, NAME.np2, ... In a build with CUDA
 #     each of CUDA_RANKS (default: those of 1 2 4 in RANKS) is a test NAME.cuda.npN besides, labelled
 #     gpu, which is skipped where there is no GPU. COMMUNICATORS: others than the usual one to run on
-#     3 ranks as well; mpi, peer_memory, and those of them but store, on 2 with tensors in GPU memory.
+#     3 ranks as well; mpi, nccl alone, and those of them but store, on 2 with tensors in GPU memory.
 #
 #   anabranch_script_test(NAME COMMAND argument... [LABELS label...] [TIMEOUT seconds]
 #                         [ENVIRONMENT variable=value...])
@@ -130,7 +130,7 @@ function(anabranch_test name)
   endforeach()
   if(arg_COMMUNICATORS)
     list(REMOVE_ITEM arg_COMMUNICATORS store) # the host's memory only
-    foreach(communicator IN LISTS arg_COMMUNICATORS ITEMS mpi peer_memory)
+    foreach(communicator IN LISTS arg_COMMUNICATORS ITEMS mpi nccl)
       anabranch_add_ranks(${name}.cuda.${communicator}.np2 ${name} 2 ${common}
                           ARGUMENTS --device cuda --communicator ${communicator})
     endforeach()

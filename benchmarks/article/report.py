@@ -44,7 +44,7 @@ alive between, without workspaces that are kept from step to step. Written by `l
 
 DESCRIPTIONS = {
     "padded_bmm": "every expert padded to the fullest, one batched product",
-    "block_diagonal": "blocks on a diagonal, each as large as the fullest expert",
+    "block_diagonal": "blocks on a diagonal, each as large as the fullest expert, in 128 rows",
     "block_sparse": "MegaBlocks' way, our own: rows padded to blocks of 128",
     "block_sparse_64": "the same with blocks of 64",
     "block_sparse_32": "the same with blocks of 32",

@@ -35,10 +35,10 @@ struct Traffic {
 struct CommunicatorOptions {
   /// How long one collective may wait for a peer before it ends in a CommunicationError.
   std::chrono::milliseconds deadline = std::chrono::minutes(5);
-  /// NCCL's communicator: whether rows go between the GPUs of one host through memory that they map
-  /// from each other, by a kernel of this library's. All ranks alike. Where they cannot, on several
-  /// hosts or with more than 8 ranks, they go by NCCL as they do otherwise.
-  bool peer_memory = false;
+  /// NCCL's communicator: whether rows go between GPUs through memory that they map from each other,
+  /// by a kernel of this library's, where all ranks are on one host and at most 8. All ranks alike.
+  /// Where the memory cannot be mapped, a warning says why, and they go by NCCL.
+  bool peer_memory = true;
 };
 
 /// A group of ranks that can exchange tensors.

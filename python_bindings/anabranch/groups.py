@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from .discovery import discover_rank
+from .info import transports
 
 DEADLINE = datetime.timedelta(minutes=5)
 """How long one collective may wait for a peer before it ends in an error that names it."""
@@ -24,6 +25,7 @@ class Group:
         self.source = source
         """What it was made from, kept alive."""
         self.rank, self.size, self.kind = torch.ops.anabranch.describe_group(name)
+        self._serves_gpus = self.kind in ("self", "nccl") or not _by_nccl(source)
 
     def __repr__(self) -> str:
         return f"Group({self.name!r}, rank {self.rank} of {self.size}, {self.kind})"
@@ -35,8 +37,9 @@ class Group:
         raise TypeError("a group of running ranks cannot be pickled: save the state_dict instead")
 
     def on(self, device: torch.device) -> Group:
-        """The same ranks for tensors on `device`; collective where that takes another communicator."""
-        if device.type != "cuda" or self.kind in ("self", "process_group", "nccl"):
+        """The same ranks for tensors on `device`: on a GPU through the library's own communicator over NCCL, but
+        for a process group that does not use NCCL itself. Collective where that takes another communicator."""
+        if device.type != "cuda" or self._serves_gpus:
             return self
         name = f"{self.name}@{device}"
         if name not in _groups:
@@ -47,6 +50,15 @@ class Group:
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Replaces `tensor` with the sum over ranks, 16-bit types summed in fp32. Collective; no gradient."""
         torch.ops.anabranch.all_reduce(tensor, self.on(tensor.device).name)
+
+
+def _by_nccl(source: object) -> bool:
+    """Whether ranks of that source move GPU memory by NCCL: a process group, only where it does so too."""
+    if isinstance(source, Group):
+        return _by_nccl(source.source)
+    if isinstance(source, dist.ProcessGroup):
+        return "nccl" in dist.get_backend_config(source) and "nccl" in transports()
+    return True
 
 
 _groups: dict[str, Group] = {}

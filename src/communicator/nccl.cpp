@@ -17,10 +17,10 @@
 namespace anabranch {
 namespace {
 
-/// The way through peers' memory, where it is asked for and can be had. Collective.
+/// The way through peers' memory, where it is wanted and can be had. Collective.
 std::unique_ptr<PeerExchange> tie_peers(Communicator& bootstrap,
                                         const CommunicatorOptions& options) {
-  if (!options.peer_memory || bootstrap.size() == 1) {
+  if (!options.peer_memory || !PeerExchange::suits(bootstrap)) {
     return nullptr;
   }
   std::string obstacle;

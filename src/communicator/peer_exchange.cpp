@@ -3,6 +3,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/util/StringUtil.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <mutex>
@@ -99,20 +100,14 @@ struct PeerExchange::Mailbox {
   std::byte* memory = nullptr;
 };
 
-std::unique_ptr<PeerExchange> PeerExchange::make(Communicator& bootstrap, std::string& obstacle) {
+bool PeerExchange::suits(Communicator& bootstrap) {
   const std::vector<std::string> hosts = all_gather_strings(bootstrap, host_name());
-  obstacle.clear();
-  if (hosts.size() > peer::kMaxRanks) {
-    obstacle = c10::str(hosts.size(), " ranks, and at most ", peer::kMaxRanks, " can");
-  }
-  for (const std::string& host : hosts) {
-    if (host != hosts[0]) {
-      obstacle = c10::str("hosts ", hosts[0], " and ", host);
-    }
-  }
-  if (!obstacle.empty()) {
-    return nullptr;
-  }
+  return hosts.size() > 1 && hosts.size() <= peer::kMaxRanks &&
+         std::all_of(hosts.begin(), hosts.end(),
+                     [&](const auto& host) { return host == hosts[0]; });
+}
+
+std::unique_ptr<PeerExchange> PeerExchange::make(Communicator& bootstrap, std::string& obstacle) {
   Mailbox::retire(nullptr);
   std::unique_ptr<PeerExchange> exchange;
   obstacle = first_failure(run_together(

@@ -15,8 +15,10 @@ namespace anabranch {
 /// of this library's: rows are gathered where they are read, and cross once.
 class PeerExchange {
  public:
-  /// Collective over `bootstrap`, on the current device. Null on all ranks where they cannot do so,
-  /// and then `obstacle` says why: several hosts, more than 8 ranks, memory that cannot be mapped.
+  /// Whether the ranks are as it takes: on one host, and no more than 8. Collective.
+  static bool suits(Communicator& bootstrap);
+  /// Collective over `bootstrap`, on the current device. Null on all ranks where memory cannot be
+  /// mapped, and then `obstacle` says why.
   static std::unique_ptr<PeerExchange> make(Communicator& bootstrap, std::string& obstacle);
   ~PeerExchange();
   PeerExchange(const PeerExchange&) = delete;

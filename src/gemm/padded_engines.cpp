@@ -8,18 +8,24 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "gemm/tensor_of.h"
 
 namespace anabranch {
 namespace {
 
+/// Rows that every expert is padded to: a multiple of `multiple`.
+int64_t padded_height(const std::vector<int64_t>& counts, int64_t multiple) {
+  const int64_t largest = counts.empty() ? 0 : *std::max_element(counts.begin(), counts.end());
+  return (largest + multiple - 1) / multiple * multiple;
+}
+
 /// Where each row lies among the padded ones: that of expert e's row i is e · height + i.
 class Padding {
  public:
-  Padding(const std::vector<int64_t>& counts, const torch::Tensor& rows)
-      : experts_(static_cast<int64_t>(counts.size())),
-        height_(counts.empty() ? 0 : *std::max_element(counts.begin(), counts.end())) {
+  Padding(const std::vector<int64_t>& counts, int64_t height, const torch::Tensor& rows)
+      : experts_(static_cast<int64_t>(counts.size())), height_(height) {
     std::vector<int64_t> shifts;
     int64_t first_row = 0;
     for (int64_t e = 0; e < experts_; ++e) {
@@ -55,14 +61,11 @@ class Padding {
 
 class PaddedEngine : public GroupedGemmEngine {
  public:
+  explicit PaddedEngine(int64_t multiple) : multiple_(multiple) {}
+
   int64_t padding_rows(const std::vector<int64_t>& counts) const override {
-    int64_t largest = 0;
-    int64_t rows = 0;
-    for (const int64_t count : counts) {
-      largest = std::max(largest, count);
-      rows += count;
-    }
-    return static_cast<int64_t>(counts.size()) * largest - rows;
+    const int64_t rows = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+    return static_cast<int64_t>(counts.size()) * padded_height(counts, multiple_) - rows;
   }
 
   void forward(const torch::Tensor& x, const torch::Tensor& weight,
@@ -80,7 +83,7 @@ class PaddedEngine : public GroupedGemmEngine {
       dweight.zero_();
       return;
     }
-    const Padding padding(counts, dy);
+    const Padding padding(counts, padded_height(counts, multiple_), dy);
     multiply(padding.pad(dy).transpose(1, 2), padding.pad(x), dweight);
   }
 
@@ -95,15 +98,18 @@ class PaddedEngine : public GroupedGemmEngine {
     if (rows.size(0) == 0) {
       return;
     }
-    const Padding padding(counts, rows);
+    const Padding padding(counts, padded_height(counts, multiple_), rows);
     torch::Tensor padded = padding.empty(rows, out.size(1));
     multiply(padding.pad(rows), weight, padded);
     padding.unpad(padded, out);
   }
+
+  int64_t multiple_;
 };
 
 class PaddedBmm final : public PaddedEngine {
  public:
+  PaddedBmm() : PaddedEngine(1) {}
   std::string name() const override { return "padded_bmm"; }
 
  protected:
@@ -112,8 +118,13 @@ class PaddedBmm final : public PaddedEngine {
   }
 };
 
+/// Rows of a block of a block-sparse matrix, as the article's. And sums over any other number of rows
+/// lose some of them in cuBLAS 13.1, where they are more than 8192.
+constexpr int64_t kBlock = 128;
+
 class BlockDiagonal final : public PaddedEngine {
  public:
+  BlockDiagonal() : PaddedEngine(kBlock) {}
   std::string name() const override { return "block_diagonal"; }
 
  protected:

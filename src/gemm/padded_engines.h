@@ -10,7 +10,7 @@ namespace anabranch {
 std::shared_ptr<GroupedGemmEngine> make_padded_bmm_engine();
 
 /// The padded experts as equal blocks on the diagonal of one matrix, of which the products are taken
-/// block row by block row.
+/// block row by block row. Of a multiple of 128 rows each.
 std::shared_ptr<GroupedGemmEngine> make_block_diagonal_engine();
 
 }  // namespace anabranch

@@ -66,7 +66,8 @@ std::shared_ptr<Communicator> make_host_world(std::chrono::milliseconds deadline
   return make_mpi_communicator(options);
 }
 
-/// What --communicator names; by default NCCL between GPUs, and the launcher's otherwise.
+/// What --communicator names; by default between GPUs NCCL's with peers' memory, where `nccl` has it
+/// alone, and the launcher's otherwise.
 std::shared_ptr<Communicator> make_world(const std::string& kind) {
   CommunicatorOptions options;
   options.deadline = kTestDeadline;
@@ -83,8 +84,8 @@ std::shared_ptr<Communicator> make_world(const std::string& kind) {
     return make_self_communicator();
   }
   const bool between_gpus = kind.empty() && device().is_cuda() && host_world->size() > 1;
-  if (kind == "nccl" || kind == "peer_memory" || between_gpus) {
-    options.peer_memory = kind == "peer_memory";
+  if (kind == "nccl" || between_gpus) {
+    options.peer_memory = between_gpus;
     return make_nccl_communicator(std::move(host_world), device(), options);
   }
   return host_world;
@@ -122,7 +123,7 @@ Arguments parse(int argc, char** argv) {
     } else if (argument.rfind("--gtest_", 0) != 0) {
       throw std::invalid_argument("unknown argument '" + argument +
                                   "'; known: --seed N, --device cpu|cuda, "
-                                  "--communicator mpi|store|nccl|peer_memory|process_group, "
+                                  "--communicator mpi|store|nccl|process_group, "
                                   "--gtest_*");
     }
   }

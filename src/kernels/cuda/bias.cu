@@ -139,12 +139,21 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   __threadfence();
+  const int64_t end_chunk = chunks[expert + 1];
   const int64_t strip_end = min(width, (strip + 1) * kWarp * kSize);
   for (int64_t i = strip * kWarp * kSize + threadIdx.x; i < strip_end; i += kThreads) {
+    constexpr int kUnroll = 16;  // loads in flight
     acc_t total = 0;
-#pragma unroll 8
-    for (int64_t c = chunks[expert]; c < chunks[expert + 1]; ++c) {
-      total += __ldcg(partial + c * width + i);
+    for (int64_t c = chunks[expert]; c < end_chunk; c += kUnroll) {
+      acc_t parts[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        parts[u] = c + u < end_chunk ? __ldcg(partial + (c + u) * width + i) : acc_t{0};
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        total += parts[u];
+      }
     }
     out[expert * width + i] = static_cast<scalar_t>(total);
   }
