@@ -47,7 +47,9 @@ class NcclCommunicator final : public Communicator {
           if (peers_ != nullptr) {
             peers_->abort();
           }
-        }) {}
+        }) {
+    connect();
+  }
 
   ~NcclCommunicator() override {
     try {
@@ -176,6 +178,17 @@ class NcclCommunicator final : public Communicator {
   }
 
  private:
+  /// A byte from every rank to every other. A launch whose ranks are not connected yet waits for them
+  /// on the host, where no more can be done about one that has died than to abort NCCL in the midst of
+  /// it: so all launches that do are here, where every rank has just been heard of.
+  void connect() {
+    const OnDevice stream(device_);
+    const std::vector<int64_t> ones(size(), 1);
+    const auto bytes = at::zeros({2, size()}, at::TensorOptions(device_).dtype(torch::kByte));
+    const Transfer transfer{bytes[0], ones, bytes[1], ones};
+    watch_.run("connection", stream, [&](ncclComm_t comm) { exchange(transfer, comm, stream); });
+  }
+
   /// The ranks' host memories do not know of a failure on the GPUs' way.
   bool in_host_memory(const torch::Tensor& tensor) {
     if (tensor.is_cpu()) {

@@ -70,7 +70,7 @@ struct PeerExchange::Mailbox {
       if (other == rank) {
         continue;
       }
-      check_cuda(cudaMemcpyAsync(&queues, memory + layout.state(other, 0), sizeof(queues),
+      check_cuda(cudaMemcpyAsync(&queues, memory + layout.state(rank, other, 0), sizeof(queues),
                                  cudaMemcpyDeviceToHost, stream),
                  "cudaMemcpyAsync");
       check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
@@ -162,7 +162,7 @@ std::string PeerExchange::map(Communicator& bootstrap) {
             c10::str("cannot map the memory of rank ", rank, ": ", cudaGetErrorString(status)));
       }
       arguments_.mailboxes[rank] = static_cast<std::byte*>(memory);
-      mapped_.push_back(arguments_.mailboxes[rank]);
+      mapped_.push_back(rank);
     }
   }));
   return obstacle;
@@ -179,15 +179,16 @@ PeerExchange::~PeerExchange() {
     const c10::cuda::CUDAGuard guard(own_->device);
     const CudaStream stream = make_cuda_stream();
     const uint64_t closed = 1;
-    for (std::byte* mailbox : mapped_) {
-      check_cuda(cudaMemcpyAsync(mailbox + arguments_.layout.state(arguments_.rank, 0) +
+    for (const int owner : mapped_) {
+      check_cuda(cudaMemcpyAsync(arguments_.mailboxes[owner] +
+                                     arguments_.layout.state(owner, arguments_.rank, 0) +
                                      offsetof(peer::Queues, closed),
                                  &closed, sizeof(closed), cudaMemcpyHostToDevice, stream),
                  "cudaMemcpyAsync");
     }
     check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-    for (std::byte* mailbox : mapped_) {
-      check_cuda(cudaIpcCloseMemHandle(mailbox), "cudaIpcCloseMemHandle");
+    for (const int owner : mapped_) {
+      check_cuda(cudaIpcCloseMemHandle(arguments_.mailboxes[owner]), "cudaIpcCloseMemHandle");
     }
     check_cuda(cudaFreeHost(aborted_), "cudaFreeHost");
     if (mapped_by_all_) {

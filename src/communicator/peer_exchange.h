@@ -36,7 +36,7 @@ class PeerExchange {
 
   peer::Arguments arguments_ = {};
   std::shared_ptr<Mailbox> own_;
-  std::vector<std::byte*> mapped_;  ///< of the others
+  std::vector<int> mapped_;  ///< ranks whose mailboxes are mapped
   bool mapped_by_all_ = false;
   int* aborted_ = nullptr;  ///< in host memory that the GPU reads
   CudaEvent last_;          ///< the end of the last exchange

@@ -8,9 +8,9 @@ namespace {
 
 constexpr int kThreads = 256;
 /// Lanes to all other ranks together, about; one alone does not fill a link.
-constexpr int kLanesOfAll = 32;
+constexpr int kLanesOfAll = 48;
 /// Blocks that move a rank's own rows.
-constexpr int kOwnBlocks = 48;
+constexpr int kOwnBlocks = 32;
 
 __global__ void __launch_bounds__(kThreads)
     exchange_kernel(const __grid_constant__ Arguments arguments) {

@@ -157,10 +157,10 @@ class Lane {
 
   __device__ Queues& queues(int owner, int other) const {
     return *reinterpret_cast<Queues*>(arguments_.mailboxes[owner] +
-                                      arguments_.layout.state(other, lane_));
+                                      arguments_.layout.state(owner, other, lane_));
   }
   __device__ std::byte* slot(int owner, int other, uint64_t number) const {
-    return arguments_.mailboxes[owner] + arguments_.layout.slot(other, lane_, number);
+    return arguments_.mailboxes[owner] + arguments_.layout.slot(owner, other, lane_, number);
   }
 
   /// All threads of the block return when the counter has come so far; false if it never will.

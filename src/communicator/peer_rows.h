@@ -20,8 +20,8 @@ constexpr int kMaxRanks = 8;
 /// Of one launch.
 constexpr int kMaxTransfers = 4;
 /// Slots of a queue, and their size.
-constexpr int kSlots = 4;
-constexpr int64_t kSlotBytes = 64 << 10;
+constexpr int kSlots = 2;
+constexpr int64_t kSlotBytes = 256 << 10;
 
 /// Of the queues between the mailbox's owner and one other rank on one lane. The first three are
 /// written by that other rank, on its own GPU, the last two by the owner. They only grow.
@@ -38,19 +38,24 @@ struct Layout {
   int size;
   int lanes;
 
-  constexpr int64_t queues() const { return int64_t{size} * lanes; }
-  /// From the mailbox's begin, in bytes; `other`: the rank that the owner exchanges with.
-  constexpr int64_t slot(int other, int lane, uint64_t number) const {
-    return (queue(other, lane) * kSlots + static_cast<int64_t>(number % kSlots)) * kSlotBytes;
+  constexpr int64_t queues() const { return int64_t{size - 1} * lanes; }
+  constexpr int64_t bytes() const {
+    return queues() * (kSlots * kSlotBytes + static_cast<int64_t>(sizeof(Queues)));
   }
-  constexpr int64_t state(int other, int lane) const {
+  // From the mailbox's begin, in bytes; `other`: the rank that the owner exchanges with.
+  constexpr int64_t slot(int owner, int other, int lane, uint64_t number) const {
+    return (queue(owner, other, lane) * kSlots + static_cast<int64_t>(number % kSlots)) *
+           kSlotBytes;
+  }
+  constexpr int64_t state(int owner, int other, int lane) const {
     return queues() * kSlots * kSlotBytes +
-           queue(other, lane) * static_cast<int64_t>(sizeof(Queues));
+           queue(owner, other, lane) * static_cast<int64_t>(sizeof(Queues));
   }
-  constexpr int64_t bytes() const { return state(size, 0); }
 
  private:
-  constexpr int64_t queue(int other, int lane) const { return int64_t{other} * lanes + lane; }
+  constexpr int64_t queue(int owner, int other, int lane) const {
+    return int64_t{(other - owner - 1 + size) % size} * lanes + lane;
+  }
 };
 
 /// What one rank sends to and receives from each rank of one buffer: see Transfer.

@@ -74,7 +74,9 @@ void expect_loads_at_every_size(const fs::path& directory, const Options& option
 }
 
 TEST(Checkpoint, LoadsAtAnyNumberOfRanks) {
-  for (const int64_t num_experts : {1, 2, 5, 8}) {
+  // NCCL takes about a second to tie a group, of which there are dozens.
+  for (const int64_t num_experts :
+       device().is_cuda() ? std::vector<int64_t>{5} : std::vector<int64_t>{1, 2, 5, 8}) {
     const Options options{.num_experts = num_experts};
     const auto expected = expected_training(options, 2);
     for (const int64_t expert_parallel_size : divisors(world()->size())) {

@@ -43,8 +43,10 @@ using Wide = Shape<kOperation, 1, 256, false, 4, 2, Share::kB>;
 template <typename scalar_t, Operation kOperation>
 void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
   constexpr int kLongSum = 4096;
+  constexpr int kManyColumns = 15;  // of 128: where a half of a wide tile too many is little
   const int columns = (problem.n + 127) / 128;
-  if (kOperation != Operation::kWgrad && problem.k >= kLongSum && columns % 2 == 0) {
+  if (kOperation != Operation::kWgrad && problem.k >= kLongSum &&
+      (columns % 2 == 0 || columns >= kManyColumns)) {
     launch<scalar_t, Wide<kOperation>>(maps, problem, stream);
   } else if (columns % 2 == 0) {
     launch<scalar_t, Alternating<kOperation, Share::kA>>(maps, problem, stream);

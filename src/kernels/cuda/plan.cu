@@ -291,7 +291,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-/// A thread per assignment in expert-major order.
+/// A thread per assignment in expert-major order. What a failed exchange has left for row numbers leads
+/// nowhere but to rows of their source, so that its error is the one that is heard.
 __global__ void __launch_bounds__(kThreads)
     order_arrivals_kernel(const int32_t* __restrict__ segment_rows, int64_t count,
                           const int64_t* __restrict__ source_ends,
@@ -310,7 +311,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t within = p - (piece > 0 ? expert_ends[piece - 1] : 0);
   const int64_t arrived = within + (source_piece > 0 ? source_ends[source_piece - 1] : 0);
   received_order[p] = arrived;
-  assignment_rows[p] = segment_rows[arrived] + (rank > 0 ? row_ends[rank - 1] : 0);
+  const int64_t first_row = rank > 0 ? row_ends[rank - 1] : 0;
+  const int64_t row = first_row + max(segment_rows[arrived], 0);
+  assignment_rows[p] = min(row, row_ends[rank] - 1);
 }
 
 }  // namespace
