@@ -2,6 +2,7 @@
 """Tables of what launch/benchmark.sh has measured: docs/performance.md from benchmarks/results/."""
 
 import argparse
+import itertools
 import json
 import pathlib
 import re
@@ -207,7 +208,8 @@ count.
 """
 
 
-def gpu_exchange(measured):
+def gpu_exchange(*measured):
+    """Of one file for each number of ranks."""
     rows = [
         (
             f"{case['ranks']} / {case['gpus']}",
@@ -220,18 +222,22 @@ def gpu_exchange(measured):
             f"{case['dispatch_ms']:.3f} ({case['bare_ms'] / case['dispatch_ms']:.2f})",
             f"{case['combine_ms']:.3f} ({case['bare_back_ms'] / case['combine_ms']:.2f})",
         )
-        for case in measured["results"]
+        for case in itertools.chain.from_iterable(file["results"] for file in measured)
     ]
+    provenance = "\n".join(
+        gpu_provenance(file, f"mpirun -n {file['results'][0]['ranks']} benchmark_gpu_exchange") + "  " for file in measured
+    )
     header = ("ranks / GPUs", "case", "by", "MB from a rank", "bare, ms", "GB/s",
               "bare / all_to_all_v", "dispatch, ms (bare / it)", "combine, ms (bare / it)")
     return f"""## Exchange between GPUs
 
 Beside bare grouped ncclSend and ncclRecv of the same bytes in the same run. Dispatch also gathers the
-rows that it sends, combine also sums the rows that come back.
+rows that it sends, combine also sums the rows that come back. By `nccl`: grouped sends and receives;
+by `peer memory`: the library's own kernel, which is what ranks of one host use.
 
 {table(header, rows)}
 
-{gpu_provenance(measured, 'mpirun -n 2 benchmark_gpu_exchange')}
+{provenance}
 """
 
 
@@ -241,7 +247,7 @@ SECTIONS = {
     "gpu_layer.json": gpu_layer,
     "gpu_grouped_gemm.json": gpu_grouped_gemm,
     "gpu_kernels.json": gpu_kernels,
-    "gpu_exchange.json": gpu_exchange,
+    "gpu_exchange_*.json": gpu_exchange,
 }
 
 
@@ -255,9 +261,9 @@ def main():
         " `benchmarks/report.py`\nfrom their files in `benchmarks/results/`.\n"
     ]
     for name, section in SECTIONS.items():
-        measured = arguments.results / name
-        if measured.exists():  # not every machine has a GPU
-            parts.append(section(json.loads(measured.read_text())))
+        files = sorted(arguments.results.glob(name))
+        if files:  # not every machine has a GPU
+            parts.append(section(*(json.loads(file.read_text()) for file in files)))
     arguments.output.write_text("\n".join(parts))
 
 

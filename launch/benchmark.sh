@@ -7,7 +7,7 @@
 #   NAME            what to measure; default: all that can be measured here, of
 #                     gpu_layer gpu_grouped_gemm gpu_kernels gpu_exchange (from 2 GPUs on)
 #                     cpu_layer cpu_grouped_gemm (where there is no GPU)
-#   --output DIR    where NAME.json and performance.md go (default: runs/benchmark)
+#   --output DIR    where NAME.json, or NAME_RANKS.json, and performance.md go (default: runs/benchmark)
 #   --quick         a few cases of what runs on GPUs, to see whether it does
 #   --no-build      with what is built in build/
 #   --commit HASH   what to note as the commit of the sources (default: what git says)
@@ -81,18 +81,31 @@ fi
 mkdir -p "$output"
 prepare_mpirun "$gpus" "$(cores)"
 failed=()
-for name in "${names[@]}"; do
-  say "Measuring $name"
-  command=("$project_root/build/$preset/benchmarks/benchmark_$name" --commit "$commit"
-    --json "$output/$name.json.new")
+results=()
+
+# measure NAME FILE COMMAND...: runs benchmark_NAME by the command, which leaves FILE.json
+measure() {
+  local name=$1 file=$2
+  local command=("${@:3}" "$project_root/build/$preset/benchmarks/benchmark_$name" --commit "$commit"
+    --json "$output/$file.json.new")
   if [[ $name == gpu_* ]]; then command+=("${flags[@]}"); fi
-  if [[ $name == gpu_exchange ]]; then
-    command=(mpirun "${mpirun_flags[@]}" -n "$gpus" "${command[@]}")
-  fi
+  say "Measuring $file"
   if "${command[@]}"; then
-    mv "$output/$name.json.new" "$output/$name.json"
+    mv "$output/$file.json.new" "$output/$file.json"
+    results+=("$output/$file.json")
   else
-    failed+=("$name")
+    failed+=("$file")
+  fi
+}
+
+for name in "${names[@]}"; do
+  if [[ $name == gpu_exchange ]]; then
+    for ((ranks = 2; ranks < 2 * gpus; ranks *= 2)); do
+      used=$((ranks < gpus ? ranks : gpus))
+      measure "$name" "${name}_$used" mpirun "${mpirun_flags[@]}" -n "$used"
+    done
+  else
+    measure "$name" "$name"
   fi
 done
 
@@ -102,9 +115,7 @@ if [[ ! -x $python ]]; then python=${ANABRANCH_PYTHON:-python3}; fi
 note "$output/performance.md"
 if ((${#failed[@]})); then die "failed: ${failed[*]}"; fi
 if $publish; then
-  for name in "${names[@]}"; do
-    cp "$output/$name.json" "$project_root/benchmarks/results/"
-  done
+  cp "${results[@]}" "$project_root/benchmarks/results/"
   "$python" "$project_root/benchmarks/report.py"
   note "$project_root/docs/performance.md"
 fi

@@ -23,7 +23,7 @@ def machine(project, tmp_path):
                 f'#!/bin/bash\necho "{preset}/{name} $*" >> "{project.log}"\n'
                 f'[[ $FAILS == {name} ]] && exit 3\n'
                 'while [[ $1 != --json ]]; do shift; done\n'
-                f'cp "{ROOT}/benchmarks/results/{name}.json" "$2"\n',
+                f'cp "{ROOT}/benchmarks/results/{name + "_2" * (name == "gpu_exchange")}.json" "$2"\n',
             )
     tools = tmp_path / "tools"
     executable(tools / "nvidia-smi", '#!/bin/bash\nfor ((i = 0; i < GPUS; ++i)); do echo "GPU $i: H200"; done\n')
@@ -59,12 +59,13 @@ def test_on_a_machine_without_a_gpu(machine):
     assert sorted(path.name for path in machine.results.glob("*json*")) == ["cpu_grouped_gemm.json", "cpu_layer.json"]
 
 
-@pytest.mark.parametrize("gpus", [1, 2])
-def test_on_a_machine_with_gpus(machine, gpus):
+@pytest.mark.parametrize("gpus, ranks", [(1, []), (2, [2]), (4, [2, 4]), (6, [2, 4, 6])])
+def test_on_a_machine_with_gpus(machine, gpus, ranks):
     machine("--commit", "0123abcd", "--no-build", "--quick", gpus=gpus)
-    assert measured(machine) == [f"cuda/{name}" for name in GPU_NAMES + ["gpu_exchange"] * (gpus > 1)]
+    assert measured(machine) == [f"cuda/{name}" for name in GPU_NAMES + ["gpu_exchange"] * len(ranks)]
     assert all(call.endswith("--quick") for call in machine.project.calls())
-    assert any(" -n 2 " in call for call in machine.project.calls()) == (gpus > 1)
+    assert [call.split(" -n ")[1].split()[0] for call in machine.project.calls() if " -n " in call] == list(map(str, ranks))
+    assert [(machine.results / f"gpu_exchange_{n}.json").exists() for n in ranks] == [True] * len(ranks)
     assert not any(call.startswith(("setup", "cmake")) for call in machine.project.calls())
 
 
