@@ -191,14 +191,18 @@ class AutoEngine final : public GroupedGemmEngine {
         return best_guess(dtype, weight);
       }
       choice = measure(able_engines(dtype, weight), run, stream);
+      if (choice->engine.empty()) {
+        choice->engine = best_guess(dtype, weight).name();
+      }
       choices_->keep(product, *choice);
     }
     return engine(choice->engine);
   }
 
   /// Least of a few times each, taken in turns; engines come best guess first. Those that come near
-  /// the best are timed for longer.
-  static EngineChoices::Choice measure(const Engines& engines,
+  /// the best are timed for longer, and those that find too little memory drop out: no engine is
+  /// chosen where none is left.
+  static EngineChoices::Choice measure(Engines engines,
                                        const std::function<void(GroupedGemmEngine&)>& run,
                                        cudaStream_t stream) {
     constexpr int kRounds = 4;
@@ -206,18 +210,29 @@ class AutoEngine final : public GroupedGemmEngine {
     constexpr double kNear = 1.1;
     EngineChoices::Choice choice;
     auto& times = choice.milliseconds;
-    const auto rounds = [&](const Engines& timed, int count) {
+    const auto find_memory = [&](const std::shared_ptr<GroupedGemmEngine>& engine) {
+      try {
+        const double time = milliseconds([&] { run(*engine); }, stream);
+        auto& least = times.try_emplace(engine->name(), time).first->second;
+        least = std::min(least, time);
+        return true;
+      } catch (const c10::OutOfMemoryError&) {
+        times.erase(engine->name());
+        choice.complete = false;
+        return false;
+      }
+    };
+    const auto rounds = [&](Engines& timed, int count) {
       for (int round = 0; round < count; ++round) {
-        for (const auto& engine : timed) {
-          const double time = milliseconds([&] { run(*engine); }, stream);
-          auto& least = times.try_emplace(engine->name(), time).first->second;
-          least = std::min(least, time);
-        }
+        std::erase_if(timed, std::not_fn(find_memory));
       }
     };
     rounds(engines, 1);
     times.clear();  // of the first calls, which set up
     rounds(engines, kRounds);
+    if (engines.empty()) {
+      return choice;
+    }
     const double best = std::min_element(times.begin(), times.end(), [](auto& a, auto& b) {
                           return a.second < b.second;
                         })->second;
@@ -225,6 +240,9 @@ class AutoEngine final : public GroupedGemmEngine {
     std::copy_if(engines.begin(), engines.end(), std::back_inserter(finalists),
                  [&](const auto& engine) { return times[engine->name()] < kNear * best; });
     rounds(finalists, kFinalRounds);
+    if (finalists.empty()) {
+      return choice;
+    }
     choice.engine = finalists.front()->name();
     for (const auto& engine : finalists) {
       if (times[engine->name()] < kNoise * times[choice.engine]) {

@@ -19,7 +19,7 @@ namespace anabranch {
 namespace {
 
 /// To be raised whenever an engine comes, goes or becomes faster: older choices are then forgotten.
-constexpr int kEngines = 2;
+constexpr int kEngines = 3;
 
 std::filesystem::path cache_folder() {
   if (const char* named = std::getenv("ANABRANCH_CACHE_DIR")) {
@@ -78,7 +78,7 @@ std::string EngineChoices::explain() const {
       text += c10::str(separator, engine, " ", milliseconds, " ms");
       separator = ", ";
     }
-    text += ")\n";
+    text += choice.complete ? ")\n" : "; the others found no memory)\n";
   }
   return text;
 }
@@ -104,7 +104,9 @@ void EngineChoices::read() {
 void EngineChoices::write() const {
   nlohmann::json kept = nlohmann::json::object();
   for (const auto& [product, choice] : choices_) {
-    kept[product] = {{"engine", choice.engine}, {"milliseconds", choice.milliseconds}};
+    if (choice.complete) {
+      kept[product] = {{"engine", choice.engine}, {"milliseconds", choice.milliseconds}};
+    }
   }
   std::error_code error;
   std::filesystem::create_directories(std::filesystem::path(file_).parent_path(), error);

@@ -25,6 +25,7 @@ class EngineChoices {
   struct Choice {
     std::string engine;
     Times milliseconds;
+    bool complete = true;  ///< otherwise engines found no memory: not for the file
   };
   std::optional<Choice> find(const std::string& product) const;
   void keep(const std::string& product, const Choice& choice);
