@@ -82,11 +82,14 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+/// Blocks of a multiprocessor at a time: some add up what they have read while others read.
+constexpr int kResident = 6;
+
 /// A block sums one chunk of rows over one strip of 32 packs of columns. Each warp takes every
 /// kWarps-th row; the warps' sums are added in order, and the chunks' by the block that is the last of
 /// an expert's strip to be done, in order too. `done` [experts, strips] counts from 0.
 template <typename scalar_t, int kSize>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     sum_chunks_kernel(const scalar_t* __restrict__ rows,
                       const accumulate_t<scalar_t>* __restrict__ weights,
                       const int64_t* __restrict__ offsets, const int64_t* __restrict__ chunks,
