@@ -7,7 +7,8 @@ namespace anabranch::peer {
 namespace {
 
 constexpr int kThreads = 256;
-/// Lanes to all other ranks together, about; one alone does not fill a link.
+/// Lanes to all other ranks together, about: one alone does not fill a link, and all of them leave
+/// multiprocessors to another library's collectives, for whose end a peer may have to wait first.
 constexpr int kLanesOfAll = 48;
 /// Blocks that move a rank's own rows.
 constexpr int kOwnBlocks = 32;
