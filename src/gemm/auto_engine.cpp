@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <bit>
 #include <functional>
-#include <iterator>
+#include <limits>
 #include <numeric>
 
 #include "gemm/cuda_engines.h"
@@ -57,6 +57,66 @@ double milliseconds(const std::function<void()>& call, cudaStream_t stream) {
   check_cuda(cudaEventElapsedTime(&elapsed, begin, end), "cudaEventElapsedTime");
   return elapsed;
 }
+
+using Engines = std::vector<std::shared_ptr<GroupedGemmEngine>>;
+
+/// Engines that take turns at one product. Those that find too little memory drop out.
+class Trials {
+ public:
+  using Run = std::function<void(GroupedGemmEngine&)>;
+  Trials(const Run& run, cudaStream_t stream) : run_(run), stream_(stream) {}
+
+  /// The first calls, which set up.
+  void warm_up(Engines& engines) {
+    take_turns(engines, 1);
+    times_.clear();
+  }
+  void take_turns(Engines& engines, int rounds) {
+    for (int round = 0; round < rounds; ++round) {
+      std::erase_if(engines, [&](const auto& engine) { return !finds_memory(*engine); });
+    }
+  }
+  /// The median: one that is fast once and slow the next time is not to be chosen for its luck.
+  double milliseconds(const std::string& engine) const {
+    auto times = times_.at(engine);
+    const auto middle = times.begin() + static_cast<int64_t>(times.size() / 2);
+    std::nth_element(times.begin(), middle, times.end());
+    return *middle;
+  }
+  double least_milliseconds(const Engines& engines) const {
+    double least = std::numeric_limits<double>::infinity();
+    for (const auto& engine : engines) {
+      least = std::min(least, milliseconds(engine->name()));
+    }
+    return least;
+  }
+  /// What was found, without an engine yet.
+  EngineChoices::Choice choice() const {
+    EngineChoices::Choice choice;
+    for (const auto& [engine, times] : times_) {
+      choice.milliseconds[engine] = milliseconds(engine);
+    }
+    choice.complete = complete_;
+    return choice;
+  }
+
+ private:
+  bool finds_memory(GroupedGemmEngine& engine) {
+    try {
+      times_[engine.name()].push_back(anabranch::milliseconds([&] { run_(engine); }, stream_));
+      return true;
+    } catch (const c10::OutOfMemoryError&) {
+      times_.erase(engine.name());
+      complete_ = false;
+      return false;
+    }
+  }
+
+  const Run& run_;
+  cudaStream_t stream_;
+  std::map<std::string, std::vector<double>> times_;
+  bool complete_ = true;
+};
 
 class AutoEngine final : public GroupedGemmEngine {
  public:
@@ -129,8 +189,6 @@ class AutoEngine final : public GroupedGemmEngine {
     return choices;
   }
 
-  using Engines = std::vector<std::shared_ptr<GroupedGemmEngine>>;
-
   /// All that can multiply rows of that type with `weight`, best guess first, and of the loops that of
   /// the fewest workspaces. Eight streams gain nothing over four, and their workspaces take 128 MiB
   /// more.
@@ -174,8 +232,7 @@ class AutoEngine final : public GroupedGemmEngine {
 
   /// The fastest engine for a product with `weight`; measured with `run` where it is not known.
   GroupedGemmEngine& best(const char* operation, const torch::Tensor& weight, const Counts& counts,
-                          const torch::Tensor& rows,
-                          const std::function<void(GroupedGemmEngine&)>& run) {
+                          const torch::Tensor& rows, const Trials::Run& run) {
     const auto dtype = rows.scalar_type();  // a weight's gradient may be of another
     if (rows.size(0) == 0 || weight.numel() == 0) {
       return best_guess(dtype, weight);
@@ -199,53 +256,25 @@ class AutoEngine final : public GroupedGemmEngine {
     return engine(choice->engine);
   }
 
-  /// Least of a few times each, taken in turns; engines come best guess first. Those that come near
-  /// the best are timed for longer, and those that find too little memory drop out: no engine is
-  /// chosen where none is left.
-  static EngineChoices::Choice measure(Engines engines,
-                                       const std::function<void(GroupedGemmEngine&)>& run,
+  /// The first engine that none is clearly faster than; engines come best guess first. Those that come
+  /// near the best are timed for longer. None is chosen where none finds the memory it needs.
+  static EngineChoices::Choice measure(Engines engines, const Trials::Run& run,
                                        cudaStream_t stream) {
     constexpr int kRounds = 4;
     constexpr int kFinalRounds = 8;
     constexpr double kNear = 1.1;
-    EngineChoices::Choice choice;
-    auto& times = choice.milliseconds;
-    const auto find_memory = [&](const std::shared_ptr<GroupedGemmEngine>& engine) {
-      try {
-        const double time = milliseconds([&] { run(*engine); }, stream);
-        auto& least = times.try_emplace(engine->name(), time).first->second;
-        least = std::min(least, time);
-        return true;
-      } catch (const c10::OutOfMemoryError&) {
-        times.erase(engine->name());
-        choice.complete = false;
-        return false;
-      }
-    };
-    const auto rounds = [&](Engines& timed, int count) {
-      for (int round = 0; round < count; ++round) {
-        std::erase_if(timed, std::not_fn(find_memory));
-      }
-    };
-    rounds(engines, 1);
-    times.clear();  // of the first calls, which set up
-    rounds(engines, kRounds);
-    if (engines.empty()) {
-      return choice;
-    }
-    const double best = std::min_element(times.begin(), times.end(), [](auto& a, auto& b) {
-                          return a.second < b.second;
-                        })->second;
-    Engines finalists;
-    std::copy_if(engines.begin(), engines.end(), std::back_inserter(finalists),
-                 [&](const auto& engine) { return times[engine->name()] < kNear * best; });
-    rounds(finalists, kFinalRounds);
-    if (finalists.empty()) {
-      return choice;
-    }
-    choice.engine = finalists.front()->name();
-    for (const auto& engine : finalists) {
-      if (times[engine->name()] < kNoise * times[choice.engine]) {
+    Trials trials(run, stream);
+    trials.warm_up(engines);
+    trials.take_turns(engines, kRounds);
+    const double best = trials.least_milliseconds(engines);
+    std::erase_if(engines, [&](const auto& engine) {
+      return trials.milliseconds(engine->name()) >= kNear * best;
+    });
+    trials.take_turns(engines, kFinalRounds);
+    EngineChoices::Choice choice = trials.choice();
+    for (const auto& engine : engines) {
+      const double time = trials.milliseconds(engine->name());
+      if (choice.engine.empty() || time < kNoise * trials.milliseconds(choice.engine)) {
         choice.engine = engine->name();
       }
     }
