@@ -43,6 +43,9 @@ set(test_environment
     "LSAN_OPTIONS=suppressions=${PROJECT_SOURCE_DIR}/tests/sanitizers/leaks.txt:print_suppressions=0:leak_check_at_exit=0:use_tls=0"
     "UBSAN_OPTIONS=print_stacktrace=1"
     "TSAN_OPTIONS=suppressions=${PROJECT_SOURCE_DIR}/tests/sanitizers/threads.txt")
+if(ANABRANCH_SANITIZE STREQUAL "thread")
+  list(APPEND test_environment "GTEST_FILTER=-ProcessGroup*") # see threads.txt
+endif()
 if(ANABRANCH_MPI)
   execute_process(COMMAND "${MPIEXEC_EXECUTABLE}" --version OUTPUT_VARIABLE version ERROR_QUIET)
   if(version MATCHES "Open MPI|OpenRTE")
@@ -112,6 +115,9 @@ function(anabranch_test name)
   target_include_directories(${name} BEFORE PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}")
   target_link_libraries(${name} PRIVATE anabranch_test_support)
 
+  if(ANABRANCH_SANITIZE STREQUAL "thread")
+    list(REMOVE_ITEM arg_COMMUNICATORS process_group)
+  endif()
   set(common LABELS ${arg_LABELS} TIMEOUT ${arg_TIMEOUT})
   foreach(ranks IN LISTS arg_RANKS)
     anabranch_add_ranks(${name}.np${ranks} ${name} ${ranks} ${common} ARGUMENTS --device cpu)
