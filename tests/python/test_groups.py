@@ -189,6 +189,8 @@ def every_kind_of_group(rank, size):
     }
     assert found["none"] is found["world"]
     assert copy.deepcopy(found["mesh"]) is found["mesh"]
+    # gloo moves a GPU's memory itself
+    assert all(group.on(torch.device("cuda", 0)) is group for group in found.values())
     for group in found.values():
         layer = anabranch.MoE(**OPTIONS, group=group)
         layer(torch.randn(3 + rank, 8, requires_grad=True)).output.sum().backward()
@@ -205,6 +207,24 @@ def test_groups_of_torch_distributed():
         assert found["none"] == found["world"] == (rank, 4, "process_group")
         assert found["mesh"] == found["part"] == (rank % 2, 2, "process_group")
         assert "2 dimensions" in errors[0] and "no member" in errors[1]
+
+
+def on_gpus(rank, size):
+    device = torch.device("cuda", rank)
+    group = anabranch.as_group()
+    there = group.on(device)
+    numbers = torch.full((5,), float(rank + 1), device=device)
+    there.all_reduce(numbers)
+    assert group.on(device) is there and there.on(device) is there and group.on(torch.device("cpu")) is group
+    return group.kind, there.kind, (there.rank, there.size), numbers.tolist()
+
+
+def test_gpus_of_a_group_by_nccl_are_tied_by_the_library_itself():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("takes two GPUs")
+    for backend in ("nccl", "cpu:gloo,cuda:nccl"):
+        for rank, found in enumerate(run_ranks(2, on_gpus, backend=backend)):
+            assert found == ("process_group", "nccl", (rank, 2), [3.0] * 5)
 
 
 def differing(rank, size):
