@@ -1,6 +1,8 @@
 """What a layer tells about itself: counters, times, ranges in profiles, plots."""
 
+import collections
 import copy
+import os
 import subprocess
 import sys
 
@@ -71,6 +73,38 @@ def test_ranges_in_profiles(device):
         step(layer, device)
     names = {event.name for event in profile.events()}
     assert {f"anabranch.{stage}" for stage in STAGES} <= names
+
+
+NVTX_STEP = """
+import contextlib, sys, torch, anabranch
+device, emit = sys.argv[1:]
+layer = anabranch.MoE(8, 12, 4, 2, shared_expert_hidden_size=4, seed=3, device=device)
+with torch.autograd.profiler.emit_nvtx() if emit == "emit" else contextlib.nullcontext():
+    out = layer(torch.randn(50, 8, device=device, requires_grad=True))
+    (out.output.sum() + out.balance_loss).backward()
+"""
+
+
+@pytest.mark.parametrize("emit", ["as it is", "emit"])
+def test_ranges_of_nvidias_profilers(device, emit, tmp_path):
+    recorder = os.environ.get("ANABRANCH_NVTX_RECORDER")
+    if not recorder:
+        pytest.skip("the library is built without CUDA")
+    if emit == "emit" and device.type == "cpu":
+        pytest.skip("emit_nvtx takes a GPU")
+    record = tmp_path / "ranges"
+    subprocess.run(
+        [sys.executable, "-c", NVTX_STEP, str(device), emit],
+        env={**os.environ, "NVTX_INJECTION64_PATH": recorder, "ANABRANCH_NVTX_RECORD": str(record)},
+        check=True,
+    )
+    lines = record.read_text().splitlines()
+    names = [line.removeprefix("push ").split(",")[0] for line in lines if line.startswith("push")]
+    assert len(names) == lines.count("pop ")
+    ours = collections.Counter(name.removeprefix("anabranch.") for name in names if name.startswith("anabranch."))
+    assert ours.keys() == STAGES
+    assert ours["dispatch"] == ours["combine.backward"] == 1  # once in either way
+
 
 
 def test_imbalance():
