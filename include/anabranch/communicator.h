@@ -37,7 +37,8 @@ struct CommunicatorOptions {
   std::chrono::milliseconds deadline = std::chrono::minutes(5);
   /// NCCL's communicator: whether rows go between GPUs through memory that they map from each other,
   /// by a kernel of this library's, where all ranks are on one host and at most 8. All ranks alike.
-  /// Where the memory cannot be mapped, a warning says why, and they go by NCCL.
+  /// Where the memory cannot be mapped, a warning says why, and they go by NCCL; as they do where
+  /// NCCL_P2P_DISABLE is set.
   bool peer_memory = true;
 };
 

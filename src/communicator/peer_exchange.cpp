@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 
@@ -101,8 +102,12 @@ struct PeerExchange::Mailbox {
 };
 
 bool PeerExchange::suits(Communicator& bootstrap) {
-  const std::vector<std::string> hosts = all_gather_strings(bootstrap, host_name());
-  return hosts.size() > 1 && hosts.size() <= peer::kMaxRanks &&
+  // Who keeps NCCL from mapping memory, because it does not work here, means us as well.
+  const char* disabled = std::getenv("NCCL_P2P_DISABLE");
+  const bool may = disabled == nullptr || std::string_view(disabled) == "0";
+  const std::vector<std::string> hosts =
+      all_gather_strings(bootstrap, may ? host_name() : std::string());
+  return !hosts[0].empty() && hosts.size() > 1 && hosts.size() <= peer::kMaxRanks &&
          std::all_of(hosts.begin(), hosts.end(),
                      [&](const auto& host) { return host == hosts[0]; });
 }

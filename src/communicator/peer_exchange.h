@@ -15,7 +15,8 @@ namespace anabranch {
 /// of this library's: rows are gathered where they are read, and cross once.
 class PeerExchange {
  public:
-  /// Whether the ranks are as it takes: on one host, and no more than 8. Collective.
+  /// Whether the ranks are as it takes: on one host, no more than 8, and none of them with
+  /// NCCL_P2P_DISABLE. Collective.
   static bool suits(Communicator& bootstrap);
   /// Collective over `bootstrap`, on the current device. Null on all ranks where memory cannot be
   /// mapped, and then `obstacle` says why.
