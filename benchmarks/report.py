@@ -224,9 +224,8 @@ def gpu_exchange(*measured):
         )
         for case in itertools.chain.from_iterable(file["results"] for file in measured)
     ]
-    provenance = "\n".join(
-        gpu_provenance(file, f"mpirun -n {file['results'][0]['ranks']} benchmark_gpu_exchange") + "  " for file in measured
-    )
+    commands = [f"mpirun -n {file['results'][0]['ranks']} benchmark_gpu_exchange" for file in measured]
+    provenance = "  \n".join(map(gpu_provenance, measured, commands))
     header = ("ranks / GPUs", "case", "by", "MB from a rank", "bare, ms", "GB/s",
               "bare / all_to_all_v", "dispatch, ms (bare / it)", "combine, ms (bare / it)")
     return f"""## Exchange between GPUs

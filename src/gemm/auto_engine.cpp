@@ -83,10 +83,10 @@ class Trials {
     std::nth_element(times.begin(), middle, times.end());
     return *middle;
   }
-  double least_milliseconds(const Engines& engines) const {
+  double least_milliseconds() const {
     double least = std::numeric_limits<double>::infinity();
-    for (const auto& engine : engines) {
-      least = std::min(least, milliseconds(engine->name()));
+    for (const auto& [engine, times] : times_) {
+      least = std::min(least, milliseconds(engine));
     }
     return least;
   }
@@ -266,7 +266,7 @@ class AutoEngine final : public GroupedGemmEngine {
     Trials trials(run, stream);
     trials.warm_up(engines);
     trials.take_turns(engines, kRounds);
-    const double best = trials.least_milliseconds(engines);
+    const double best = trials.least_milliseconds();
     std::erase_if(engines, [&](const auto& engine) {
       return trials.milliseconds(engine->name()) >= kNear * best;
     });

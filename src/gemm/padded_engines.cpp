@@ -24,8 +24,8 @@ int64_t padded_height(const std::vector<int64_t>& counts, int64_t multiple) {
 /// Where each row lies among the padded ones: that of expert e's row i is e · height + i.
 class Padding {
  public:
-  Padding(const std::vector<int64_t>& counts, int64_t height, const torch::Tensor& rows)
-      : experts_(static_cast<int64_t>(counts.size())), height_(height) {
+  Padding(const std::vector<int64_t>& counts, int64_t multiple, const torch::Tensor& rows)
+      : experts_(static_cast<int64_t>(counts.size())), height_(padded_height(counts, multiple)) {
     std::vector<int64_t> shifts;
     int64_t first_row = 0;
     for (int64_t e = 0; e < experts_; ++e) {
@@ -83,7 +83,7 @@ class PaddedEngine : public GroupedGemmEngine {
       dweight.zero_();
       return;
     }
-    const Padding padding(counts, padded_height(counts, multiple_), dy);
+    const Padding padding(counts, multiple_, dy);
     multiply(padding.pad(dy).transpose(1, 2), padding.pad(x), dweight);
   }
 
@@ -98,7 +98,7 @@ class PaddedEngine : public GroupedGemmEngine {
     if (rows.size(0) == 0) {
       return;
     }
-    const Padding padding(counts, padded_height(counts, multiple_), rows);
+    const Padding padding(counts, multiple_, rows);
     torch::Tensor padded = padding.empty(rows, out.size(1));
     multiply(padding.pad(rows), weight, padded);
     padding.unpad(padded, out);
@@ -118,8 +118,8 @@ class PaddedBmm final : public PaddedEngine {
   }
 };
 
-/// Rows of a block of a block-sparse matrix, as the article's. And sums over any other number of rows
-/// lose some of them in cuBLAS 13.1, where they are more than 8192.
+/// Rows of a block of a block-sparse matrix, as the article's. And above 8192, sums over uneven numbers
+/// of rows may lose some of them in cuBLAS 13.1.
 constexpr int64_t kBlock = 128;
 
 class BlockDiagonal final : public PaddedEngine {

@@ -10,8 +10,9 @@
 namespace anabranch {
 
 /// Names what a thread does while this lives: a range in torch.profiler's trace and in NVIDIA's
-/// profilers, and for StageTimes, where a thread has one. Names are those of docs/architecture.md's story, "anabranch.route" to "anabranch.combine"; the backward of a stage
-/// is its name with ".backward". `name` outlives the program's ranges.
+/// profilers, and for StageTimes, where a thread has one. Names are those of docs/architecture.md's
+/// story, "anabranch.route" to "anabranch.combine"; the backward of a stage is its name with
+/// ".backward". `name` outlives the program's ranges.
 class Stage {
  public:
   explicit Stage(const char* name) : range_(at::RecordScope::USER_SCOPE), time_(name) {

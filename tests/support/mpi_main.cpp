@@ -66,8 +66,8 @@ std::shared_ptr<Communicator> make_host_world(std::chrono::milliseconds deadline
   return make_mpi_communicator(options);
 }
 
-/// What --communicator names; by default between GPUs NCCL's with peers' memory, where `nccl` has it
-/// alone, and the launcher's otherwise.
+/// What --communicator names, where `nccl` moves all rows by NCCL. By default between GPUs NCCL's as a
+/// user gets it, with peers' memory, and the launcher's otherwise.
 std::shared_ptr<Communicator> make_world(const std::string& kind) {
   CommunicatorOptions options;
   options.deadline = kTestDeadline;
