@@ -82,8 +82,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-/// Blocks of a multiprocessor at a time: some add up what they have read while others read.
-constexpr int kResident = 6;
+constexpr int kResident = 4;  // blocks of a multiprocessor at a time
 
 /// A block sums one chunk of rows over one strip of 32 packs of columns. Each warp takes every
 /// kWarps-th row; the warps' sums are added in order, and the chunks' by the block that is the last of
@@ -110,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     for (int64_t row = begin + warp; row < end; row += kWarps) {
       const acc_t weight = weights != nullptr ? weights[row] : acc_t{1};
       acc_t values[kSize];
-      unpack(load_pack<kSize>(rows + row * width + column), values);
+      unpack(stream_pack<kSize>(rows + row * width + column), values);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         sum[i] += weight * values[i];
@@ -145,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const int64_t end_chunk = chunks[expert + 1];
   const int64_t strip_end = min(width, (strip + 1) * kWarp * kSize);
   for (int64_t i = strip * kWarp * kSize + threadIdx.x; i < strip_end; i += kThreads) {
-    constexpr int kUnroll = 16;  // loads in flight
+    constexpr int kUnroll = 8;  // loads in flight
     acc_t total = 0;
     for (int64_t c = chunks[expert]; c < end_chunk; c += kUnroll) {
       acc_t parts[kUnroll];

@@ -51,6 +51,16 @@ __device__ __forceinline__ Pack<scalar_t, kSize> load_pack(const scalar_t* addre
   return *reinterpret_cast<const Pack<scalar_t, kSize>*>(address);
 }
 
+/// The same of what is read once: it leaves the cache first.
+template <int kSize, typename scalar_t>
+__device__ __forceinline__ Pack<scalar_t, kSize> stream_pack(const scalar_t* address) {
+  if constexpr (kSize == 1) {
+    return {__ldcs(address)};
+  } else {
+    return {__ldcs(reinterpret_cast<const uint4*>(address))};
+  }
+}
+
 // Two 16-bit elements of a word: plain shifts for bf16, whose conversion instruction is slow.
 __device__ __forceinline__ void unpack_word(unsigned word, float& low, float& high, __nv_bfloat16) {
   low = __uint_as_float(word << 16);

@@ -146,7 +146,7 @@ void launch_bias_dot(Scalar scalar, const void* rows, const void* bias, const in
                      int64_t experts, int64_t count, int64_t width, void* out, cudaStream_t stream);
 
 /// Rows that `launch_bias_gradient` sums into one partial sum.
-constexpr int64_t kBiasChunk = 256;
+constexpr int64_t kBiasChunk = 512;
 
 /// Strips of columns that `launch_bias_gradient` sums at a time.
 int64_t bias_strips(Scalar scalar, const void* rows, int64_t width);
