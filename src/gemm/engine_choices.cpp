@@ -19,7 +19,7 @@ namespace anabranch {
 namespace {
 
 /// To be raised whenever an engine comes, goes or becomes faster: older choices are then forgotten.
-constexpr int kEngines = 3;
+constexpr int kEngines = 4;
 
 std::filesystem::path cache_folder() {
   if (const char* named = std::getenv("ANABRANCH_CACHE_DIR")) {

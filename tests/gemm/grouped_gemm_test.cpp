@@ -83,6 +83,8 @@ class GroupedGemmTest : public ::testing::TestWithParam<EngineCase> {
   // Sizes are rounded up to multiples of 8 for engines that take no others.
   void expect_all_three(const std::vector<int64_t>& counts, int64_t n, int64_t k,
                         torch::Dtype dtype);
+  // Of an expert. On a GPU also so many that the largest tiles are taken.
+  int64_t most_rows() const { return GetParam().device.is_cuda() ? 1500 : 200; }
   std::vector<torch::Dtype> dtypes() const {
     std::vector<torch::Dtype> supported;
     for (const auto dtype : all_dtypes()) {
@@ -138,7 +140,8 @@ TEST_P(GroupedGemmTest, AddsTheWeightsGradientToSumsOfFullWidth) {
     for (int64_t i = 0; i < effort(4); ++i) {
       // On a GPU also more than one launch takes.
       const auto experts = random_.pick<int64_t>({1, 3, 16, gpu ? 300 : 30});
-      const auto counts = random_counts(random_, experts, random_.pick<int64_t>({1, 70, 300}));
+      const auto counts =
+          random_counts(random_, experts, random_.pick<int64_t>({1, 70, 300, most_rows()}));
       const int64_t n = 8 * random_.integer(1, gpu ? 40 : 12);
       const int64_t k = 8 * random_.integer(1, gpu ? 20 : 8);
       SCOPED_TRACE(
@@ -162,7 +165,8 @@ TEST_P(GroupedGemmTest, EqualsOneProductPerExpert) {
   for (const auto dtype : dtypes()) {
     for (int64_t i = 0; i < effort(12); ++i) {
       const auto experts = random_.pick<int64_t>({1, 2, 3, 7, 16});
-      const auto counts = random_counts(random_, experts, random_.pick<int64_t>({1, 5, 70, 300}));
+      const auto counts =
+          random_counts(random_, experts, random_.pick<int64_t>({1, 5, 70, 300, most_rows()}));
       expect_all_three(counts, random_.integer(1, 70), random_.integer(1, 70), dtype);
     }
   }
@@ -313,7 +317,7 @@ TEST_P(GroupedGemmTest, ActivatesWhatItMultiplies) {
   for (const auto dtype : dtypes()) {
     for (const auto activation : kActivations) {
       for (const bool glu : {false, true}) {
-        const auto counts = random_counts(random_, 5, random_.pick<int64_t>({3, 200}));
+        const auto counts = random_counts(random_, 5, random_.pick<int64_t>({3, 200, most_rows()}));
         const int64_t n = random_.pick<int64_t>({8, 64, 136, 192});
         const int64_t k = random_.pick<int64_t>({16, 136, 520});
         const int64_t width = glu ? 2 * n : n;
@@ -345,10 +349,12 @@ TEST_P(GroupedGemmTest, DifferentiatesTheActivation) {
     for (const auto activation : kActivations) {
       for (const bool glu : {false, true}) {
         for (const bool weighted : {false, true}) {
-          const auto counts = random_counts(random_, 5, random_.pick<int64_t>({3, 200}));
+          const auto counts =
+              random_counts(random_, 5, random_.pick<int64_t>({3, 200, most_rows()}));
           const int64_t rows = sum(counts);
           const int64_t n = random_.pick<int64_t>({8, 64, 136, 192});
-          const int64_t h = random_.pick<int64_t>({16, 136, 520});
+          const int64_t h =
+              random_.pick<int64_t>({16, 136, 520, GetParam().device.is_cuda() ? 4104 : 520});
           const int64_t width = glu ? 2 * n : n;
           SCOPED_TRACE(c10::str("counts ", c10::Join(",", counts), " n ", n, " h ", h, " glu ", glu,
                                 " activation ", static_cast<int>(activation), " ",

@@ -76,7 +76,7 @@ class StoreEpilogue : Staging<scalar_t, shape> {
  public:
   using Staging<scalar_t, shape>::Staging;
 
-  __device__ void begin(const Tile&) {}
+  __device__ void begin(const Tile&, int) {}
   __device__ void finish(const Tile& tile, int first_box, const Accumulators<shape>& sums) {
     const Group group = this->problem_.group[tile.group];
     const int rows = shape::kRaggedK ? this->problem_.m : group.rows;
@@ -120,7 +120,7 @@ class AccumulateEpilogue : Staging<scalar_t, shape> {
   using Staging<scalar_t, shape>::Staging;
   static_assert(shape::kRaggedK);
 
-  __device__ void begin(const Tile&) {}
+  __device__ void begin(const Tile&, int) {}
   __device__ void finish(const Tile& tile, int first_box, const Accumulators<shape>& sums) {
     if (tile.k_blocks == 0) {
       return;  // the registers hold anything
@@ -189,7 +189,9 @@ class ActivationSteps : protected Staging<scalar_t, shape> {
   using Staging<scalar_t, shape>::Staging;
 
  protected:
-  static_assert(shape::kBBoxes == 2 && shape::kRowBoxes == 2);
+  // A warpgroup's part of a tile: boxes of one step each, row by row of them.
+  static constexpr int kAcross = shape::kTileColumns / kBox;
+  static constexpr int kSteps = shape::kRowBoxes * kAcross;
   static constexpr int kTurns = 4;  // a lane has a part of this many rows of a box, 4 rows apart
   static constexpr int kTurnRows = 4;
 
@@ -246,28 +248,27 @@ class ActivateEpilogue : public ActivationSteps<scalar_t, shape> {
   using Base::Base;
   static_assert(shape::kStagingBoxes == 2);
 
-  __device__ void begin(const Tile&) {}
-  __device__ void finish(const Tile& tile, int /*first_box*/, const Accumulators<shape>& sums) {
+  __device__ void begin(const Tile&, int) {}
+  __device__ void finish(const Tile& tile, int first_box, const Accumulators<shape>& sums) {
     const Group group = this->problem_.group[tile.group];
 #pragma unroll 1
-    for (int step = 0; step < kSteps; ++step) {
-      const int first_row = tile.row + (shape::kGlu ? step : step / 2) * kBox;
+    for (int step = 0; step < Base::kSteps; ++step) {
+      const int first_row = tile.row + (first_box + step / Base::kAcross) * kBox;
       if (first_row >= group.rows) {
         break;
       }
       __syncwarp();
 #pragma unroll
-      for (int s = 0; s < kSteps; ++s) {  // registers have no run-time index
+      for (int s = 0; s < Base::kSteps; ++s) {  // registers have no run-time index
         if (s != step) continue;
+        const float* box_sums = &sums[s / Base::kAcross][s % Base::kAcross * 32];
+        this->write(box_sums, this->box(0));
         if constexpr (shape::kGlu) {
-          this->write(&sums[s][0], this->box(0));
-          this->write(&sums[s][32], this->box(1));
-        } else {
-          this->write(&sums[s / 2][s % 2 * 32], this->box(0));
+          this->write(box_sums + Base::kAcross * 32, this->box(1));
         }
       }
       __syncwarp();
-      const int column = tile.column + (shape::kGlu ? 0 : step % 2) * kBox + this->own_column();
+      const int column = tile.column + step % Base::kAcross * kBox + this->own_column();
       if (column < this->problem_.n) {
         with_activation(this->problem_.activation, [&](auto kind) {
           activate<decltype(kind)::value>(group, first_row, column);
@@ -277,8 +278,6 @@ class ActivateEpilogue : public ActivationSteps<scalar_t, shape> {
   }
 
  private:
-  static constexpr int kSteps = shape::kGlu ? 2 : 4;
-
   template <ActivationKind kKind>
   __device__ void activate(const Group& group, int first_row, int column) {
     const int64_t n = this->problem_.n;
@@ -325,44 +324,44 @@ class ActivateBackwardEpilogue : public ActivationSteps<scalar_t, shape> {
  public:
   using Base::Base;
 
-  __device__ void begin(const Tile& tile) {
+  __device__ void begin(const Tile& tile, int first_box) {
     const Group group = this->problem_.group[tile.group];
     wait_copies<0>();  // of a last step that lay outside
     __syncwarp();
-    request(tile, group, 0);
+    request(tile, first_box, group, 0);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = tile.row + i * kBox + weight_row();
+    for (int i = 0; i < shape::kRowBoxes; ++i) {
+      const int row = tile.row + (first_box + i) * kBox + weight_row();
       weights_[i] = this->problem_.weights != nullptr && row < group.rows
                         ? this->problem_.weights[group.first_row + row]
                         : 1.0f;
     }
   }
 
-  __device__ void finish(const Tile& tile, int /*first_box*/, const Accumulators<shape>& sums) {
+  __device__ void finish(const Tile& tile, int first_box, const Accumulators<shape>& sums) {
     const Group group = this->problem_.group[tile.group];
 #pragma unroll 1
-    for (int step = 0; step < kSteps; ++step) {
-      const int first_row = tile.row + step / 2 * kBox;
+    for (int step = 0; step < Base::kSteps; ++step) {
+      const int first_row = tile.row + (first_box + step / Base::kAcross) * kBox;
       if (first_row >= group.rows) {
         break;
       }
       __syncwarp();  // everyone has read what is written now
-      if (step + 1 < kSteps) {
-        request(tile, group, step + 1);
+      if (step + 1 < Base::kSteps) {
+        request(tile, first_box, group, step + 1);
       }
 #pragma unroll
-      for (int s = 0; s < kSteps; ++s) {  // registers have no run-time index
-        if (s == step) this->write(&sums[s / 2][s % 2 * 32], this->box(0));
+      for (int s = 0; s < Base::kSteps; ++s) {  // registers have no run-time index
+        if (s == step) this->write(&sums[s / Base::kAcross][s % Base::kAcross * 32], this->box(0));
       }
-      if (step + 1 < kSteps) {
+      if (step + 1 < Base::kSteps) {
         wait_copies<1>();
       } else {
         wait_copies<0>();
       }
       __syncwarp();
-      const int column = tile.column + step % 2 * kBox + this->own_column();
-      const float weight = step < 2 ? weights_[0] : weights_[1];
+      const int column = tile.column + step % Base::kAcross * kBox + this->own_column();
+      const float weight = step < Base::kAcross ? weights_[0] : weights_[shape::kRowBoxes - 1];
       with_activation(this->problem_.activation, [&](auto kind) {
         differentiate<decltype(kind)::value>(hidden_box(step), weight, group, first_row, column);
       });
@@ -370,7 +369,6 @@ class ActivateBackwardEpilogue : public ActivationSteps<scalar_t, shape> {
   }
 
  private:
-  static constexpr int kSteps = 4;
   static constexpr int kParts = shape::kGlu ? 2 : 1;
   static_assert(shape::kStagingBoxes == 1 + 2 * kParts);
 
@@ -382,10 +380,10 @@ class ActivateBackwardEpilogue : public ActivationSteps<scalar_t, shape> {
   }
 
   /// Asks for a step's hidden values; rows and columns outside become zero.
-  __device__ void request(const Tile& tile, const Group& group, int step) const {
-    const int column = tile.column + step % 2 * kBox + this->own_column();
+  __device__ void request(const Tile& tile, int first_box, const Group& group, int step) const {
+    const int column = tile.column + step % Base::kAcross * kBox + this->own_column();
     int row = this->own_row();
-    const int first_row = tile.row + step / 2 * kBox;
+    const int first_row = tile.row + (first_box + step / Base::kAcross) * kBox;
     const scalar_t* hidden =
         static_cast<const scalar_t*>(this->problem_.hidden) +
         static_cast<int64_t>(group.first_row + first_row + row) * this->hidden_width() + column;
@@ -460,7 +458,7 @@ class ActivateBackwardEpilogue : public ActivationSteps<scalar_t, shape> {
     }
   }
 
-  float weights_[2] = {1, 1};  // of row weight_row() in the upper and the lower box
+  float weights_[shape::kRowBoxes];  // of row weight_row() in each box of rows
 };
 
 template <typename scalar_t, typename shape>

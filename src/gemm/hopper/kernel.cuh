@@ -153,7 +153,8 @@ __device__ void load(const Problem& problem, const Maps& maps, const SharedMemor
 #pragma unroll
       for (int j = 0; j < shape::kBBoxes; ++j) {
         // The up part lies n columns behind the gate.
-        const int n = shape::kGateAndUp ? tile.column + j * problem.n : tile.column + j * kBox;
+        constexpr int kAcross = shape::kTileColumns / kBox;
+        const int n = tile.column + j % kAcross * kBox + j / kAcross * problem.n;
         BoxCoordinates at;
         if constexpr (shape::kOperation == Operation::kForward) {
           at = {k, n, group.expert, 0};
@@ -228,7 +229,7 @@ __device__ void multiply_and_store(const Problem& problem, const Maps& maps,
       continue;
     }
     Accumulators<shape> sums;
-    epilogue.begin(tile);
+    epilogue.begin(tile, first_box);
     if constexpr (shape::kAlternate) {
       // The ring's parity tells a round from the one before it only: nobody may fall further behind.
       wait(shared.turn + warpgroup * 8, (i / 2 + 1 + warpgroup) & 1);

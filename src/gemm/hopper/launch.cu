@@ -36,32 +36,34 @@ void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
 /// Tiles of 128 x 128, each warpgroup's epilogue in the shadow of the other's products.
 template <Operation kOperation, Share kShare, Epilogue kEpilogue = Epilogue::kStore>
 using Alternating = Shape<kOperation, 2, 128, true, 6, 2, kShare, kEpilogue>;
-/// Tiles of 128 x 256: fewest bytes into shared memory, for long sums.
-template <Operation kOperation>
-using Wide = Shape<kOperation, 1, 256, false, 4, 2, Share::kB>;
+/// Tiles of 128 x 256: fewest bytes into shared memory, and so least power, which is what bounds a chip
+/// that multiplies for long.
+template <Operation kOperation, Epilogue kEpilogue = Epilogue::kStore, bool kGlu = false>
+using Wide = Shape<kOperation, 1, 256, false, 4, 2, Share::kB, kEpilogue, kGlu>;
 
-template <typename scalar_t, Operation kOperation>
-void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
-  constexpr int kLongSum = 4096;
-  constexpr int kManyColumns = 15;  // of 128: where a half of a wide tile too many is little
-  const int columns = (problem.n + 127) / 128;
-  if (kOperation != Operation::kWgrad && problem.k >= kLongSum &&
-      (columns % 2 == 0 || columns >= kManyColumns)) {
-    launch<scalar_t, Wide<kOperation>>(maps, problem, stream);
-  } else if (columns % 2 == 0) {
-    launch<scalar_t, Alternating<kOperation, Share::kA>>(maps, problem, stream);
-  } else {
-    launch<scalar_t, Alternating<kOperation, Share::kB>>(maps, problem, stream);
+constexpr int kLongSum = 4096;
+
+/// Whether wide tiles would be full, given the columns of c that an alternating tile has.
+bool fills_wide_tiles(const Problem& problem, int narrow_columns) {
+  constexpr int kManyRows = 512;    // of an expert
+  constexpr int kManyColumns = 15;  // in narrow tiles: half a wide tile too many is little
+  const int columns = (problem.n + narrow_columns - 1) / narrow_columns;
+  int64_t rows = 0;
+  for (int g = 0; g < problem.groups; ++g) {
+    rows += problem.group[g].rows;
   }
+  return (columns % 2 == 0 || columns >= kManyColumns) &&
+         (rows >= int64_t{kManyRows} * problem.groups || problem.k >= kLongSum);
 }
 
-template <typename scalar_t>
-void launch_accumulating(const Maps& maps, const Problem& problem, cudaStream_t stream) {
-  constexpr auto kWgrad = Operation::kWgrad;
-  if ((problem.n + 127) / 128 % 2 == 0) {
-    launch<scalar_t, Alternating<kWgrad, Share::kA, Epilogue::kAccumulate>>(maps, problem, stream);
+template <typename scalar_t, Operation kOperation, Epilogue kEpilogue = Epilogue::kStore>
+void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
+  if (fills_wide_tiles(problem, 128)) {
+    launch<scalar_t, Wide<kOperation, kEpilogue>>(maps, problem, stream);
+  } else if ((problem.n + 127) / 128 % 2 == 0) {
+    launch<scalar_t, Alternating<kOperation, Share::kA, kEpilogue>>(maps, problem, stream);
   } else {
-    launch<scalar_t, Alternating<kWgrad, Share::kB, Epilogue::kAccumulate>>(maps, problem, stream);
+    launch<scalar_t, Alternating<kOperation, Share::kB, kEpilogue>>(maps, problem, stream);
   }
 }
 
@@ -70,10 +72,20 @@ void launch_with_activation(Operation operation, const Maps& maps, const Problem
                             cudaStream_t stream) {
   using Forward =
       Shape<Operation::kForward, 2, 128, true, 6, 2, Share::kA, Epilogue::kActivate, kGlu>;
+  using WideForward = Wide<Operation::kForward, Epilogue::kActivate, kGlu>;
   using Backward = Shape<Operation::kDgrad, 2, 128, true, kGlu ? 4 : 5, kGlu ? 5 : 3, Share::kA,
                          Epilogue::kActivateBackward, kGlu>;
+  using WideBackward = Shape<Operation::kDgrad, 1, 256, false, 3, kGlu ? 5 : 3, Share::kB,
+                             Epilogue::kActivateBackward, kGlu>;
   if (operation == Operation::kForward) {
-    launch<scalar_t, Forward>(maps, problem, stream);
+    if (fills_wide_tiles(problem, kGlu ? 64 : 128)) {
+      launch<scalar_t, WideForward>(maps, problem, stream);
+    } else {
+      launch<scalar_t, Forward>(maps, problem, stream);
+    }
+  } else if (problem.k >= kLongSum && fills_wide_tiles(problem, 128)) {
+    // The epilogue takes long: of a short sum it is better in the shadow of products.
+    launch<scalar_t, WideBackward>(maps, problem, stream);
   } else {
     launch<scalar_t, Backward>(maps, problem, stream);
   }
@@ -82,7 +94,7 @@ void launch_with_activation(Operation operation, const Maps& maps, const Problem
 template <typename scalar_t>
 void launch(const Task& task, const Maps& maps, const Problem& problem, cudaStream_t stream) {
   if (task.epilogue == Epilogue::kAccumulate) {
-    return launch_accumulating<scalar_t>(maps, problem, stream);
+    return launch<scalar_t, Operation::kWgrad, Epilogue::kAccumulate>(maps, problem, stream);
   }
   if (task.epilogue != Epilogue::kStore) {
     return task.glu
