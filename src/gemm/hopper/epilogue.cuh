@@ -218,6 +218,13 @@ class ActivationSteps : protected Staging<scalar_t, shape> {
     return threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 8;
   }
   __device__ static int own_column() { return threadIdx.x % 8 * 8; }
+  /// The first row of a step's box, and this lane's first column in it.
+  __device__ static int row_of(const Tile& tile, int first_box, int step) {
+    return tile.row + (first_box + step / kAcross) * kBox;
+  }
+  __device__ static int column_of(const Tile& tile, int step) {
+    return tile.column + step % kAcross * kBox + own_column();
+  }
 
   /// Where a lane's elements of a box row lie.
   __device__ static uint32_t place(uint32_t box, int row) {
@@ -253,7 +260,7 @@ class ActivateEpilogue : public ActivationSteps<scalar_t, shape> {
     const Group group = this->problem_.group[tile.group];
 #pragma unroll 1
     for (int step = 0; step < Base::kSteps; ++step) {
-      const int first_row = tile.row + (first_box + step / Base::kAcross) * kBox;
+      const int first_row = this->row_of(tile, first_box, step);
       if (first_row >= group.rows) {
         break;
       }
@@ -268,7 +275,7 @@ class ActivateEpilogue : public ActivationSteps<scalar_t, shape> {
         }
       }
       __syncwarp();
-      const int column = tile.column + step % Base::kAcross * kBox + this->own_column();
+      const int column = this->column_of(tile, step);
       if (column < this->problem_.n) {
         with_activation(this->problem_.activation, [&](auto kind) {
           activate<decltype(kind)::value>(group, first_row, column);
@@ -342,7 +349,7 @@ class ActivateBackwardEpilogue : public ActivationSteps<scalar_t, shape> {
     const Group group = this->problem_.group[tile.group];
 #pragma unroll 1
     for (int step = 0; step < Base::kSteps; ++step) {
-      const int first_row = tile.row + (first_box + step / Base::kAcross) * kBox;
+      const int first_row = this->row_of(tile, first_box, step);
       if (first_row >= group.rows) {
         break;
       }
@@ -360,7 +367,7 @@ class ActivateBackwardEpilogue : public ActivationSteps<scalar_t, shape> {
         wait_copies<0>();
       }
       __syncwarp();
-      const int column = tile.column + step % Base::kAcross * kBox + this->own_column();
+      const int column = this->column_of(tile, step);
       const float weight = step < Base::kAcross ? weights_[0] : weights_[shape::kRowBoxes - 1];
       with_activation(this->problem_.activation, [&](auto kind) {
         differentiate<decltype(kind)::value>(hidden_box(step), weight, group, first_row, column);
@@ -381,9 +388,9 @@ class ActivateBackwardEpilogue : public ActivationSteps<scalar_t, shape> {
 
   /// Asks for a step's hidden values; rows and columns outside become zero.
   __device__ void request(const Tile& tile, int first_box, const Group& group, int step) const {
-    const int column = tile.column + step % Base::kAcross * kBox + this->own_column();
+    const int column = this->column_of(tile, step);
     int row = this->own_row();
-    const int first_row = tile.row + (first_box + step / Base::kAcross) * kBox;
+    const int first_row = this->row_of(tile, first_box, step);
     const scalar_t* hidden =
         static_cast<const scalar_t*>(this->problem_.hidden) +
         static_cast<int64_t>(group.first_row + first_row + row) * this->hidden_width() + column;

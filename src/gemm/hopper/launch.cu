@@ -43,11 +43,12 @@ using Wide = Shape<kOperation, 1, 256, false, 4, 2, Share::kB, kEpilogue, kGlu>;
 
 constexpr int kLongSum = 4096;
 
-/// Whether wide tiles would be full, given the columns of c that an alternating tile has.
-bool fills_wide_tiles(const Problem& problem, int narrow_columns) {
+/// Whether tiles twice as wide as those of shape `narrow` would be full.
+template <typename narrow>
+bool fills_wide_tiles(const Problem& problem) {
   constexpr int kManyRows = 512;    // of an expert
-  constexpr int kManyColumns = 15;  // in narrow tiles: half a wide tile too many is little
-  const int columns = (problem.n + narrow_columns - 1) / narrow_columns;
+  constexpr int kManyColumns = 15;  // of narrow tiles: half a wide tile too many is little
+  const int columns = (problem.n + narrow::kTileColumns - 1) / narrow::kTileColumns;
   int64_t rows = 0;
   for (int g = 0; g < problem.groups; ++g) {
     rows += problem.group[g].rows;
@@ -58,10 +59,11 @@ bool fills_wide_tiles(const Problem& problem, int narrow_columns) {
 
 template <typename scalar_t, Operation kOperation, Epilogue kEpilogue = Epilogue::kStore>
 void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
-  if (fills_wide_tiles(problem, 128)) {
+  using Narrow = Alternating<kOperation, Share::kA, kEpilogue>;
+  if (fills_wide_tiles<Narrow>(problem)) {
     launch<scalar_t, Wide<kOperation, kEpilogue>>(maps, problem, stream);
   } else if ((problem.n + 127) / 128 % 2 == 0) {
-    launch<scalar_t, Alternating<kOperation, Share::kA, kEpilogue>>(maps, problem, stream);
+    launch<scalar_t, Narrow>(maps, problem, stream);
   } else {
     launch<scalar_t, Alternating<kOperation, Share::kB, kEpilogue>>(maps, problem, stream);
   }
@@ -78,12 +80,12 @@ void launch_with_activation(Operation operation, const Maps& maps, const Problem
   using WideBackward = Shape<Operation::kDgrad, 1, 256, false, 3, kGlu ? 5 : 3, Share::kB,
                              Epilogue::kActivateBackward, kGlu>;
   if (operation == Operation::kForward) {
-    if (fills_wide_tiles(problem, kGlu ? 64 : 128)) {
+    if (fills_wide_tiles<Forward>(problem)) {
       launch<scalar_t, WideForward>(maps, problem, stream);
     } else {
       launch<scalar_t, Forward>(maps, problem, stream);
     }
-  } else if (problem.k >= kLongSum && fills_wide_tiles(problem, 128)) {
+  } else if (problem.k >= kLongSum && fills_wide_tiles<Backward>(problem)) {
     // The epilogue takes long: of a short sum it is better in the shadow of products.
     launch<scalar_t, WideBackward>(maps, problem, stream);
   } else {
