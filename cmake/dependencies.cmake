@@ -40,6 +40,10 @@ target_include_directories(anabranch_json SYSTEM INTERFACE "${NLOHMANN_JSON_INCL
 set(ANABRANCH_WITH_CUDA OFF)
 if(ANABRANCH_CUDA)
   include(CheckLanguage)
+  # nvcc's own choice would be the first g++ in PATH: see standard_library.cmake.
+  if(NOT DEFINED CMAKE_CUDA_HOST_COMPILER AND NOT DEFINED ENV{CUDAHOSTCXX})
+    set(CMAKE_CUDA_HOST_COMPILER "${CMAKE_CXX_COMPILER}" CACHE FILEPATH "What nvcc compiles host code with")
+  endif()
   check_language(CUDA)
   if(NOT CMAKE_CUDA_COMPILER)
     set(why "there is no CUDA compiler")

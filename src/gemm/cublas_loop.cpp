@@ -1,16 +1,20 @@
 #include "gemm/cublas_loop.h"
 
 #include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 
 #include <algorithm>
-#include <array>
+#include <exception>
 #include <map>
 #include <mutex>
+#include <optional>
+#include <thread>
 
 #include "gemm/cublas_lt.h"
 #include "support/check.h"
 #include "support/cuda_device.h"
 #include "support/cuda_handle.h"
+#include "support/thread_team.h"
 
 namespace anabranch {
 namespace {
@@ -19,7 +23,12 @@ namespace {
 /// to run while other streams are busy.
 constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
 
-/// A side stream with a workspace of its own.
+/// Products that are worth waking threads for: cublasLtMatmul takes the host 6 to 10 us, and so long it
+/// takes at least to wake a thread.
+constexpr size_t kWorthThreads = 16;
+
+/// A side stream with a workspace and a cuBLAS handle of its own: two threads that share a handle wait
+/// for each other.
 class Lane {
  public:
   explicit Lane(torch::Device device)
@@ -34,7 +43,9 @@ class Lane {
   void wait_for(cudaEvent_t event) {
     check_cuda(cudaStreamWaitEvent(stream_, event), "cudaStreamWaitEvent");
   }
-  CublasSite site() const { return {workspace_.data_ptr(), kWorkspaceBytes, stream_}; }
+  void multiply(const CublasProducts& shared, const CublasProduct& product) {
+    cublas_.multiply(shared, product, {workspace_.data_ptr(), kWorkspaceBytes, stream_});
+  }
   void let_wait(cudaStream_t stream) {
     check_cuda(cudaEventRecord(done_, stream_), "cudaEventRecord");
     check_cuda(cudaStreamWaitEvent(stream, done_), "cudaStreamWaitEvent");
@@ -44,6 +55,7 @@ class Lane {
   torch::Tensor workspace_;
   CudaStream stream_;
   CudaEvent done_;
+  CublasLt cublas_;
 };
 
 /// The lanes of one device, made as they are first needed. One call at a time.
@@ -53,36 +65,74 @@ class Lanes {
 
   void run(CublasProducts shared, int streams, cudaStream_t stream) {
     const std::lock_guard lock(mutex_);
-    auto& products = shared.products;
-    const int used = std::min(streams, static_cast<int>(products.size()));
-    while (static_cast<int>(lanes_.size()) < used) {
+    const size_t used = std::min(static_cast<size_t>(streams), shared.products.size());
+    while (lanes_.size() < used) {
       lanes_.push_back(std::make_unique<Lane>(device_));
     }
-    // Sizes differ in the ragged dimension only.
-    std::stable_sort(products.begin(), products.end(), [](const auto& left, const auto& right) {
-      return left.n > right.n || (left.n == right.n && left.k > right.k);
-    });
     check_cuda(cudaEventRecord(fork_, stream), "cudaEventRecord");
-    for (int i = 0; i < used; ++i) {
-      lanes_[i]->wait_for(fork_);
+    for (size_t lane = 0; lane < used; ++lane) {
+      lanes_[lane]->wait_for(fork_);
     }
-    std::array<int64_t, kMostCublasStreams> load = {};
-    for (const CublasProduct& product : products) {
-      const auto lane = std::min_element(load.begin(), load.begin() + used) - load.begin();
-      load[lane] += product.n * product.k;
-      cublas_.multiply(shared, product, lanes_[lane]->site());
-    }
-    for (int i = 0; i < used; ++i) {
-      lanes_[i]->let_wait(stream);
+    // Sizes differ in the ragged dimension only.
+    std::stable_sort(shared.products.begin(), shared.products.end(),
+                     [](const auto& left, const auto& right) {
+                       return left.n > right.n || (left.n == right.n && left.k > right.k);
+                     });
+    launch(shared, used);
+    for (size_t lane = 0; lane < used; ++lane) {
+      lanes_[lane]->let_wait(stream);
     }
   }
 
  private:
+  /// Largest first, each on the lane that has least to do.
+  void launch(const CublasProducts& shared, size_t lanes) {
+    std::vector<int64_t> load(lanes);
+    std::vector<size_t> lane_of;
+    for (const CublasProduct& product : shared.products) {
+      lane_of.push_back(std::min_element(load.begin(), load.end()) - load.begin());
+      load[lane_of.back()] += product.n * product.k;
+    }
+    // A graph that is captured keeps the order of the launches, which threads would leave to chance.
+    const auto capture = c10::cuda::currentStreamCaptureStatusMayInitCtx();
+    if (lanes > 1 && lane_of.size() >= kWorthThreads && capture == c10::cuda::CaptureStatus::None &&
+        std::thread::hardware_concurrency() >= lanes) {
+      return launch_with_threads(shared, lane_of, lanes);
+    }
+    for (size_t i = 0; i < lane_of.size(); ++i) {
+      lanes_[lane_of[i]]->multiply(shared, shared.products[i]);
+    }
+  }
+
+  /// A thread for each lane, the calling one for the first.
+  void launch_with_threads(const CublasProducts& shared, const std::vector<size_t>& lane_of,
+                           size_t lanes) {
+    std::vector<std::exception_ptr> failures(lanes);
+    const auto launch_lane = [&](int lane) noexcept {
+      try {
+        for (size_t i = 0; i < lane_of.size(); ++i) {
+          if (lane_of[i] == static_cast<size_t>(lane))
+            lanes_[lane]->multiply(shared, shared.products[i]);
+        }
+      } catch (...) {
+        failures[lane] = std::current_exception();
+      }
+    };
+    if (!threads_) {
+      threads_.emplace(kMostCublasStreams - 1,
+                       [device = device_] { c10::cuda::set_device(device.index()); });
+    }
+    threads_->run(static_cast<int>(lanes), launch_lane);
+    for (const std::exception_ptr& failure : failures) {
+      if (failure) std::rethrow_exception(failure);
+    }
+  }
+
   torch::Device device_;
   std::mutex mutex_;
   CudaEvent fork_;
-  CublasLt cublas_;
   std::vector<std::unique_ptr<Lane>> lanes_;
+  std::optional<ThreadTeam> threads_;
 };
 
 /// The lanes of the current device: one set for all engines that live at the same time.

@@ -190,6 +190,21 @@ def test_a_layer_of_functions(tokens, device):
         torch.testing.assert_close(parameter.grad.cpu(), leaves[name].grad)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cublas_loop_in_a_cuda_graph():
+    """The side streams join the capture; enough experts that they have threads of their own outside of it."""
+    counts = torch.arange(40) % 7
+    x = torch.randn(int(counts.sum()), 64, device="cuda")
+    weight = torch.randn(40, 32, 64, device="cuda")
+    F.grouped_gemm(x, weight, counts, "cublas_loop_4")  # makes the streams, chooses the algorithms
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = F.grouped_gemm(x, weight, counts, "cublas_loop_4")
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(y, F.grouped_gemm(x, weight, counts, "cublas_loop_4"))
+
+
 def test_gradcheck_of_the_functions():
     plan, _ = a_plan("cpu")
     double = dict(dtype=torch.float64, requires_grad=True)

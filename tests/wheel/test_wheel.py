@@ -98,5 +98,20 @@ def test_building_without_torch(tmp_path):
     assert result.returncode != 0 and "pip install torch scikit-build-core" in " ".join(result.stderr.split())
 
 
+def test_a_compiler_that_links_a_c_plus_plus_library_of_its_own(tmp_path):
+    compiler = tmp_path / "own-library"
+    compiler.write_text('#!/bin/sh\nexec c++ -static-libstdc++ "$@"\n')
+    compiler.chmod(0o755)
+    for name, returncode in (("c++", 0), (compiler, 1)):
+        folder = tmp_path / str(returncode)
+        folder.mkdir()
+        result = run(
+            *("cmake", "-D", f"CMAKE_CXX_COMPILER={name}", "-D", f"CMAKE_BINARY_DIR={folder}"),
+            *("-P", PROJECT / "cmake" / "standard_library.cmake"),
+        )
+        assert result.returncode == returncode, result.stderr
+    assert "Take another compiler" in " ".join(result.stderr.split())
+
+
 def test_types():
     checked(sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", "-p", "anabranch", cwd=PROJECT)

@@ -72,14 +72,10 @@ void multiply_on_cuda(const Topology& topology, Product product, const Operands&
                              hopper::weight_map(operands.weight)};
     return launch_hopper(product, scalar, maps, arguments, stream);
   }
-  switch (product) {
-    case Product::kSdd:
-      return launch_sdd(scalar, arguments, stream);
-    case Product::kDsd:
-      return launch_dsd(scalar, arguments, stream);
-    case Product::kDds:
-      return launch_dds(scalar, arguments, stream);
+  if (scalar == cuda::Scalar::kBFloat16 || scalar == cuda::Scalar::kHalf) {
+    return launch_tensor_cores(product, scalar, arguments, stream);
   }
+  launch_tiled(product, scalar, arguments, stream);
 }
 
 }  // namespace anabranch::block_sparse

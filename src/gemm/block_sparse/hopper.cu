@@ -4,6 +4,7 @@
 //
 // A tile is one block of S by 256 elements: two blocks of a block row beside one another (SDD), or a
 // block row or column and 256 of k (DSD, DDS). A block's rows end at its last token: see rows_map.
+#include "gemm/block_sparse/blocks.cuh"
 #include "gemm/block_sparse/hopper_launch.h"
 #include "gemm/hopper/epilogue.cuh"
 #include "gemm/hopper/ptx.cuh"
@@ -73,14 +74,9 @@ class Tiles {
     if (tile_ >= static_cast<int64_t>(lines_) * tiles_across_) {
       return false;
     }
-    // Bands of lines, column by column: what is in flight together shares lines and columns.
-    constexpr int kBand = 16;
-    const int64_t band_tiles = static_cast<int64_t>(kBand) * tiles_across_;
-    const int band = static_cast<int>(tile_ / band_tiles);
-    const int in_band = static_cast<int>(tile_ - band * band_tiles);
-    const int height = min(kBand, lines_ - band * kBand);
-    tile.line = band * kBand + in_band % height;
-    tile.across = in_band / height;
+    const TilePlace place = tile_place(tile_, lines_, tiles_across_, kBandRows / kBlock);
+    tile.line = place.line;
+    tile.across = place.across;
     const int32_t* offsets =
         shape::kProduct == Product::kDds ? layout_.column_offsets : layout_.row_offsets;
     tile.first = offsets[tile.line];

@@ -3,7 +3,6 @@
 #include <cuda.h>
 
 #include "gemm/block_sparse/launch.h"
-#include "gemm/block_sparse/product.h"
 
 namespace anabranch::block_sparse {
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "gemm/block_sparse/product.h"
 #include "kernels/cuda/launch.h"
 
 // Launchers of the device code, without LibTorch.
@@ -43,8 +44,11 @@ struct Arguments {
   bool width_last;
 };
 
-void launch_sdd(cuda::Scalar scalar, const Arguments& arguments, cudaStream_t stream);
-void launch_dsd(cuda::Scalar scalar, const Arguments& arguments, cudaStream_t stream);
-void launch_dds(cuda::Scalar scalar, const Arguments& arguments, cudaStream_t stream);
+/// bf16 and fp16.
+void launch_tensor_cores(Product product, cuda::Scalar scalar, const Arguments& arguments,
+                         cudaStream_t stream);
+/// fp32 and fp64.
+void launch_tiled(Product product, cuda::Scalar scalar, const Arguments& arguments,
+                  cudaStream_t stream);
 
 }  // namespace anabranch::block_sparse

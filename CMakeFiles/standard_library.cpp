@@ -1,0 +1,2 @@
+#include <iostream>
+void tell(long number) { std::cout << number; }
