@@ -50,6 +50,10 @@ if(ANABRANCH_CUDA)
   elseif(NOT LibTorch_CUDA_FOUND)
     set(why "LibTorch in ${LibTorch_INCLUDE_DIR} has no CUDA")
   else()
+    if(CMAKE_VERSION VERSION_LESS 3.25.2)
+      message(FATAL_ERROR "CMake ${CMAKE_VERSION} knows no C++20 for nvcc: take 3.25.2 or newer, such as "
+                          "that of pip install cmake, or ANABRANCH_CUDA=OFF")
+    endif()
     find_package(CUDAToolkit REQUIRED)
     set(major ${CUDAToolkit_VERSION_MAJOR})
     # One process has one CUDA runtime: torch's.
