@@ -40,7 +40,7 @@ target_include_directories(anabranch_json SYSTEM INTERFACE "${NLOHMANN_JSON_INCL
 set(ANABRANCH_WITH_CUDA OFF)
 if(ANABRANCH_CUDA)
   include(CheckLanguage)
-  # nvcc's own choice would be the first g++ in PATH: see standard_library.cmake.
+  # nvcc's own choice would be the first g++ in PATH.
   if(NOT DEFINED CMAKE_CUDA_HOST_COMPILER AND NOT DEFINED ENV{CUDAHOSTCXX})
     set(CMAKE_CUDA_HOST_COMPILER "${CMAKE_CXX_COMPILER}" CACHE FILEPATH "What nvcc compiles host code with")
   endif()
@@ -76,6 +76,10 @@ if(ANABRANCH_WITH_CUDA)
   endif()
   set(CMAKE_CUDA_RUNTIME_LIBRARY None) # the one that torch loads, below
   enable_language(CUDA)
+  # What it links, the library links too.
+  if(CMAKE_CUDA_HOST_COMPILER)
+    check_standard_library("${CMAKE_CUDA_HOST_COMPILER}" "" CUDAHOSTCXX)
+  endif()
   # cuBLAS, the runtime and NCCL: those that torch's wheel brings, and loads, before any other.
   set(of_torch "${LibTorch_INCLUDE_DIR}/../../nvidia")
   foreach(library cublas cublasLt cudart)
