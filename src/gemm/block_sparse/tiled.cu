@@ -35,7 +35,7 @@ class Sums {
         load(a_transposed, start + kDepth, next_a);
         load(b, start + kDepth, next_b);
       }
-#pragma unroll
+#pragma unroll 2
       for (int depth = 0; depth < kDepth; ++depth) {
         Group rows[kGroups];
         Group columns[kGroups];
@@ -77,7 +77,8 @@ class Sums {
   static constexpr int kGroups = kOwn / kGroup;
   static constexpr int kDepth = 64 / sizeof(scalar_t);
   static constexpr int kPitch = kBlock + kPackSize;
-  static constexpr int kCopies = (kDepth * kBlock + kThreads - 1) / kThreads;
+  static constexpr int kCopies = kDepth * kBlock / kThreads;
+  static_assert(kDepth * kBlock % kThreads == 0);
 
   struct alignas(kGroup * sizeof(scalar_t)) Group {
     scalar_t of[kGroup];
@@ -88,32 +89,43 @@ class Sums {
   /// The first element of a thread's group `i`.
   __device__ static int place(int thread, int i) { return (i * kSide + thread) * kGroup; }
 
-  /// Copy `i` of a thread: whichever index runs along memory runs along the threads.
-  __device__ static bool element(const Panel<scalar_t>& panel, int i, int& depth, int& across) {
-    const int index = threadIdx.x + i * kThreads;
-    const bool along_rows = panel.column_step == 1;
-    depth = along_rows ? index / kBlock : index % kDepth;
-    across = along_rows ? index % kBlock : index / kDepth;
-    return index < kDepth * kBlock;
-  }
+  /// Which elements a thread copies: the first, and how far apart. Whichever index runs along memory
+  /// runs along the threads.
+  struct Copies {
+    int depth;
+    int across;
+    int depth_step;
+    int across_step;
+
+    __device__ explicit Copies(const Panel<scalar_t>& panel) {
+      const int thread = threadIdx.x;
+      const bool along_rows = panel.column_step == 1;
+      depth = along_rows ? thread / kBlock : thread % kDepth;
+      across = along_rows ? thread % kBlock : thread / kDepth;
+      depth_step = along_rows ? kThreads / kBlock : 0;
+      across_step = along_rows ? 0 : kThreads / kDepth;
+    }
+  };
+
   /// kDepth x kBlock elements from row `start`.
   __device__ static void load(const Panel<scalar_t>& panel, int start, scalar_t (&out)[kCopies]) {
+    const Copies mine(panel);
+    const scalar_t* const first = &panel.at(start + mine.depth, mine.across);
+    const int64_t step = static_cast<int64_t>(mine.depth_step) * panel.row_step +
+                         static_cast<int64_t>(mine.across_step) * panel.column_step;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      int depth;
-      int across;
-      const bool mine = element(panel, i, depth, across);
-      out[i] = mine && panel.inside(start + depth, across) ? panel.at(start + depth, across)
-                                                           : scalar_t{0};
+      const bool inside = panel.inside(start + mine.depth + i * mine.depth_step,
+                                       mine.across + i * mine.across_step);
+      out[i] = inside ? first[i * step] : scalar_t{0};
     }
   }
   __device__ static void keep(const Panel<scalar_t>& panel, const scalar_t (&values)[kCopies],
                               scalar_t (&tile)[kDepth][kPitch]) {
+    const Copies mine(panel);
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      int depth;
-      int across;
-      if (element(panel, i, depth, across)) tile[depth][across] = values[i];
+      tile[mine.depth + i * mine.depth_step][mine.across + i * mine.across_step] = values[i];
     }
   }
 
@@ -121,7 +133,7 @@ class Sums {
 };
 
 template <typename scalar_t, int kBlock, Product kProduct>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(scalar_t) == 4 ? 2 : 1)
     tiled_kernel(const __grid_constant__ Arguments arguments, int lines, int across) {
   const Blocks<scalar_t> blocks(arguments);
   const Layout& layout = arguments.layout;
