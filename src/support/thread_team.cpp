@@ -7,65 +7,71 @@
 namespace anabranch {
 namespace {
 
-constexpr int kParts = 128;
+using Clock = std::chrono::steady_clock;
 constexpr std::chrono::milliseconds kPatience{1};
+
+/// Waits until `jobs` is no longer `done`.
+void wait_for_job(const std::atomic<unsigned>& jobs, unsigned done) {
+  const auto patience_ends = Clock::now() + kPatience;
+  while (jobs.load(std::memory_order_acquire) == done) {
+    if (Clock::now() < patience_ends) {
+      std::this_thread::yield();
+    } else {
+      jobs.wait(done, std::memory_order_acquire);
+    }
+  }
+}
 
 }  // namespace
 
 ThreadTeam::ThreadTeam(int threads, const std::function<void()>& begin) {
-  check_input(threads >= 0 && threads < kParts, "a team has 0 to ", kParts - 1, " threads, not ",
-              threads);
-  for (int index = 1; index <= threads; ++index) {
-    threads_.emplace_back([this, index, begin] { work(index, begin); });
+  check_input(threads >= 0, "a team has no ", threads, " threads");
+  for (int index = 0; index < threads; ++index) {
+    members_.push_back(std::make_unique<Member>());
+  }
+  for (int index = 0; index < threads; ++index) {
+    members_[index]->thread = std::thread([this, index, begin] { work(index, begin); });
   }
 }
 
 ThreadTeam::~ThreadTeam() {
-  job_.store((job_.load() / kParts + 1) * kParts, std::memory_order_release);
-  job_.notify_all();
-  for (std::thread& thread : threads_) {
-    thread.join();
+  part_ = nullptr;
+  give_job(static_cast<int>(members_.size()));
+  for (const auto& member : members_) {
+    member->thread.join();
   }
 }
 
 void ThreadTeam::run(int parts, const std::function<void(int)>& part) {
-  check_input(parts >= 1 && parts <= static_cast<int>(threads_.size()) + 1, "a team of ",
-              threads_.size(), " threads does not do ", parts, " parts at once");
+  check_input(parts >= 1 && parts <= static_cast<int>(members_.size()) + 1, "a team of ",
+              members_.size(), " threads does not do ", parts, " parts at once");
   part_ = &part;
   working_.store(parts - 1, std::memory_order_relaxed);
-  constexpr int kNumbers = 1 << 20;  // of jobs, before they repeat
-  const int number = (job_.load(std::memory_order_relaxed) / kParts + 1) % kNumbers;
-  job_.store(number * kParts + parts, std::memory_order_release);
-  job_.notify_all();
+  give_job(parts - 1);
   part(0);
   while (working_.load(std::memory_order_acquire) > 0) {
     std::this_thread::yield();
   }
 }
 
-void ThreadTeam::work(int index, const std::function<void()>& begin) {
-  begin();
-  // A thread without a part in a job may miss it; one with a part is waited for.
-  int job = 0;
-  while ((job = next_job(job)) % kParts != 0) {
-    if (index < job % kParts) {
-      (*part_)(index);
-      working_.fetch_sub(1, std::memory_order_release);
-    }
+void ThreadTeam::give_job(int members) {
+  for (int index = 0; index < members; ++index) {
+    auto& jobs = members_[index]->jobs;
+    jobs.fetch_add(1, std::memory_order_release);
+    jobs.notify_one();
   }
 }
 
-int ThreadTeam::next_job(int last) const {
-  const auto patience_ends = std::chrono::steady_clock::now() + kPatience;
-  int job = last;
-  while ((job = job_.load(std::memory_order_acquire)) == last) {
-    if (std::chrono::steady_clock::now() < patience_ends) {
-      std::this_thread::yield();
-    } else {
-      job_.wait(last, std::memory_order_acquire);
+void ThreadTeam::work(int index, const std::function<void()>& begin) {
+  begin();
+  for (unsigned done = 0;; ++done) {
+    wait_for_job(members_[index]->jobs, done);
+    if (part_ == nullptr) {
+      return;
     }
+    (*part_)(index + 1);
+    working_.fetch_sub(1, std::memory_order_release);
   }
-  return job;
 }
 
 }  // namespace anabranch

@@ -2,16 +2,17 @@
 
 #include <atomic>
 #include <functional>
+#include <memory>
 #include <thread>
 #include <vector>
 
 namespace anabranch {
 
-/// Threads that do one job together, a part each. After a job they look out for the next one for a
+/// Threads that do one job together, a part each. Those that had a part look out for the next job for a
 /// millisecond, as OpenMP's do, before they sleep: to wake a thread can take longer than its part.
 class ThreadTeam {
  public:
-  /// `threads` besides the calling one, at most 127; each begins with `begin`.
+  /// `threads` besides the calling one; each begins with `begin`.
   ThreadTeam(int threads, const std::function<void()>& begin);
   ~ThreadTeam();
   ThreadTeam(const ThreadTeam&) = delete;
@@ -23,13 +24,16 @@ class ThreadTeam {
   void run(int parts, const std::function<void(int)>& part);
 
  private:
+  struct Member {
+    std::atomic<unsigned> jobs = 0;  ///< that were given to it
+    std::thread thread;
+  };
+  void give_job(int members);
   void work(int index, const std::function<void()>& begin);
-  int next_job(int last) const;
 
-  const std::function<void(int)>* part_ = nullptr;
-  std::atomic<int> job_ = 0;  ///< kParts · its number + its parts; no parts: the end
+  const std::function<void(int)>* part_ = nullptr;  ///< of the job; none: the end
   std::atomic<int> working_ = 0;
-  std::vector<std::thread> threads_;
+  std::vector<std::unique_ptr<Member>> members_;
 };
 
 }  // namespace anabranch
