@@ -1,6 +1,7 @@
 """The Markdown report, generated from article.json."""
 
 import os
+import re
 import statistics
 from collections import Counter, defaultdict
 
@@ -76,24 +77,26 @@ def methods(whole):
 
 
 def troubles(rows):
-    """What kept methods from a time, each reason once."""
-    reasons = defaultdict(list)
+    """What kept methods from a time: each kind of reason, or case that was too large, once."""
+    found = defaultdict(list)
     for row in rows:
         if row["status"] not in ("ok", "impossible"):
-            reasons[row["method"], row["status"], row["reason"]].append(row)
-    lines = [
-        (
-            method,
-            status,
-            str(len(found)),
-            f"{unit_label(found[0]['unit'])}, {found[0]['pass']}",
-            (reason or "").replace("|", "\\|"),
-        )
-        for (method, status, reason), found in reasons.items()
-    ]
+            kind = row["unit"] if row["status"] == "out of memory" else re.sub(r"\d+", "#", cause(row))
+            found[row["status"], row["memory_limit"], kind].append(row)
+    lines = []
+    for (status, limit, _), those in found.items():
+        methods = ", ".join(dict.fromkeys(row["method"] for row in those))
+        status += f", {limit / 2**30:g} GiB allowed" if limit else ""
+        first = f"{unit_label(those[0]['unit'])}, {those[0]['pass']}"
+        lines.append((methods, status, str(len(those)), first, cause(those[0]).replace("|", "\\|")))
     if not lines:
         return "Every method ran everywhere and was right.\n"
-    return "What has no time, and why:\n\n" + table(("method", "what", "rows", "the first", "reason"), lines) + "\n"
+    return "What has no time, and why:\n\n" + table(("methods", "what", "rows", "the first", "its reason"), lines) + "\n"
+
+
+def cause(row):
+    """A row's reason, without the state of the allocator that LibTorch adds to an out of memory."""
+    return re.split(r" GPU \d+ has a total", row["reason"] or "")[0]
 
 
 def geometric_mean(values):

@@ -157,3 +157,27 @@ def test_what_has_not_been_run_is_said(tmp_path):
 def test_labels():
     assert questions.unit_label("16,1024,512,8,3,1024/bf16/learned") == "16×1024 h512 E8 k3, bf16, learned routing"
     assert tables.methods_in([{"method": "a", "status": "missing"}, {"method": "b", "status": "ok"}]) == ["b"]
+
+
+def test_troubles_of_a_kind_are_one_line():
+    first, second = (cases.Unit(case, "fp16", "learned") for case in SOME[:2])
+    full = "CUDA out of memory. Tried to allocate {} GiB. GPU 0 has a total capacity of 139 GiB"
+
+    def lines(*rows):
+        return report.troubles(list(rows)).splitlines()[4:]
+
+    def without_memory(unit, method, size, **changes):
+        reason = full.format(size)
+        return row(unit, "forward", method, **{"status": "out of memory", "reason": reason, **NOTHING, **changes})
+
+    (line,) = lines(without_memory(first, "auto", 1.5), without_memory(first, "padded_bmm", 16))
+    assert "| auto, padded_bmm | out of memory | 2 |" in line and "Tried to allocate 1.5 GiB. |" in line
+    assert len(lines(without_memory(first, "auto", 1), without_memory(second, "auto", 1))) == 2  # cases tell apart
+    limited = without_memory(first, "auto", 1, memory_limit=16 << 30)
+    assert "out of memory, 16 GiB allowed" in lines(limited)[0] and len(lines(limited, without_memory(first, "auto", 1))) == 2
+    refused = [
+        row(unit, "forward", "auto", status="unsupported", reason=f"no weights of {size} x 4", **NOTHING)
+        for unit, size in ((first, 8), (second, 16))
+    ]
+    (line,) = lines(*refused)
+    assert "| unsupported | 2 |" in line and "no weights of 8 x 4" in line
