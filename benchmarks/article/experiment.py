@@ -151,8 +151,8 @@ class Experiment:
             self.store.add("step", run=self.run, **row)
         first_type = unit.dtype == self.arguments.types[0] and unit.routing == "learned"
         if first_type and unit.case.tuple in STAGE_CASES and limit is None:
-            for name, times in measurement.stages():
-                self.store.add("stages", run=self.run, unit=unit.name, method=name, ms=times)
+            for name, (times, longest) in measurement.stages():
+                self.store.add("stages", run=self.run, unit=unit.name, method=name, ms=times, longest=longest)
 
     def restart(self, lost):
         """A lost device needs a new process, which goes on where this one was."""

@@ -17,7 +17,7 @@ from .oracle import Oracle
 from .problem import Problem
 from .stages import profile
 
-# Beyond this a step needs no warming up, and two rounds tell as much as more.
+# Beyond this a step needs no warming up.
 SLOW_MS = 300.0
 
 
@@ -267,21 +267,25 @@ class UnitMeasurement:
             self.clock.clear()
 
     def rows(self):
-        """Rows of all methods; DeviceLost carries those that are known."""
+        """Rows of all methods, each after its last turn; DeviceLost carries those of the method that lost it."""
         for subject in self.subjects:
             for which, check in (("forward", subject.check_forward), ("forward+backward", subject.check_backward)):
                 self.turn(subject, which, lambda check=check: check(self.oracle, self.expected))
-        for number in range(self.settings.rounds):
+        rounds = self.settings.rounds
+        for number in itertools.count():
+            # Of slow steps two rounds tell as much as more.
+            last = number + 1 >= rounds or (number > 0 and min(self.last_times(), default=0.0) > SLOW_MS)
             first = number % len(self.subjects)
             for subject in self.subjects[first:] + self.subjects[:first]:
                 for which in cases.PASSES:
                     self.turn(subject, which, lambda subject=subject, which=which: subject.measure(which))
-            if number > 0 and min(self.last_times(), default=0.0) > SLOW_MS:
-                break
-        return [row for subject in self.subjects for row in subject.rows()]
+                if last:
+                    yield from subject.rows()
+            if last:
+                return
 
     def stages(self):
-        """(name, milliseconds by stage) of each method that is right, from a trace of one forward and backward."""
+        """(name, what profile finds) of each method that is right, from a trace of one forward and backward."""
         for subject in self.subjects:
             if subject.status["forward+backward"] == "ok":
                 subject.make()

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections import Counter
 
 import torch
 
@@ -18,13 +19,13 @@ RANGES = {
 RANGE_STAGE = {name: stage for stage, names in RANGES.items() for name in names}
 # What the names of kernels and operations hold, outside such ranges; the first that fits.
 KERNELS = (
+    ("GEMM", r"gemm|cutlass|nvjet|xmma"),  # whatever else such a name holds, such as NoPermute
     ("topology", r"topology|first_rows_kernel|row_indices"),
     ("routing", r"route_|softmax|topk|top_k|sbtopk|bitonic"),
     ("combination", r"sum_rows|unpermute|index_add|indexFunc|padded_scatter|_scatter_kernel|decode|moe_gather"),
-    ("permutation", r"gather|permute|sort|histogram|cumsum|scan|digits|plac|segment|order_|token_|send_|offsets|"
+    ("permutation", r"gather|scatter_rows|permute|sort|histogram|cumsum|scan|digits|plac|segment|order_|token_|send_|offsets|"
      r"bincount|index|encode|padded_copy|_group\b|argsort"),
-    ("GEMM", r"gemm|gemv|cutlass|nvjet|xmma|sdd|dsd|dds|block_sparse|matmul|scatter2scatter|groupXtY|\bmm\b|addmm|bmm|"
-     r"splitK|reduce_kernel_split"),
+    ("GEMM", r"gemv|sdd|dsd|dds|block_sparse|matmul|scatter2scatter|groupXtY|\bmm\b|addmm|bmm|splitK|reduce_kernel_split"),
     ("activation", r"gelu|silu|activat"),
 )  # fmt: skip
 
@@ -70,23 +71,28 @@ class Trace:
         by_name = stage_of_kernel(name)
         return by_name if stage is None or (by_name != "other" and stage == "GEMM") else stage
 
-    def milliseconds(self, cuda):
-        times = dict.fromkeys(STAGES, 0.0)
+    def parts(self, cuda):
+        """(stage, kernel or operation, milliseconds)"""
         for event in self.events:
             if not cuda:
                 if event.name != "[memory]":
-                    times[self.stage_of(event, event.name)] += event.self_cpu_time_total / 1e3
+                    yield self.stage_of(event, event.name), event.name, event.self_cpu_time_total / 1e3
                 continue
             for kernel in event.kernels:
-                if kernel.name.startswith(("Memset", "Memcpy HtoD", "Memcpy DtoH")):
-                    times["other"] += kernel.duration / 1e3
-                else:
-                    times[self.stage_of(event, kernel.name)] += kernel.duration / 1e3
-        return times
+                moved = kernel.name.startswith(("Memset", "Memcpy HtoD", "Memcpy DtoH"))
+                yield "other" if moved else self.stage_of(event, kernel.name), kernel.name, kernel.duration / 1e3
+
+    def stages(self, cuda):
+        """Milliseconds by stage, and the part of each stage that takes most of it."""
+        times = {stage: Counter() for stage in STAGES}
+        for stage, name, ms in self.parts(cuda):
+            times[stage][name] += ms
+        longest = {stage: max(names, key=names.get) for stage, names in times.items() if names}
+        return {stage: sum(names.values()) for stage, names in times.items()}, longest
 
 
 def profile(step, cuda):
-    """Milliseconds by stage of a step, which has run before."""
+    """Trace.stages of a step, which has run before."""
     from torch.profiler import ProfilerActivity
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
@@ -96,4 +102,4 @@ def profile(step, cuda):
             step()
             if cuda:
                 torch.cuda.synchronize()
-        return Trace(trace.events()).milliseconds(cuda)
+        return Trace(trace.events()).stages(cuda)

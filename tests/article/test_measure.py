@@ -100,6 +100,17 @@ def test_methods_take_turns(rows_of):
     assert rounds == list("aabbcc" + "bbccaa" + "ccaabb")
 
 
+def test_rows_come_after_a_methods_last_turn(seed):
+    """So what ends the process takes only the methods whose turn is not over."""
+    turns = []
+    unit, settings = cases.Unit(SMALL, "fp32", "learned"), measure.Settings("cpu", seed, seconds=1e-3, rounds=2)
+    factories = {name: methods.PlainLoop for name in "abc"}
+    rows = measure.UnitMeasurement(unit, factories, settings, turns.append).rows()
+    assert [next(rows)["method"] for _ in range(2)] == ["b", "b"]
+    assert turns[6:] == list("aabbcc" + "bb")
+    assert [row["method"] for row in rows] == list("ccaa")
+
+
 def test_a_lost_device(monkeypatch, rows_of):
     monkeypatch.setattr(measure.Clock, "alive", lambda self: False)
     with pytest.raises(measure.DeviceLost) as lost:
