@@ -23,9 +23,10 @@ KERNELS = (
     ("topology", r"topology|first_rows_kernel|row_indices"),
     ("routing", r"route_|softmax|topk|top_k|sbtopk|bitonic"),
     ("combination", r"sum_rows|unpermute|index_add|indexFunc|padded_scatter|_scatter_kernel|decode|moe_gather"),
-    ("permutation", r"gather|scatter_rows|permute|sort|histogram|cumsum|scan|digits|plac|segment|order_|token_|send_|offsets|"
-     r"bincount|index|encode|padded_copy|_group\b|argsort"),
-    ("GEMM", r"gemv|sdd|dsd|dds|block_sparse|matmul|scatter2scatter|groupXtY|\bmm\b|addmm|bmm|splitK|reduce_kernel_split"),
+    ("permutation", r"gather|scatter_rows|permute|sort|histogram|cumsum|scan|digits|plac|segment|order_|token_|send_|"
+     r"offsets|bincount|index|encode|padded_copy|_group\b|argsort"),
+    ("GEMM", r"gemv|sdd|dsd|dds|block_sparse|matmul|scatter2scatter|groupXtY|\bmm\b|addmm|bmm|splitK|"
+     r"reduce_kernel_split"),
     ("activation", r"gelu|silu|activat"),
 )  # fmt: skip
 
