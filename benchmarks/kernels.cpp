@@ -72,10 +72,7 @@ void measure_rows(Bench& bench, int64_t rows, int64_t width) {
             [&](int set) { kernels.gather_rows(many[set], permutation); });
   // As in permute: each token's row goes to top_k places, and is read from memory once.
   const int64_t tokens = rows / kTopK;
-  const auto assignments = at::randperm(rows, kIndex).remainder(tokens);
-  bench.run("gather_rows, 8 of each", rows, width, total + total / kTopK + 8.0 * rows,
-            [&](int set) { kernels.gather_rows(many[set].narrow(0, 0, tokens), assignments); });
-  const auto groups = kernels.group(assignments, tokens);
+  const auto groups = kernels.group(at::randperm(rows, kIndex).remainder(tokens), tokens);
   bench.run("scatter_rows, to 8 places", rows, width, total + total / kTopK + 8.0 * rows,
             [&](int set) { kernels.scatter_rows(many[set].narrow(0, 0, tokens), groups); });
   const auto weights = at::randn({rows}, kFloat);
