@@ -77,7 +77,7 @@ if(ANABRANCH_WITH_CUDA)
   set(CMAKE_CUDA_RUNTIME_LIBRARY None) # the one that torch loads, below
   enable_language(CUDA)
   # What it links, the library links too.
-  if(CMAKE_CUDA_HOST_COMPILER)
+  if(CMAKE_CUDA_HOST_COMPILER AND NOT CMAKE_CUDA_HOST_COMPILER STREQUAL CMAKE_CXX_COMPILER)
     check_standard_library("${CMAKE_CUDA_HOST_COMPILER}" "" CUDAHOSTCXX)
   endif()
   # cuBLAS, the runtime and NCCL: those that torch's wheel brings, and loads, before any other.

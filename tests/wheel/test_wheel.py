@@ -105,10 +105,8 @@ def test_a_compiler_that_links_a_c_plus_plus_library_of_its_own(tmp_path):
     for name, returncode in (("c++", 0), (compiler, 1)):
         folder = tmp_path / str(returncode)
         folder.mkdir()
-        result = run(
-            *("cmake", "-D", f"CMAKE_CXX_COMPILER={name}", "-D", f"CMAKE_BINARY_DIR={folder}"),
-            *("-P", PROJECT / "cmake" / "standard_library.cmake"),
-        )
+        script = PROJECT / "cmake" / "standard_library.cmake"
+        result = run("cmake", "-D", f"CMAKE_CXX_COMPILER={name}", "-P", script, cwd=folder)
         assert result.returncode == returncode, result.stderr
     assert "Take another compiler" in " ".join(result.stderr.split())
 

@@ -77,6 +77,11 @@ class Blocks {
 /// Rows of a band of tiles, see tile_place.
 constexpr int kBandRows = 2048;
 
+/// What a line of tiles is: a block row, or, of kDds, a block column.
+inline int64_t lines_of(Product product, const Layout& layout) {
+  return product == Product::kDds ? layout.experts * layout.expert_columns : layout.block_rows;
+}
+
 struct TilePlace {
   int line;
   int across;

@@ -2,6 +2,7 @@
 // one block by 128 elements for each CTA, its operands fetched two steps ahead.
 #include "gemm/block_sparse/blocks.cuh"
 #include "gemm/block_sparse/launch.h"
+#include "gemm/hopper/ptx.cuh"
 #include "kernels/cuda/device.cuh"
 
 namespace anabranch::block_sparse {
@@ -47,19 +48,6 @@ __device__ __forceinline__ uint32_t pack_offset(int row, int pack) {
   constexpr int kPacks = kColumns / kPack;
   const int mixed = kPacks >= 8 ? pack ^ (row & 7) : pack ^ ((row >> 1) & 3);
   return (row * kPacks + mixed) * 16;
-}
-
-__device__ __forceinline__ void copy_async(uint32_t target, const void* source, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
-               "r"(inside ? 16 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void commit_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int kPending>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 __device__ __forceinline__ void store_shared(uint32_t target, const uint32_t (&words)[4]) {
@@ -211,7 +199,7 @@ class Fetch {
       const int from_column = column + pack * kPack;
       const scalar_t* source = &panel.at(from_row, from_column);
       if (packed_) {
-        copy_async(target, source, panel.inside(from_row, from_column));
+        hopper::copy_16(target, source, panel.inside(from_row, from_column));
       } else {
         copy_elements(panel, from_row, from_column, source, target);
       }
@@ -341,28 +329,28 @@ __global__ void __launch_bounds__(shape::kThreads, shape::kBlock == 128 ? 1 : 3)
                         bool packed) {
   using scalar_t = typename shape::scalar_t;
   extern __shared__ __align__(128) uint8_t memory[];
-  const auto stages = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+  const uint32_t stages = hopper::shared_address(memory);
   const TilePlace place = tile_place(blockIdx.x, lines, across, kBandRows / shape::kBlock);
   const Fetch<shape> fetch(arguments, place, packed);
   Sums<shape> sums;
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) {
     if (step < fetch.steps()) fetch(step, stages + step * shape::kStageBytes);
-    commit_copies();
+    hopper::commit_copies();
   }
   int stage = 0;
 #pragma unroll 1
   for (int step = 0; step < fetch.steps(); ++step) {
-    wait_copies<kStages - 2>();
+    hopper::wait_copies<kStages - 2>();
     __syncthreads();
     const int ahead = step + kStages - 1;
     const int free_stage = stage == 0 ? kStages - 1 : stage - 1;
     if (ahead < fetch.steps()) fetch(ahead, stages + free_stage * shape::kStageBytes);
-    commit_copies();
+    hopper::commit_copies();
     sums.add(stages + stage * shape::kStageBytes);
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }
-  wait_copies<0>();
+  hopper::wait_copies<0>();
   __syncthreads();
 
   auto* const tile = reinterpret_cast<scalar_t*>(memory);
@@ -393,8 +381,7 @@ __global__ void __launch_bounds__(shape::kThreads, shape::kBlock == 128 ? 1 : 3)
 template <typename shape>
 void launch(const Arguments& arguments, cudaStream_t stream) {
   const Layout& layout = arguments.layout;
-  const int64_t lines =
-      shape::kProduct == Product::kDds ? layout.experts * layout.expert_columns : layout.block_rows;
+  const int64_t lines = lines_of(shape::kProduct, layout);
   const int64_t across =
       cuda::divide_up(shape::kProduct == Product::kSdd ? layout.width : arguments.k, kWide);
   const unsigned grid = cuda::grid_size(lines * across);

@@ -162,8 +162,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(scalar_t) == 4 ? 2 : 1)
 template <typename scalar_t, int kBlock, Product kProduct>
 void launch(const Arguments& arguments, cudaStream_t stream) {
   const Layout& layout = arguments.layout;
-  const int64_t lines =
-      kProduct == Product::kDds ? layout.experts * layout.expert_columns : layout.block_rows;
+  const int64_t lines = lines_of(kProduct, layout);
   const int64_t across =
       kProduct == Product::kSdd ? layout.expert_columns : cuda::divide_up(arguments.k, kBlock);
   const unsigned grid = cuda::grid_size(lines * across);

@@ -1,7 +1,7 @@
 #pragma once
 
-// Hopper's instructions that C++ has no words for. Shared-memory addresses are 32-bit, as PTX takes
-// them; barriers are 64-bit words in shared memory.
+// Hopper's instructions that C++ has no words for, and at the end Ampere's copies of 16 bytes.
+// Shared-memory addresses are 32-bit, as PTX takes them; barriers are 64-bit words in shared memory.
 #include <cuda.h>
 
 #include <cstdint>

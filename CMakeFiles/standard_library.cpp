@@ -1,2 +1,0 @@
-#include <iostream>
-void tell(long number) { std::cout << number; }
