@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "gemm/cublas_lt.h"
+#include "gemm/sum_parts.h"
 #include "support/check.h"
 #include "support/cuda_device.h"
 #include "support/cuda_handle.h"
@@ -26,6 +27,50 @@ constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
 /// Products that are worth waking threads for: cublasLtMatmul takes the host 6 to 10 us, and so long it
 /// takes at least to wake a thread.
 constexpr size_t kWorthThreads = 16;
+
+/// Of the parts of a sum.
+cudaDataType_t sum_type(const CublasForm& form) {
+  return form.compute == CUBLAS_COMPUTE_64F ? CUDA_R_64F : CUDA_R_32F;
+}
+
+cuda::Scalar scalar_of(cudaDataType_t type) {
+  switch (type) {
+    case CUDA_R_64F:
+      return cuda::Scalar::kDouble;
+    case CUDA_R_16BF:
+      return cuda::Scalar::kBFloat16;
+    case CUDA_R_16F:
+      return cuda::Scalar::kHalf;
+    default:
+      return cuda::Scalar::kFloat;
+  }
+}
+
+/// A part of a long sum is at least so long.
+constexpr int64_t kLeastPart = 512;
+
+/// A product, the lane it goes to, and the parts its sum is cut into.
+struct Job {
+  CublasProduct product;
+  size_t lane;
+  int64_t parts;
+};
+
+/// Whose sum has few results is cut, so that its parts fill the GPU together with what the other
+/// streams do: a weight's gradient. cuBLAS would too, but loses rows: see CublasLt. Depends on nothing
+/// else that a call multiplies.
+int64_t parts_of(const CublasForm& form, const CublasProduct& product, int streams,
+                 int64_t multiprocessors) {
+  if (form.ragged != Ragged::kK) {
+    return 1;
+  }
+  constexpr int64_t kTileRows = 128;
+  constexpr int64_t kTileColumns = 256;
+  const int64_t tiles =
+      (product.m + kTileRows - 1) / kTileRows * ((product.n + kTileColumns - 1) / kTileColumns);
+  const int64_t room = multiprocessors / (tiles * streams);
+  return std::max<int64_t>(std::min(room, product.k / kLeastPart), 1);
+}
 
 /// A side stream with a workspace and a cuBLAS handle of its own: two threads that share a handle wait
 /// for each other.
@@ -43,8 +88,15 @@ class Lane {
   void wait_for(cudaEvent_t event) {
     check_cuda(cudaStreamWaitEvent(stream_, event), "cudaStreamWaitEvent");
   }
-  void multiply(const CublasProducts& shared, const CublasProduct& product) {
-    cublas_.multiply(shared, product, {workspace_.data_ptr(), kWorkspaceBytes, stream_});
+  /// `sums`: where the parts of a sum are kept.
+  void multiply(const CublasForm& form, const Job& job, void* sums) {
+    if (job.parts == 1) {
+      return cublas_.multiply(form, job.product, site());
+    }
+    multiply_parts(form, job, static_cast<std::byte*>(sums));
+    const CublasProduct& product = job.product;
+    launch_sum_parts(scalar_of(form.c_type), sums, job.parts, product.m * product.n,
+                     form.accumulate, product.c, stream_);
   }
   void let_wait(cudaStream_t stream) {
     check_cuda(cudaEventRecord(done_, stream_), "cudaEventRecord");
@@ -52,6 +104,31 @@ class Lane {
   }
 
  private:
+  CublasSite site() const { return {workspace_.data_ptr(), kWorkspaceBytes, stream_}; }
+
+  /// sums [parts, n, m]; the tokens that are left over are added to the first part.
+  void multiply_parts(const CublasForm& form, const Job& job, std::byte* sums) {
+    CublasForm of_parts = form;
+    of_parts.c_type = sum_type(form);
+    of_parts.ldc = job.product.m;
+    of_parts.accumulate = false;
+    CublasProduct part = job.product;
+    part.c = sums;
+    part.k = job.product.k / job.parts;
+    part.batch = job.parts;
+    cublas_.multiply(of_parts, part, site());
+    const int64_t done = part.k * job.parts;
+    if (done < job.product.k) {
+      const int64_t bytes = element_bytes(form.type);
+      of_parts.accumulate = true;
+      part.a = static_cast<const std::byte*>(part.a) + done * form.lda * bytes;
+      part.b = static_cast<const std::byte*>(part.b) + done * form.ldb * bytes;
+      part.k = job.product.k - done;
+      part.batch = 1;
+      cublas_.multiply(of_parts, part, site());
+    }
+  }
+
   torch::Tensor workspace_;
   CudaStream stream_;
   CudaEvent done_;
@@ -61,58 +138,89 @@ class Lane {
 /// The lanes of one device, made as they are first needed. One call at a time.
 class Lanes {
  public:
-  explicit Lanes(torch::Device device) : device_(device), fork_(make_cuda_event()) {}
+  explicit Lanes(torch::Device device) : device_(device), fork_(make_cuda_event()) {
+    check_cuda(
+        cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device.index()),
+        "cudaDeviceGetAttribute");
+  }
 
-  void run(CublasProducts shared, int streams, cudaStream_t stream) {
+  void run(const CublasProducts& products, int streams, cudaStream_t stream) {
     const std::lock_guard lock(mutex_);
-    const size_t used = std::min(static_cast<size_t>(streams), shared.products.size());
+    const auto jobs = jobs_of(products, streams);
+    const size_t used = std::min(static_cast<size_t>(streams), jobs.size());
     while (lanes_.size() < used) {
       lanes_.push_back(std::make_unique<Lane>(device_));
     }
+    // Of the caller's stream, which waits for the lanes before it can give the memory to others.
+    const auto sums = sums_for(products, jobs, used);
     check_cuda(cudaEventRecord(fork_, stream), "cudaEventRecord");
     for (size_t lane = 0; lane < used; ++lane) {
       lanes_[lane]->wait_for(fork_);
     }
-    // Sizes differ in the ragged dimension only.
-    std::stable_sort(shared.products.begin(), shared.products.end(),
-                     [](const auto& left, const auto& right) {
-                       return left.n > right.n || (left.n == right.n && left.k > right.k);
-                     });
-    launch(shared, used);
+    launch(products, jobs, sums);
     for (size_t lane = 0; lane < used; ++lane) {
       lanes_[lane]->let_wait(stream);
     }
   }
 
  private:
+  using Jobs = std::vector<Job>;
+  using Sums = std::vector<torch::Tensor>;
+
   /// Largest first, each on the lane that has least to do.
-  void launch(const CublasProducts& shared, size_t lanes) {
-    std::vector<int64_t> load(lanes);
-    std::vector<size_t> lane_of;
-    for (const CublasProduct& product : shared.products) {
-      lane_of.push_back(std::min_element(load.begin(), load.end()) - load.begin());
-      load[lane_of.back()] += product.n * product.k;
+  Jobs jobs_of(const CublasProducts& products, int streams) const {
+    Jobs jobs;
+    for (const CublasProduct& product : products.products) {
+      jobs.push_back({product, 0, parts_of(products, product, streams, multiprocessors_)});
     }
-    // A graph that is captured keeps the order of the launches, which threads would leave to chance.
-    const auto capture = c10::cuda::currentStreamCaptureStatusMayInitCtx();
-    if (lanes > 1 && lane_of.size() >= kWorthThreads && capture == c10::cuda::CaptureStatus::None &&
-        std::thread::hardware_concurrency() >= lanes) {
-      return launch_with_threads(shared, lane_of, lanes);
+    // Sizes differ in the ragged dimension only.
+    std::stable_sort(jobs.begin(), jobs.end(), [](const Job& left, const Job& right) {
+      return std::pair(left.product.n, left.product.k) >
+             std::pair(right.product.n, right.product.k);
+    });
+    std::vector<int64_t> load(streams);
+    for (Job& job : jobs) {
+      job.lane = std::min_element(load.begin(), load.end()) - load.begin();
+      load[job.lane] += job.product.n * job.product.k;
     }
-    for (size_t i = 0; i < lane_of.size(); ++i) {
-      lanes_[lane_of[i]]->multiply(shared, shared.products[i]);
-    }
+    return jobs;
   }
 
-  /// A thread for each lane, the calling one for the first.
-  void launch_with_threads(const CublasProducts& shared, const std::vector<size_t>& lane_of,
-                           size_t lanes) {
+  /// Memory for the parts of each lane's largest sum.
+  Sums sums_for(const CublasForm& form, const Jobs& jobs, size_t lanes) const {
+    std::vector<int64_t> bytes(lanes);
+    for (const Job& job : jobs) {
+      if (job.parts > 1) {
+        const int64_t needed =
+            job.parts * job.product.m * job.product.n * element_bytes(sum_type(form));
+        bytes[job.lane] = std::max(bytes[job.lane], needed);
+      }
+    }
+    Sums sums;
+    for (const int64_t size : bytes) {
+      sums.push_back(at::empty({size}, at::TensorOptions(device_).dtype(torch::kByte)));
+    }
+    return sums;
+  }
+
+  void launch(const CublasForm& form, const Jobs& jobs, const Sums& sums) {
+    const size_t lanes = sums.size();
+    const auto launch_job = [&](const Job& job) {
+      lanes_[job.lane]->multiply(form, job, sums[job.lane].mutable_data_ptr());
+    };
+    // A graph that is captured keeps the order of the launches, which threads would leave to chance.
+    const auto capture = c10::cuda::currentStreamCaptureStatusMayInitCtx();
+    if (lanes == 1 || jobs.size() < kWorthThreads || capture != c10::cuda::CaptureStatus::None ||
+        std::thread::hardware_concurrency() < lanes) {
+      std::for_each(jobs.begin(), jobs.end(), launch_job);
+      return;
+    }
+    // A thread for each lane, the calling one for the first.
     std::vector<std::exception_ptr> failures(lanes);
     const auto launch_lane = [&](int lane) noexcept {
       try {
-        for (size_t i = 0; i < lane_of.size(); ++i) {
-          if (lane_of[i] == static_cast<size_t>(lane))
-            lanes_[lane]->multiply(shared, shared.products[i]);
+        for (const Job& job : jobs) {
+          if (job.lane == static_cast<size_t>(lane)) launch_job(job);
         }
       } catch (...) {
         failures[lane] = std::current_exception();
@@ -129,6 +237,7 @@ class Lanes {
   }
 
   torch::Device device_;
+  int multiprocessors_ = 0;
   std::mutex mutex_;
   CudaEvent fork_;
   std::vector<std::unique_ptr<Lane>> lanes_;

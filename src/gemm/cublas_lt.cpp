@@ -26,10 +26,6 @@ int64_t alignment(const void* address, int64_t row_bytes) {
   return int64_t{1} << std::countr_zero(bits);
 }
 
-int64_t element_bytes(cudaDataType_t type) {
-  return type == CUDA_R_64F ? 8 : type == CUDA_R_32F ? 4 : 2;
-}
-
 cublasLtMatrixLayoutOpaque_t layout(cudaDataType_t type, cublasOperation_t operation, int64_t rows,
                                     int64_t columns, int64_t leading) {
   cublasLtMatrixLayoutOpaque_t result;
@@ -54,6 +50,17 @@ void set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttribut
                "cublasLtMatmulPreferenceSetAttribute");
 }
 
+/// `count` matrices, each `stride` elements after the last.
+void set_batch(cublasLtMatrixLayout_t layout, int64_t count, int64_t stride) {
+  const auto narrow = static_cast<int32_t>(count);
+  check_cublas(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &narrow,
+                                                sizeof(narrow)),
+               "cublasLtMatrixLayoutSetAttribute");
+  check_cublas(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+                                                &stride, sizeof(stride)),
+               "cublasLtMatrixLayoutSetAttribute");
+}
+
 enum KeyField {
   kType,
   kCType,
@@ -68,6 +75,7 @@ enum KeyField {
   kAlignA,
   kAlignB,
   kAlignC,
+  kBatch,
   kWorkspace
 };
 
@@ -80,37 +88,42 @@ struct CublasLt::Problem {
   cublasLtMatrixLayoutOpaque_t b;
   cublasLtMatrixLayoutOpaque_t c;
 
-  Problem(const CublasProducts& shared, int64_t m, int64_t n, int64_t k)
-      : a(layout(shared.type, shared.a_operation, m, k, shared.lda)),
-        b(layout(shared.type, shared.b_operation, k, n, shared.ldb)),
-        c(layout(shared.c_type, CUBLAS_OP_N, m, n, shared.ldc)) {
-    const auto scale = shared.compute == CUBLAS_COMPUTE_64F ? CUDA_R_64F : CUDA_R_32F;
-    check_cublas(cublasLtMatmulDescInit(&operation, shared.compute, scale),
-                 "cublasLtMatmulDescInit");
-    set<int32_t>(&operation, CUBLASLT_MATMUL_DESC_TRANSA, shared.a_operation);
-    set<int32_t>(&operation, CUBLASLT_MATMUL_DESC_TRANSB, shared.b_operation);
+  Problem(const CublasForm& form, int64_t m, int64_t n, int64_t k, int64_t batch)
+      : a(layout(form.type, form.a_operation, m, k, form.lda)),
+        b(layout(form.type, form.b_operation, k, n, form.ldb)),
+        c(layout(form.c_type, CUBLAS_OP_N, m, n, form.ldc)) {
+    const auto scale = form.compute == CUBLAS_COMPUTE_64F ? CUDA_R_64F : CUDA_R_32F;
+    check_cublas(cublasLtMatmulDescInit(&operation, form.compute, scale), "cublasLtMatmulDescInit");
+    set<int32_t>(&operation, CUBLASLT_MATMUL_DESC_TRANSA, form.a_operation);
+    set<int32_t>(&operation, CUBLASLT_MATMUL_DESC_TRANSB, form.b_operation);
+    if (batch > 1) {
+      set_batch(&a, batch, k * form.lda);
+      set_batch(&b, batch, k * form.ldb);
+      set_batch(&c, batch, n * form.ldc);
+    }
   }
 };
 
 CublasLt::CublasLt() : handle_(make_lt_handle()) {}
 
-CublasLt::Key CublasLt::key_of(const CublasProducts& shared, const CublasProduct& product,
+CublasLt::Key CublasLt::key_of(const CublasForm& form, const CublasProduct& product,
                                size_t workspace_bytes) {
-  const int64_t bytes = element_bytes(shared.type);
-  const int64_t c_bytes = element_bytes(shared.c_type);
-  return {shared.type,
-          shared.c_type,
-          shared.a_operation,
-          shared.b_operation,
+  const int64_t bytes = element_bytes(form.type);
+  const int64_t c_bytes = element_bytes(form.c_type);
+  return {form.type,
+          form.c_type,
+          form.a_operation,
+          form.b_operation,
           product.m,
-          shared.ragged == Ragged::kN ? bucket(product.n) : product.n,
-          shared.ragged == Ragged::kK ? bucket(product.k) : product.k,
-          shared.lda,
-          shared.ldb,
-          shared.ldc,
-          alignment(product.a, shared.lda * bytes),
-          alignment(product.b, shared.ldb * bytes),
-          alignment(product.c, shared.ldc * c_bytes),
+          form.ragged == Ragged::kN ? bucket(product.n) : product.n,
+          form.ragged == Ragged::kK ? bucket(product.k) : product.k,
+          form.lda,
+          form.ldb,
+          form.ldc,
+          alignment(product.a, form.lda * bytes),
+          alignment(product.b, form.ldb * bytes),
+          alignment(product.c, form.ldc * c_bytes),
+          product.batch,
           static_cast<int64_t>(workspace_bytes)};
 }
 
@@ -137,18 +150,18 @@ cublasLtMatmulAlgo_t CublasLt::choose(const Key& key, Problem& problem) const {
   return found.algo;
 }
 
-void CublasLt::multiply(const CublasProducts& shared, const CublasProduct& product,
+void CublasLt::multiply(const CublasForm& form, const CublasProduct& product,
                         const CublasSite& site) {
-  Problem problem(shared, product.m, product.n, product.k);
-  const Key key = key_of(shared, product, site.workspace_bytes);
+  Problem problem(form, product.m, product.n, product.k, product.batch);
+  const Key key = key_of(form, product, site.workspace_bytes);
   auto known = algorithms_.find(key);
   if (known == algorithms_.end()) {
-    Problem typical(shared, key[kM], key[kN], key[kK]);
+    Problem typical(form, key[kM], key[kN], key[kK], key[kBatch]);
     known = algorithms_.emplace(key, choose(key, typical)).first;
   }
   const auto run = [&](const cublasLtMatmulAlgo_t& algorithm) {
-    return cublasLtMatmul(handle_, &problem.operation, shared.alpha(), product.a, &problem.a,
-                          product.b, &problem.b, shared.beta(), product.c, &problem.c, product.c,
+    return cublasLtMatmul(handle_, &problem.operation, form.alpha(), product.a, &problem.a,
+                          product.b, &problem.b, form.beta(), product.c, &problem.c, product.c,
                           &problem.c, &algorithm, site.workspace, site.workspace_bytes,
                           site.stream);
   };

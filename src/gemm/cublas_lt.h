@@ -24,15 +24,14 @@ class CublasLt {
  public:
   CublasLt();
 
-  void multiply(const CublasProducts& shared, const CublasProduct& product, const CublasSite& site);
+  void multiply(const CublasForm& form, const CublasProduct& product, const CublasSite& site);
 
  private:
   /// All that an algorithm depends on: types, operations, sizes, leading dimensions, alignments.
-  using Key = std::array<int64_t, 14>;
+  using Key = std::array<int64_t, 15>;
   struct Problem;
 
-  static Key key_of(const CublasProducts& shared, const CublasProduct& product,
-                    size_t workspace_bytes);
+  static Key key_of(const CublasForm& form, const CublasProduct& product, size_t workspace_bytes);
   cublasLtMatmulAlgo_t choose(const Key& key, Problem& problem) const;
 
   UniqueHandle<cublasLtHandle_t, cublasLtDestroy> handle_;

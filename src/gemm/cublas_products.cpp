@@ -74,28 +74,24 @@ CublasProducts shared_part(const torch::Tensor& tensor, cublasOperation_t a, cub
   const auto type = data_type(tensor);
   const auto compute = type == CUDA_R_64F ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
   // cuBLAS wants leading dimensions of at least 1, also of empty matrices.
-  return {type,
-          type,
-          compute,
-          a,
-          b,
-          std::max<int64_t>(lda, 1),
-          std::max<int64_t>(ldb, 1),
-          std::max<int64_t>(ldc, 1),
-          ragged,
-          /*accumulate=*/false,
+  return {{type, type, compute, a, b, std::max<int64_t>(lda, 1), std::max<int64_t>(ldb, 1),
+           std::max<int64_t>(ldc, 1), ragged, /*accumulate=*/false},
           {}};
 }
 
 }  // namespace
 
-const void* CublasProducts::alpha() const {
+int64_t element_bytes(cudaDataType_t type) {
+  return type == CUDA_R_64F ? 8 : type == CUDA_R_32F ? 4 : 2;
+}
+
+const void* CublasForm::alpha() const {
   static constexpr float kFloat = 1;
   static constexpr double kDouble = 1;
   return compute == CUBLAS_COMPUTE_64F ? static_cast<const void*>(&kDouble) : &kFloat;
 }
 
-const void* CublasProducts::beta() const {
+const void* CublasForm::beta() const {
   static constexpr float kFloat = 0;
   static constexpr double kDouble = 0;
   if (accumulate) {

@@ -7,7 +7,8 @@
 
 namespace anabranch {
 
-/// One expert's product in cuBLAS's column-major terms: c [m, n] = op(a) [m, k] · op(b) [k, n].
+/// One expert's product in cuBLAS's column-major terms: c [m, n] = op(a) [m, k] · op(b) [k, n]. Or
+/// several, where k is the number of tokens: each takes the next k tokens, and writes the next c.
 struct CublasProduct {
   const void* a;
   const void* b;
@@ -15,13 +16,14 @@ struct CublasProduct {
   int64_t m;
   int64_t n;
   int64_t k;
+  int64_t batch = 1;
 };
 
 /// Which of n and k is the number of an expert's tokens.
 enum class Ragged { kN, kK };
 
-/// What the products of a grouped GEMM have in common, and those of them that have work to do.
-struct CublasProducts {
+/// What the products of a grouped GEMM have in common.
+struct CublasForm {
   cudaDataType_t type;
   cudaDataType_t c_type;
   cublasComputeType_t compute;
@@ -32,12 +34,19 @@ struct CublasProducts {
   int64_t ldc;
   Ragged ragged;
   bool accumulate;  ///< c += op(a) · op(b)
-  std::vector<CublasProduct> products;
 
   /// 1, and what c is multiplied by before the product is added, in the type of `compute`.
   const void* alpha() const;
   const void* beta() const;
 };
+
+/// Those of them that have work to do.
+struct CublasProducts : CublasForm {
+  std::vector<CublasProduct> products;
+};
+
+/// Bytes of an element.
+int64_t element_bytes(cudaDataType_t type);
 
 // Arguments are those of GroupedGemmEngine. Outputs that are sums of nothing are zeroed on `stream`.
 CublasProducts forward_products(const torch::Tensor& x, const torch::Tensor& weight,
