@@ -114,7 +114,6 @@ std::vector<int64_t> first_experts(const ExpertPlacement& placement) {
 
 /// What this rank told and was told, in rank order.
 struct Announced {
-  torch::Tensor received;            // [W, kHeader + local experts], on the tokens' device
   torch::Tensor on_host;             // what the pointers below point into
   std::vector<const int64_t*> to;    // [W] header and the receiver's experts
   std::vector<const int64_t*> from;  // [W] header and this rank's experts
@@ -131,8 +130,8 @@ torch::Tensor counts_on_host(const torch::Tensor& values, Communicator& communic
   return on_host;
 }
 
-/// One small exchange, then the one copy that the host waits for.
-Announced announce(Communicator& communicator, const ExpertPlacement& placement,
+/// One small exchange: what every rank told this one, [W, kHeader + local experts], on the device.
+torch::Tensor tell(Communicator& communicator, const ExpertPlacement& placement,
                    const torch::Tensor& message) {
   const int64_t ranks = placement.num_ranks;
   const int64_t width = kHeader + placement.local_experts(communicator.rank());
@@ -140,19 +139,24 @@ Announced announce(Communicator& communicator, const ExpertPlacement& placement,
   for (int64_t rank = 0; rank < ranks; ++rank) {
     sizes.push_back(kHeader + placement.local_experts(rank));
   }
-  Announced announced;
-  announced.received = at::empty({ranks, width}, message.options());
+  const auto received = at::empty({ranks, width}, message.options());
   communicator.all_to_all_v(
-      {{message, sizes, announced.received.flatten(), std::vector<int64_t>(ranks, width)}});
-  announced.on_host =
-      counts_on_host(at::cat({message, announced.received.flatten()}), communicator);
-  const auto* sent = announced.on_host.const_data_ptr<int64_t>();
-  const auto* received = sent + message.numel();
-  for (int64_t rank = 0; rank < ranks; ++rank) {
-    announced.to.push_back(sent);
-    announced.from.push_back(received);
-    sent += sizes[rank];
-    received += width;
+      {{message, sizes, received.flatten(), std::vector<int64_t>(ranks, width)}});
+  return received;
+}
+
+/// The one copy that the host waits for.
+Announced announced_on_host(Communicator& communicator, const ExpertPlacement& placement,
+                            const torch::Tensor& message, const torch::Tensor& received) {
+  Announced announced;
+  announced.on_host = counts_on_host(at::cat({message, received.flatten()}), communicator);
+  const auto* to = announced.on_host.const_data_ptr<int64_t>();
+  const auto* from = to + message.numel();
+  for (int64_t rank = 0; rank < placement.num_ranks; ++rank) {
+    announced.to.push_back(to);
+    announced.from.push_back(from);
+    to += kHeader + placement.local_experts(rank);
+    from += received.size(1);
   }
   return announced;
 }
@@ -198,10 +202,22 @@ ExchangePlan Exchange::plan(const Routing& routing) const {
   if (message_layout_.device() != ids.device()) {
     message_layout_ = message_layout_.to(ids.device());
   }
-  const auto announced = announce(
-      *communicator_, placement_,
+  const auto message =
       at::cat({nonfinite.reshape(1), invalid.reshape(1), send.rank_rows, send.expert_counts})
-          .index_select(0, message_layout_));
+          .index_select(0, message_layout_);
+  const auto received = tell(*communicator_, placement_, message);
+  const auto order = [&](const torch::Tensor& segment_rows, int64_t rows) {
+    const auto arrivals =
+        kernels.order_arrivals(segment_rows, received.select(1, kRows),
+                               received.narrow(1, kHeader, received.size(1) - kHeader));
+    return std::pair(arrivals, kernels.group(arrivals.assignment_rows, rows));
+  };
+  // To a rank alone arrives all that it sends: nothing to wait for. (Ids out of range count as some
+  // expert's until they are refused, below.)
+  const bool alone = communicator_->size() == 1 && !routing.may_skip;
+  auto [arrivals, by_row] =
+      alone ? order(send.segment_rows, ids.size(0)) : std::pair<ArrivalOrder, Csr>();
+  const auto announced = announced_on_host(*communicator_, placement_, message, received);
   const int64_t* own = announced.to[0];
   if (own[kNonfiniteToken] >= 0 || own[kInvalidToken] >= 0) {
     refuse(routing, placement_.num_experts, own[kNonfiniteToken], own[kInvalidToken]);
@@ -218,19 +234,18 @@ ExchangePlan Exchange::plan(const Routing& routing) const {
   // All of them, unless there were none among the expert ids.
   plan.send_order = send.send_order.narrow(0, 0, sum(plan.send_assignments));
 
-  const torch::Tensor sent_rows = send.segment_rows.narrow(0, 0, sum(plan.send_assignments));
-  torch::Tensor segment_rows = sent_rows;
-  if (communicator_->size() > 1) {
-    segment_rows = at::empty({sum(plan.receive_assignments)}, send.segment_rows.options());
-    communicator_->all_to_all_v(
-        {{sent_rows, plan.send_assignments, segment_rows, plan.receive_assignments}});
+  if (!alone) {
+    torch::Tensor segment_rows = send.segment_rows.narrow(0, 0, sum(plan.send_assignments));
+    if (communicator_->size() > 1) {
+      const auto sent_rows = segment_rows;
+      segment_rows = at::empty({sum(plan.receive_assignments)}, send.segment_rows.options());
+      communicator_->all_to_all_v(
+          {{sent_rows, plan.send_assignments, segment_rows, plan.receive_assignments}});
+    }
+    std::tie(arrivals, by_row) = order(segment_rows, sum(plan.receive_rows));
   }
-  const auto local = static_cast<int64_t>(plan.expert_counts.size());
-  const auto arrivals = kernels.order_arrivals(segment_rows, announced.received.select(1, kRows),
-                                               announced.received.narrow(1, kHeader, local));
   plan.received_order = arrivals.received_order;
   plan.assignment_rows = arrivals.assignment_rows;
-  const Csr by_row = kernels.group(arrivals.assignment_rows, sum(plan.receive_rows));
   plan.row_offsets = by_row.offsets;
   plan.row_assignments = by_row.members;
   return plan;

@@ -93,9 +93,10 @@ ArrivalOrder CudaKernels::order_arrivals(const torch::Tensor& segment_rows,
   const OnDevice stream(segment_rows);
   const int64_t ranks = counts.size(0);
   const int64_t experts = counts.size(1);
+  // Of one rank they are the same, and its rows end where they are.
   const torch::Tensor source_ends = counts.flatten().cumsum(0);
-  const torch::Tensor expert_ends = counts.t().flatten().cumsum(0);
-  const torch::Tensor row_ends = rows.cumsum(0);
+  const torch::Tensor expert_ends = ranks == 1 ? source_ends : counts.t().flatten().cumsum(0);
+  const torch::Tensor row_ends = ranks == 1 ? rows : rows.cumsum(0);
   ArrivalOrder order{at::empty({segment_rows.size(0)}, counts.options()),
                      at::empty({segment_rows.size(0)}, counts.options())};
   cuda::launch_order_arrivals(
