@@ -185,7 +185,8 @@ void measure(const Shape& shape, const Split& split, const std::vector<std::stri
       padding.push_back(engine->padding_rows(split.counts));
       calls.emplace_back([&, engine] { run_engine(*engine, tensors, split.counts, operation); });
     }
-    const auto times = gpu_milliseconds(calls);
+    constexpr int kRounds = 15;  // engines that are within some per cent of each other
+    const auto times = gpu_milliseconds(calls, kRounds);
     std::printf("%-15s %-4s %-3s", shape.name, split.name.c_str(),
                 kNames[static_cast<int>(operation)]);
     for (size_t i = 0; i < names.size(); ++i) {

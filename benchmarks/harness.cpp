@@ -94,8 +94,7 @@ double gpu_milliseconds(const std::function<void()>& call) {
   return median(batches);
 }
 
-std::vector<double> gpu_milliseconds(const std::vector<std::function<void()>>& calls) {
-  constexpr int kRounds = 9;
+std::vector<double> gpu_milliseconds(const std::vector<std::function<void()>>& calls, int rounds) {
   constexpr double kBatchMilliseconds = 2;
   std::vector<int> batch;
   for (const auto& call : calls) {
@@ -103,21 +102,21 @@ std::vector<double> gpu_milliseconds(const std::vector<std::function<void()>>& c
     const double estimate = batch_milliseconds(call, 1);
     batch.push_back(std::clamp(static_cast<int>(kBatchMilliseconds / estimate), 2, 50));
   }
-  std::vector<std::vector<double>> rounds(calls.size());
+  std::vector<std::vector<double>> times(calls.size());
   std::vector<size_t> order(calls.size());
   std::iota(order.begin(), order.end(), size_t{0});
   std::mt19937 generator(1);
-  for (int round = 0; round < kRounds; ++round) {
+  for (int round = 0; round < rounds; ++round) {
     // A product that keeps the chip cool lets the next one run at a higher clock: not always the same.
     std::shuffle(order.begin(), order.end(), generator);
     for (const size_t i : order) {
       calls[i]();  // warm for the one that is timed
-      rounds[i].push_back(batch_milliseconds(calls[i], batch[i]));
+      times[i].push_back(batch_milliseconds(calls[i], batch[i]));
     }
   }
   std::vector<double> medians;
-  for (const auto& times : rounds) {
-    medians.push_back(median(times));
+  for (const auto& of_call : times) {
+    medians.push_back(median(of_call));
   }
   return medians;
 }

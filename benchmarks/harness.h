@@ -18,7 +18,8 @@ double gpu_milliseconds(const std::function<void()>& call);
 /// Milliseconds of one of so many calls that follow one another, by events around them all.
 double batch_milliseconds(const std::function<void()>& call, int calls);
 /// The same for several calls that take turns, so that the GPU's clock is the same for all.
-std::vector<double> gpu_milliseconds(const std::vector<std::function<void()>>& calls);
+std::vector<double> gpu_milliseconds(const std::vector<std::function<void()>>& calls,
+                                     int rounds = 9);
 
 /// Microseconds of host time of one call whose work the host does not wait for.
 double host_microseconds(const std::function<void()>& call);
