@@ -41,6 +41,12 @@ struct RouteResult {
   torch::Tensor first_nonfinite_token;  ///< [] int64, -1 if none
 };
 
+/// Over the tokens.
+struct RoutingSums {
+  torch::Tensor probabilities;      ///< [E]
+  torch::Tensor squared_logsumexp;  ///< []
+};
+
 /// The softmax's largest are the largest logits: no more is needed than those.
 inline bool is_plain(const RoutingRule& rule, const torch::Tensor& expert_bias) {
   return rule.router_score == RouterScore::kSoftmax && rule.routing_scale == 1 &&
@@ -58,6 +64,9 @@ class Kernels {
   /// `expert_bias` [E] of the logits' type or undefined.
   virtual RouteResult route(const torch::Tensor& logits, const RoutingRule& rule,
                             const torch::Tensor& expert_bias) const = 0;
+  /// Of probabilities [T, E] and logsumexp [T].
+  virtual RoutingSums routing_sums(const torch::Tensor& probabilities,
+                                   const torch::Tensor& logsumexp) const = 0;
   /// dlogits [T, E] from the gradients of the weights [T, k], of the probability sum [E] and of the
   /// sum of squared logsumexp []. Of `routed` ids, weights and logsumexp are read, and
   /// `probabilities`, in the place of which sigmoids take the logits.

@@ -25,20 +25,18 @@ struct Route : torch::autograd::Function<Route> {
                                const c10::intrusive_ptr<RuleHolder>& holder) {
     const RoutingRule& rule = holder->rule;
     const auto contiguous = logits.contiguous();
+    const Kernels& kernels = kernels_for(logits.device());
     const RouteResult routed =
-        kernels_for(logits.device()).route(contiguous, rule, expert_bias.value_or(torch::Tensor()));
+        kernels.route(contiguous, rule, expert_bias.value_or(torch::Tensor()));
+    const RoutingSums sums = kernels.routing_sums(routed.probabilities, routed.logsumexp);
     const bool sigmoid = rule.router_score == RouterScore::kSigmoid;
     context->saved_data["rule"] = torch::IValue::make_capsule(holder);
     context->save_for_backward({routed.expert_ids, routed.weights,
                                 sigmoid ? contiguous : routed.probabilities, routed.logsumexp});
     context->mark_non_differentiable(
         {routed.expert_ids, routed.counts, routed.first_nonfinite_token});
-    return {routed.weights,
-            routed.probabilities.sum(0),
-            routed.logsumexp.square().sum(),
-            routed.expert_ids,
-            routed.counts,
-            routed.first_nonfinite_token};
+    return {routed.weights,    sums.probabilities, sums.squared_logsumexp,
+            routed.expert_ids, routed.counts,      routed.first_nonfinite_token};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {

@@ -99,6 +99,25 @@ TEST_F(CudaKernelsTest, RouteEqualsTheCpu) {
   }
 }
 
+TEST_F(CudaKernelsTest, RoutingSumsAreOfAllTokens) {
+  for (const int64_t experts : {1, 2, 7, 8, 64, 100, 128, 255, 256, 257, 300, 1024, 1100}) {
+    for (const auto dtype : {torch::kFloat32, torch::kFloat64}) {
+      const auto tokens = random_.pick<int64_t>({0, 1, 5, 77, 3000, 9001});
+      SCOPED_TRACE(c10::str("T ", tokens, " E ", experts, " ", to_string(dtype)));
+      const auto probabilities = random_.uniform({tokens, experts}).to(dtype);
+      const auto logsumexp = random_.normal({tokens}, dtype);
+      const auto result = cuda_->routing_sums(on_gpu(probabilities), on_gpu(logsumexp));
+      const auto expected = probabilities.to(torch::kFloat64).sum(0);
+      EXPECT_TRUE(close(result.probabilities, expected, tolerance(dtype, tokens, expected)));
+      const auto squares = logsumexp.to(torch::kFloat64).square().sum();
+      EXPECT_TRUE(close(result.squared_logsumexp, squares, tolerance(dtype, tokens, squares)));
+      const auto again = cuda_->routing_sums(on_gpu(probabilities), on_gpu(logsumexp));
+      EXPECT_TRUE(identical(result.probabilities, again.probabilities));
+      EXPECT_TRUE(identical(result.squared_logsumexp, again.squared_logsumexp));
+    }
+  }
+}
+
 TEST_F(CudaKernelsTest, RouteBackwardEqualsTheCpu) {
   for (const int64_t experts : {1, 3, 8, 20, 64, 128, 500, 1024, 2000}) {
     for (const auto dtype : {torch::kFloat32, torch::kFloat64}) {

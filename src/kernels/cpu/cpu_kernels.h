@@ -13,6 +13,8 @@ class CpuKernels : public Kernels {
  public:
   RouteResult route(const torch::Tensor& logits, const RoutingRule& rule,
                     const torch::Tensor& expert_bias) const override;
+  RoutingSums routing_sums(const torch::Tensor& probabilities,
+                           const torch::Tensor& logsumexp) const override;
   torch::Tensor route_backward(const RouteResult& routed, const RoutingRule& rule,
                                const torch::Tensor& dweights, const torch::Tensor& dprobability_sum,
                                const torch::Tensor& dsquared_logsumexp_sum) const override;

@@ -291,6 +291,11 @@ RouteResult CpuKernels::route(const torch::Tensor& logits, const RoutingRule& ru
   });
 }
 
+RoutingSums CpuKernels::routing_sums(const torch::Tensor& probabilities,
+                                     const torch::Tensor& logsumexp) const {
+  return {probabilities.sum(0), logsumexp.square().sum()};
+}
+
 torch::Tensor CpuKernels::route_backward(const RouteResult& routed, const RoutingRule& rule,
                                          const torch::Tensor& dweights,
                                          const torch::Tensor& dprobability_sum,

@@ -69,6 +69,23 @@ void launch_route_by_scores(const RouteArguments& arguments, const ChoiceArgumen
 void launch_route_backward_of_sigmoids(const RouteArguments& arguments, const RouteInputs& inputs,
                                        void* dlogits, cudaStream_t stream);
 
+// routing_sums.cu
+
+/// See Kernels::routing_sums; `scratch` has routing_sums_scratch elements.
+struct RoutingSums {
+  const void* probabilities;
+  const void* logsumexp;
+  void* scratch;
+  void* probability_sum;
+  void* squared_logsumexp_sum;
+};
+
+int64_t routing_sums_scratch(int64_t tokens, int64_t experts);
+
+/// `scalar` is kFloat or kDouble.
+void launch_routing_sums(Scalar scalar, int64_t tokens, int64_t experts, const RoutingSums& sums,
+                         cudaStream_t stream);
+
 // split.cu
 
 /// `parts`: three of them. See Kernels::split.

@@ -45,6 +45,21 @@ RouteResult CudaKernels::route(const torch::Tensor& logits, const RoutingRule& r
   return result;
 }
 
+RoutingSums CudaKernels::routing_sums(const torch::Tensor& probabilities,
+                                      const torch::Tensor& logsumexp) const {
+  const OnDevice stream(probabilities);
+  const int64_t tokens = probabilities.size(0);
+  const int64_t experts = probabilities.size(1);
+  const auto options = probabilities.options();
+  RoutingSums result{at::empty({experts}, options), at::empty({}, options)};
+  const auto scratch = at::empty({cuda::routing_sums_scratch(tokens, experts)}, options);
+  const cuda::RoutingSums sums{probabilities.const_data_ptr(), logsumexp.const_data_ptr(),
+                               scratch.data_ptr(), result.probabilities.data_ptr(),
+                               result.squared_logsumexp.data_ptr()};
+  cuda::launch_routing_sums(cuda::scalar_of(probabilities), tokens, experts, sums, stream);
+  return result;
+}
+
 torch::Tensor CudaKernels::route_backward(const RouteResult& routed, const RoutingRule& rule,
                                           const torch::Tensor& dweights,
                                           const torch::Tensor& dprobability_sum,

@@ -1,0 +1,132 @@
+#include <algorithm>
+
+#include "kernels/cuda/device.cuh"
+
+namespace anabranch::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kMostBlocks = 256;
+constexpr int64_t kElementsOfThread = 16;  // at least
+
+/// Blocks that sum some of the tokens each.
+int64_t blocks_for(int64_t tokens, int64_t experts) {
+  return std::clamp<int64_t>(tokens * (experts + 1) / (kThreads * kElementsOfThread), 1,
+                             kMostBlocks);
+}
+
+/// The sum of a block's values, in a fixed order; on thread 0.
+template <typename value_t>
+__device__ value_t block_sum(value_t value) {
+  __shared__ value_t sums[kThreads / kWarp];
+  value = warp_sum(value);
+  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  value_t total = 0;
+  for (int warp = 0; warp < kThreads / kWarp; ++warp) {
+    total += sums[warp];
+  }
+  return total;
+}
+
+/// A block: partial [experts + 1] of its tokens. As many whole rows of `probabilities` at a time as
+/// there are threads for, so that neighbours read neighbours.
+template <typename value_t>
+__global__ void __launch_bounds__(kThreads)
+    partial_sums_kernel(const value_t* __restrict__ probabilities,
+                        const value_t* __restrict__ logsumexp, int64_t tokens, int experts,
+                        value_t* __restrict__ partial) {
+  __shared__ value_t sums[kThreads];
+  const int64_t begin = tokens * blockIdx.x / gridDim.x;
+  const int64_t end = tokens * (blockIdx.x + 1) / gridDim.x;
+  partial += static_cast<int64_t>(blockIdx.x) * (experts + 1);
+  const int thread = threadIdx.x;
+  const int rows = max(kThreads / experts, 1);
+  const int width = min(experts, kThreads);
+  const int row = thread / width;
+  for (int first = 0; first < experts; first += width) {
+    const int expert = first + thread % width;
+    value_t sum = 0;
+    if (row < rows && expert < experts) {
+#pragma unroll 4
+      for (int64_t token = begin + row; token < end; token += rows) {
+        sum += probabilities[token * experts + expert];
+      }
+    }
+    sums[thread] = sum;
+    __syncthreads();
+    if (row == 0 && expert < experts) {
+      for (int other = 1; other < rows; ++other) {
+        sum += sums[other * width + thread];
+      }
+      partial[expert] = sum;
+    }
+    __syncthreads();
+  }
+  value_t squares = 0;
+  for (int64_t token = begin + thread; token < end; token += kThreads) {
+    squares += logsumexp[token] * logsumexp[token];
+  }
+  squares = block_sum(squares);
+  if (thread == 0) partial[experts] = squares;
+}
+
+/// A warp's lane for each column, the warps of a block for every eighth of the parts.
+template <typename value_t>
+__global__ void __launch_bounds__(kThreads)
+    sum_partial_kernel(const value_t* __restrict__ partial, int parts, int experts,
+                       value_t* __restrict__ probability_sum,
+                       value_t* __restrict__ squared_logsumexp_sum) {
+  constexpr int kWarps = kThreads / kWarp;
+  __shared__ value_t sums[kWarps][kWarp];
+  const int warp = threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  const int column = blockIdx.x * kWarp + lane;
+  value_t sum = 0;
+  if (column <= experts) {
+#pragma unroll 8
+    for (int part = warp; part < parts; part += kWarps) {
+      sum += partial[static_cast<int64_t>(part) * (experts + 1) + column];
+    }
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp == 0 && column <= experts) {
+    for (int other = 1; other < kWarps; ++other) {
+      sum += sums[other][lane];
+    }
+    *(column < experts ? probability_sum + column : squared_logsumexp_sum) = sum;
+  }
+}
+
+template <typename value_t>
+void launch(int64_t tokens, int64_t experts, const RoutingSums& sums, cudaStream_t stream) {
+  const unsigned blocks = grid_size(blocks_for(tokens, experts));
+  auto* const partial = static_cast<value_t*>(sums.scratch);
+  partial_sums_kernel<<<blocks, kThreads, 0, stream>>>(
+      static_cast<const value_t*>(sums.probabilities), static_cast<const value_t*>(sums.logsumexp),
+      tokens, static_cast<int>(experts), partial);
+  check_launch("partial_sums");
+  sum_partial_kernel<<<grid_size(divide_up(experts + 1, kWarp)), kThreads, 0, stream>>>(
+      partial, static_cast<int>(blocks), static_cast<int>(experts),
+      static_cast<value_t*>(sums.probability_sum),
+      static_cast<value_t*>(sums.squared_logsumexp_sum));
+  check_launch("sum_partial");
+}
+
+}  // namespace
+
+int64_t routing_sums_scratch(int64_t tokens, int64_t experts) {
+  return blocks_for(tokens, experts) * (experts + 1);
+}
+
+void launch_routing_sums(Scalar scalar, int64_t tokens, int64_t experts, const RoutingSums& sums,
+                         cudaStream_t stream) {
+  if (scalar == Scalar::kDouble) {
+    launch<double>(tokens, experts, sums, stream);
+  } else {
+    launch<float>(tokens, experts, sums, stream);
+  }
+}
+
+}  // namespace anabranch::cuda
