@@ -168,6 +168,14 @@ void measure_topology(const Shape& shape, const Split& split, std::vector<Record
                         .add("ms", ms));
 }
 
+/// Speed of one over that of another, in more rounds and without third parties: engines are within some
+/// per cent of each other, and the best of many is one that had luck.
+double duel(const std::function<void()>& one, const std::function<void()>& other) {
+  constexpr int kRounds = 41;
+  const auto times = gpu_milliseconds({one, other}, kRounds);
+  return times[1] / times[0];
+}
+
 /// All ways take turns, so that the GPU's clock is the same for each.
 void measure(const Shape& shape, const Split& split, const std::vector<std::string>& engines,
              std::vector<Record>& results) {
@@ -175,6 +183,7 @@ void measure(const Shape& shape, const Split& split, const std::vector<std::stri
   const double flops =
       2.0 * static_cast<double>(shape.rows * shape.n) * static_cast<double>(shape.k);
   for (const auto operation : {Operation::kForward, Operation::kDgrad, Operation::kWgrad}) {
+    constexpr std::ptrdiff_t kFirstEngine = 2;
     std::vector<std::string> names = {"dense", "torch"};
     std::vector<int64_t> padding = {0, 0};
     std::vector<std::function<void()>> calls = {[&] { run_dense(tensors, operation); },
@@ -185,8 +194,7 @@ void measure(const Shape& shape, const Split& split, const std::vector<std::stri
       padding.push_back(engine->padding_rows(split.counts));
       calls.emplace_back([&, engine] { run_engine(*engine, tensors, split.counts, operation); });
     }
-    constexpr int kRounds = 15;  // engines that are within some per cent of each other
-    const auto times = gpu_milliseconds(calls, kRounds);
+    const auto times = gpu_milliseconds(calls);
     std::printf("%-15s %-4s %-3s", shape.name, split.name.c_str(),
                 kNames[static_cast<int>(operation)]);
     for (size_t i = 0; i < names.size(); ++i) {
@@ -200,6 +208,19 @@ void measure(const Shape& shape, const Split& split, const std::vector<std::stri
                             .add("TFLOP_per_s", flops / times[i] / 1e9)
                             .add("of_dense", times[0] / times[i])
                             .add("padding_rows", padding[i]));
+    }
+    const auto automatic = std::find(names.begin(), names.end(), "auto") - names.begin();
+    if (automatic > kFirstEngine && automatic < std::ssize(names)) {
+      const auto best =
+          std::min_element(times.begin() + kFirstEngine, times.begin() + automatic) - times.begin();
+      const double ratio = duel(calls[automatic], calls[best]);
+      std::printf(" auto / %s %.3f", names[best].c_str(), ratio);
+      results.push_back(Record()
+                            .add("shape", shape.name)
+                            .add("split", split.name)
+                            .add("operation", kNames[static_cast<int>(operation)])
+                            .add("best_engine", names[best])
+                            .add("auto_of_best", ratio));
     }
     std::printf("\n");
   }
