@@ -19,6 +19,8 @@ from .stages import profile
 
 # Beyond this a step needs no warming up.
 SLOW_MS = 300.0
+# Beyond this all that a step sets up is lost in it.
+VERY_SLOW_MS = 3000.0
 
 
 class DeviceLost(Exception):
@@ -199,11 +201,15 @@ class Subject:
 
     def measure(self, which):
         """One turn at a pass; the step before the timed ones warms up, the first of them shows the memory."""
-        step, times, start = self.step(which), self.times[which], time.perf_counter()
+        step, times = self.step(which), self.times[which]
         self.make()
         if which not in self.peaks:
+            start = time.perf_counter()
             self.peaks[which] = self.peak(step)
             warm = (time.perf_counter() - start) * 1e3
+            if self.clock.cuda and warm > VERY_SLOW_MS:
+                times.append(warm)
+                return
         else:
             warm = times[-1] if times[-1] > SLOW_MS else self.clock.milliseconds(step, 1)[0]
         count = int(self.settings.seconds * 1e3 / self.settings.rounds / max(warm, 1e-3))
