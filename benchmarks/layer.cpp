@@ -151,7 +151,8 @@ void measure(const Shape& shape, const Arguments& arguments, std::vector<Record>
     plain_moe(x, parameters, shape).backward(dy);
     clear();
   };
-  const auto times = gpu_milliseconds({ours, plain, forward});
+  constexpr int kRounds = 15;
+  const auto times = gpu_milliseconds({ours, plain, forward}, kRounds);
   const double our_peak = peak_gib(ours);
   const double plain_peak = peak_gib(plain);
   const double tflop = shape.flops() / 1e9;
@@ -187,8 +188,7 @@ void run(const Arguments& arguments) {
     measure(shape, arguments, results);
     c10::cuda::CUDACachingAllocator::emptyCache();
   }
-  std::printf("%s\n",
-              make_grouped_gemm_engine(torch::kCUDA, arguments.engine)->explain().c_str());
+  std::printf("%s\n", make_grouped_gemm_engine(torch::kCUDA, arguments.engine)->explain().c_str());
   write_json(arguments, results);
 }
 

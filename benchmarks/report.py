@@ -133,7 +133,7 @@ def gpu_layer(measured):
     ]
     return f"""## One layer on a GPU, forward and backward with its router
 
-bf16; medians of 9 rounds in which the layer and the same MoE in `torch._grouped_mm` and index
+bf16; medians of rounds in which the layer and the same MoE in `torch._grouped_mm` and index
 operations take turns. Peak: most bytes of tensors alive at once, parameters and gradients included.
 
 {table(("shape", "layer, ms", "TFLOP/s", "peak GiB", "grouped_mm, ms", "its peak GiB", "speed-up"), rows)}

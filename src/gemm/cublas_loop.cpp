@@ -46,8 +46,8 @@ cuda::Scalar scalar_of(cudaDataType_t type) {
   }
 }
 
-/// A part of a long sum is at least so long.
-constexpr int64_t kLeastPart = 512;
+/// A part of a long sum is at least so long: less, and writing the parts costs more than it gains.
+constexpr int64_t kLeastPart = 2048;
 
 /// A product, the lane it goes to, and the parts its sum is cut into.
 struct Job {
@@ -56,11 +56,10 @@ struct Job {
   int64_t parts;
 };
 
-/// Whose sum has few results is cut, so that its parts fill the GPU together with what the other
-/// streams do: a weight's gradient. cuBLAS would too, but loses rows: see CublasLt. Depends on nothing
-/// else that a call multiplies.
-int64_t parts_of(const CublasForm& form, const CublasProduct& product, int streams,
-                 int64_t multiprocessors) {
+/// Whose sum has few results is cut, so that its parts fill the GPU: a weight's gradient. cuBLAS would
+/// too, but loses rows: see CublasLt. To leave the filling to other streams does not do: for few tiles
+/// cuBLAS takes smaller ones, several times slower. Depends on nothing else that a call multiplies.
+int64_t parts_of(const CublasForm& form, const CublasProduct& product, int64_t multiprocessors) {
   if (form.ragged != Ragged::kK) {
     return 1;
   }
@@ -68,7 +67,7 @@ int64_t parts_of(const CublasForm& form, const CublasProduct& product, int strea
   constexpr int64_t kTileColumns = 256;
   const int64_t tiles =
       (product.m + kTileRows - 1) / kTileRows * ((product.n + kTileColumns - 1) / kTileColumns);
-  const int64_t room = multiprocessors / (tiles * streams);
+  const int64_t room = multiprocessors / tiles;
   return std::max<int64_t>(std::min(room, product.k / kLeastPart), 1);
 }
 
@@ -171,7 +170,7 @@ class Lanes {
   Jobs jobs_of(const CublasProducts& products, int streams) const {
     Jobs jobs;
     for (const CublasProduct& product : products.products) {
-      jobs.push_back({product, 0, parts_of(products, product, streams, multiprocessors_)});
+      jobs.push_back({product, 0, parts_of(products, product, multiprocessors_)});
     }
     // Sizes differ in the ragged dimension only.
     std::stable_sort(jobs.begin(), jobs.end(), [](const Job& left, const Job& right) {

@@ -193,7 +193,7 @@ TEST_P(GroupedGemmTest, LargeEnoughToBeCutIntoPieces) {
   for (const auto dtype : types) {
     expect_all_three({1000, 3, 0, 700}, 256, 192, dtype);
     expect_all_three({0, 2100}, 128, 96, dtype);
-    expect_all_three({2103, 5, 1540}, 96, 136, dtype);
+    expect_all_three({4103, 5, 6540}, 96, 136, dtype);
     expect_all_three({70, 0, 130, 257}, 1000, 328, dtype);
     expect_all_three({129, 5}, 256, 4128, dtype);
     expect_all_three({129, 5}, 4128, 256, dtype);
