@@ -6,6 +6,25 @@ from . import engines
 from . import peers as peer_methods
 from .methods import PlainLoop
 
+# Of those that every report can have, in its order; peers come last.
+DESCRIPTIONS = {
+    "auto": "the library's default: measures the engines that do not pad, and takes the fastest",
+    "hopper": "our own kernel, the activation in its epilogue",
+    **{
+        f"cublas_loop_{streams}": f"one cuBLAS product an expert, over {streams} stream{'s' * (streams > 1)}"
+        for streams in (1, 2, 4, 8)
+    },
+    "cublas_grouped": "cuBLAS's grouped batched product",
+    "torch_grouped_mm": "LibTorch's own grouped product",
+    "block_sparse": "MegaBlocks' way, our own: rows padded to blocks of 128",
+    "block_sparse_64": "the same with blocks of 64",
+    "block_sparse_32": "the same with blocks of 32",
+    "padded_bmm": "every expert padded to the fullest, one batched product",
+    "block_diagonal": "blocks on a diagonal, each as large as the fullest expert, in 128 rows",
+    "cpu": "the library's engine on the CPU",
+    "plain loop": "index operations and one product an expert in plain PyTorch",
+}
+
 
 def methods_for(device, peers=False):
     """Factories by name: the library's engines where it is installed, plain PyTorch, and peers if asked for."""

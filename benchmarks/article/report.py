@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from . import plots
 from .cases import PASSES, TYPES
 from .questions import QUESTIONS, unit_label
+from .registry import DESCRIPTIONS
 from .tables import GIB, grid_table, methods_in, milliseconds, select, table
 
 
@@ -41,25 +42,6 @@ alive between, without workspaces that are kept from step to step. Written by `l
 - commands: {"; ".join(dict.fromkeys(f"`{run['command']}`" for run in runs))}
 - all rows: `article.csv`, `article.json` beside the plots
 """
-
-
-DESCRIPTIONS = {
-    "padded_bmm": "every expert padded to the fullest, one batched product",
-    "block_diagonal": "blocks on a diagonal, each as large as the fullest expert, in 128 rows",
-    "block_sparse": "MegaBlocks' way, our own: rows padded to blocks of 128",
-    "block_sparse_64": "the same with blocks of 64",
-    "block_sparse_32": "the same with blocks of 32",
-    **{
-        f"cublas_loop_{streams}": f"one cuBLAS product an expert, over {streams} stream{'s' * (streams > 1)}"
-        for streams in (1, 2, 4, 8)
-    },
-    "cublas_grouped": "cuBLAS's grouped batched product",
-    "hopper": "our own kernel, the activation in its epilogue",
-    "torch_grouped_mm": "LibTorch's own grouped product",
-    "auto": "the library's default: measures the engines that do not pad, and takes the fastest",
-    "cpu": "the library's engine on the CPU",
-    "plain loop": "index operations and one product an expert in plain PyTorch",
-}
 
 
 def methods(whole):

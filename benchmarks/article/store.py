@@ -5,6 +5,8 @@ import itertools
 import json
 from collections import Counter
 
+from .registry import DESCRIPTIONS
+
 # So often may the process end while a method has its turn at a unit, before it is left out there: a person or a time
 # limit may have ended it once.
 BEGINNINGS = 2
@@ -66,6 +68,13 @@ class Store:
         return {key for key, times in ends.items() if times >= BEGINNINGS}
 
 
+def in_order(records):
+    """By unit as they came, and there by method: a unit's methods took turns, or had them in several runs."""
+    units = {unit: place for place, unit in enumerate(dict.fromkeys(record["unit"] for record in records))}
+    methods = {method: place for place, method in enumerate(DESCRIPTIONS)}
+    return sorted(records, key=lambda r: (units[r["unit"]], methods.get(r["method"], len(methods))))
+
+
 def with_ratios(rows):
     """Adds `ratio`: time over that of the fastest method at the same unit, pass and memory limit."""
     fastest = {}
@@ -107,12 +116,12 @@ def as_lines(whole):
 def write_tables(store, sanitized, folder):
     """DIR/article.json, all that is known, and DIR/article.csv, a line for each case, pass and method."""
     runs = {run["run"]: run for run in store.of("run")}
-    rows = with_ratios(list(store.steps().values()))
+    rows = with_ratios(in_order(store.steps().values()))
     whole = compact(
         {
             "runs": list(runs.values()),
             "rows": rows,
-            "stages": store.of("stages"),
+            "stages": in_order(store.of("stages")),
             "rates": store.of("rate"),
             "sanitizer": sanitized,
         }

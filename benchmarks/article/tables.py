@@ -33,7 +33,7 @@ def cases_in(rows):
 
 
 def methods_in(rows):
-    """In the order in which they were measured, without those that were tried nowhere."""
+    """In the rows' order, without those that were tried nowhere."""
     return list(dict.fromkeys(row["method"] for row in rows if row["status"] not in ("missing", "impossible")))
 
 
