@@ -19,7 +19,7 @@ RANGES = {
 RANGE_STAGE = {name: stage for stage, names in RANGES.items() for name in names}
 # What the names of kernels and operations hold, outside such ranges; the first that fits.
 KERNELS = (
-    ("GEMM", r"gemm|cutlass|nvjet|xmma"),  # whatever else such a name holds, such as NoPermute
+    ("GEMM", r"gemm|cutlass|nvjet|xmma|sum_parts"),  # whatever else such a name holds, such as NoPermute
     ("topology", r"topology|first_rows_kernel|row_indices"),
     ("routing", r"route_|softmax|topk|top_k|sbtopk|bitonic"),
     ("combination", r"sum_rows|unpermute|index_add|indexFunc|padded_scatter|_scatter_kernel|decode|moe_gather"),

@@ -46,9 +46,6 @@ cuda::Scalar scalar_of(cudaDataType_t type) {
   }
 }
 
-/// A part of a long sum is at least so long: less, and writing the parts costs more than it gains.
-constexpr int64_t kLeastPart = 2048;
-
 /// A product, the lane it goes to, and the parts its sum is cut into.
 struct Job {
   CublasProduct product;
@@ -68,7 +65,9 @@ int64_t parts_of(const CublasForm& form, const CublasProduct& product, int64_t m
   const int64_t tiles =
       (product.m + kTileRows - 1) / kTileRows * ((product.n + kTileColumns - 1) / kTileColumns);
   const int64_t room = multiprocessors / tiles;
-  return std::max<int64_t>(std::min(room, product.k / kLeastPart), 1);
+  // Shorter, and writing the parts costs more than it gains; products of 16 bits are soon done.
+  const int64_t least_part = element_bytes(form.type) == 2 ? 2048 : 512;
+  return std::max<int64_t>(std::min(room, product.k / least_part), 1);
 }
 
 /// A side stream with a workspace and a cuBLAS handle of its own: two threads that share a handle wait

@@ -10,6 +10,7 @@ from article import stages
     [
         ("GEMM", "void anabranch::hopper::grouped_gemm_kernel<__nv_bfloat16, Shape<(Operation)1, 2, 128, true> >"),
         ("GEMM", "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT"),
+        ("GEMM", "void anabranch::sum_parts_kernel<__nv_bfloat16>(float const*, long, long, bool, __nv_bfloat16*)"),
         ("GEMM", "void cutlass::Kernel2<Iterator<cutlass::MatrixShape<8, 8>, cutlass::layout::NoPermute, false> >"),
         ("GEMM", "void anabranch::block_sparse::tensor_cores_kernel<Shape<__half, 64, (Product)1, true> >"),
         ("topology", "anabranch::block_sparse::first_rows_kernel(long const*, long, long, long*)"),
