@@ -10,6 +10,9 @@
 # export NCCL_IB_HCA=mlx5 NCCL_SOCKET_IFNAME=ib0
 # site_mpirun_flags=(--mca pml ucx -x NCCL_IB_HCA -x NCCL_SOCKET_IFNAME)
 
+# Where Open MPI's ranks sometimes end in MPI_Init at address 0 under srun --mpi=pmix (seen with Slurm 22.05):
+# export SLURM_PMIX_FENCE=ring
+
 # What goes in front of every rank: a container, numactl, a profiler.
 # rank_prefix=(apptainer exec --nv --bind "$project_root,/shared" "$HOME/anabranch.sif")
 
