@@ -1,16 +1,13 @@
 #include "gemm/padded_engines.h"
 
-#include <ATen/ops/arange.h>
 #include <ATen/ops/bmm.h>
-#include <ATen/ops/index_select.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/repeat_interleave.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <numeric>
-
-#include "gemm/tensor_of.h"
 
 namespace anabranch {
 namespace {
@@ -21,42 +18,44 @@ int64_t padded_height(const std::vector<int64_t>& counts, int64_t multiple) {
   return (largest + multiple - 1) / multiple * multiple;
 }
 
-/// Where each row lies among the padded ones: that of expert e's row i is e · height + i.
+/// Rows grouped by expert, every expert's followed by zeros up to the same height; and back. Both ways
+/// experts stay whole: large copies.
 class Padding {
  public:
-  Padding(const std::vector<int64_t>& counts, int64_t multiple, const torch::Tensor& rows)
-      : experts_(static_cast<int64_t>(counts.size())), height_(padded_height(counts, multiple)) {
-    std::vector<int64_t> shifts;
-    int64_t first_row = 0;
-    for (int64_t e = 0; e < experts_; ++e) {
-      shifts.push_back(e * height_ - first_row);
-      first_row += counts[e];
-    }
-    const torch::Device device = rows.device();
-    place_ =
-        at::arange(first_row, rows.options().dtype(torch::kInt64)) +
-        at::repeat_interleave(tensor_of(shifts, device), tensor_of(counts, device), 0, first_row);
-  }
+  Padding(const std::vector<int64_t>& counts, int64_t multiple)
+      : counts_(counts), height_(padded_height(counts, multiple)) {}
 
   /// [P, width] → [experts, height, width].
   torch::Tensor pad(const torch::Tensor& rows) const {
-    torch::Tensor padded = at::zeros({experts_ * height_, rows.size(1)}, rows.options());
-    padded.index_copy_(0, place_, rows);
-    return padded.view({experts_, height_, rows.size(1)});
+    const int64_t least = *std::min_element(counts_.begin(), counts_.end());
+    const torch::Tensor zeros = at::zeros({height_ - least, rows.size(1)}, rows.options());
+    std::vector<torch::Tensor> parts;
+    int64_t first_row = 0;
+    for (const int64_t count : counts_) {
+      parts.push_back(rows.narrow(0, first_row, count));
+      parts.push_back(zeros.narrow(0, 0, height_ - count));
+      first_row += count;
+    }
+    return at::cat(parts).view({experts(), height_, rows.size(1)});
   }
   /// And back.
   void unpad(const torch::Tensor& padded, torch::Tensor& rows) const {
-    at::index_select_out(rows, padded.view({experts_ * height_, rows.size(1)}), 0, place_);
+    std::vector<torch::Tensor> parts;
+    for (int64_t e = 0; e < experts(); ++e) {
+      parts.push_back(padded.select(0, e).narrow(0, 0, counts_[e]));
+    }
+    at::cat_out(rows, parts);
   }
   /// For results of that width.
   torch::Tensor empty(const torch::Tensor& like, int64_t width) const {
-    return at::empty({experts_, height_, width}, like.options());
+    return at::empty({experts(), height_, width}, like.options());
   }
 
  private:
-  int64_t experts_;
+  int64_t experts() const { return static_cast<int64_t>(counts_.size()); }
+
+  const std::vector<int64_t>& counts_;
   int64_t height_;
-  torch::Tensor place_;  // [P]
 };
 
 class PaddedEngine : public GroupedGemmEngine {
@@ -83,7 +82,7 @@ class PaddedEngine : public GroupedGemmEngine {
       dweight.zero_();
       return;
     }
-    const Padding padding(counts, multiple_, dy);
+    const Padding padding(counts, multiple_);
     multiply(padding.pad(dy).transpose(1, 2), padding.pad(x), dweight);
   }
 
@@ -98,7 +97,7 @@ class PaddedEngine : public GroupedGemmEngine {
     if (rows.size(0) == 0) {
       return;
     }
-    const Padding padding(counts, multiple_, rows);
+    const Padding padding(counts, multiple_);
     torch::Tensor padded = padding.empty(rows, out.size(1));
     multiply(padding.pad(rows), weight, padded);
     padding.unpad(padded, out);

@@ -1,19 +1,23 @@
 #include "gemm/torch_engine.h"
 
 #include <ATen/ops/_grouped_mm.h>
+#include <ATen/ops/empty.h>
 
-#include <numeric>
-
-#include "gemm/tensor_of.h"
+#include <algorithm>
 
 namespace anabranch {
 namespace {
 
-/// Where each expert's rows end, as the operator wants them.
+/// Where each expert's rows end, as the operator wants them; on a GPU in the order of its current stream,
+/// without waiting for it.
 torch::Tensor ends_of(const std::vector<int64_t>& counts, torch::Device device) {
-  std::vector<int64_t> ends(counts.size());
-  std::partial_sum(counts.begin(), counts.end(), ends.begin());
-  return tensor_of(ends, device).to(torch::kInt32);
+  const auto experts = static_cast<int64_t>(counts.size());
+  torch::Tensor host =
+      at::empty({experts}, at::TensorOptions(torch::kInt32).pinned_memory(device.is_cuda()));
+  int64_t end = 0;
+  std::transform(counts.begin(), counts.end(), host.data_ptr<int32_t>(),
+                 [&](int64_t count) { return static_cast<int32_t>(end += count); });
+  return host.to(device, /*non_blocking=*/true);
 }
 
 class TorchEngine final : public GroupedGemmEngine {
