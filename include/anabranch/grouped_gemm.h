@@ -69,9 +69,9 @@ class GroupedGemmEngine {
 };
 
 /// The engine of that name for that device: one of `grouped_gemm_engines`, or "auto". On a GPU auto
-/// measures those it chooses from when it first meets a product (operation, type, sizes, experts, rows and skew
-/// by powers of two) and keeps the choice in a file in $ANABRANCH_CACHE_DIR, by default the user's
-/// cache folder.
+/// measures those it chooses from when it first meets a product (operation, type, sizes, experts, rows
+/// and skew by powers of two), which takes a second or two, and keeps the choice in a file in
+/// $ANABRANCH_CACHE_DIR, by default the user's cache folder.
 std::shared_ptr<GroupedGemmEngine> make_grouped_gemm_engine(torch::Device device,
                                                             const std::string& name = "auto");
 /// Names of the engines that run on a device: those that auto chooses from, then those that are here

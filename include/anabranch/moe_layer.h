@@ -44,7 +44,8 @@ class MoEFunction {
   /// layer can have.
   MoEFunction(const MoEOptions& options, std::shared_ptr<Communicator> communicator);
 
-  /// `x`: [..., h] of the layer's type and device. `training`: with the router's jitter, noise and chance.
+  /// `x`: [..., h] of the layer's type and device. `training`: with the router's jitter, noise and
+  /// chance.
   MoEOutput forward(const MoEParameters& parameters, const torch::Tensor& x, bool training) const;
   /// With routing from outside.
   MoEOutput forward(const MoEParameters& parameters, const torch::Tensor& x,

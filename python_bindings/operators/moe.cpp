@@ -66,7 +66,8 @@ class Observing {
   StageTimes::Measuring measuring_;
 };
 
-/// The outputs and the graph from those of the inputs (x, weights, if given, and parameters) that `needs_gradient` names.
+/// The outputs and the graph from those of the inputs (x, weights, if given, and parameters) that
+/// `needs_gradient` names.
 OutputsAndState moe_forward(const at::Tensor& x, at::TensorList parameters,
                             const std::optional<at::Tensor>& expert_ids,
                             const std::optional<at::Tensor>& weights, std::string options,

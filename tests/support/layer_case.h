@@ -36,8 +36,8 @@ struct LayerCase {
   std::string describe() const;
 };
 
-/// Draws everything for the given options, on the CPU, for a layer on the test's device. Inputs are redrawn until rounding cannot change which
-/// experts a token goes to, nor the side of ReLU's corner.
+/// Draws everything for the given options, on the CPU, for a layer on the test's device. Inputs are
+/// redrawn until rounding cannot change which experts a token goes to, nor the side of ReLU's corner.
 LayerCase draw_layer_case(Random& random, int ranks, const MoEOptions& options, int64_t tokens,
                           Skew skew, Split split, bool routing_from_outside);
 

@@ -11,10 +11,10 @@ namespace anabranch::hopper {
 /// c = a · b. Forward: rows · weightᵀ. Dgrad: rows · weight. Wgrad: rowsᵀ · rows, a weight.
 enum class Operation { kForward, kDgrad, kWgrad };
 
-/// What becomes of the products. kStore: c. kAccumulate (wgrad): added to fp32 sums. kActivate (forward): they are the hidden rows, which are
-/// stored with their activation. kActivateBackward (dgrad): they are the gradient at the activation,
-/// and the gradient of the hidden rows is stored with the activation, both scaled by the routing
-/// weights.
+/// What becomes of the products. kStore: c. kAccumulate (wgrad): added to fp32 sums. kActivate
+/// (forward): they are the hidden rows, which are stored with their activation. kActivateBackward
+/// (dgrad): they are the gradient at the activation, and the gradient of the hidden rows is stored with
+/// the activation, both scaled by the routing weights.
 enum class Epilogue { kStore, kActivate, kActivateBackward, kAccumulate };
 
 /// See rows_map.
