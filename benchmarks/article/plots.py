@@ -8,6 +8,7 @@ from matplotlib.colors import ListedColormap  # noqa: E402
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 
 from .cases import ARTICLE_SPLIT, PASSES  # noqa: E402
+from .registry import DESCRIPTIONS  # noqa: E402
 from .stages import STAGES  # noqa: E402
 from .tables import GIB, case_label, cases_in, methods_in, select, tuple_of  # noqa: E402
 
@@ -15,11 +16,13 @@ MARKERS = "osD^vP*Xdph<>"
 
 
 def styles(methods):
+    """The same in every picture, whichever methods it shows."""
     colours = plt.get_cmap("tab20").colors
     order = [*colours[::2], *colours[1::2]]  # strong colours first
+    known = dict.fromkeys([*DESCRIPTIONS, *methods])
     return {
         method: {"color": order[i % 20], "marker": MARKERS[i % len(MARKERS)], "label": method}
-        for i, method in enumerate(methods)
+        for i, method in enumerate(known)
     }
 
 
