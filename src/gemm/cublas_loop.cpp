@@ -1,5 +1,6 @@
 #include "gemm/cublas_loop.h"
 
+#include <ATen/cuda/CUDAContextLight.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 
@@ -27,11 +28,6 @@ constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
 /// Products that are worth waking threads for: cublasLtMatmul takes the host 6 to 10 us, and so long it
 /// takes at least to wake a thread.
 constexpr size_t kWorthThreads = 16;
-
-/// Of the parts of a sum.
-cudaDataType_t sum_type(const CublasForm& form) {
-  return form.compute == CUBLAS_COMPUTE_64F ? CUDA_R_64F : CUDA_R_32F;
-}
 
 cuda::Scalar scalar_of(cudaDataType_t type) {
   switch (type) {
@@ -107,7 +103,7 @@ class Lane {
   /// sums [parts, n, m]; the tokens that are left over are added to the first part.
   void multiply_parts(const CublasForm& form, const Job& job, std::byte* sums) {
     CublasForm of_parts = form;
-    of_parts.c_type = sum_type(form);
+    of_parts.c_type = form.sum_type();
     of_parts.ldc = job.product.m;
     of_parts.accumulate = false;
     CublasProduct part = job.product;
@@ -136,11 +132,7 @@ class Lane {
 /// The lanes of one device, made as they are first needed. One call at a time.
 class Lanes {
  public:
-  explicit Lanes(torch::Device device) : device_(device), fork_(make_cuda_event()) {
-    check_cuda(
-        cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device.index()),
-        "cudaDeviceGetAttribute");
-  }
+  explicit Lanes(torch::Device device) : device_(device), fork_(make_cuda_event()) {}
 
   void run(const CublasProducts& products, int streams, cudaStream_t stream) {
     const std::lock_guard lock(mutex_);
@@ -167,9 +159,10 @@ class Lanes {
 
   /// Largest first, each on the lane that has least to do.
   Jobs jobs_of(const CublasProducts& products, int streams) const {
+    const int multiprocessors = at::cuda::getDeviceProperties(device_.index())->multiProcessorCount;
     Jobs jobs;
     for (const CublasProduct& product : products.products) {
-      jobs.push_back({product, 0, parts_of(products, product, multiprocessors_)});
+      jobs.push_back({product, 0, parts_of(products, product, multiprocessors)});
     }
     // Sizes differ in the ragged dimension only.
     std::stable_sort(jobs.begin(), jobs.end(), [](const Job& left, const Job& right) {
@@ -190,7 +183,7 @@ class Lanes {
     for (const Job& job : jobs) {
       if (job.parts > 1) {
         const int64_t needed =
-            job.parts * job.product.m * job.product.n * element_bytes(sum_type(form));
+            job.parts * job.product.m * job.product.n * element_bytes(form.sum_type());
         bytes[job.lane] = std::max(bytes[job.lane], needed);
       }
     }
@@ -235,7 +228,6 @@ class Lanes {
   }
 
   torch::Device device_;
-  int multiprocessors_ = 0;
   std::mutex mutex_;
   CudaEvent fork_;
   std::vector<std::unique_ptr<Lane>> lanes_;

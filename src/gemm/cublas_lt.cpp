@@ -92,8 +92,8 @@ struct CublasLt::Problem {
       : a(layout(form.type, form.a_operation, m, k, form.lda)),
         b(layout(form.type, form.b_operation, k, n, form.ldb)),
         c(layout(form.c_type, CUBLAS_OP_N, m, n, form.ldc)) {
-    const auto scale = form.compute == CUBLAS_COMPUTE_64F ? CUDA_R_64F : CUDA_R_32F;
-    check_cublas(cublasLtMatmulDescInit(&operation, form.compute, scale), "cublasLtMatmulDescInit");
+    check_cublas(cublasLtMatmulDescInit(&operation, form.compute, form.sum_type()),
+                 "cublasLtMatmulDescInit");
     set<int32_t>(&operation, CUBLASLT_MATMUL_DESC_TRANSA, form.a_operation);
     set<int32_t>(&operation, CUBLASLT_MATMUL_DESC_TRANSB, form.b_operation);
     if (batch > 1) {

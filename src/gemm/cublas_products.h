@@ -35,6 +35,10 @@ struct CublasForm {
   Ragged ragged;
   bool accumulate;  ///< c += op(a) · op(b)
 
+  /// Of `compute`: what sums are kept in.
+  cudaDataType_t sum_type() const {
+    return compute == CUBLAS_COMPUTE_64F ? CUDA_R_64F : CUDA_R_32F;
+  }
   /// 1, and what c is multiplied by before the product is added, in the type of `compute`.
   const void* alpha() const;
   const void* beta() const;
