@@ -20,7 +20,7 @@ class Engine(Method):
         import anabranch
 
         case = problem.case
-        self.problem, self.engine = problem, engine
+        self.problem, self.engine, self.tunes = problem, engine, engine == "auto"
         sizes = (case.hidden, case.expert_hidden, case.experts, case.top_k)
         self.layer = anabranch.MoE(*sizes, engine=engine, seed=0, device="meta", dtype=problem.dtype)
         self.layer.to_empty(device=problem.device)

@@ -19,8 +19,8 @@ from .stages import profile
 
 # Beyond this a step needs no warming up.
 SLOW_MS = 300.0
-# Beyond this all that a step sets up is lost in it.
-VERY_SLOW_MS = 3000.0
+# Beyond this all that a step sets up is lost in it, and one step tells as much as more.
+VERY_SLOW_MS = 1000.0
 
 
 class DeviceLost(Exception):
@@ -41,6 +41,7 @@ class Clock:
 
     def __init__(self, device):
         self.cuda = torch.device(device).type == "cuda"
+        self.peaks_are_free = self.cuda  # to see them costs a step no time
 
     def milliseconds(self, step, count):
         """Of each of `count` steps, that follow one another."""
@@ -161,30 +162,57 @@ class Subject:
         return self.forward if which == "forward" else self.forward_backward
 
     def check_forward(self, oracle, expected):
-        with torch.no_grad():
-            y = oracle.chosen(self.make()(self.x))
-        self.note("y", expected[self.method.coarse_logits]["y"].compare(y))
+        """After check_backward, which warms up what there is to warm up."""
+        y = None
+
+        def step():
+            nonlocal y
+            y = self.forward()
+
+        self.run(step, "forward", warm=self.status["forward+backward"] == "ok")
+        self.note("y", expected[self.method.coarse_logits]["y"].compare(oracle.chosen(y)))
         self.judge("forward", ["y"])
 
     def check_backward(self, oracle, expected):
-        """The output again, and every gradient."""
+        """The output, and every gradient."""
         method = self.make()
         expected = expected[method.coarse_logits]
-        y = method(self.x)
-        self.note("y", expected["y"].compare(oracle.chosen(y.detach())))
-        y.backward(self.problem.dy)
-        del y
-        actual = {**method.gradients(oracle.units), "dx": oracle.chosen(self.x.grad)}
+        of_some_tokens = {}
+        if method.tunes:  # by the gradients of all tokens
+            self.forward_backward()
+        if "dgate" in expected and oracle.tokens is not None:  # a sum over tokens: of those that the oracle has
+            method(self.x).backward(oracle.masked_dy())
+            of_some_tokens["dgate"] = method.gradients(oracle.units)["dgate"]
+            self.clear_gradients()
+        y = None
+
+        def step():
+            nonlocal y
+            out = method(self.x)
+            y = oracle.chosen(out.detach())
+            out.backward(self.problem.dy)
+
+        self.run(step, "forward+backward", warm=method.tunes or bool(of_some_tokens))
+        actual = {"y": y, **method.gradients(oracle.units), "dx": oracle.chosen(self.x.grad)}
         if actual.get("dlogits") is not None:
             actual["dlogits"] = oracle.chosen(actual["dlogits"])
-        if "dgate" in expected and oracle.tokens is not None:  # a sum over tokens: of those that the oracle has
-            self.clear_gradients()
-            method(self.x).backward(oracle.masked_dy())
-            actual["dgate"] = method.gradients(oracle.units)["dgate"]
+        actual.update(of_some_tokens)
         self.clear_gradients()
-        for name in expected.keys() - {"y"}:
-            self.note(name, expected[name].compare(actual.get(name)))
+        for name, values in expected.items():
+            self.note(name, values.compare(actual.get(name)))
         self.judge("forward+backward", list(expected))
+
+    def run(self, step, which, warm):
+        """A step that is checked. A very slow one that is warm is thereby measured too."""
+        if not self.clock.peaks_are_free:
+            step()
+            return
+        start = time.perf_counter()
+        peak = self.peak(step)
+        ms = (time.perf_counter() - start) * 1e3
+        if warm and ms > VERY_SLOW_MS:
+            self.peaks[which] = peak
+            self.times[which].append(ms)
 
     def judge(self, which, names):
         worst = max(names, key=lambda name: self.errors[name].used)
@@ -199,15 +227,17 @@ class Subject:
         if before is None or not comparison.used <= before.used:
             self.errors[name] = comparison
 
-    def measure(self, which):
+    def measure(self, which, first):
         """One turn at a pass; the step before the timed ones warms up, the first of them shows the memory."""
         step, times = self.step(which), self.times[which]
+        if first and times:  # by the check
+            return
         self.make()
         if which not in self.peaks:
             start = time.perf_counter()
             self.peaks[which] = self.peak(step)
             warm = (time.perf_counter() - start) * 1e3
-            if self.clock.cuda and warm > VERY_SLOW_MS:
+            if self.clock.peaks_are_free and warm > VERY_SLOW_MS:
                 times.append(warm)
                 return
         else:
@@ -275,16 +305,16 @@ class UnitMeasurement:
     def rows(self):
         """Rows of all methods, each after its last turn; DeviceLost carries those of the method that lost it."""
         for subject in self.subjects:
-            for which, check in (("forward", subject.check_forward), ("forward+backward", subject.check_backward)):
+            for which, check in (("forward+backward", subject.check_backward), ("forward", subject.check_forward)):
                 self.turn(subject, which, lambda check=check: check(self.oracle, self.expected))
         rounds = self.settings.rounds
         for number in itertools.count():
             # Of slow steps two rounds tell as much as more.
             last = number + 1 >= rounds or (number > 0 and min(self.last_times(), default=0.0) > SLOW_MS)
-            first = number % len(self.subjects)
-            for subject in self.subjects[first:] + self.subjects[:first]:
+            start = number % len(self.subjects)
+            for subject in self.subjects[start:] + self.subjects[:start]:
                 for which in cases.PASSES:
-                    self.turn(subject, which, lambda subject=subject, which=which: subject.measure(which))
+                    self.turn(subject, which, lambda s=subject, which=which: s.measure(which, first=number == 0))
                 if last:
                     yield from subject.rows()
             if last:

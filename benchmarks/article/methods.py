@@ -54,6 +54,7 @@ class Gate:
 
 class Method:
     coarse_logits = False  # whether it holds the routing's logits in the type of x
+    tunes = False  # whether its first steps try ways to run, and choose among them
 
     def padding(self):
         """Rows computed beyond the assignments."""

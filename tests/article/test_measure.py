@@ -1,5 +1,6 @@
 """What a unit's rows say: times and memory of what is right, and a row for whatever goes wrong."""
 
+import functools
 import math
 
 import pytest
@@ -126,6 +127,28 @@ def test_the_median_of_all_turns(rows_of, monkeypatch):
     row = rows_of({"plain": methods.PlainLoop}, rounds=3)["plain", "forward"]
     # One call a round and pass, and one to warm up in all but the first: 1 | 3, 4 | 7, 8 are forward's.
     assert row["steps"] == 3 and row["ms"] == 4.0
+
+
+@pytest.mark.parametrize("tunes", [False, True])
+def test_a_very_slow_step_is_measured_by_its_check(rows_of, monkeypatch, tunes):
+    steps = []
+
+    class Counting(methods.PlainLoop):
+        def experts(self, x, weights, ids):
+            steps.append("forward+backward" if torch.is_grad_enabled() else "forward")
+            return super().experts(x, weights, ids)
+
+    Counting.tunes = tunes
+    monkeypatch.setattr(measure, "VERY_SLOW_MS", 0.0)
+    monkeypatch.setattr(measure.Clock, "peaks_are_free", True, raising=False)
+    monkeypatch.setattr(measure.Clock, "__init__", lambda self, device: setattr(self, "cuda", False))
+    monkeypatch.setattr(measure, "Oracle", functools.partial(measure.Oracle, check_flops=1e4))
+    rows = rows_of({"counting": Counting}, rounds=1)
+    # What tunes is let run once before; then come the step whose dy is of some tokens, and those that count.
+    assert steps == ["forward+backward"] * (3 if tunes else 2) + ["forward"]
+    for which in cases.PASSES:
+        row = rows["counting", which]
+        assert row["status"] == "ok" and row["ms"] > 0 and row["steps"] == 1 and row["peak_bytes"] > 0
 
 
 def test_the_estimate_grows_with_the_work():
