@@ -61,21 +61,28 @@ class Clock:
         return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
 
     def peak_bytes(self, step):
-        """Most bytes of tensors alive at once in a step beyond those alive before it."""
+        """Most bytes of tensors alive at once in a step beyond those alive before it, and the step's milliseconds."""
+
+        def timed_step():
+            start = time.perf_counter()
+            step()
+            if self.cuda:
+                torch.cuda.synchronize()
+            return (time.perf_counter() - start) * 1e3
+
         if self.cuda:
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            step()
-            torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated() - before
+            ms = timed_step()
+            return torch.cuda.max_memory_allocated() - before, ms
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on what the profiler keeps from one cycle to the next
             with torch.profiler.profile(profile_memory=True) as profile:
-                step()
+                ms = timed_step()
         events = profile.profiler.kineto_results.events()
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-        return max(itertools.accumulate((change for _, change in changes), initial=0))
+        return max(itertools.accumulate((change for _, change in changes), initial=0)), ms
 
     def alive(self):
         """Whether the device still answers."""
@@ -207,9 +214,7 @@ class Subject:
         if not self.clock.peaks_are_free:
             step()
             return
-        start = time.perf_counter()
-        peak = self.peak(step)
-        ms = (time.perf_counter() - start) * 1e3
+        peak, ms = self.peak(step)
         if warm and ms > VERY_SLOW_MS:
             self.peaks[which] = peak
             self.times[which].append(ms)
@@ -234,9 +239,7 @@ class Subject:
             return
         self.make()
         if which not in self.peaks:
-            start = time.perf_counter()
-            self.peaks[which] = self.peak(step)
-            warm = (time.perf_counter() - start) * 1e3
+            self.peaks[which], warm = self.peak(step)
             if self.clock.peaks_are_free and warm > VERY_SLOW_MS:
                 times.append(warm)
                 return
@@ -246,12 +249,13 @@ class Subject:
         times += self.clock.milliseconds(step, min(max(count, 1), 50))
 
     def peak(self, step):
-        """Bytes of x, dy, the parameters, and most of all else alive in a step."""
-        peak = self.clock.peak_bytes(step) + self.parameter_bytes() + self.problem.bytes_of_inputs()
+        """Bytes of x, dy, the parameters, and most of all else alive in a step; and its milliseconds."""
+        peak, ms = self.clock.peak_bytes(step)
+        peak += self.parameter_bytes() + self.problem.bytes_of_inputs()
         limit = self.settings.memory_limit
         if limit is not None and peak > limit:
             raise MemoryError(f"{peak:,} bytes are needed, {limit:,} are allowed")
-        return peak
+        return peak, ms
 
     def rows(self):
         case, unit = self.problem.case, self.problem.unit

@@ -59,10 +59,9 @@ void gather_units(const void* rows, const int64_t* index, int64_t count, int64_t
   }
 }
 
-constexpr int kScatterUnits = 4;  // of a lane
-
-/// A warp holds a strip of one row and writes it to all of the row's places.
-template <typename unit_t>
+/// A warp holds a strip of one row, `kUnits` a lane, and writes it to all of the row's places; by
+/// stores that ask no room of the L2 cache.
+template <typename unit_t, int kUnits>
 __global__ void __launch_bounds__(kThreads)
     scatter_rows_kernel(const unit_t* __restrict__ rows, const int64_t* __restrict__ offsets,
                         const int64_t* __restrict__ members, int64_t groups, int64_t strips,
@@ -73,10 +72,10 @@ __global__ void __launch_bounds__(kThreads)
   if (group >= groups) {
     return;
   }
-  const int64_t first = (work - group * strips) * kScatterUnits * kWarp + lane;
-  unit_t units[kScatterUnits];
+  const int64_t first = (work - group * strips) * kUnits * kWarp + lane;
+  unit_t units[kUnits];
 #pragma unroll
-  for (int j = 0; j < kScatterUnits; ++j) {
+  for (int j = 0; j < kUnits; ++j) {
     if (first + j * kWarp < width) {
       units[j] = rows[group * width + first + j * kWarp];
     }
@@ -88,25 +87,37 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < count; ++i) {
       unit_t* target = out + __shfl_sync(kFullMask, member, i) * width + first;
 #pragma unroll
-      for (int j = 0; j < kScatterUnits; ++j) {
+      for (int j = 0; j < kUnits; ++j) {
         if (first + j * kWarp < width) {
-          target[j * kWarp] = units[j];
+          __stcs(target + j * kWarp, units[j]);
         }
       }
     }
   }
 }
 
-template <typename unit_t>
+template <typename unit_t, int kUnits>
 void scatter(const void* rows, const int64_t* offsets, const int64_t* members, int64_t groups,
-             int64_t row_bytes, void* out, cudaStream_t stream) {
-  const int64_t width = row_bytes / static_cast<int64_t>(sizeof(unit_t));
-  const int64_t strips = divide_up(width, kScatterUnits * kWarp);
+             int64_t width, void* out, cudaStream_t stream) {
+  const int64_t strips = divide_up(width, kUnits * kWarp);
   const unsigned blocks = grid_size(divide_up(groups * strips, kThreads / kWarp));
-  scatter_rows_kernel<<<blocks, kThreads, 0, stream>>>(static_cast<const unit_t*>(rows), offsets,
-                                                       members, groups, strips, width,
-                                                       static_cast<unit_t*>(out));
+  scatter_rows_kernel<unit_t, kUnits>
+      <<<blocks, kThreads, 0, stream>>>(static_cast<const unit_t*>(rows), offsets, members, groups,
+                                        strips, width, static_cast<unit_t*>(out));
   check_launch("scatter_rows");
+}
+
+template <typename unit_t>
+void scatter_units(const void* rows, const int64_t* offsets, const int64_t* members, int64_t groups,
+                   int64_t row_bytes, void* out, cudaStream_t stream) {
+  constexpr int kShort = 4;
+  constexpr int kLong = 16;
+  constexpr int64_t kEnoughWarps = 4096;  // to fill a GPU
+  const int64_t width = row_bytes / static_cast<int64_t>(sizeof(unit_t));
+  // Long strips leave memory longer runs to write, where a row fills them and there are enough.
+  const bool long_strips = width > kShort * kWarp && groups >= kEnoughWarps;
+  const auto scatter_rows = long_strips ? scatter<unit_t, kLong> : scatter<unit_t, kShort>;
+  scatter_rows(rows, offsets, members, groups, width, out, stream);
 }
 
 /// Calls `body` with the largest unit of memory access that divides every row's address.
@@ -236,7 +247,7 @@ void launch_scatter_rows(const void* rows, const int64_t* offsets, const int64_t
     return;
   }
   dispatch_unit(rows, out, row_bytes, [&](auto unit) {
-    scatter<decltype(unit)>(rows, offsets, members, groups, row_bytes, out, stream);
+    scatter_units<decltype(unit)>(rows, offsets, members, groups, row_bytes, out, stream);
   });
 }
 
