@@ -66,8 +66,6 @@ void measure_rows(Bench& bench, int64_t rows, int64_t width) {
   const auto many = sets({rows, width});
   auto target = at::empty({rows, width}, kBf16);
   bench.run("copy", rows, width, 2 * total, [&](int set) { target.copy_(many[set]); });
-  // Of what mostly writes, such as scatter_rows, no more can be asked.
-  bench.run("fill", rows, width, total, [&](int) { target.zero_(); });
 
   const auto permutation = at::randperm(rows, kIndex);
   bench.run("gather_rows", rows, width, 2 * total + 8.0 * rows,

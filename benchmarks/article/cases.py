@@ -104,9 +104,12 @@ def matching(cases, patterns):
 
 
 def units(cases, equal_sum_cases, types, routings):
-    """Every unit. Equal sums are about splits alone: a learned gate has none."""
+    """Every unit. Where every token goes to every expert, a learned gate's split is the even one, and measured once.
+    Equal sums are about splits alone: a learned gate has none.
+    """
     for case, dtype, routing in itertools.product(cases, types, routings):
-        yield Unit(case, dtype, routing)
+        if not (routing == "even" and "learned" in routings and case.experts == case.top_k):
+            yield Unit(case, dtype, routing)
     for case, dtype, routing in itertools.product(equal_sum_cases, types, routings):
         if routing != "learned":
             yield Unit(case, dtype, routing)

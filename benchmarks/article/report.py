@@ -31,9 +31,11 @@ def about(whole):
 
 Every way to run the experts of one layer, on the article's grid: an MLP with tanh-GELU, without biases, its gate
 included; `(sequences × length, hidden, E experts, k of them for a token)`. Outputs and every gradient are checked
-against an fp64 oracle before anything is timed. Each time is a median over turns that the methods take in rotation;
-peak memory counts inputs, parameters, gradients and everything
-alive between, without workspaces that are kept from step to step. Written by `launch/article.sh`.
+against an fp64 oracle before anything is timed. Each time is a median over turns that the methods take in rotation; of
+steps of a second or more it may be one, the one that was checked. Peak memory counts inputs, parameters, gradients and
+everything alive between, without workspaces that are kept from step to step. Routing is by a learned gate, or in a
+given split: even, or the article's uneven one; where every token goes to every expert (k = E) these are one, and
+measured as learned. Written by `launch/article.sh`.
 {small if any(run["small"] for run in runs) else ""}
 - device: {distinct("device")}; host processor {distinct("processor")}, {distinct("cores")} cores
 - PyTorch {distinct("torch")}, CUDA {distinct("cuda") or "none"}; {others}

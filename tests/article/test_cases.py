@@ -22,8 +22,12 @@ def test_the_grid_is_the_articles():
 
 def test_every_type_and_routing():
     units = list(cases.units(cases.grid(), cases.equal_sums(), list(cases.TYPES), list(cases.ROUTINGS)))
-    assert len(units) == 20 * 3 * 3 + 2 * 3 * 2
+    every_token_everywhere = [case for case in cases.grid() if case.experts == case.top_k]
+    assert len(units) == (20 * 3 - len(every_token_everywhere)) * 3 + 2 * 3 * 2
     assert len({unit.name for unit in units}) == len(units)
+    assert not any(unit.routing == "even" and unit.case in every_token_everywhere for unit in units)
+    even = list(cases.units(cases.grid(), [], ["bf16"], ["even"]))
+    assert [unit.case for unit in even] == cases.grid()
 
 
 def test_the_articles_split():
