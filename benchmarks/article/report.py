@@ -19,8 +19,6 @@ def about(whole):
     def distinct(name):
         return ", ".join(dict.fromkeys(str(run[name]) for run in runs if run.get(name) is not None))
 
-    commits = ", ".join(dict.fromkeys(run["commit"][:10] or "unknown" for run in runs))
-    changed = " (with uncommitted changes)" if any(run["changed"] for run in runs) else ""
     versions = {name: version for run in runs for name, version in run["versions"].items()}
     others = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     dates = [run["date"] for run in runs]
@@ -39,11 +37,20 @@ measured as learned. Written by `launch/article.sh`.
 {small if any(run["small"] for run in runs) else ""}
 - device: {distinct("device")}; host processor {distinct("processor")}, {distinct("cores")} cores
 - PyTorch {distinct("torch")}, CUDA {distinct("cuda") or "none"}; {others}
-- commit {commits}{changed}; {dates[0]} to {dates[-1]}
 - expert hidden size: {distinct("expert_hidden_factor")} × hidden
-- commands: {"; ".join(dict.fromkeys(f"`{run['command']}`" for run in runs))}
+- {dates[0]} to {dates[-1]}, by the runs listed at the end
 - all rows: `article.csv`, `article.json` beside the plots
 """
+
+
+def runs(whole):
+    """Which command, at which commit and when, gave how many of the rows."""
+    counts = Counter(row["run"] for row in whole["rows"])
+    lines = []
+    for run in whole["runs"]:
+        commit = (run["commit"][:10] or "unknown") + (", changed" if run["changed"] else "")
+        lines.append((run["date"], commit, str(run["cores"]), f"`{run['command']}`", str(counts[run["run"]])))
+    return f"## Runs\n\n{table(('date', 'commit', 'cores', 'command', 'rows'), lines)}\n"
 
 
 def methods(whole):
@@ -180,5 +187,6 @@ def write(whole, folder, document):
     rows = whole["rows"]
     parts = [about(whole), methods(whole), times(rows, image), memory(rows, image), "## What the article left open"]
     parts += [question(whole, image) for question in QUESTIONS]
+    parts.append(runs(whole))
     document.write_text("\n".join(parts))
     return document
