@@ -1,18 +1,10 @@
 #include "gemm/hopper/kernel.cuh"
 #include "gemm/hopper/launch.h"
+#include "kernels/cuda/device.cuh"
 #include "support/cuda_check.h"
 
 namespace anabranch::hopper {
 namespace {
-
-int multiprocessors() {
-  int device = 0;
-  int count = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-             "cudaDeviceGetAttribute");
-  return count;
-}
 
 template <typename scalar_t, typename shape>
 void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
@@ -24,7 +16,7 @@ void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {kClusterSize, 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = multiprocessors() / kClusterSize * kClusterSize;
+  config.gridDim = cuda::grid_size(cuda::multiprocessors() / kClusterSize * kClusterSize);
   config.blockDim = kThreads;
   config.dynamicSmemBytes = shape::kSharedBytes;
   config.stream = stream;
