@@ -1,5 +1,6 @@
 """Which units are measured in which order, and what of them is still missing."""
 
+import contextlib
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ FIRST_GUESS = {
     "cuda": ({"bf16": 3e14, "fp16": 3e14, "fp32": 3e13}, 0.1),
     "cpu": (dict.fromkeys(cases.TYPES, 3e10), 0.2),
 }
+ENDED = {"status": "failed", "reason": "the process ended during it, more than once"}
 
 
 def units_of(arguments):
@@ -66,20 +68,25 @@ class Experiment:
         self.run = len(self.store.of("run"))
         self.store.add("run", **provenance(arguments, self.run))
         self.correction = dict.fromkeys(cases.TYPES, 1.0)  # measured over estimated time
-        self.left = 0  # units that the budget left out
+        self.left = set()  # units that the budget left out, in a turn or more
 
     def measure(self):
+        """Turn by turn over all cases, so that what drifts meets them all alike; cheap ones first."""
         if self.arguments.memory_limit is None:
             self.measure_rates()
+        units = sorted(self.units, key=lambda unit: self.estimate(unit, 1, first=True))
         quiet = {} if sys.stderr.isatty() else {"mininterval": 10, "ncols": 100}
-        with tqdm(sorted(self.units, key=lambda unit: self.estimate(unit, 1)), unit="case", **quiet) as bar:
-            for unit in bar:
-                factories = self.missing(unit)
-                if factories:
-                    bar.set_postfix_str(unit.name, refresh=not quiet)
-                    self.measure_unit(unit, factories)
+        with tqdm(total=self.settings.rounds * len(units), unit="turn", **quiet) as bar:
+            for turn in range(self.settings.rounds):
+                for unit in units:
+                    bar.set_postfix_str(unit.name, refresh=False)
+                    if turn == 0:
+                        self.first_turn(unit)
+                    else:
+                        self.later_turn(unit, turn)
+                    bar.update()
         if self.left:
-            print(f"{self.left} cases did not fit the budget; the same command measures them")
+            print(f"{len(self.left)} cases did not fit the budget; the same command measures them")
 
     def measure_rates(self):
         """Once for each type."""
@@ -100,7 +107,7 @@ class Experiment:
             if all(rows) and not repeat:
                 continue
             if (unit.name, name, limit) in ended:
-                self.add_rows(unit, [name], status="failed", reason="the process ended during it, more than once")
+                self.add_rows(unit, [name], **ENDED)
             else:
                 factories[name] = make
         return factories
@@ -111,48 +118,90 @@ class Experiment:
             for which in cases.PASSES:
                 self.store.add("step", run=self.run, **measure.row_of(unit, which, name, self.settings, **values))
 
-    def estimate(self, unit, count):
-        """Seconds that `count` methods take."""
-        rate, besides = FIRST_GUESS[self.arguments.device]
-        steps = 4 + 4 / 3 * self.arguments.rounds  # the check, a first step of each pass, and one of each a round
-        step = unit.case.flops("forward+backward") / rate[unit.dtype]
-        return count * (steps * step + 2 * self.arguments.seconds + besides) * self.correction[unit.dtype]
+    def unfinished(self, unit, turn):
+        """{method: passes} that have had fewer than `turn` + 1 turns at the unit, and whose steps are worth more."""
+        limit, known, ended = self.settings.memory_limit, self.store.steps(), self.store.ended_the_process()
+        passes = {}
+        for name in self.factories:
+            rows = {which: known.get((unit.name, name, limit, which)) for which in cases.PASSES}
+            lacking = [which for which, row in rows.items() if row and measure.wants_turn(row, turn)]
+            if lacking and (unit.name, name, limit) in ended:
+                for which in lacking:
+                    about = {"unit": unit.name, "method": name, "memory_limit": limit, "pass": which}
+                    self.store.add("turn", run=self.run, **about, **ENDED, ms=None, steps=0)
+            elif lacking:
+                passes[name] = lacking
+        return passes
 
-    def measure_unit(self, unit, factories):
+    def estimate(self, unit, count, first):
+        """Seconds that a turn of `count` methods takes."""
+        rate, besides = FIRST_GUESS[self.arguments.device]
+        # The checks, a first step of each pass, and one that is timed; later one to warm up, and one that is timed.
+        steps = 4 + 4 / 3 if first else 8 / 3
+        step = unit.case.flops("forward+backward") / rate[unit.dtype]
+        timing = 2 * self.settings.seconds / self.settings.rounds
+        return count * (steps * step + timing + besides) * self.correction[unit.dtype]
+
+    def fits(self, unit, count, first):
+        seconds = self.estimate(unit, count, first)
+        if self.arguments.until and time.time() + seconds > self.arguments.until:
+            self.left.add(unit.name)
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def turn(self, unit, count, first):
+        """Learns how long a turn takes; goes on in a new process if the device is lost."""
+        seconds, start = self.estimate(unit, count, first), time.time()
+        try:
+            yield
+        except measure.DeviceLost as lost:
+            for row in lost.args[0]:
+                self.store.add("step" if first else "turn", run=self.run, **row)
+            self.restart(lost)
+        self.correction[unit.dtype] *= ((time.time() - start) / seconds) ** 0.5
+
+    def begun(self, unit):
+        limit = self.settings.memory_limit
+        return lambda method: self.store.add("begun", unit=unit.name, method=method, memory_limit=limit)
+
+    def first_turn(self, unit):
+        factories = self.missing(unit)
         try:
             if unit.routing != "learned":
                 cases.counts_of(unit.case, unit.routing)
         except cases.Impossible as reason:
             self.add_rows(unit, factories, status="impossible", reason=str(reason))
             return
-        seconds, start = self.estimate(unit, len(factories)), time.time()
-        if self.arguments.until and start + seconds > self.arguments.until:
-            self.left += 1
+        if not factories or not self.fits(unit, len(factories), first=True):
             return
-        try:
-            self.measure_methods(unit, factories)
-        except (torch.OutOfMemoryError, MemoryError) as error:  # of the inputs, or of the oracle
-            reason = f"before any method had its turn: {error}".splitlines()[0]
-            self.add_rows(unit, factories, status="out of memory", reason=reason)
-        except measure.DeviceLost as lost:
-            for row in lost.args[0]:
-                self.store.add("step", run=self.run, **row)
-            self.restart(lost)
-        self.correction[unit.dtype] *= ((time.time() - start) / seconds) ** 0.5
+        with self.turn(unit, len(factories), first=True):
+            try:
+                self.measure_first(unit, factories)
+            except (torch.OutOfMemoryError, MemoryError) as error:  # of the inputs, or of the oracle
+                reason = f"before any method had its turn: {error}".splitlines()[0]
+                self.add_rows(unit, factories, status="out of memory", reason=reason)
 
-    def measure_methods(self, unit, factories):
-        limit = self.settings.memory_limit
-
-        def begun(method):
-            self.store.add("begun", unit=unit.name, method=method, memory_limit=limit)
-
-        measurement = measure.UnitMeasurement(unit, factories, self.settings, begun)
-        for row in measurement.rows():
+    def measure_first(self, unit, factories):
+        measurement = measure.UnitTurn(unit, factories, self.settings, self.begun(unit))
+        for row in measurement.first():
             self.store.add("step", run=self.run, **row)
         first_type = unit.dtype == self.arguments.types[0] and unit.routing == "learned"
-        if first_type and unit.case.tuple in STAGE_CASES and limit is None:
+        if first_type and unit.case.tuple in STAGE_CASES and self.settings.memory_limit is None:
             for name, (times, longest) in measurement.stages():
                 self.store.add("stages", run=self.run, unit=unit.name, method=name, ms=times, longest=longest)
+
+    def later_turn(self, unit, turn):
+        passes = self.unfinished(unit, turn)
+        if not passes or not self.fits(unit, len(passes), first=False):
+            return
+        names = list(passes)
+        start = turn % len(names)  # so that none is always the first
+        factories = {name: self.factories[name] for name in names[start:] + names[:start]}
+        with self.turn(unit, len(passes), first=False):
+            measurement = measure.UnitTurn(unit, factories, self.settings, self.begun(unit), passes)
+            for added in measurement.later():
+                self.store.add("turn", run=self.run, **added)
 
     def restart(self, lost):
         """A lost device needs a new process, which goes on where this one was."""

@@ -1,4 +1,4 @@
-"""One unit through every method: checked against the oracle, then timed in turns, both passes."""
+"""Turns of methods at a unit: in the first each is checked against the oracle; in every one both passes are timed."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from .oracle import Oracle
 from .problem import Problem
 from .stages import profile
 
-# Beyond this a step needs no warming up.
+# Beyond this one turn tells as much as more.
 SLOW_MS = 300.0
 # Beyond this all that a step sets up is lost in it, and one step tells as much as more.
 VERY_SLOW_MS = 1000.0
@@ -31,8 +31,8 @@ class DeviceLost(Exception):
 class Settings:
     device: str
     seed: int = 1
-    seconds: float = 0.03  # of measuring, for a method and pass
-    rounds: int = 3  # over which these are spread
+    seconds: float = 0.03  # of measuring, for a method and pass of a unit
+    rounds: int = 3  # turns over which these are spread
     memory_limit: int | None = None  # bytes
 
 
@@ -129,13 +129,13 @@ def why(error):
 
 
 class Subject:
-    """One method at one problem: made when it is its turn, and let go when others need the memory."""
+    """One method at one problem, in one turn; `passes`: of which."""
 
-    def __init__(self, name, factory, problem, clock, settings):
+    def __init__(self, name, factory, problem, clock, settings, passes=cases.PASSES):
         self.name, self.factory, self.problem, self.clock, self.settings = name, factory, problem, clock, settings
         self.x = problem.x.detach().requires_grad_()
         self.method = None
-        self.status = dict.fromkeys(cases.PASSES, "ok")
+        self.status = dict.fromkeys(passes, "ok")
         self.reason, self.errors = {}, {}
         self.times = {step: [] for step in cases.PASSES}
         self.peaks, self.padding = {}, None
@@ -232,21 +232,21 @@ class Subject:
         if before is None or not comparison.used <= before.used:
             self.errors[name] = comparison
 
-    def measure(self, which, first):
-        """One turn at a pass; the step before the timed ones warms up, the first of them shows the memory."""
-        step, times = self.step(which), self.times[which]
-        if first and times:  # by the check
-            return
-        self.make()
-        if which not in self.peaks:
-            self.peaks[which], warm = self.peak(step)
-            if self.clock.peaks_are_free and warm > VERY_SLOW_MS:
-                times.append(warm)
-                return
-        else:
-            warm = times[-1] if times[-1] > SLOW_MS else self.clock.milliseconds(step, 1)[0]
-        count = int(self.settings.seconds * 1e3 / self.settings.rounds / max(warm, 1e-3))
-        times += self.clock.milliseconds(step, min(max(count, 1), 50))
+    def measure_first(self, which):
+        """Memory and time of a pass, unless its check has shown them. The step that shows the memory warms up."""
+        if not self.times[which]:
+            step = self.step(which)
+            self.peaks[which], ms = self.peak(step)
+            self.times[which] = [ms] if self.clock.peaks_are_free and ms > VERY_SLOW_MS else self.timed(step, ms)
+
+    def measure_again(self, which):
+        step = self.step(which)
+        self.times[which] = self.timed(step, self.clock.milliseconds(step, 1)[0])
+
+    def timed(self, step, about):
+        """Milliseconds of each of as many steps, that take `about` so many, as a turn has time for."""
+        count = int(self.settings.seconds * 1e3 / self.settings.rounds / max(about, 1e-3))
+        return self.clock.milliseconds(step, min(max(count, 1), 50))
 
     def peak(self, step):
         """Bytes of x, dy, the parameters, and most of all else alive in a step; and its milliseconds."""
@@ -257,48 +257,82 @@ class Subject:
             raise MemoryError(f"{peak:,} bytes are needed, {limit:,} are allowed")
         return peak, ms
 
+    def ms(self, which):
+        return statistics.median(self.times[which]) if self.status[which] == "ok" else None
+
     def rows(self):
-        case, unit = self.problem.case, self.problem.unit
-        for which in cases.PASSES:
-            right = self.status[which] == "ok"
-            ms = statistics.median(self.times[which]) if right else None
+        """Of a first turn."""
+        case = self.problem.case
+        for which, status in self.status.items():
+            ms = self.ms(which)
             yield row_of(
-                unit,
+                self.problem.unit,
                 which,
                 self.name,
                 self.settings,
-                status=self.status[which],
+                status=status,
                 reason=self.reason.get(which),
                 ms=ms,
                 tflops=ms and case.flops(which) / ms / 1e9,
-                peak_bytes=self.peaks[which] if right else None,
+                peak_bytes=self.peaks[which] if status == "ok" else None,
                 padding_rows=self.padding,
                 errors={name: dataclasses.asdict(error) for name, error in self.errors.items()},
                 steps=len(self.times[which]),
+                turns=[ms] if ms else [],
             )
+
+    def turns(self):
+        """Of a later turn: what is added to the rows of the first."""
+        for which, status in self.status.items():
+            yield {
+                "unit": self.problem.unit.name,
+                "method": self.name,
+                "memory_limit": self.settings.memory_limit,
+                "pass": which,
+                "status": status,
+                "reason": self.reason.get(which),
+                "ms": self.ms(which),
+                "steps": len(self.times[which]),
+            }
 
 
 def row_of(unit, which, method, settings, **values):
-    empty = dict(ms=None, tflops=None, peak_bytes=None, padding_rows=None, errors={}, steps=0)
+    empty = dict(ms=None, tflops=None, peak_bytes=None, padding_rows=None, errors={}, steps=0, turns=[])
     about = {**dataclasses.asdict(unit.case), "assignments": unit.case.assignments}
     about.update(unit=unit.name, dtype=unit.dtype, routing=unit.routing, method=method)
     return {**about, "pass": which, "memory_limit": settings.memory_limit, **empty, **values}
 
 
-class UnitMeasurement:
-    """The turns of all methods at a unit. `begun(name)` is told before a method is first used there."""
+def with_turn(row, turn):
+    """A row of a first turn, and of what followed, with what a later one adds."""
+    row = {**row, "steps": row["steps"] + turn["steps"]}
+    if turn["status"] != "ok":
+        return {**row, "status": turn["status"], "reason": turn["reason"], "ms": None, "tflops": None}
+    turns = [*row["turns"], turn["ms"]]
+    ms = statistics.median(turns)
+    return {**row, "turns": turns, "ms": ms, "tflops": row["tflops"] * row["ms"] / ms}
 
-    def __init__(self, unit, factories, settings, begun=lambda name: None):
+
+def wants_turn(row, turn):
+    """Whether a row is to have the turn of this number, counted from 0."""
+    return row["status"] == "ok" and len(row["turns"]) <= turn and row["ms"] <= SLOW_MS
+
+
+class UnitTurn:
+    """
+    One turn of some methods at a unit: `factories` by name, `passes` of those that do not measure both.
+    `begun(name)` is told before a method is used.
+    """
+
+    def __init__(self, unit, factories, settings, begun=lambda name: None, passes=None):
         self.settings, self.clock, self.begun = settings, Clock(settings.device), begun
-        self.problem = Problem(unit, settings.device, settings.seed)
-        self.oracle = Oracle(self.problem)
-        self.expected = {}  # by coarse_logits
-        self.expect(False)
-        problem = self.problem
-        self.subjects = [Subject(name, make, problem, self.clock, settings) for name, make in factories.items()]
+        self.problem = problem = Problem(unit, settings.device, settings.seed)
+        self.subjects = [
+            Subject(name, make, problem, self.clock, settings, (passes or {}).get(name, cases.PASSES))
+            for name, make in factories.items()
+        ]
         self.inputs = problem.bytes_of_inputs()
-        weights = problem.up.nbytes + problem.down.nbytes
-        self.keep = settings.memory_limit is None and weights * len(factories) < (2 << 30)
+        self.oracle, self.expected = None, {}  # what is expected, by coarse_logits
 
     def expect(self, coarse_logits):
         """Computes what is expected of such methods, once; never under a method's memory limit."""
@@ -306,23 +340,27 @@ class UnitMeasurement:
             self.expected[coarse_logits] = Oracle(self.problem, coarse_logits=coarse_logits).expected()
             self.clock.clear()
 
-    def rows(self):
-        """Rows of all methods, each after its last turn; DeviceLost carries those of the method that lost it."""
+    def first(self):
+        """Rows of each method after its turn; DeviceLost carries those of the method that lost it."""
+        self.oracle = Oracle(self.problem)
+        self.expect(False)
         for subject in self.subjects:
+            self.begun(subject.name)
             for which, check in (("forward+backward", subject.check_backward), ("forward", subject.check_forward)):
-                self.turn(subject, which, lambda check=check: check(self.oracle, self.expected))
-        rounds = self.settings.rounds
-        for number in itertools.count():
-            # Of slow steps two rounds tell as much as more.
-            last = number + 1 >= rounds or (number > 0 and min(self.last_times(), default=0.0) > SLOW_MS)
-            start = number % len(self.subjects)
-            for subject in self.subjects[start:] + self.subjects[:start]:
-                for which in cases.PASSES:
-                    self.turn(subject, which, lambda s=subject, which=which: s.measure(which, first=number == 0))
-                if last:
-                    yield from subject.rows()
-            if last:
-                return
+                self.use(subject, which, lambda check=check: check(self.oracle, self.expected))
+            for which in cases.PASSES:
+                self.use(subject, which, lambda subject=subject, which=which: subject.measure_first(which))
+            yield from subject.rows()
+            subject.release()
+
+    def later(self):
+        """What each method's turn adds; DeviceLost as above."""
+        for subject in self.subjects:
+            self.begun(subject.name)
+            for which in subject.status:
+                self.use(subject, which, lambda subject=subject, which=which: subject.measure_again(which))
+            yield from subject.turns()
+            subject.release()
 
     def stages(self):
         """(name, what profile finds) of each method that is right, from a trace of one forward and backward."""
@@ -331,31 +369,25 @@ class UnitMeasurement:
                 subject.make()
                 subject.forward_backward()
                 yield subject.name, profile(subject.forward_backward, self.clock.cuda)
-                if not self.keep:
-                    subject.release()
+                subject.release()
 
-    def last_times(self):
-        return [times[-1] for subject in self.subjects if (times := subject.times["forward+backward"])]
-
-    def turn(self, subject, which, use):
+    def use(self, subject, which, action):
         """Lets a method do something of a pass, unless it has failed at it; what it throws becomes its row."""
         if subject.status[which] != "ok":
             return
-        self.begun(subject.name)
         try:
             with self.clock.memory_limit(self.settings.memory_limit, self.clock.allocated() - self.inputs):
                 subject.make()
-            self.expect(subject.method.coarse_logits)
+            if self.oracle:
+                self.expect(subject.method.coarse_logits)
             others = self.clock.allocated() - self.inputs - subject.parameter_bytes()
             with self.clock.memory_limit(self.settings.memory_limit, others):
-                use()
+                action()
         except Exception as error:
             self.failed(subject, which, error)
-        if not self.keep or "ok" not in subject.status.values():
-            subject.release()
-        else:
-            subject.clear_gradients()
+        subject.clear_gradients()
         if "out of memory" in subject.status.values():
+            subject.release()
             self.clock.clear()
 
     def failed(self, subject, which, error):
@@ -363,10 +395,10 @@ class UnitMeasurement:
         error.__traceback__ = None  # its frames hold tensors
         gc.collect()
         # What has no output has no gradients.
-        for failed in cases.PASSES if which == "forward" or status in ("missing", "unsupported") else (which,):
+        for failed in subject.status if which == "forward" or status in ("missing", "unsupported") else (which,):
             subject.status[failed], subject.reason[failed] = status, reason
         if status == "failed" and not self.clock.alive():
-            for which in cases.PASSES:
-                if subject.status[which] == "ok":
-                    subject.status[which], subject.reason[which] = status, f"the device was lost: {reason}"
-            raise DeviceLost(list(subject.rows())) from error
+            for other, its_status in subject.status.items():
+                if its_status == "ok":
+                    subject.status[other], subject.reason[other] = status, f"the device was lost: {reason}"
+            raise DeviceLost(list(subject.rows() if self.oracle else subject.turns())) from error

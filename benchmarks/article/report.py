@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 
 from . import plots
 from .cases import PASSES, TYPES
+from .measure import SLOW_MS, VERY_SLOW_MS
 from .questions import QUESTIONS, unit_label
 from .registry import DESCRIPTIONS
 from .tables import GIB, grid_table, methods_in, milliseconds, select, table
@@ -29,11 +30,13 @@ def about(whole):
 
 Every way to run the experts of one layer, on the article's grid: an MLP with tanh-GELU, without biases, its gate
 included; `(sequences × length, hidden, E experts, k of them for a token)`. Outputs and every gradient are checked
-against an fp64 oracle before anything is timed. Each time is a median over turns that the methods take in rotation; of
-steps of a second or more it may be one, the one that was checked. Peak memory counts inputs, parameters, gradients and
-everything alive between, without workspaces that are kept from step to step. Routing is by a learned gate, or in a
-given split: even, or the article's uneven one; where every token goes to every expert (k = E) these are one, and
-measured as learned. Written by `launch/article.sh`.
+against an fp64 oracle before anything is timed. Each time is the median of turns, each the median of its steps; the
+cases take their turns one after another, and in each the methods, so that what drifts meets all alike. Steps of
+{SLOW_MS:g} ms or more have one turn; of those of {VERY_SLOW_MS:g} ms or more it may be the step that was checked. A
+step is launched by Python: below about a millisecond it takes the time of the host, not of the GPU. Peak memory counts
+inputs, parameters, gradients and everything alive between, without workspaces that are kept from step to step. Routing
+is by a learned gate, or in a given split: even, or the article's uneven one; where every token goes to every expert
+(k = E) these are one, and measured as learned. Written by `launch/article.sh`.
 {small if any(run["small"] for run in runs) else ""}
 - device: {distinct("device")}; host processor {distinct("processor")}, {distinct("cores")} cores
 - PyTorch {distinct("torch")}, CUDA {distinct("cuda") or "none"}; {others}

@@ -5,6 +5,7 @@ import itertools
 import json
 from collections import Counter
 
+from .measure import with_turn
 from .registry import DESCRIPTIONS
 
 # So often may the process end while a method has its turn at a unit, before it is left out there: a person or a time
@@ -27,18 +28,18 @@ def adopt(published, folder):
 
 
 class Store:
-    """DIR/rows.jsonl: one JSON object a line. `kind` says what: run, begun, step, stages, rate."""
+    """DIR/rows.jsonl: one JSON object a line. `kind` says what: run, begun, step, turn (later ones), stages, rate."""
 
     def __init__(self, folder):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "rows.jsonl"
-        self.records = []
+        self.records, self.rows = [], {}
         if self.path.exists():
             lines = self.path.read_text().splitlines()
             for number, line in enumerate(lines, start=1):
                 try:
-                    self.records.append(json.loads(line))
+                    self.keep(json.loads(line))
                 except ValueError:
                     if number != len(lines):  # the last line may have been cut off
                         raise ValueError(f"{self.path}:{number} is no JSON") from None
@@ -49,15 +50,21 @@ class Store:
         record = {"kind": kind, **values}
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
-        self.records.append(record)
+        self.keep(record)
         return record
+
+    def keep(self, record):
+        self.records.append(record)
+        if record["kind"] in ("step", "turn"):
+            key = (record["unit"], record["method"], record["memory_limit"], record["pass"])
+            self.rows[key] = record if record["kind"] == "step" else with_turn(self.rows[key], record)
 
     def of(self, kind):
         return [record for record in self.records if record["kind"] == kind]
 
     def steps(self):
-        """The rows by (unit, method, memory limit, pass); one measured twice counts as it was last."""
-        return {(r["unit"], r["method"], r["memory_limit"], r["pass"]): r for r in self.of("step")}
+        """The rows by (unit, method, memory limit, pass), with all turns; one measured anew counts as it was last."""
+        return self.rows
 
     def ended_the_process(self):
         """(unit, method, memory limit) at whose turn the process ended, BEGINNINGS times."""

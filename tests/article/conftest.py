@@ -35,12 +35,12 @@ def small(seed):
 
 @pytest.fixture
 def rows_of(seed):
-    """run(factories, ...) → rows by (method, pass)."""
+    """run(factories, ...) → rows by (method, pass) of a first turn."""
 
     def run(factories, dtype="fp32", routing="learned", case=SMALL, begun=lambda name: None, **settings):
         settings = measure.Settings("cpu", seed, **{"seconds": 1e-3, "rounds": 2, **settings})
-        measured = measure.UnitMeasurement(cases.Unit(case, dtype, routing), factories, settings, begun)
-        return {(row["method"], row["pass"]): row for row in measured.rows()}
+        turn = measure.UnitTurn(cases.Unit(case, dtype, routing), factories, settings, begun)
+        return {(row["method"], row["pass"]): row for row in turn.first()}
 
     return run
 

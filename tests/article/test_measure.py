@@ -40,7 +40,8 @@ def test_a_right_method(rows_of):
     assert set(rows) == {("plain", which) for which in cases.PASSES}
     for which in cases.PASSES:
         row = rows["plain", which]
-        assert row["status"] == "ok" and row["ms"] > 0 and row["steps"] >= 2 and row["padding_rows"] == 0
+        assert row["status"] == "ok" and row["ms"] > 0 and row["steps"] >= 1 and row["padding_rows"] == 0
+        assert row["turns"] == [row["ms"]]
         assert row["tflops"] == pytest.approx(SMALL.flops(which) / row["ms"] / 1e9)
         assert row["assignments"] == SMALL.assignments
     inputs = 2 * SMALL.tokens * SMALL.hidden * 4
@@ -93,23 +94,44 @@ def test_a_memory_limit(rows_of):
     assert row["status"] == "out of memory" and row["ms"] is None and "are allowed" in row["reason"]
 
 
-def test_methods_take_turns(rows_of):
-    turns = []
-    rows_of({name: methods.PlainLoop for name in "abc"}, begun=turns.append, rounds=3)
-    checks, rounds = turns[:6], turns[6:]
-    assert checks == list("aabbcc")
-    assert rounds == list("aabbcc" + "bbccaa" + "ccaabb")
-
-
-def test_rows_come_after_a_methods_last_turn(seed):
+def test_rows_come_after_each_methods_turn(seed):
     """So what ends the process takes only the methods whose turn is not over."""
-    turns = []
+    begun = []
     unit, settings = cases.Unit(SMALL, "fp32", "learned"), measure.Settings("cpu", seed, seconds=1e-3, rounds=2)
-    factories = {name: methods.PlainLoop for name in "abc"}
-    rows = measure.UnitMeasurement(unit, factories, settings, turns.append).rows()
-    assert [next(rows)["method"] for _ in range(2)] == ["b", "b"]
-    assert turns[6:] == list("aabbcc" + "bb")
-    assert [row["method"] for row in rows] == list("ccaa")
+    rows = measure.UnitTurn(unit, {name: methods.PlainLoop for name in "abc"}, settings, begun.append).first()
+    assert [next(rows)["method"] for _ in range(2)] == ["a", "a"]
+    assert begun == ["a"]
+    assert [row["method"] for row in rows] == list("bbcc") and begun == list("abc")
+
+
+def test_a_later_turn_adds_to_the_rows(rows_of, seed):
+    rows = rows_of({name: methods.PlainLoop for name in "ab"})
+    unit, settings = cases.Unit(SMALL, "fp32", "learned"), measure.Settings("cpu", seed, seconds=1e-3, rounds=2)
+    factories = {"b": methods.PlainLoop, "a": failing_with(RuntimeError("no luck"))}
+    added = list(measure.UnitTurn(unit, factories, settings, passes={"b": ["forward"]}).later())
+    assert [(turn["method"], turn["pass"]) for turn in added] == [("b", "forward"), *(("a", w) for w in cases.PASSES)]
+    after = {key: measure.with_turn(rows[key], turn) for turn in added if (key := (turn["method"], turn["pass"]))}
+    row, before, turn = after["b", "forward"], rows["b", "forward"], added[0]
+    assert row["turns"] == [before["ms"], turn["ms"]] and row["steps"] == before["steps"] + turn["steps"]
+    assert row["ms"] == pytest.approx((before["ms"] + turn["ms"]) / 2)
+    assert row["tflops"] == pytest.approx(SMALL.flops("forward") / row["ms"] / 1e9)
+    assert row["errors"] == before["errors"] and row["peak_bytes"] == before["peak_bytes"]
+    failed = after["a", "forward+backward"]
+    assert failed["status"] == "failed" and failed["ms"] is None and "no luck" in failed["reason"]
+    assert after["a", "forward"]["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "row, wanted",
+    [
+        (dict(status="ok", turns=[1.0], ms=1.0), True),
+        (dict(status="ok", turns=[1.0, 2.0], ms=1.5), False),
+        (dict(status="ok", turns=[400.0], ms=400.0), False),  # slow
+        (dict(status="failed", turns=[], ms=None), False),
+    ],
+)
+def test_which_rows_want_a_second_turn(row, wanted):
+    assert measure.wants_turn(row, 1) == wanted
 
 
 def test_a_lost_device(monkeypatch, rows_of):
@@ -119,14 +141,6 @@ def test_a_lost_device(monkeypatch, rows_of):
     rows = lost.value.args[0]
     assert [row["status"] for row in rows] == ["failed", "failed"]
     assert "illegal memory access" in rows[1]["reason"] and "the device was lost" in rows[0]["reason"]
-
-
-def test_the_median_of_all_turns(rows_of, monkeypatch):
-    values = iter(range(1, 1000))
-    monkeypatch.setattr(measure.Clock, "milliseconds", lambda self, step, count: [float(next(values))] * count)
-    row = rows_of({"plain": methods.PlainLoop}, rounds=3)["plain", "forward"]
-    # One call a round and pass, and one to warm up in all but the first: 1 | 3, 4 | 7, 8 are forward's.
-    assert row["steps"] == 3 and row["ms"] == 4.0
 
 
 @pytest.mark.parametrize("tunes", [False, True])

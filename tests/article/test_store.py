@@ -105,9 +105,9 @@ def test_what_failed_is_repeated_on_demand(run):
 
 def test_a_budget_leaves_the_rest(run):
     none = run({"a": PlainLoop}, "--budget=1e-6")
-    assert none.left == 4
+    assert len(none.left) == 4
     assert {row["status"] for row in none.store.of("step")} == {"impossible"}
-    assert run({"a": PlainLoop}).left == 0
+    assert not run({"a": PlainLoop}).left
 
 
 def test_who_ends_the_process_is_left_out(run, tmp_path):
@@ -122,6 +122,40 @@ def test_who_ends_the_process_is_left_out(run, tmp_path):
     steps = run({"c": counted(made)}).store.steps()
     assert steps[unit, "c", None, "forward"]["reason"] == "the process ended during it, more than once"
     assert unit not in made and len(set(made)) == 3
+
+
+def test_turns_go_over_all_cases(run):
+    made = []
+
+    def factory(name):
+        return lambda problem: made.append((problem.unit.name, name)) or PlainLoop(problem)
+
+    factories = {name: factory(name) for name in "abc"}
+    first = run(factories, "--rounds=1")
+    one_turn, made[:] = made[:], []
+    units = list(dict.fromkeys(unit for unit, _ in one_turn))
+    assert one_turn == [(unit, name) for unit in units for name in "abc"]
+    whole = run(factories, "--rounds=3").store.steps()
+    assert made == [(unit, name) for order in ("bca", "cab") for unit in units for name in order]
+    measured = [row for row in whole.values() if row["status"] != "impossible"]
+    assert len(measured) == 2 * len(one_turn) and all(len(row["turns"]) == 3 for row in measured)
+    for key, row in first.store.steps().items():
+        assert whole[key]["turns"][: len(row["turns"])] == row["turns"]
+    made.clear()
+    run(factories, "--rounds=3")
+    assert not made
+
+
+def test_who_ends_the_process_in_a_later_turn_has_failed(run):
+    whole = run({"a": PlainLoop, "b": PlainLoop})
+    unit = "4,64,64,2,1,128/fp32/even"
+    for _ in range(2):
+        whole.store.add("run")
+        whole.store.add("begun", unit=unit, method="a", memory_limit=None)
+    steps = run({"a": PlainLoop, "b": PlainLoop}, "--rounds=2").store.steps()
+    row = steps[unit, "a", None, "forward"]
+    assert row["status"] == "failed" and row["reason"] == "the process ended during it, more than once"
+    assert len(steps[unit, "b", None, "forward"]["turns"]) == 2
 
 
 def test_a_line_cut_off(tmp_path):
