@@ -67,6 +67,7 @@ class Experiment:
         )
         self.run = len(self.store.of("run"))
         self.store.add("run", **provenance(arguments, self.run))
+        self.ended = self.store.ended_the_process()
         self.correction = dict.fromkeys(cases.TYPES, 1.0)  # measured over estimated time
         self.left = set()  # units that the budget left out, in a turn or more
 
@@ -99,14 +100,14 @@ class Experiment:
 
     def missing(self, unit):
         """Factories of the methods that lack a row at the unit."""
-        limit, known, ended = self.settings.memory_limit, self.store.steps(), self.store.ended_the_process()
+        limit, known = self.settings.memory_limit, self.store.steps()
         factories = {}
         for name, make in self.factories.items():
             rows = [known.get((unit.name, name, limit, which)) for which in cases.PASSES]
             repeat = self.arguments.again and any(row and row["status"] in store.REPEATABLE for row in rows)
             if all(rows) and not repeat:
                 continue
-            if (unit.name, name, limit) in ended:
+            if (unit.name, name, limit) in self.ended:
                 self.add_rows(unit, [name], **ENDED)
             else:
                 factories[name] = make
@@ -120,12 +121,12 @@ class Experiment:
 
     def unfinished(self, unit, turn):
         """{method: passes} that have had fewer than `turn` + 1 turns at the unit, and whose steps are worth more."""
-        limit, known, ended = self.settings.memory_limit, self.store.steps(), self.store.ended_the_process()
+        limit, known = self.settings.memory_limit, self.store.steps()
         passes = {}
         for name in self.factories:
             rows = {which: known.get((unit.name, name, limit, which)) for which in cases.PASSES}
             lacking = [which for which, row in rows.items() if row and measure.wants_turn(row, turn)]
-            if lacking and (unit.name, name, limit) in ended:
+            if lacking and (unit.name, name, limit) in self.ended:
                 for which in lacking:
                     about = {"unit": unit.name, "method": name, "memory_limit": limit, "pass": which}
                     self.store.add("turn", run=self.run, **about, **ENDED, ms=None, steps=0)
@@ -150,7 +151,7 @@ class Experiment:
         return True
 
     @contextlib.contextmanager
-    def turn(self, unit, count, first):
+    def timed_turn(self, unit, count, first):
         """Learns how long a turn takes; goes on in a new process if the device is lost."""
         seconds, start = self.estimate(unit, count, first), time.time()
         try:
@@ -175,7 +176,7 @@ class Experiment:
             return
         if not factories or not self.fits(unit, len(factories), first=True):
             return
-        with self.turn(unit, len(factories), first=True):
+        with self.timed_turn(unit, len(factories), first=True):
             try:
                 self.measure_first(unit, factories)
             except (torch.OutOfMemoryError, MemoryError) as error:  # of the inputs, or of the oracle
@@ -198,7 +199,7 @@ class Experiment:
         names = list(passes)
         start = turn % len(names)  # so that none is always the first
         factories = {name: self.factories[name] for name in names[start:] + names[:start]}
-        with self.turn(unit, len(passes), first=False):
+        with self.timed_turn(unit, len(passes), first=False):
             measurement = measure.UnitTurn(unit, factories, self.settings, self.begun(unit), passes)
             for added in measurement.later():
                 self.store.add("turn", run=self.run, **added)

@@ -176,7 +176,7 @@ class Subject:
             nonlocal y
             y = self.forward()
 
-        self.run(step, "forward", warm=self.status["forward+backward"] == "ok")
+        self.checked(step, "forward", warm=self.status["forward+backward"] == "ok")
         self.note("y", expected[self.method.coarse_logits]["y"].compare(oracle.chosen(y)))
         self.judge("forward", ["y"])
 
@@ -199,7 +199,7 @@ class Subject:
             y = oracle.chosen(out.detach())
             out.backward(self.problem.dy)
 
-        self.run(step, "forward+backward", warm=method.tunes or bool(of_some_tokens))
+        self.checked(step, "forward+backward", warm=method.tunes or bool(of_some_tokens))
         actual = {"y": y, **method.gradients(oracle.units), "dx": oracle.chosen(self.x.grad)}
         if actual.get("dlogits") is not None:
             actual["dlogits"] = oracle.chosen(actual["dlogits"])
@@ -209,8 +209,8 @@ class Subject:
             self.note(name, values.compare(actual.get(name)))
         self.judge("forward+backward", list(expected))
 
-    def run(self, step, which, warm):
-        """A step that is checked. A very slow one that is warm is thereby measured too."""
+    def checked(self, step, which, warm):
+        """Runs a step that is checked. A very slow one that is warm is thereby measured too."""
         if not self.clock.peaks_are_free:
             step()
             return
