@@ -203,15 +203,26 @@ def where_time_goes(whole, image):
         return text + "No traces have been taken: the cases that they are taken at were not measured.\n"
     text += """Milliseconds of one forward and backward with the learned gate, from a trace: on a GPU
 of its kernels, which may run side by side. Where an activation is in a product's epilogue it is counted there; a peer's
-kernels are told apart by their names.
+kernels are told apart by their names. Beside their sum stands the step's own time, measured without a trace: what it
+has beyond the sum, the GPU waits for its host.
 """
+    steps = {
+        (row["unit"], row["method"]): row["ms"]
+        for row in select(whole["rows"], memory_limit=None)
+        if row["pass"] == "forward+backward" and row["ms"]
+    }
     for unit in dict.fromkeys(record["unit"] for record in records):
         latest = {record["method"]: record["ms"] for record in records if record["unit"] == unit}
         lines = [
-            (method, *(f"{ms[stage]:.3g}" for stage in STAGES), f"{sum(ms.values()):.3g}")
+            (
+                method,
+                *(f"{ms[stage]:.3g}" for stage in STAGES),
+                f"{sum(ms.values()):.3g}",
+                f"{step:.3g}" if (step := steps.get((unit, method))) else "",
+            )
             for method, ms in latest.items()
         ]
-        text += f"\n{unit_label(unit)}:\n\n" + table(("method", *STAGES, "all"), lines) + "\n"
+        text += f"\n{unit_label(unit)}:\n\n" + table(("method", *STAGES, "all", "step"), lines) + "\n"
     image(plots.stages, records, unit_label)
     return text + image.take()
 
