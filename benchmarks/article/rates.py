@@ -43,10 +43,12 @@ def measure(device, dtype, factor, small, seconds):
     x = torch.randn(max(sizes), k, device=device, dtype=TYPES[dtype])
     weight = torch.randn(n, k, device=device, dtype=TYPES[dtype])
     out = torch.empty(max(sizes), n, device=device, dtype=TYPES[dtype])
+    products = {
+        rows: in_a_row(lambda rows=rows: torch.mm(x[:rows], weight.t(), out=out[:rows]), clock.cuda) for rows in sizes
+    }
     times = {rows: [] for rows in sizes}
     for _ in range(ROUNDS):
-        for rows in sizes:
-            step = in_a_row(lambda rows=rows: torch.mm(x[:rows], weight.t(), out=out[:rows]), clock.cuda)
+        for rows, step in products.items():
             warm = clock.milliseconds(step, 1)[0]
             count = min(50, max(3, int(seconds * 1e3 / ROUNDS / max(warm, 1e-3))))
             times[rows] += [ms / IN_A_ROW for ms in clock.milliseconds(step, count)]
