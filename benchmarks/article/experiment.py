@@ -128,8 +128,7 @@ class Experiment:
             lacking = [which for which, row in rows.items() if row and measure.wants_turn(row, turn)]
             if lacking and (unit.name, name, limit) in self.ended:
                 for which in lacking:
-                    about = {"unit": unit.name, "method": name, "memory_limit": limit, "pass": which}
-                    self.store.add("turn", run=self.run, **about, **ENDED, ms=None, steps=0)
+                    self.store.add("turn", run=self.run, **measure.turn_of(unit, which, name, self.settings, **ENDED))
             elif lacking:
                 passes[name] = lacking
         return passes

@@ -284,16 +284,16 @@ class Subject:
     def turns(self):
         """Of a later turn: what is added to the rows of the first."""
         for which, status in self.status.items():
-            yield {
-                "unit": self.problem.unit.name,
-                "method": self.name,
-                "memory_limit": self.settings.memory_limit,
-                "pass": which,
-                "status": status,
-                "reason": self.reason.get(which),
-                "ms": self.ms(which),
-                "steps": len(self.times[which]),
-            }
+            yield turn_of(
+                self.problem.unit,
+                which,
+                self.name,
+                self.settings,
+                status=status,
+                reason=self.reason.get(which),
+                ms=self.ms(which),
+                steps=len(self.times[which]),
+            )
 
 
 def row_of(unit, which, method, settings, **values):
@@ -301,6 +301,12 @@ def row_of(unit, which, method, settings, **values):
     about = {**dataclasses.asdict(unit.case), "assignments": unit.case.assignments}
     about.update(unit=unit.name, dtype=unit.dtype, routing=unit.routing, method=method)
     return {**about, "pass": which, "memory_limit": settings.memory_limit, **empty, **values}
+
+
+def turn_of(unit, which, method, settings, **values):
+    """What a later turn adds to the row_of a first one."""
+    about = {"unit": unit.name, "method": method, "pass": which, "memory_limit": settings.memory_limit}
+    return {**about, "ms": None, "steps": 0, **values}
 
 
 def with_turn(row, turn):

@@ -34,7 +34,7 @@ class Store:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "rows.jsonl"
-        self.records, self.rows = [], {}
+        self.records, self._steps = [], {}
         if self.path.exists():
             lines = self.path.read_text().splitlines()
             for number, line in enumerate(lines, start=1):
@@ -57,14 +57,14 @@ class Store:
         self.records.append(record)
         if record["kind"] in ("step", "turn"):
             key = (record["unit"], record["method"], record["memory_limit"], record["pass"])
-            self.rows[key] = record if record["kind"] == "step" else with_turn(self.rows[key], record)
+            self._steps[key] = record if record["kind"] == "step" else with_turn(self._steps[key], record)
 
     def of(self, kind):
         return [record for record in self.records if record["kind"] == kind]
 
     def steps(self):
         """The rows by (unit, method, memory limit, pass), with all turns; one measured anew counts as it was last."""
-        return self.rows
+        return self._steps
 
     def ended_the_process(self):
         """(unit, method, memory limit) at whose turn the process ended, BEGINNINGS times."""

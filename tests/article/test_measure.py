@@ -121,6 +121,16 @@ def test_a_later_turn_adds_to_the_rows(rows_of, seed):
     assert after["a", "forward"]["status"] == "ok"
 
 
+def test_the_median_of_all_turns(rows_of, monkeypatch):
+    monkeypatch.setattr(measure.Clock, "milliseconds", lambda self, step, count: [5.0, 1.0, 100.0])
+    row = rows_of({"plain": methods.PlainLoop}, rounds=3)["plain", "forward"]
+    assert row["steps"] == 3 and row["ms"] == 5.0 and row["turns"] == [5.0]
+    for ms in (90.0, 4.0):
+        row = measure.with_turn(row, {"status": "ok", "reason": None, "ms": ms, "steps": 2})
+    assert row["steps"] == 7 and row["ms"] == 5.0 and row["turns"] == [5.0, 90.0, 4.0]
+    assert row["tflops"] == pytest.approx(SMALL.flops("forward") / 5.0 / 1e9)
+
+
 @pytest.mark.parametrize(
     "row, wanted",
     [

@@ -59,8 +59,8 @@ void gather_units(const void* rows, const int64_t* index, int64_t count, int64_t
   }
 }
 
-/// A warp holds a strip of one row, `kUnits` a lane, and writes it to all of the row's places; by
-/// stores that ask no room of the L2 cache.
+/// A warp holds a strip of one row, `kUnits` a lane, and writes it to all of the row's places; what it
+/// writes is the first to leave the L2 cache.
 template <typename unit_t, int kUnits>
 __global__ void __launch_bounds__(kThreads)
     scatter_rows_kernel(const unit_t* __restrict__ rows, const int64_t* __restrict__ offsets,
