@@ -139,18 +139,21 @@ void measure_routing(Bench& bench, int64_t tokens, int64_t experts, int64_t top_
   bench.run("route_backward k " + std::to_string(top_k), tokens, experts, 2 * bytes,
             [&](int) { kernels.route_backward(routed, rule, dweights, dsum, dsquared); });
   const double ids = 8.0 * static_cast<double>(tokens * top_k);
-  bench.run("plan_send W 1", tokens, top_k, 2 * ids, [&](int) {
-    kernels.plan_send(routed.expert_ids, {0, experts});
-  });
+  bench.run("plan_local", tokens, top_k, 2 * ids,
+            [&](int) { kernels.plan_local(routed.expert_ids, experts); });
   std::vector<int64_t> first;
   for (int64_t r = 0; r <= 8; ++r) {
     first.push_back(r * experts / 8);
   }
   bench.run("plan_send W 8", tokens, top_k, 2 * ids,
             [&](int) { kernels.plan_send(routed.expert_ids, first); });
-  const auto order = kernels.plan_send(routed.expert_ids, {0, experts}).send_order;
-  const auto rows = order.div(top_k, "trunc");
+  const auto rows = kernels.plan_local(routed.expert_ids, experts).assignment_rows;
   bench.run("group by token", tokens, top_k, 2 * ids, [&](int) { kernels.group(rows, tokens); });
+  const auto sums = kernels.routing_sums(routed.probabilities, routed.logsumexp);
+  bench.run("losses", experts, 1, 8.0 * static_cast<double>(experts), [&](int) {
+    const auto of_batch = kernels.batch_sums(routed.counts, tokens, sums);
+    kernels.batch_losses(of_batch, of_batch.narrow(0, 0, experts), top_k, torch::kFloat32);
+  });
 }
 
 void run(const Arguments& arguments) {

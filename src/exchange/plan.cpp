@@ -181,6 +181,35 @@ ExchangePlan plan_counts(const Announced& announced, const ExpertPlacement& plac
   return plan;
 }
 
+/// Of a rank alone: to it arrives all that it sends, so everything is launched before the host waits.
+/// (Ids out of range count as some expert's until they are refused.)
+ExchangePlan plan_alone(const Routing& routing, const torch::Tensor& ids,
+                        const torch::Tensor& nonfinite, const torch::Tensor& invalid,
+                        int64_t num_experts, Communicator& communicator) {
+  const LocalPlan local = kernels_for(ids.device()).plan_local(ids, num_experts);
+  const auto told = counts_on_host(
+      at::cat({nonfinite.reshape(1), invalid.reshape(1), local.expert_counts}), communicator);
+  const int64_t* own = told.const_data_ptr<int64_t>();
+  if (own[0] >= 0 || own[1] >= 0) {
+    refuse(routing, num_experts, own[0], own[1]);
+  }
+  ExchangePlan plan;
+  plan.tokens = ids.size(0);
+  plan.top_k = ids.size(1);
+  plan.send_rows = plan.receive_rows = {plan.tokens};
+  plan.send_assignments = plan.receive_assignments = {ids.numel()};
+  plan.expert_counts.assign(own + 2, own + 2 + num_experts);
+  plan.source_counts = local.expert_counts;
+  plan.send_tokens = plan.token_rows = local.places.narrow(0, 0, plan.tokens);
+  plan.token_offsets = local.places.narrow(0, 0, plan.tokens + 1);
+  plan.send_order = local.send_order;
+  plan.received_order = local.places.narrow(0, 0, ids.numel());
+  plan.assignment_rows = local.assignment_rows;
+  plan.row_offsets = local.by_row.offsets;
+  plan.row_assignments = local.by_row.members;
+  return plan;
+}
+
 }  // namespace
 
 Exchange::Exchange(std::shared_ptr<Communicator> communicator, int64_t num_experts)
@@ -197,6 +226,9 @@ ExchangePlan Exchange::plan(const Routing& routing) const {
   const Kernels& kernels = kernels_for(ids.device());
   const auto nonfinite = first_nonfinite_token(routing);
   const auto invalid = kernels.first_invalid_token(ids, placement_.num_experts, routing.may_skip);
+  if (communicator_->size() == 1 && !routing.may_skip) {
+    return plan_alone(routing, ids, nonfinite, invalid, placement_.num_experts, *communicator_);
+  }
   const SendPlan send = kernels.plan_send(ids, first_experts(placement_), routing.may_skip);
 
   if (message_layout_.device() != ids.device()) {
@@ -206,17 +238,6 @@ ExchangePlan Exchange::plan(const Routing& routing) const {
       at::cat({nonfinite.reshape(1), invalid.reshape(1), send.rank_rows, send.expert_counts})
           .index_select(0, message_layout_);
   const auto received = tell(*communicator_, placement_, message);
-  const auto order = [&](const torch::Tensor& segment_rows, int64_t rows) {
-    const auto arrivals =
-        kernels.order_arrivals(segment_rows, received.select(1, kRows),
-                               received.narrow(1, kHeader, received.size(1) - kHeader));
-    return std::pair(arrivals, kernels.group(arrivals.assignment_rows, rows));
-  };
-  // To a rank alone arrives all that it sends: nothing to wait for. (Ids out of range count as some
-  // expert's until they are refused, below.)
-  const bool alone = communicator_->size() == 1 && !routing.may_skip;
-  auto [arrivals, by_row] =
-      alone ? order(send.segment_rows, ids.size(0)) : std::pair<ArrivalOrder, Csr>();
   const auto announced = announced_on_host(*communicator_, placement_, message, received);
   const int64_t* own = announced.to[0];
   if (own[kNonfiniteToken] >= 0 || own[kInvalidToken] >= 0) {
@@ -234,16 +255,17 @@ ExchangePlan Exchange::plan(const Routing& routing) const {
   // All of them, unless there were none among the expert ids.
   plan.send_order = send.send_order.narrow(0, 0, sum(plan.send_assignments));
 
-  if (!alone) {
-    torch::Tensor segment_rows = send.segment_rows.narrow(0, 0, sum(plan.send_assignments));
-    if (communicator_->size() > 1) {
-      const auto sent_rows = segment_rows;
-      segment_rows = at::empty({sum(plan.receive_assignments)}, send.segment_rows.options());
-      communicator_->all_to_all_v(
-          {{sent_rows, plan.send_assignments, segment_rows, plan.receive_assignments}});
-    }
-    std::tie(arrivals, by_row) = order(segment_rows, sum(plan.receive_rows));
+  torch::Tensor segment_rows = send.segment_rows.narrow(0, 0, sum(plan.send_assignments));
+  if (communicator_->size() > 1) {
+    const auto sent_rows = segment_rows;
+    segment_rows = at::empty({sum(plan.receive_assignments)}, send.segment_rows.options());
+    communicator_->all_to_all_v(
+        {{sent_rows, plan.send_assignments, segment_rows, plan.receive_assignments}});
   }
+  const ArrivalOrder arrivals =
+      kernels.order_arrivals(segment_rows, received.select(1, kRows),
+                             received.narrow(1, kHeader, received.size(1) - kHeader));
+  const Csr by_row = kernels.group(arrivals.assignment_rows, sum(plan.receive_rows));
   plan.received_order = arrivals.received_order;
   plan.assignment_rows = arrivals.assignment_rows;
   plan.row_offsets = by_row.offsets;

@@ -32,6 +32,16 @@ struct ArrivalOrder {
   torch::Tensor assignment_rows;  ///< [P] received row
 };
 
+/// What a rank plans that has all experts: every token is a row that stays. [T, k] routing, E experts;
+/// all int64.
+struct LocalPlan {
+  torch::Tensor expert_counts;    ///< [E]
+  torch::Tensor send_order;       ///< [T·k] flat (token, slot), by (expert, token)
+  torch::Tensor assignment_rows;  ///< [T·k] token of each of these
+  Csr by_row;                     ///< of T tokens, their places in send_order
+  torch::Tensor places;           ///< 0, 1, 2, .., of max(T + 1, T·k) numbers
+};
+
 struct RouteResult {
   torch::Tensor expert_ids;             ///< [T, k] int64, best choice first
   torch::Tensor weights;                ///< [T, k]
@@ -45,6 +55,15 @@ struct RouteResult {
 struct RoutingSums {
   torch::Tensor probabilities;      ///< [E]
   torch::Tensor squared_logsumexp;  ///< []
+};
+
+/// Of a batch, and their gradients in its sums.
+struct BatchLosses {
+  torch::Tensor expert_load;    ///< [E] int64
+  torch::Tensor balance;        ///< []
+  torch::Tensor z;              ///< []
+  torch::Tensor balance_slope;  ///< [E] fp64: in the probability sums
+  torch::Tensor z_slope;        ///< [] fp64: in the sum of squared logsumexp
 };
 
 /// The softmax's largest are the largest logits: no more is needed than those.
@@ -67,6 +86,14 @@ class Kernels {
   /// Of probabilities [T, E] and logsumexp [T].
   virtual RoutingSums routing_sums(const torch::Tensor& probabilities,
                                    const torch::Tensor& logsumexp) const = 0;
+  /// [2E + 2] fp64: counts [E] int64, tokens, and the two sums.
+  virtual torch::Tensor batch_sums(const torch::Tensor& counts, int64_t tokens,
+                                   const RoutingSums& sums) const = 0;
+  /// From such sums, over all ranks: balance = E / k · Σ chosen · probability sum / tokens², with
+  /// `chosen` [E] fp64, k choices a token; z = Σ logsumexp² / tokens. Both of type `dtype`, fp32 or
+  /// fp64; 0 where there are no tokens.
+  virtual BatchLosses batch_losses(const torch::Tensor& sums, const torch::Tensor& chosen,
+                                   int64_t top_k, torch::Dtype dtype) const = 0;
   /// dlogits [T, E] from the gradients of the weights [T, k], of the probability sum [E] and of the
   /// sum of squared logsumexp []. Of `routed` ids, weights and logsumexp are read, and
   /// `probabilities`, in the place of which sigmoids take the logits.
@@ -93,6 +120,8 @@ class Kernels {
   virtual SendPlan plan_send(const torch::Tensor& expert_ids,
                              const std::vector<int64_t>& first_expert,
                              bool may_skip = false) const = 0;
+  /// Of ids as above, where none is -1.
+  virtual LocalPlan plan_local(const torch::Tensor& expert_ids, int64_t num_experts) const = 0;
   /// Brings arrivals into expert-major order. `segment_rows` [P] int32: row of each arrived
   /// assignment within its source's segment, ordered by (source, expert); `rows` [W] and `counts`
   /// [W, local experts]: rows and assignments per expert that came from each source.

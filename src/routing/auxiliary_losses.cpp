@@ -1,9 +1,9 @@
 #include "routing/auxiliary_losses.h"
 
 #include <ATen/ops/cat.h>
-#include <ATen/ops/full.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "kernels/kernels.h"
 #include "support/given.h"
 
 namespace anabranch {
@@ -29,34 +29,29 @@ Loss squared_variation(const torch::Tensor& sums) {
   return {value, (apart - value * mean) / divisor * slope};
 }
 
-/// The batch's sums, in one fp64 vector: assignments of each expert [E], tokens [1] and, unless the
-/// routing is from outside, probability sums [E], sum of squared logsumexp [1]; then, of gates that have
-/// them, first choices [E], importance [E], smooth load [E].
-class BatchSums {
- public:
-  BatchSums(const Routing& routing, const torch::Tensor& counts, Communicator& communicator) {
-    const auto tokens = static_cast<double>(routing.expert_ids.size(0));
-    std::vector<torch::Tensor> parts = {
-        counts, at::full({1}, tokens, counts.options().dtype(torch::kFloat64))};
-    for (const auto& sum : {routing.probability_sum, routing.squared_logsumexp_sum,
-                            routing.first_counts, routing.importance, routing.smooth_load}) {
-      if (sum.defined()) {
-        parts.push_back(sum.detach().reshape(-1));
-      }
+/// The batch's sums, in one fp64 vector: assignments of each expert [E]; unless the routing is from
+/// outside, what else Kernels::batch_sums has; then, of gates that have them, first choices [E],
+/// importance [E], smooth load [E].
+torch::Tensor sums_of_batch(const Routing& routing, const torch::Tensor& counts,
+                            Communicator& communicator) {
+  std::vector<torch::Tensor> parts;
+  if (routing.probability_sum.defined()) {
+    parts.push_back(kernels_for(counts.device())
+                        .batch_sums(counts, routing.expert_ids.size(0),
+                                    {routing.probability_sum.detach().contiguous(),
+                                     routing.squared_logsumexp_sum.detach()}));
+  } else {
+    parts.push_back(counts.to(torch::kFloat64));
+  }
+  for (const auto& sum : {routing.first_counts, routing.importance, routing.smooth_load}) {
+    if (sum.defined()) {
+      parts.push_back(sum.detach().to(torch::kFloat64));
     }
-    sums_ = at::cat(parts);
-    communicator.all_reduce(sums_);
   }
-
-  torch::Tensor next(int64_t length) {
-    begin_ += length;
-    return sums_.narrow(0, begin_ - length, length);
-  }
-
- private:
-  torch::Tensor sums_;
-  int64_t begin_ = 0;
-};
+  auto sums = parts.size() == 1 ? parts[0] : at::cat(parts);
+  communicator.all_reduce(sums);
+  return sums;
+}
 
 /// Sums of this rank → expert_load, then the losses that there are of balance, z, importance, load.
 struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
@@ -68,32 +63,27 @@ struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
                                const Routing* routing, const torch::Tensor* own_counts,
                                Communicator* communicator) {
     const int64_t experts = own_counts->size(0);
-    BatchSums sums(*routing, *own_counts, *communicator);
-    auto counts = sums.next(experts);
-    variable_list outputs = {counts.to(torch::kInt64)};
-    const auto tokens = sums.next(1).squeeze(0).clamp_min(1);  // none at all: losses are 0
-    std::vector<Loss> losses;
+    const auto dtype = routing->weights.scalar_type();
+    const auto sums = sums_of_batch(*routing, *own_counts, *communicator);
+    variable_list outputs;
+    variable_list gradients;
     if (routing->probability_sum.defined()) {
-      const auto probability = sums.next(experts);
-      const auto squared_logsumexp = sums.next(1).squeeze(0);
-      auto assignments_of_token = static_cast<double>(routing->expert_ids.size(1));
-      if (routing->first_counts.defined()) {
-        counts = sums.next(experts);
-        assignments_of_token = 1;
-      }
-      const auto slope =
-          counts * (static_cast<double>(experts) / assignments_of_token) / tokens.square();
-      losses.push_back({(slope * probability).sum(), slope});
-      losses.push_back({squared_logsumexp / tokens, tokens.reciprocal()});
+      const bool first = routing->first_counts.defined();
+      const auto losses =
+          kernels_for(sums.device())
+              .batch_losses(sums, sums.narrow(0, first ? 2 * experts + 2 : 0, experts),
+                            first ? 1 : routing->expert_ids.size(1), dtype);
+      outputs = {losses.expert_load, losses.balance, losses.z};
+      gradients = {losses.balance_slope, losses.z_slope};
+    } else {
+      outputs = {sums.to(torch::kInt64)};
     }
     if (routing->importance.defined()) {
-      losses.push_back(squared_variation(sums.next(experts)));
-      losses.push_back(squared_variation(sums.next(experts)));
-    }
-    variable_list gradients;
-    for (const auto& loss : losses) {
-      outputs.push_back(loss.value.to(routing->weights.scalar_type()));
-      gradients.push_back(loss.gradient);
+      for (const auto& of_experts : sums.slice(0, sums.size(0) - 2 * experts).split(experts)) {
+        const Loss loss = squared_variation(of_experts);
+        outputs.push_back(loss.value.to(dtype));
+        gradients.push_back(loss.gradient);
+      }
     }
     context->save_for_backward(std::move(gradients));
     context->saved_data["ranks"] = static_cast<int64_t>(communicator->size());

@@ -82,6 +82,94 @@ TEST_P(PlanKernelsTest, PlanSendEqualsTheDefinition) {
   }
 }
 
+TEST_P(PlanKernelsTest, PlanLocalEqualsTheDefinition) {
+  for (int64_t i = 0; i < effort(60); ++i) {
+    const auto num_experts = random_.pick<int64_t>({1, 2, 5, 16, 70, 300, 1500});
+    const auto top_k = random_.integer(1, std::min<int64_t>(num_experts, 40));
+    const auto tokens = random_.pick<int64_t>({0, 1, 3, 40, 1000});
+    const auto ids =
+        random_expert_ids(random_, tokens, num_experts, top_k, random_.pick(all_skews()));
+    SCOPED_TRACE(c10::str("T ", tokens, " k ", top_k, " E ", num_experts));
+    const auto plan = kernels_.plan_local(on_device(ids), num_experts);
+
+    const auto flat = numbers(ids);
+    std::vector<int64_t> counts, order, rows, members;
+    std::vector<std::vector<int64_t>> places_of(tokens);
+    for (int64_t e = 0; e < num_experts; ++e) {
+      counts.push_back(0);
+      for (int64_t j = 0; j < tokens * top_k; ++j) {
+        if (flat[j] == e) {
+          ++counts.back();
+          places_of[j / top_k].push_back(static_cast<int64_t>(order.size()));
+          order.push_back(j);
+          rows.push_back(j / top_k);
+        }
+      }
+    }
+    for (const auto& places : places_of) {
+      members.insert(members.end(), places.begin(), places.end());
+    }
+    EXPECT_EQ(numbers(plan.expert_counts), counts);
+    EXPECT_EQ(numbers(plan.send_order), order);
+    EXPECT_EQ(numbers(plan.assignment_rows), rows);
+    EXPECT_EQ(numbers(plan.by_row.offsets), numbers(top_k * torch::arange(tokens + 1)));
+    EXPECT_EQ(numbers(plan.by_row.members), members);
+    EXPECT_EQ(numbers(plan.places), numbers(torch::arange(std::max(tokens + 1, tokens * top_k))));
+  }
+}
+
+TEST_P(PlanKernelsTest, PlanLocalOfInvalidIdsStaysInItsTensors) {
+  const auto ids = torch::tensor({{-7, 3, 3}, {9, 9, 0}, {1, 1 << 30, 2}}, torch::kInt64);
+  const auto plan = kernels_.plan_local(on_device(ids), 4);
+  for (const auto& permutation : {plan.send_order, plan.by_row.members}) {
+    EXPECT_EQ(numbers(std::get<0>(permutation.sort())), numbers(torch::arange(9)));
+  }
+  EXPECT_EQ(plan.expert_counts.sum().item<int64_t>(), 9);
+}
+
+TEST_P(PlanKernelsTest, BatchLossesEqualTheirFormulas) {
+  for (const auto dtype : {torch::kFloat32, torch::kFloat64}) {
+    for (const int64_t experts : {1, 7, 64, 255, 256, 1000}) {
+      for (const int64_t tokens : {0, 1, 5000}) {
+        const auto counts = (random_.uniform({experts}) * 100).floor().to(torch::kInt64);
+        const RoutingSums own{random_.uniform({experts}).to(dtype), random_.uniform({}).to(dtype)};
+        const auto sums =
+            kernels_.batch_sums(on_device(counts), tokens,
+                                {on_device(own.probabilities), on_device(own.squared_logsumexp)});
+        const auto expected_sums =
+            torch::cat({counts.to(torch::kFloat64), torch::full({1}, tokens, torch::kFloat64),
+                        own.probabilities.to(torch::kFloat64),
+                        own.squared_logsumexp.reshape(1).to(torch::kFloat64)});
+        EXPECT_TRUE(identical(sums.cpu(), expected_sums));
+        const auto chosen =
+            random_.chance(0.5) ? counts.to(torch::kFloat64) : random_.uniform({experts});
+        const int64_t top_k = random_.integer(1, 8);
+        const auto losses = kernels_.batch_losses(sums, on_device(chosen), top_k, dtype);
+
+        const double all = static_cast<double>(std::max<int64_t>(tokens, 1));
+        const auto* choice = chosen.const_data_ptr<double>();
+        const auto* sum = expected_sums.const_data_ptr<double>();
+        const auto slopes = losses.balance_slope.cpu();
+        double balance = 0;
+        for (int64_t e = 0; e < experts; ++e) {
+          const double slope =
+              choice[e] * static_cast<double>(experts) / static_cast<double>(top_k) / all / all;
+          EXPECT_NEAR(slopes[e].item<double>(), slope, 1e-14 * slope);
+          balance += slope * sum[experts + 1 + e];
+        }
+        const double z = sum[2 * experts + 1] / all;
+        const double roundoff = dtype == torch::kFloat32 ? 6e-8 : 1e-12;
+        EXPECT_EQ(losses.balance.scalar_type(), dtype);
+        EXPECT_EQ(losses.z.scalar_type(), dtype);
+        EXPECT_NEAR(losses.balance.item<double>(), balance, roundoff * balance);
+        EXPECT_NEAR(losses.z.item<double>(), z, roundoff * z);
+        EXPECT_NEAR(losses.z_slope.item<double>(), 1 / all, 1e-15);
+        EXPECT_EQ(numbers(losses.expert_load), numbers(counts));
+      }
+    }
+  }
+}
+
 TEST_P(PlanKernelsTest, OrderArrivalsBringsExpertsTogether) {
   for (int64_t i = 0; i < effort(40); ++i) {
     const auto ranks = random_.integer(1, 6);

@@ -15,6 +15,10 @@ class CpuKernels : public Kernels {
                     const torch::Tensor& expert_bias) const override;
   RoutingSums routing_sums(const torch::Tensor& probabilities,
                            const torch::Tensor& logsumexp) const override;
+  torch::Tensor batch_sums(const torch::Tensor& counts, int64_t tokens,
+                           const RoutingSums& sums) const override;
+  BatchLosses batch_losses(const torch::Tensor& sums, const torch::Tensor& chosen, int64_t top_k,
+                           torch::Dtype dtype) const override;
   torch::Tensor route_backward(const RouteResult& routed, const RoutingRule& rule,
                                const torch::Tensor& dweights, const torch::Tensor& dprobability_sum,
                                const torch::Tensor& dsquared_logsumexp_sum) const override;
@@ -26,6 +30,7 @@ class CpuKernels : public Kernels {
                                     bool may_skip) const override;
   SendPlan plan_send(const torch::Tensor& expert_ids, const std::vector<int64_t>& first_expert,
                      bool may_skip) const override;
+  LocalPlan plan_local(const torch::Tensor& expert_ids, int64_t num_experts) const override;
   ArrivalOrder order_arrivals(const torch::Tensor& segment_rows, const torch::Tensor& rows,
                               const torch::Tensor& counts) const override;
   Csr group(const torch::Tensor& group_of, int64_t groups) const override;

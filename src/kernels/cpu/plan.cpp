@@ -126,6 +126,15 @@ SendPlan CpuKernels::plan_send(const torch::Tensor& unchecked_ids,
   return plan;
 }
 
+LocalPlan CpuKernels::plan_local(const torch::Tensor& unchecked_ids, int64_t num_experts) const {
+  const auto expert_ids = unchecked_ids.clamp(0, num_experts - 1);
+  const int64_t tokens = expert_ids.size(0);
+  const Csr by_expert = group(expert_ids.flatten(), num_experts);
+  const auto rows = by_expert.members.div(expert_ids.size(1), "trunc");
+  return {by_expert.offsets.diff(), by_expert.members, rows, group(rows, tokens),
+          at::arange(std::max(tokens + 1, rows.size(0)), expert_ids.options())};
+}
+
 ArrivalOrder CpuKernels::order_arrivals(const torch::Tensor& segment_rows,
                                         const torch::Tensor& rows,
                                         const torch::Tensor& counts) const {

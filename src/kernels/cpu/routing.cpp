@@ -296,6 +296,25 @@ RoutingSums CpuKernels::routing_sums(const torch::Tensor& probabilities,
   return {probabilities.sum(0), logsumexp.square().sum()};
 }
 
+torch::Tensor CpuKernels::batch_sums(const torch::Tensor& counts, int64_t tokens,
+                                     const RoutingSums& sums) const {
+  const auto wide = counts.options().dtype(torch::kFloat64);
+  return at::cat({counts.to(torch::kFloat64), at::full({1}, static_cast<double>(tokens), wide),
+                  sums.probabilities.to(torch::kFloat64),
+                  sums.squared_logsumexp.reshape(1).to(torch::kFloat64)});
+}
+
+BatchLosses CpuKernels::batch_losses(const torch::Tensor& sums, const torch::Tensor& chosen,
+                                     int64_t top_k, torch::Dtype dtype) const {
+  const int64_t experts = chosen.size(0);
+  const auto tokens = sums.select(0, experts).clamp_min(1);
+  const double scale = static_cast<double>(experts) / static_cast<double>(top_k);
+  const auto slope = chosen * scale / tokens.square();
+  return {sums.narrow(0, 0, experts).to(torch::kInt64),
+          (slope * sums.narrow(0, experts + 1, experts)).sum().to(dtype),
+          (sums.select(0, 2 * experts + 1) / tokens).to(dtype), slope, tokens.reciprocal()};
+}
+
 torch::Tensor CpuKernels::route_backward(const RouteResult& routed, const RoutingRule& rule,
                                          const torch::Tensor& dweights,
                                          const torch::Tensor& dprobability_sum,

@@ -86,6 +86,24 @@ int64_t routing_sums_scratch(int64_t tokens, int64_t experts);
 void launch_routing_sums(Scalar scalar, int64_t tokens, int64_t experts, const RoutingSums& sums,
                          cudaStream_t stream);
 
+/// See Kernels::batch_sums: `out` [2E + 2].
+void launch_batch_sums(Scalar scalar, const int64_t* counts, int64_t tokens, int64_t experts,
+                       const void* probability_sum, const void* squared_logsumexp_sum, double* out,
+                       cudaStream_t stream);
+
+/// See BatchLosses.
+struct Losses {
+  int64_t* expert_load;
+  void* balance;
+  void* z;
+  double* balance_slope;
+  double* z_slope;
+};
+
+/// See Kernels::batch_losses; `scalar`, of the losses, is kFloat or kDouble.
+void launch_batch_losses(Scalar scalar, const double* sums, const double* chosen, int64_t experts,
+                         int64_t top_k, const Losses& losses, cudaStream_t stream);
+
 // split.cu
 
 /// `parts`: three of them. See Kernels::split.
@@ -133,6 +151,23 @@ void launch_token_rows(const TokenRanks& pairs, const int64_t* row_of, const int
 void launch_segment_rows(const int64_t* send_order, int64_t count, const TokenRanks& pairs,
                          const int64_t* row_of, const int64_t* segments, int32_t* segment_rows,
                          cudaStream_t stream);
+
+/// See LocalPlan. `send_order` and `expert_offsets` [E+1] are those of the ids' grouping by expert.
+struct Local {
+  const int64_t* expert_ids;
+  const int64_t* send_order;
+  const int64_t* expert_offsets;
+  int64_t tokens;
+  int64_t top_k;
+  int64_t experts;
+  int64_t* expert_counts;
+  int64_t* assignment_rows;
+  int64_t* row_offsets;
+  int64_t* row_members;
+  int64_t* places;
+};
+
+void launch_local(const Local& plan, cudaStream_t stream);
 
 /// `source_ends` [W·L] by (source, expert), `expert_ends` [L·W] by (expert, source) and `row_ends`
 /// [W]: inclusive running sums of the counts; L local experts.

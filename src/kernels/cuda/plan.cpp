@@ -87,6 +87,27 @@ SendPlan CudaKernels::plan_send(const torch::Tensor& expert_ids,
   return plan;
 }
 
+LocalPlan CudaKernels::plan_local(const torch::Tensor& expert_ids, int64_t num_experts) const {
+  const OnDevice stream(expert_ids);
+  const int64_t tokens = expert_ids.size(0);
+  const int64_t assignments = expert_ids.numel();
+  const auto index = expert_ids.options();
+  const Csr by_expert = group(expert_ids.flatten(), num_experts);
+  LocalPlan plan{at::empty({num_experts}, index),
+                 by_expert.members,
+                 at::empty({assignments}, index),
+                 {at::empty({tokens + 1}, index), at::empty({assignments}, index)},
+                 at::empty({std::max(tokens + 1, assignments)}, index)};
+  cuda::launch_local(
+      {expert_ids.const_data_ptr<int64_t>(), by_expert.members.const_data_ptr<int64_t>(),
+       by_expert.offsets.const_data_ptr<int64_t>(), tokens, expert_ids.size(1), num_experts,
+       plan.expert_counts.data_ptr<int64_t>(), plan.assignment_rows.data_ptr<int64_t>(),
+       plan.by_row.offsets.data_ptr<int64_t>(), plan.by_row.members.data_ptr<int64_t>(),
+       plan.places.data_ptr<int64_t>()},
+      stream);
+  return plan;
+}
+
 ArrivalOrder CudaKernels::order_arrivals(const torch::Tensor& segment_rows,
                                          const torch::Tensor& rows,
                                          const torch::Tensor& counts) const {

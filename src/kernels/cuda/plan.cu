@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "kernels/cuda/device.cuh"
 
 // Integers only, and integer atomics only where the result does not depend on their order: the plan
@@ -258,6 +260,40 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+/// A thread for each number there is to be written at most. Places of a token's assignments ascend
+/// with their experts, of equal ones (which are refused) with their slots.
+__global__ void __launch_bounds__(kThreads) local_kernel(Local plan) {
+  const int64_t i = thread_index();
+  const int64_t assignments = plan.tokens * plan.top_k;
+  if (i < plan.experts) {
+    plan.expert_counts[i] = plan.expert_offsets[i + 1] - plan.expert_offsets[i];
+  }
+  if (i <= plan.tokens) {
+    plan.row_offsets[i] = i * plan.top_k;
+  }
+  if (i < max(plan.tokens + 1, assignments)) {
+    plan.places[i] = i;
+  }
+  if (i >= assignments) {
+    return;
+  }
+  const int64_t assignment = plan.send_order[i];
+  const int64_t token = assignment / plan.top_k;
+  const int64_t first = token * plan.top_k;
+  // As the grouping takes ids: those outside are the last expert's.
+  const auto expert_of = [&](int64_t at) {
+    return min(static_cast<uint64_t>(plan.expert_ids[at]), static_cast<uint64_t>(plan.experts - 1));
+  };
+  const uint64_t expert = expert_of(assignment);
+  int64_t before = 0;
+  for (int64_t other = first; other < first + plan.top_k; ++other) {
+    const uint64_t of_other = expert_of(other);
+    before += of_other < expert || (of_other == expert && other < assignment);
+  }
+  plan.assignment_rows[i] = token;
+  plan.row_members[first + before] = i;
+}
+
 /// A thread per token: its rows in the order of their ranks.
 __global__ void __launch_bounds__(kThreads)
     token_rows_kernel(TokenRanks pairs, const int64_t* __restrict__ row_of,
@@ -406,6 +442,12 @@ void launch_segment_rows(const int64_t* send_order, int64_t count, const TokenRa
   segment_rows_kernel<<<grid_for(count), kThreads, 0, stream>>>(send_order, count, pairs, row_of,
                                                                 segments, segment_rows);
   check_launch("segment_rows");
+}
+
+void launch_local(const Local& plan, cudaStream_t stream) {
+  const int64_t numbers = std::max({plan.experts, plan.tokens + 1, plan.tokens * plan.top_k});
+  local_kernel<<<grid_for(numbers), kThreads, 0, stream>>>(plan);
+  check_launch("local");
 }
 
 void launch_order_arrivals(const int32_t* segment_rows, int64_t count, const int64_t* source_ends,

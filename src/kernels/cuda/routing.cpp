@@ -60,6 +60,34 @@ RoutingSums CudaKernels::routing_sums(const torch::Tensor& probabilities,
   return result;
 }
 
+torch::Tensor CudaKernels::batch_sums(const torch::Tensor& counts, int64_t tokens,
+                                      const RoutingSums& sums) const {
+  const OnDevice stream(counts);
+  const int64_t experts = counts.size(0);
+  auto out = at::empty({2 * experts + 2}, counts.options().dtype(torch::kFloat64));
+  cuda::launch_batch_sums(cuda::scalar_of(sums.probabilities), counts.const_data_ptr<int64_t>(),
+                          tokens, experts, sums.probabilities.const_data_ptr(),
+                          sums.squared_logsumexp.const_data_ptr(), out.data_ptr<double>(), stream);
+  return out;
+}
+
+BatchLosses CudaKernels::batch_losses(const torch::Tensor& sums, const torch::Tensor& chosen,
+                                      int64_t top_k, torch::Dtype dtype) const {
+  const OnDevice stream(sums);
+  const int64_t experts = chosen.size(0);
+  const auto of_type = [&](torch::Dtype type) { return sums.options().dtype(type); };
+  BatchLosses losses{at::empty({experts}, of_type(torch::kInt64)), at::empty({}, of_type(dtype)),
+                     at::empty({}, of_type(dtype)), at::empty({experts}, sums.options()),
+                     at::empty({}, sums.options())};
+  cuda::launch_batch_losses(
+      cuda::scalar_of(losses.balance), sums.const_data_ptr<double>(),
+      chosen.const_data_ptr<double>(), experts, top_k,
+      {losses.expert_load.data_ptr<int64_t>(), losses.balance.data_ptr(), losses.z.data_ptr(),
+       losses.balance_slope.data_ptr<double>(), losses.z_slope.data_ptr<double>()},
+      stream);
+  return losses;
+}
+
 torch::Tensor CudaKernels::route_backward(const RouteResult& routed, const RoutingRule& rule,
                                           const torch::Tensor& dweights,
                                           const torch::Tensor& dprobability_sum,

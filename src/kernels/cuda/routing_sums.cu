@@ -100,6 +100,42 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename value_t>
+__global__ void __launch_bounds__(kThreads)
+    batch_sums_kernel(const int64_t* __restrict__ counts, int64_t tokens, int experts,
+                      const value_t* __restrict__ probability_sum,
+                      const value_t* __restrict__ squared_logsumexp_sum, double* __restrict__ out) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < experts) {
+    out[i] = static_cast<double>(counts[i]);
+    out[experts + 1 + i] = static_cast<double>(probability_sum[i]);
+  } else if (i == experts) {
+    out[experts] = static_cast<double>(tokens);
+    out[2 * experts + 1] = static_cast<double>(*squared_logsumexp_sum);
+  }
+}
+
+/// One block.
+template <typename value_t>
+__global__ void __launch_bounds__(kThreads)
+    batch_losses_kernel(const double* __restrict__ sums, const double* __restrict__ chosen,
+                        int experts, double scale, Losses losses) {
+  const double tokens = fmax(sums[experts], 1.0);  // none at all: losses are 0
+  double balance = 0;
+  for (int expert = threadIdx.x; expert < experts; expert += kThreads) {
+    const double slope = chosen[expert] * scale / (tokens * tokens);
+    losses.balance_slope[expert] = slope;
+    losses.expert_load[expert] = static_cast<int64_t>(sums[expert]);
+    balance += slope * sums[experts + 1 + expert];
+  }
+  balance = block_sum(balance);
+  if (threadIdx.x == 0) {
+    *static_cast<value_t*>(losses.balance) = static_cast<value_t>(balance);
+    *static_cast<value_t*>(losses.z) = static_cast<value_t>(sums[2 * experts + 1] / tokens);
+    *losses.z_slope = 1 / tokens;
+  }
+}
+
+template <typename value_t>
 void launch(int64_t tokens, int64_t experts, const RoutingSums& sums, cudaStream_t stream) {
   const unsigned blocks = grid_size(blocks_for(tokens, experts));
   auto* const partial = static_cast<value_t*>(sums.scratch);
@@ -127,6 +163,28 @@ void launch_routing_sums(Scalar scalar, int64_t tokens, int64_t experts, const R
   } else {
     launch<float>(tokens, experts, sums, stream);
   }
+}
+
+void launch_batch_sums(Scalar scalar, const int64_t* counts, int64_t tokens, int64_t experts,
+                       const void* probability_sum, const void* squared_logsumexp_sum, double* out,
+                       cudaStream_t stream) {
+  const auto launch = [&](auto zero) {
+    using value_t = decltype(zero);
+    batch_sums_kernel<<<grid_size(divide_up(experts + 1, kThreads)), kThreads, 0, stream>>>(
+        counts, tokens, static_cast<int>(experts), static_cast<const value_t*>(probability_sum),
+        static_cast<const value_t*>(squared_logsumexp_sum), out);
+    check_launch("batch_sums");
+  };
+  scalar == Scalar::kDouble ? launch(double{}) : launch(float{});
+}
+
+void launch_batch_losses(Scalar scalar, const double* sums, const double* chosen, int64_t experts,
+                         int64_t top_k, const Losses& losses, cudaStream_t stream) {
+  const double scale = static_cast<double>(experts) / static_cast<double>(top_k);
+  const auto kernel =
+      scalar == Scalar::kDouble ? batch_losses_kernel<double> : batch_losses_kernel<float>;
+  kernel<<<1, kThreads, 0, stream>>>(sums, chosen, static_cast<int>(experts), scale, losses);
+  check_launch("batch_losses");
 }
 
 }  // namespace anabranch::cuda
