@@ -56,10 +56,11 @@ TrafficTest::Count TrafficTest::count(const torch::Tensor& expert_ids,
   return result;
 }
 
-// Load and losses of the whole batch are one sum over the ranks: 8 bytes for each expert's load and
-// for the tokens, and with a gate for each expert's probability and for the z-loss.
+// Load and losses of the whole batch are one sum over the ranks: 8 bytes for each expert's load, and with
+// a gate for each expert's probability, for the tokens and for the z-loss.
 Traffic TrafficTest::sum_of_losses(int64_t num_experts, bool routing_from_outside) const {
-  auto sums = torch::zeros({(num_experts + 1) * (routing_from_outside ? 1 : 2)}, torch::kFloat64);
+  auto sums =
+      torch::zeros({routing_from_outside ? num_experts : 2 * num_experts + 2}, torch::kFloat64);
   world_->reset_traffic();
   world_->all_reduce(sums);
   return world_->traffic();

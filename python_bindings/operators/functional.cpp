@@ -36,7 +36,7 @@ Tensors to_list(const ExchangePlan& plan) {
           plan.token_offsets,
           plan.token_rows.clone(),
           plan.send_order,
-          plan.received_order,
+          plan.received_order.clone(),
           plan.assignment_rows,
           plan.row_offsets,
           plan.row_assignments};

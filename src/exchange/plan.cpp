@@ -190,15 +190,16 @@ ExchangePlan plan_alone(const Routing& routing, const torch::Tensor& ids,
   const auto told = counts_on_host(
       at::cat({nonfinite.reshape(1), invalid.reshape(1), local.expert_counts}), communicator);
   const int64_t* own = told.const_data_ptr<int64_t>();
-  if (own[0] >= 0 || own[1] >= 0) {
-    refuse(routing, num_experts, own[0], own[1]);
+  if (own[kNonfiniteToken] >= 0 || own[kInvalidToken] >= 0) {
+    refuse(routing, num_experts, own[kNonfiniteToken], own[kInvalidToken]);
   }
+  const int64_t* counts = own + kRows;  // of rows there is nothing to tell
   ExchangePlan plan;
   plan.tokens = ids.size(0);
   plan.top_k = ids.size(1);
   plan.send_rows = plan.receive_rows = {plan.tokens};
   plan.send_assignments = plan.receive_assignments = {ids.numel()};
-  plan.expert_counts.assign(own + 2, own + 2 + num_experts);
+  plan.expert_counts.assign(counts, counts + num_experts);
   plan.source_counts = local.expert_counts;
   plan.send_tokens = plan.token_rows = local.places.narrow(0, 0, plan.tokens);
   plan.token_offsets = local.places.narrow(0, 0, plan.tokens + 1);
