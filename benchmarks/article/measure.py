@@ -21,6 +21,8 @@ from .stages import profile
 SLOW_MS = 300.0
 # Beyond this all that a step sets up is lost in it, and one step tells as much as more.
 VERY_SLOW_MS = 1000.0
+# Steps before those that are timed, in a turn that has time for more than one.
+WARM_UP = 3
 
 
 class DeviceLost(Exception):
@@ -31,7 +33,7 @@ class DeviceLost(Exception):
 class Settings:
     device: str
     seed: int = 1
-    seconds: float = 0.03  # of measuring, for a method and pass of a unit
+    seconds: float = 0.1  # of measuring, for a method and pass of a unit
     rounds: int = 3  # turns over which these are spread
     memory_limit: int | None = None  # bytes
 
@@ -245,8 +247,13 @@ class Subject:
 
     def timed(self, step, about):
         """Milliseconds of each of as many steps, that take `about` so many, as a turn has time for."""
-        count = int(self.settings.seconds * 1e3 / self.settings.rounds / max(about, 1e-3))
-        return self.clock.milliseconds(step, min(max(count, 1), 50))
+        count = self.steps_in_a_turn(about)
+        if count > 1:  # the first of a turn take longer
+            count = self.steps_in_a_turn(min(self.clock.milliseconds(step, min(count, WARM_UP))))
+        return self.clock.milliseconds(step, count)
+
+    def steps_in_a_turn(self, ms):
+        return min(max(int(self.settings.seconds * 1e3 / self.settings.rounds / max(ms, 1e-3)), 1), 50)
 
     def peak(self, step):
         """Bytes of x, dy, the parameters, and most of all else alive in a step; and its milliseconds."""

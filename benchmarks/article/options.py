@@ -54,7 +54,7 @@ def parser():
     add("--peers", action="store_true", help="MegaBlocks, ScatterMoE, SonicMoE, Tutel, FastMoE as well")
     add("--memory-limit", type=size, metavar="SIZE", help="such as 16GiB, the article's GPU; what needs more is a row")
     add("--budget", type=positive(float), metavar="MINUTES", help="begin nothing that will not fit; again: the rest")
-    add("--seconds", type=positive(float), default=0.03, help="of measuring, for a method and pass of a case (0.03)")
+    add("--seconds", type=positive(float), default=0.1, help="of measuring, for a method and pass of a case (0.1)")
     add("--rounds", type=positive(int), default=3, help="turns over which these are spread, each over all cases (3)")
     add("--seed", type=int, default=1, help="of the inputs")
     add("--again", action="store_true", help="measure once more what failed, was wrong, missing or out of memory")

@@ -131,6 +131,21 @@ def test_the_median_of_all_turns(rows_of, monkeypatch):
     assert row["tflops"] == pytest.approx(SMALL.flops("forward") / 5.0 / 1e9)
 
 
+def test_the_first_steps_of_a_turn_are_not_timed(rows_of, monkeypatch):
+    counts = []
+
+    def milliseconds(self, step, count):
+        counts.append(count)
+        warming_up = len(counts) % 2 == 1
+        return [9.0, 4.0, 5.0] if warming_up else [2.0] * count
+
+    monkeypatch.setattr(measure.Clock, "milliseconds", milliseconds)
+    rows = rows_of({"plain": methods.PlainLoop}, seconds=0.2, rounds=2)
+    assert counts == [3, 25] * 2  # 100 ms a turn, a step of 4 ms
+    for which in cases.PASSES:
+        assert rows["plain", which]["steps"] == 25 and rows["plain", which]["ms"] == 2.0
+
+
 @pytest.mark.parametrize(
     "row, wanted",
     [
