@@ -4,33 +4,33 @@ import itertools
 import math
 import os
 import statistics
+from collections import defaultdict
 from pathlib import Path
 
 from . import plots, sanitize
 from .cases import ARTICLE_SPLIT, PASSES, TYPES
 from .oracle import unit_roundoff
 from .stages import STAGES
-from .tables import case_label, methods_in, select, table, tuple_of
+from .tables import case_label, methods_in, select, settled, table, tuple_of
 
 ARTICLE_SUM = sum(ARTICLE_SPLIT)
 TESTS = Path(__file__).resolve().parents[2] / "tests/gemm"
 
 
 def against_even(rows):
-    """Rows of the uneven split, with their time over the even one's as `ratio_to_even`."""
-    even = {
-        (tuple_of(r), r["dtype"], r["method"], r["pass"]): r["ms"] for r in rows if r["routing"] == "even" and r["ms"]
-    }
+    """Rows of the uneven split, with their time over the even one's as `ratio_to_even`, where both are settled."""
+    rows = [row for row in rows if settled(row)]
+    even = {(tuple_of(r), r["dtype"], r["method"], r["pass"]): r["ms"] for r in select(rows, routing="even")}
     found = []
-    for row in rows:
+    for row in select(rows, routing="uneven"):
         other = even.get((tuple_of(row), row["dtype"], row["method"], row["pass"]))
-        if row["routing"] == "uneven" and row["ms"] and other and row["experts"] > 1:
+        if other and row["experts"] > 1:
             found.append({**row, "ratio_to_even": row["ms"] / other})
     return found
 
 
 def spread(values):
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f}; {len(values)})"
 
 
 def interpolated(points, rows):
@@ -64,9 +64,7 @@ rows and was compared with an even one of {64 * 1024 * 8:,}.
 """
     sums = [row for row in rows if row["sequences"] == 1 and row["top_k"] == 1]
     if sums:
-        text += (
-            "\nThe same number of rows in both, one expert a token (E 8, milliseconds):\n\n" + equal_sums(sums) + "\n"
-        )
+        text += equal_sums(sums)
     for dtype in TYPES:
         here = select(ratios, dtype=dtype)
         if not here:
@@ -82,7 +80,10 @@ rows and was compared with an even one of {64 * 1024 * 8:,}.
             for method in methods_in(here)
             if (own := select(here, method=method))
         ]
-        text += f"\nTime of the uneven split over the even one's, {dtype}: median (least to most) over the cases\n\n"
+        text += (
+            f"\nTime of the uneven split over the even one's, {dtype}: median (least to most; over how many cases) of "
+            "those where both are settled\n\n"
+        )
         text += table(("method", *PASSES), lines) + "\n"
         image(plots.splits, here, dtype)
         text += image.take()
@@ -93,14 +94,28 @@ rows and was compared with an even one of {64 * 1024 * 8:,}.
 
 
 def equal_sums(sums):
-    columns = sorted({(row["length"], row["routing"]) for row in sums if row["status"] != "impossible"})
-    lines = []
+    lengths = sorted({row["length"] for row in sums})
+    lines, ratios = [], defaultdict(list)
     for dtype, which, method in itertools.product(TYPES, PASSES, methods_in(sums)):
-        found = {(r["length"], r["routing"]): r for r in select(sums, dtype=dtype, method=method) if r["pass"] == which}
-        if any(row["ms"] for row in found.values()):
-            cells = [f"{found[c]['ms']:.3g}" if c in found and found[c]["ms"] else "" for c in columns]
+        own = [row for row in select(sums, dtype=dtype, method=method) if row["pass"] == which and row["ms"]]
+        ms = {(row["length"], row["routing"]): row["ms"] for row in own}
+        cells = []
+        for length in lengths:
+            even, uneven = ms.get((length, "even")), ms.get((length, "uneven"))
+            cells += [f"{even:.3g}" if even else "", f"{uneven:.3g}" if uneven else "", ""]
+            if even and uneven:
+                ratios[method].append(uneven / even)
+                cells[-1] = f"{uneven / even:.2f}"
+        if ms:
             lines.append((dtype, which, method, *cells))
-    return table(("type", "pass", "method", *(f"{length:,} {routing}" for length, routing in columns)), lines)
+    columns = [name for length in lengths for name in (f"{length:,} even", f"{length:,} uneven", "u/e")]
+    answers = ", ".join(f"{method} {min(found):.2f} to {max(found):.2f}" for method, found in ratios.items())
+    return f"""
+The same number of rows in both, one expert a token (E 8). Over types, passes and both sums the uneven split takes this
+many times the even one's time: {answers}. In milliseconds (u/e: uneven over even):
+
+{table(("type", "pass", "method", *columns), lines)}
+"""
 
 
 def why_uneven(rates, ratios, image):
@@ -113,12 +128,13 @@ Why: the rate of one GEMM against its rows, {first["k"]} → {first["n"]}. Where
 like; an expert on its rising part costs more than its share. From the curve, an uneven split's products, one after
 another, would take this many times the even one's, beside what was measured (median over the cases):
 """
+    measured_at = {rate["rows"] for rate in rates}
+    shown = [1 << power for power in range(5, 20, 2) if 1 << power in measured_at]
     lines = []
     for dtype in TYPES:
         own = select(rates, dtype=dtype)
         if own:
             largest = max(rate["rows"] for rate in own)
-            shown = [1 << power for power in range(5, 20, 2) if (1 << power) <= largest]
             by_rows = {rate["rows"]: rate["tflops"] for rate in own}
             measured = [r["ratio_to_even"] for r in select(ratios, dtype=dtype) if r["pass"] == "forward"]
             scaled = [count * largest / ARTICLE_SUM for count in ARTICLE_SPLIT]

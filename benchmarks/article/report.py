@@ -10,7 +10,7 @@ from .cases import PASSES, TYPES
 from .measure import SLOW_MS, VERY_SLOW_MS
 from .questions import QUESTIONS, unit_label
 from .registry import DESCRIPTIONS
-from .tables import GIB, grid_table, methods_in, milliseconds, select, table
+from .tables import GIB, SETTLED, comparable, grid_table, methods_in, milliseconds, select, table
 
 
 def about(whole):
@@ -33,7 +33,8 @@ included; `(sequences × length, hidden, E experts, k of them for a token)`. Out
 against an fp64 oracle before anything is timed. Each time is the median of turns, each the median of its steps; the
 cases take their turns one after another, and in each the methods, so that what drifts meets all alike. Steps of
 {SLOW_MS:g} ms or more have one turn; of those of {VERY_SLOW_MS:g} ms or more it may be the step that was checked. A
-step is launched by Python: below about a millisecond it takes the time of the host, not of the GPU. Peak memory counts
+step is launched by Python: one of a few milliseconds takes the time of the host, not of the GPU, and hosts change their
+pace. A time is called settled where its longest turn is at most {SETTLED:g} times its shortest. Peak memory counts
 inputs, parameters, gradients and everything alive between, without workspaces that are kept from step to step. Routing
 is by a learned gate, or in a given split: even, or the article's uneven one; where every token goes to every expert
 (k = E) these are one, and measured as learned. Written by `launch/article.sh`.
@@ -100,11 +101,12 @@ def geometric_mean(values):
 def summary(rows):
     """Mean time over the fastest, by type and pass."""
     columns = [(dtype, which) for dtype in TYPES for which in PASSES if select(rows, dtype=dtype)]
+    known = comparable(rows)
     lines = []
     for method in methods_in(rows):
         cells = []
         for dtype, which in columns:
-            own = [row for row in select(rows, dtype=dtype, method=method) if row["pass"] == which and row["ratio"]]
+            own = [row for row in select(known, dtype=dtype, method=method) if row["pass"] == which]
             mean = geometric_mean([row["ratio"] for row in own])
             cells.append(f"{mean:.2f} ({len(own)})" if mean else "")
         lines.append((method, *cells))
@@ -115,9 +117,12 @@ def times(rows, image):
     free = select(rows, memory_limit=None)
     text = f"""## Time
 
-Time over the fastest method's at the same case, geometric mean over all cases and routings (and over how many):
+Time over the fastest method's at the same case, geometric mean over the cases and routings where both are settled (and
+over how many):
 
 {summary(free)}
+
+In what follows the fastest is bold, and ~ marks a time that is not settled.
 """
     for dtype in TYPES:
         routing = next(

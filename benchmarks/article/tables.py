@@ -5,6 +5,7 @@ from report import table  # benchmarks/report.py
 from .cases import Case
 
 GIB = 1 << 30
+SETTLED = 1.1  # the longest turn over the shortest, at most
 SHORT = {
     "out of memory": "OOM",
     "unsupported": "–",
@@ -17,6 +18,17 @@ SHORT = {
 
 def select(rows, **wanted):
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def settled(row):
+    """Whether a time is known well: its turns agree. A short step waits for its host, whose pace changes."""
+    return row["ms"] is not None and max(row["turns"]) <= SETTLED * min(row["turns"])
+
+
+def comparable(rows):
+    """Those with a settled time whose case has a settled fastest."""
+    fastest = {(row["unit"], row["pass"]) for row in rows if row["ratio"] == 1 and settled(row)}
+    return [row for row in rows if settled(row) and (row["unit"], row["pass"]) in fastest]
 
 
 def tuple_of(row):
@@ -54,4 +66,6 @@ def grid_table(rows, cell):
 
 def milliseconds(row):
     text = f"{row['ms']:.3g}" if row["ms"] < 100 else f"{row['ms']:.0f}"
+    if not settled(row):
+        return f"~{text}"
     return f"**{text}**" if row["ratio"] == 1 else text
