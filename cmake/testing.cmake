@@ -129,7 +129,8 @@ function(anabranch_test name)
   if(arg_CPU_ONLY OR NOT ANABRANCH_WITH_CUDA)
     return()
   endif()
-  set(common LABELS gpu ${arg_LABELS} TIMEOUT ${arg_TIMEOUT} ENVIRONMENT ${cuda_environment}
+  math(EXPR timeout "3 * ${arg_TIMEOUT}") # ranks that share a GPU wait for their turns
+  set(common LABELS gpu ${arg_LABELS} TIMEOUT ${timeout} ENVIRONMENT ${cuda_environment}
       RESOURCE_LOCK gpu)
   foreach(ranks IN LISTS arg_CUDA_RANKS)
     anabranch_add_ranks(${name}.cuda.np${ranks} ${name} ${ranks} ${common} ARGUMENTS --device cuda)

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.colors import ListedColormap  # noqa: E402
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 
-from .cases import ARTICLE_SPLIT, PASSES  # noqa: E402
+from .cases import ARTICLE_SPLIT, PASSES, TYPES  # noqa: E402
 from .registry import DESCRIPTIONS  # noqa: E402
 from .stages import STAGES  # noqa: E402
 from .tables import GIB, case_label, cases_in, methods_in, select, tuple_of  # noqa: E402
@@ -151,9 +151,10 @@ def survivors(rows, folder, limit):
 
 def rates(records, folder):
     figure, axes = plt.subplots(figsize=(9, 4.8), layout="constrained")
-    for dtype in dict.fromkeys(record["dtype"] for record in records):
+    for dtype in TYPES:
         points = sorted((r["rows"], r["tflops"]) for r in records if r["dtype"] == dtype)
-        axes.plot(*zip(*points), marker="o", markersize=4, label=dtype)
+        if points:
+            axes.plot(*zip(*points), marker="o", markersize=4, label=dtype)
     largest = max(record["rows"] for record in records)
     marked = [count for count in ARTICLE_SPLIT if count <= largest]
     for count in marked:
