@@ -39,7 +39,7 @@ inputs, parameters, gradients and everything alive between, without workspaces t
 is by a learned gate, or in a given split: even, or the article's uneven one; where every token goes to every expert
 (k = E) these are one, and measured as learned. Written by `launch/article.sh`.
 {small if any(run["small"] for run in runs) else ""}
-- device: {distinct("device")}; host processor {distinct("processor")}, {distinct("cores")} cores
+- device: {distinct("device")}; host processor {distinct("processor")}, {distinct("cores").replace(", ", " or ")} cores
 - PyTorch {distinct("torch")}, CUDA {distinct("cuda") or "none"}; {others}
 - expert hidden size: {distinct("expert_hidden_factor")} × hidden
 - {dates[0]} to {dates[-1]}, by the runs listed at the end
