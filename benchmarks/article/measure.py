@@ -38,6 +38,11 @@ class Settings:
     memory_limit: int | None = None  # bytes
 
 
+def steps_within(time_for, ms, least=1):
+    """How many steps of so many milliseconds there is time for."""
+    return min(max(int(time_for / max(ms, 1e-3)), least), 50)
+
+
 class Clock:
     """Times and peak memory of steps on one device."""
 
@@ -247,13 +252,11 @@ class Subject:
 
     def timed(self, step, about):
         """Milliseconds of each of as many steps, that take `about` so many, as a turn has time for."""
-        count = self.steps_in_a_turn(about)
+        time_for = self.settings.seconds * 1e3 / self.settings.rounds
+        count = steps_within(time_for, about)
         if count > 1:  # the first of a turn take longer
-            count = self.steps_in_a_turn(min(self.clock.milliseconds(step, min(count, WARM_UP))))
+            count = steps_within(time_for, min(self.clock.milliseconds(step, min(count, WARM_UP))))
         return self.clock.milliseconds(step, count)
-
-    def steps_in_a_turn(self, ms):
-        return min(max(int(self.settings.seconds * 1e3 / self.settings.rounds / max(ms, 1e-3)), 1), 50)
 
     def peak(self, step):
         """Bytes of x, dy, the parameters, and most of all else alive in a step; and its milliseconds."""
@@ -357,22 +360,33 @@ class UnitTurn:
         """Rows of each method after its turn; DeviceLost carries those of the method that lost it."""
         self.oracle = Oracle(self.problem)
         self.expect(False)
-        for subject in self.subjects:
-            self.begun(subject.name)
+
+        def check_and_measure(subject):
             for which, check in (("forward+backward", subject.check_backward), ("forward", subject.check_forward)):
-                self.use(subject, which, lambda check=check: check(self.oracle, self.expected))
+                self.use(subject, which, check, self.oracle, self.expected)
             for which in cases.PASSES:
-                self.use(subject, which, lambda subject=subject, which=which: subject.measure_first(which))
-            yield from subject.rows()
-            subject.release()
+                self.use(subject, which, subject.measure_first, which)
+
+        yield from self.each_in_turn(check_and_measure, Subject.rows)
 
     def later(self):
         """What each method's turn adds; DeviceLost as above."""
+
+        def measure(subject):
+            for which in subject.status:
+                self.use(subject, which, subject.measure_again, which)
+
+        yield from self.each_in_turn(measure, Subject.turns)
+
+    def each_in_turn(self, take_turn, records):
+        """The `records` of each method after it took its turn."""
         for subject in self.subjects:
             self.begun(subject.name)
-            for which in subject.status:
-                self.use(subject, which, lambda subject=subject, which=which: subject.measure_again(which))
-            yield from subject.turns()
+            try:
+                take_turn(subject)
+            except DeviceLost as lost:
+                raise DeviceLost(list(records(subject))) from lost.__cause__
+            yield from records(subject)
             subject.release()
 
     def stages(self):
@@ -384,7 +398,7 @@ class UnitTurn:
                 yield subject.name, profile(subject.forward_backward, self.clock.cuda)
                 subject.release()
 
-    def use(self, subject, which, action):
+    def use(self, subject, which, action, *arguments):
         """Lets a method do something of a pass, unless it has failed at it; what it throws becomes its row."""
         if subject.status[which] != "ok":
             return
@@ -395,7 +409,7 @@ class UnitTurn:
                 self.expect(subject.method.coarse_logits)
             others = self.clock.allocated() - self.inputs - subject.parameter_bytes()
             with self.clock.memory_limit(self.settings.memory_limit, others):
-                action()
+                action(*arguments)
         except Exception as error:
             self.failed(subject, which, error)
         subject.clear_gradients()
@@ -414,4 +428,4 @@ class UnitTurn:
             for other, its_status in subject.status.items():
                 if its_status == "ok":
                     subject.status[other], subject.reason[other] = status, f"the device was lost: {reason}"
-            raise DeviceLost(list(subject.rows() if self.oracle else subject.turns())) from error
+            raise DeviceLost from error

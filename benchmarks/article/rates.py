@@ -5,7 +5,7 @@ import statistics
 import torch
 
 from .cases import ARTICLE_SPLIT, TYPES
-from .measure import Clock
+from .measure import Clock, steps_within
 
 HIDDEN = 512
 ROUNDS = 3
@@ -50,7 +50,7 @@ def measure(device, dtype, factor, small, seconds):
     for _ in range(ROUNDS):
         for rows, step in products.items():
             warm = clock.milliseconds(step, 1)[0]
-            count = min(50, max(3, int(seconds * 1e3 / ROUNDS / max(warm, 1e-3))))
+            count = steps_within(seconds * 1e3 / ROUNDS, warm, least=3)
             times[rows] += [ms / IN_A_ROW for ms in clock.milliseconds(step, count)]
     for rows in sizes:
         ms = statistics.median(times[rows])

@@ -168,6 +168,19 @@ def test_a_lost_device(monkeypatch, rows_of):
     assert "illegal memory access" in rows[1]["reason"] and "the device was lost" in rows[0]["reason"]
 
 
+def test_a_device_lost_in_a_later_turn(monkeypatch, seed):
+    monkeypatch.setattr(measure.Clock, "alive", lambda self: False)
+    unit, settings = cases.Unit(SMALL, "fp32", "learned"), measure.Settings("cpu", seed, seconds=1e-3, rounds=2)
+    factories = {"good": methods.PlainLoop, "bad": failing_with(RuntimeError("CUDA error: unspecified launch failure"))}
+    turns = measure.UnitTurn(unit, factories, settings).later()
+    assert [next(turns)["status"] for _ in cases.PASSES] == ["ok", "ok"]
+    with pytest.raises(measure.DeviceLost) as lost:
+        next(turns)
+    (first, second) = lost.value.args[0]
+    assert (first["method"], first["status"], second["status"]) == ("bad", "failed", "failed")
+    assert "launch failure" in first["reason"] and set(first) == set(second) and "turns" not in first
+
+
 @pytest.mark.parametrize("tunes", [False, True])
 def test_a_very_slow_step_is_measured_by_its_check(rows_of, monkeypatch, tunes):
     steps = []
