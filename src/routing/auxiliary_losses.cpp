@@ -76,7 +76,7 @@ struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
       outputs = {losses.expert_load, losses.balance, losses.z};
       gradients = {losses.balance_slope, losses.z_slope};
     } else {
-      outputs = {sums.to(torch::kInt64)};
+      outputs = {sums.narrow(0, 0, experts).to(torch::kInt64)};
     }
     if (routing->importance.defined()) {
       for (const auto& of_experts : sums.slice(0, sums.size(0) - 2 * experts).split(experts)) {
