@@ -267,43 +267,34 @@ class Subject:
             raise MemoryError(f"{peak:,} bytes are needed, {limit:,} are allowed")
         return peak, ms
 
-    def ms(self, which):
-        return statistics.median(self.times[which]) if self.status[which] == "ok" else None
+    def found(self, which):
+        """What a turn finds of a pass."""
+        status, times = self.status[which], self.times[which]
+        ms = statistics.median(times) if status == "ok" else None
+        return dict(status=status, reason=self.reason.get(which), ms=ms, steps=len(times))
 
     def rows(self):
         """Of a first turn."""
-        case = self.problem.case
-        for which, status in self.status.items():
-            ms = self.ms(which)
+        for which in self.status:
+            found = self.found(which)
+            ms = found["ms"]
             yield row_of(
                 self.problem.unit,
                 which,
                 self.name,
                 self.settings,
-                status=status,
-                reason=self.reason.get(which),
-                ms=ms,
-                tflops=ms and case.flops(which) / ms / 1e9,
-                peak_bytes=self.peaks[which] if status == "ok" else None,
+                **found,
+                turns=[ms] if ms else [],
+                tflops=ms and self.problem.case.flops(which) / ms / 1e9,
+                peak_bytes=self.peaks[which] if found["status"] == "ok" else None,
                 padding_rows=self.padding,
                 errors={name: dataclasses.asdict(error) for name, error in self.errors.items()},
-                steps=len(self.times[which]),
-                turns=[ms] if ms else [],
             )
 
     def turns(self):
         """Of a later turn: what is added to the rows of the first."""
-        for which, status in self.status.items():
-            yield turn_of(
-                self.problem.unit,
-                which,
-                self.name,
-                self.settings,
-                status=status,
-                reason=self.reason.get(which),
-                ms=self.ms(which),
-                steps=len(self.times[which]),
-            )
+        for which in self.status:
+            yield turn_of(self.problem.unit, which, self.name, self.settings, **self.found(which))
 
 
 def row_of(unit, which, method, settings, **values):
