@@ -146,16 +146,41 @@ Milliseconds of GPU time by stage, from a trace of one step after the rounds:
 """
 
 
+def baselines(products, topologies):
+    """Engines that auto does not choose from, which come after it, beside the same dense GEMM."""
+    engines = list(next(iter(products.values())))
+    names = engines[engines.index("auto") + 1 :]
+    if not names:
+        return ""
+    rows = [
+        (
+            shape, split, operation, f"{cases['dense']['TFLOP_per_s']:.0f}",
+            *(f"{cases[name]['TFLOP_per_s']:.0f} ({cases[name]['of_dense']:.2f})" for name in names),
+            f"{1e3 * topologies[shape, split]:.0f}",
+        )
+        for (shape, split, operation), cases in products.items()
+    ]
+    return f"""
+Ways to run the experts that are there to be compared with, in the same rounds: TFLOP/s (over dense), padding not
+counted as work; and what block_sparse takes before its products to build their topology, which is in their time:
+
+{table(("shape", "split", "product", "dense", *names, "topology, µs"), rows)}
+"""
+
+
 def gpu_grouped_gemm(measured):
     products = {}
     host = {}
     duels = {}
+    topologies = {}
     for case in measured["results"]:
         if "host_us_per_expert" in case:
             host[case["engine"]] = case["host_us_per_expert"]
         elif "auto_of_best" in case:
             duels[case["shape"], case["split"], case["operation"]] = case
-        elif case["operation"] != "topology":
+        elif case["operation"] == "topology":
+            topologies[case["shape"], case["split"]] = case["ms"]
+        else:
             key = (case["shape"], case["split"], case["operation"])
             products.setdefault(key, {})[case["engine"]] = case
     loops = [name for name in host if name.startswith("cublas_loop")]
@@ -174,6 +199,7 @@ def gpu_grouped_gemm(measured):
     header = ("shape", "split", "product", "dense", "torch", "hopper", "best cublas_loop",
               "cublas_grouped", "auto", "auto / dense", "auto / torch", "auto / best", "best")
     costs = ", ".join(f"{name} {us:.1f}" for name, us in host.items())
+    compared = baselines(products, topologies)
     return f"""## Grouped GEMM on a GPU
 
 bf16, TFLOP/s, medians of rounds in which all ways take turns. `dense`: one GEMM of the same FLOPs;
@@ -184,8 +210,8 @@ that of the fastest single engine, from rounds of those two alone.
 {table(header, rows)}
 
 Host time an expert (128 experts of 16 rows, 256 × 256), µs: {costs}.
-
-{gpu_provenance(measured, 'benchmark_gpu_grouped_gemm')}
+{compared}
+{gpu_provenance(measured, 'benchmark_gpu_grouped_gemm' + (' --engine all' if compared else ''))}
 """
 
 

@@ -88,6 +88,7 @@ measure() {
   local name=$1 file=$2
   local command=("${@:3}" "$project_root/build/$preset/benchmarks/benchmark_$name" --commit "$commit"
     --json "$output/$file.json.new")
+  if [[ $name == gpu_grouped_gemm ]]; then command+=(--engine all); fi
   if [[ $name == gpu_* ]]; then command+=("${flags[@]}"); fi
   say "Measuring $file"
   if "${command[@]}"; then

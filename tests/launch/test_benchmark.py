@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, executable
@@ -64,9 +65,38 @@ def test_on_a_machine_with_gpus(machine, gpus, ranks):
     machine("--commit", "0123abcd", "--no-build", "--quick", gpus=gpus)
     assert measured(machine) == [f"cuda/{name}" for name in GPU_NAMES + ["gpu_exchange"] * len(ranks)]
     assert all(call.endswith("--quick") for call in machine.project.calls())
+    assert [" --engine all " in call for call in machine.project.calls() if call.startswith("cuda/")] == [
+        name == "gpu_grouped_gemm" for name in GPU_NAMES + ["gpu_exchange"] * len(ranks)
+    ]
     assert [call.split(" -n ")[1].split()[0] for call in machine.project.calls() if " -n " in call] == list(map(str, ranks))
     assert [(machine.results / f"gpu_exchange_{n}.json").exists() for n in ranks] == [True] * len(ranks)
     assert not any(call.startswith(("setup", "cmake")) for call in machine.project.calls())
+
+
+def test_what_is_there_to_be_compared_with(tmp_path):
+    """Engines that come after auto have a table of their own, beside the topology that block_sparse builds."""
+    measured = json.loads((ROOT / "benchmarks/results/gpu_grouped_gemm.json").read_text())
+    of_auto = [case for case in measured["results"] if case.get("engine") == "auto" and "of_dense" in case]
+    measured["results"] = [
+        case for case in measured["results"] if case.get("engine") not in ("padded_bmm", "block_sparse")
+    ]
+    for case in of_auto:
+        case = {**case, "TFLOP_per_s": 123.4, "of_dense": 0.567}
+        measured["results"] += [{**case, "engine": engine} for engine in ("padded_bmm", "block_sparse")]
+    for place in dict.fromkeys((case["shape"], case["split"]) for case in of_auto):
+        measured["results"].append({"shape": place[0], "split": place[1], "operation": "topology", "ms": 0.0423})
+    (tmp_path / "gpu_grouped_gemm.json").write_text(json.dumps(measured))
+    report = [sys.executable, str(ROOT / "benchmarks/report.py"), "--results", str(tmp_path)]
+    subprocess.run([*report, "--output", str(tmp_path / "out.md")], check=True)
+    lines = (tmp_path / "out.md").read_text().splitlines()
+    header = next(line for line in lines if line.startswith("| shape |") and "topology" in line)
+    columns = header.strip("| ").split(" | ")
+    rows = [line for line in lines if line.endswith("| 42 |")]
+    assert len(rows) == len(of_auto)
+    for row in rows:
+        cells = dict(zip(columns, row.strip("| ").split(" | "), strict=True))
+        assert cells["padded_bmm"] == cells["block_sparse"] == "123 (0.57)"
+    assert any(line.endswith("`benchmark_gpu_grouped_gemm --engine all`") for line in lines)
 
 
 def test_what_fails_costs_nothing_else(machine):
