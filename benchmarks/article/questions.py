@@ -11,7 +11,7 @@ from . import plots, sanitize
 from .cases import ARTICLE_SPLIT, PASSES, TYPES
 from .oracle import unit_roundoff
 from .stages import STAGES
-from .tables import case_label, methods_in, select, settled, table, tuple_of
+from .tables import case_label, commit_of, methods_in, select, settled, table, tuple_of
 
 ARTICLE_SUM = sum(ARTICLE_SPLIT)
 TESTS = Path(__file__).resolve().parents[2] / "tests/gemm"
@@ -166,16 +166,13 @@ def sanitizer(whole, image):
             text
             + "Under compute-sanitizer it has not been run here: `launch/article.sh --sanitize` does so.\n"
         )
+    text += "Forward and backward, even and uneven, under compute-sanitizer:\n\n"
     lines = []
     for record in whole["sanitizer"]:
+        text += f"- {record['device']}, commit {commit_of(record)}, {record['date']}: `{record['command']}`\n"
         for engine, found in record["engines"].items():
             lines.append((record["tool"], engine, "clean" if not found else f"{len(found)} findings: {found[0]}"))
-    last = whole["sanitizer"][-1]
-    return (
-        text
-        + f"Forward and backward, even and uneven, under compute-sanitizer, on {last['device']}, {last['date']}: "
-        + f"`{last['command'].replace('|', ' ')}`\n\n{table(('tool', 'method', 'result'), lines)}\n"
-    )
+    return f"{text}\n{table(('tool', 'method', 'result'), lines)}\n"
 
 
 RESULTS = ("y", "dx", "dup", "ddown", "dgate", "dlogits")

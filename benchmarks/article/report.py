@@ -10,7 +10,9 @@ from .cases import PASSES, TYPES
 from .measure import SLOW_MS, VERY_SLOW_MS
 from .questions import QUESTIONS, unit_label
 from .registry import DESCRIPTIONS
-from .tables import GIB, SETTLED, comparable, grid_table, methods_in, milliseconds, select, table
+from .tables import (
+    GIB, SETTLED, commit_of, comparable, grid_table, methods_in, milliseconds, select, table,
+)  # fmt: skip
 
 
 def about(whole):
@@ -52,8 +54,7 @@ def runs(whole):
     counts = Counter(row["run"] for row in whole["rows"])
     lines = []
     for run in whole["runs"]:
-        commit = (run["commit"][:10] or "unknown") + (", changed" if run["changed"] else "")
-        lines.append((run["date"], commit, str(run["cores"]), f"`{run['command']}`", str(counts[run["run"]])))
+        lines.append((run["date"], commit_of(run), str(run["cores"]), f"`{run['command']}`", str(counts[run["run"]])))
     return f"## Runs\n\n{table(('date', 'commit', 'cores', 'command', 'rows'), lines)}\n"
 
 

@@ -3,13 +3,12 @@
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import scaling  # launch/scaling.py: provenance
 import torch
 
 from .cases import Case, Unit
@@ -66,7 +65,8 @@ def findings(log):
 
 
 def run(folder, arguments, which="memcheck"):
-    """Runs `which`, and adds what it found to DIR/sanitizer.json; True when every engine is clean."""
+    """Runs `which`; what it found takes the place in DIR/sanitizer.json of what the same command found before.
+    True when every engine is clean."""
     program = tool()
     if program is None:
         raise FileNotFoundError("compute-sanitizer is not installed (it comes with the CUDA toolkit)")
@@ -82,15 +82,17 @@ def run(folder, arguments, which="memcheck"):
     found = findings(result.stdout)
     if not found:
         raise RuntimeError(f"compute-sanitizer ran no engine (exit code {result.returncode}); see {log}")
+    shown = [Path(word).name if word in (program, sys.executable) else word for word in command]
+    about = scaling.provenance(shown)
     record = {
         "tool": which,
-        "command": shlex.join(Path(word).name if word in (program, sys.executable) else word for word in command),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **{name: about[name] for name in ("command", "commit", "changed", "date")},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "exit_code": result.returncode,
         "engines": found,
     }
     path = folder / "sanitizer.json"
     records = json.loads(path.read_text()) if path.exists() else []
-    path.write_text(json.dumps([*records, record], indent=1) + "\n")
+    others = [other for other in records if other["command"] != record["command"]]
+    path.write_text(json.dumps([*others, record], indent=1) + "\n")
     return result.returncode == 0 and not any(found.values())

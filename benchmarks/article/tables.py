@@ -31,6 +31,11 @@ def comparable(rows):
     return [row for row in rows if settled(row) and (row["unit"], row["pass"]) in fastest]
 
 
+def commit_of(about):
+    """Of a run's provenance: its commit, short, and whether the sources had been changed since."""
+    return (about["commit"][:10] or "unknown") + (", changed" if about["changed"] else "")
+
+
 def tuple_of(row):
     return tuple(row[name] for name in ("sequences", "length", "hidden", "experts", "top_k", "expert_hidden"))
 

@@ -55,7 +55,8 @@ def written(tmp_path_factory):
     for method, scale in METHODS.items():
         times = {stage: scale * (i + 1) for i, stage in enumerate(stages.STAGES)}
         kept.add("stages", run=0, unit=cases.Unit(SOME[0], "bf16", "learned").name, method=method, ms=times)
-    sanitized = [{"tool": "memcheck", "command": "compute-sanitizer", "date": "2026-11-25", "device": "a GPU",
+    sanitized = [{"tool": "memcheck", "command": "compute-sanitizer --tool memcheck", "device": "a GPU",
+                  "commit": "89abcdef0123", "changed": False, "date": "2026-11-25",
                   "exit_code": 0, "engines": {"auto": [], "padded_bmm": ["Invalid __global__ read"]}}]  # fmt: skip
     whole = store.write_tables(kept, sanitized, tmp_path)
     (tmp_path / "plots").mkdir()
@@ -121,7 +122,8 @@ def test_the_five_questions(written):
     sums = [case.flops("forward") / 1e12 for case in cases.equal_sums()]
     assert "| bf16 | forward | auto |" + "".join(f" {ms:.3g} | {2 * ms:.3g} | 2.00 |" for ms in sorted(sums)) in text
     assert (
-        "| memcheck | auto | clean |" in text
+        "- a GPU, commit 89abcdef01, 2026-11-25: `compute-sanitizer --tool memcheck`\n" in text
+        and "| memcheck | auto | clean |" in text
         and "| memcheck | padded_bmm | 1 findings: Invalid __global__ read |" in text
     )
     assert "| auto | 0.25 (0.51) | 0.25 (0.51) |" in text  # 2e-3 over bf16's 2^-8

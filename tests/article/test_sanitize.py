@@ -71,6 +71,10 @@ def test_the_tool_is_run_and_its_findings_kept(tool, tmp_path, monkeypatch):
     assert command.main(["--sanitize", "racecheck", *given[1:]]) == 1
     records = json.loads((tmp_path / "sanitizer.json").read_text())
     assert [record["tool"] for record in records] == ["memcheck", "racecheck"]
+    assert command.main(given) == 1  # as the tool says now, in place of what it said before
+    records = json.loads((tmp_path / "sanitizer.json").read_text())
+    assert [(record["tool"], record["exit_code"]) for record in records] == [("racecheck", 9), ("memcheck", 9)]
+    assert all(len(record["commit"]) == 40 and isinstance(record["changed"], bool) for record in records)
 
 
 def test_without_the_tool(tmp_path, monkeypatch, capsys):
