@@ -1,3 +1,4 @@
+#include <ATen/ops/arange.h>
 #include <ATen/ops/cumsum.h>
 #include <ATen/ops/diff.h>
 #include <ATen/ops/empty_like.h>
@@ -47,6 +48,17 @@ void plan_rows(const torch::Tensor& expert_ids, const std::vector<int64_t>& firs
                             plan.segment_rows.data_ptr<int32_t>(), stream);
 }
 
+/// One rank: every token is sent once, to this rank.
+void plan_rows_of_one_rank(const torch::Tensor& expert_ids, SendPlan& plan) {
+  const int64_t tokens = expert_ids.size(0);
+  const auto index = expert_ids.options();
+  plan.rank_rows = at::full({1}, tokens, index);
+  plan.token_offsets = at::arange(tokens + 1, index);
+  plan.send_tokens = plan.token_offsets.narrow(0, 0, tokens);
+  plan.token_rows = plan.send_tokens;
+  plan.segment_rows.copy_(plan.send_order.div(expert_ids.size(1), "trunc"));
+}
+
 }  // namespace
 
 torch::Tensor CudaKernels::first_invalid_token(const torch::Tensor& expert_ids, int64_t num_experts,
@@ -67,7 +79,11 @@ SendPlan CudaKernels::plan_send(const torch::Tensor& expert_ids,
   plan.expert_counts = by_expert.offsets.diff();
   plan.send_order = by_expert.members;
   plan.segment_rows = at::empty({expert_ids.numel()}, expert_ids.options().dtype(torch::kInt32));
-  plan_rows(expert_ids, first_expert, plan, stream);
+  if (first_expert.size() == 2) {
+    plan_rows_of_one_rank(expert_ids, plan);
+  } else {
+    plan_rows(expert_ids, first_expert, plan, stream);
+  }
   return plan;
 }
 
@@ -98,9 +114,10 @@ ArrivalOrder CudaKernels::order_arrivals(const torch::Tensor& segment_rows,
   const OnDevice stream(segment_rows);
   const int64_t ranks = counts.size(0);
   const int64_t experts = counts.size(1);
+  // Of one rank they are the same, and its rows end where they are.
   const torch::Tensor source_ends = counts.flatten().cumsum(0);
-  const torch::Tensor expert_ends = counts.t().flatten().cumsum(0);
-  const torch::Tensor row_ends = rows.cumsum(0);
+  const torch::Tensor expert_ends = ranks == 1 ? source_ends : counts.t().flatten().cumsum(0);
+  const torch::Tensor row_ends = ranks == 1 ? rows : rows.cumsum(0);
   ArrivalOrder order{at::empty({segment_rows.size(0)}, counts.options()),
                      at::empty({segment_rows.size(0)}, counts.options())};
   cuda::launch_order_arrivals(
