@@ -116,7 +116,8 @@ class Kernels {
   /// `first_expert` [W+1]: rank r owns experts first_expert[r] .. first_expert[r+1]−1.
   /// The result for ids that are not valid is discarded by the caller, but safe to compute. With
   /// `may_skip` ids of -1 come last in send_order and segment_rows, behind all assignments, and last
-  /// in expert_counts, which then has E+1 elements.
+  /// in expert_counts, which then has E+1 elements. A rank is sent the tokens with an expert there; of
+  /// a rank alone every token is a row, for then x itself is what arrives.
   virtual SendPlan plan_send(const torch::Tensor& expert_ids,
                              const std::vector<int64_t>& first_expert,
                              bool may_skip = false) const = 0;
