@@ -123,7 +123,7 @@ def as_lines(whole):
 def write_tables(store, sanitized, folder):
     """DIR/article.json, all that is known, and DIR/article.csv, a line for each case, pass and method."""
     runs = {run["run"]: run for run in store.of("run")}
-    rows = with_ratios(in_order(store.steps().values()))
+    rows = with_ratios(compact(in_order(store.steps().values())))  # as whoever adopts them would have them
     whole = compact(
         {
             "runs": list(runs.values()),

@@ -44,16 +44,17 @@ def test_nothing_is_measured_twice(run):
 
 
 def test_what_was_published_is_gone_on_from(run, tmp_path):
-    first = run({"a": PlainLoop})
+    first = run({"a": PlainLoop, "b": PlainLoop})
     published = tmp_path / "published"
     published.mkdir()
-    store.write_tables(first.store, [{"tool": "memcheck"}], published)
+    whole = store.write_tables(first.store, [{"tool": "memcheck"}], published)
     rows = first.store.steps()
     (tmp_path / "rows.jsonl").unlink()
     store.adopt(published, tmp_path)
     made = []
-    again = run({"a": counted(made)})
+    again = run({"a": counted(made), "b": counted(made)})
     assert not made and again.store.steps().keys() == rows.keys()
+    assert store.write_tables(again.store, [], tmp_path)["rows"] == whole["rows"]
     assert all(row["status"] == rows[key]["status"] for key, row in again.store.steps().items())
     assert json.loads((tmp_path / "sanitizer.json").read_text()) == [{"tool": "memcheck"}]
     kept = (tmp_path / "rows.jsonl").read_text()
