@@ -206,7 +206,7 @@ class AutoEngine final : public GroupedGemmEngine {
     const std::lock_guard lock(mutex);
     auto& choices = by_device[device.index()];
     if (choices == nullptr) {
-      choices = std::make_shared<EngineChoices>(device);
+      choices = std::make_shared<EngineChoices>(engine_choices_file(device));
     }
     return choices;
   }

@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "support/cuda_check.h"
 #include "support/cuda_handle.h"
@@ -50,11 +51,11 @@ std::string machine_of(torch::Device device) {
 
 }  // namespace
 
-EngineChoices::EngineChoices(torch::Device device)
-    : file_(cache_folder() /
-            c10::str("grouped_gemm-", kEngines, "-", machine_of(device), ".json")) {
-  read();
+std::string engine_choices_file(torch::Device device) {
+  return cache_folder() / c10::str("grouped_gemm-", kEngines, "-", machine_of(device), ".json");
 }
+
+EngineChoices::EngineChoices(std::string file) : file_(std::move(file)) { read(); }
 
 std::optional<EngineChoices::Choice> EngineChoices::find(const std::string& product) const {
   const std::lock_guard lock(mutex_);

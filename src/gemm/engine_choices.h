@@ -12,12 +12,10 @@ namespace anabranch {
 /// Which engine was the fastest for each kind of product on one kind of GPU, kept in a file from run
 /// to run: the same choice, so the same sums, in each.
 ///
-/// The file lies in $ANABRANCH_CACHE_DIR, by default the user's cache folder, and is named by GPU
-/// and library versions. What cannot be read or written is warned about once and forgotten with the
-/// process.
+/// What cannot be read or written is warned about once and forgotten with the process.
 class EngineChoices {
  public:
-  explicit EngineChoices(torch::Device device);
+  explicit EngineChoices(std::string file);
 
   /// Milliseconds of each engine.
   using Times = std::map<std::string, double>;
@@ -41,5 +39,9 @@ class EngineChoices {
   mutable std::mutex mutex_;
   std::map<std::string, Choice> choices_;
 };
+
+/// Where those of a GPU are kept: in $ANABRANCH_CACHE_DIR, by default the user's cache folder, in a file
+/// that is named by GPU and library versions.
+std::string engine_choices_file(torch::Device device);
 
 }  // namespace anabranch
