@@ -267,27 +267,36 @@ void ProcessGroupCommunicator::exchange_on_host(const char* call,
                                                 const std::vector<Message>& outgoing,
                                                 const std::vector<Message>& incoming) {
   const auto end = Clock::now() + options_.deadline;
-  int peer = -1;
+  std::optional<CommunicationError> failure;
+  // What fails with one rank is thrown when the others have what they wait for: else they would wait for
+  // this rank until their deadline, and name it instead.
+  const auto try_with = [&](int peer, const auto& action) {
+    try {
+      action();
+    } catch (const std::exception& error) {
+      if (!failure) {
+        failure.emplace(c10::str("rank ", rank(), ": ", call, " waited up to ",
+                                 in_seconds(options_.deadline), " for rank ", peer,
+                                 " (dead, stalled, or not making the call): ", error.what()),
+                        std::vector<int>{peer});
+      }
+    }
+  };
   std::vector<std::pair<int, c10::intrusive_ptr<c10d::Work>>> pending;
-  try {
-    for (const Message& message : incoming) {
-      peer = message.peer;
-      pending.emplace_back(peer, receive(message));
-    }
-    for (const Message& message : outgoing) {
-      peer = message.peer;
-      pending.emplace_back(peer, send(message));
-    }
-    for (const auto& [from, work] : pending) {
-      peer = from;
+  for (const Message& message : incoming) {
+    try_with(message.peer, [&] { pending.emplace_back(message.peer, receive(message)); });
+  }
+  for (const Message& message : outgoing) {
+    try_with(message.peer, [&] { pending.emplace_back(message.peer, send(message)); });
+  }
+  for (const auto& [peer, work] : pending) {
+    try_with(peer, [&, &work = work] {
       const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(end - Clock::now());
       check_input(work->wait(std::max(left, std::chrono::milliseconds(1))), "it was aborted");
-    }
-  } catch (const std::exception& error) {
-    throw CommunicationError(
-        c10::str("rank ", rank(), ": ", call, " waited up to ", in_seconds(options_.deadline),
-                 " for rank ", peer, " (dead, stalled, or not making the call): ", error.what()),
-        {peer});
+    });
+  }
+  if (failure) {
+    throw *failure;
   }
 }
 
