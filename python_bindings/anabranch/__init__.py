@@ -6,7 +6,7 @@ of ranks.
 
 from __future__ import annotations
 
-from . import _library  # first: it says what does not fit
+from . import _library  # noqa: F401  first: it says what does not fit
 from . import functional
 from ._build import VERSION as __version__
 from .discovery import RankInfo, discover_rank

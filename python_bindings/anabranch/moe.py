@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import _fakes  # noqa: F401
-from .groups import Group, as_group
+from .groups import as_group
 from .stats import LayerStats, Probe
 
 _SEEDS = 2**63 - 1

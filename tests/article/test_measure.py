@@ -98,14 +98,14 @@ def test_rows_come_after_each_methods_turn(seed):
     """So what ends the process takes only the methods whose turn is not over."""
     begun = []
     unit, settings = cases.Unit(SMALL, "fp32", "learned"), measure.Settings("cpu", seed, seconds=1e-3, rounds=2)
-    rows = measure.UnitTurn(unit, {name: methods.PlainLoop for name in "abc"}, settings, begun.append).first()
+    rows = measure.UnitTurn(unit, dict.fromkeys("abc", methods.PlainLoop), settings, begun.append).first()
     assert [next(rows)["method"] for _ in range(2)] == ["a", "a"]
     assert begun == ["a"]
     assert [row["method"] for row in rows] == list("bbcc") and begun == list("abc")
 
 
 def test_a_later_turn_adds_to_the_rows(rows_of, seed):
-    rows = rows_of({name: methods.PlainLoop for name in "ab"})
+    rows = rows_of(dict.fromkeys("ab", methods.PlainLoop))
     unit, settings = cases.Unit(SMALL, "fp32", "learned"), measure.Settings("cpu", seed, seconds=1e-3, rounds=2)
     factories = {"b": methods.PlainLoop, "a": failing_with(RuntimeError("no luck"))}
     added = list(measure.UnitTurn(unit, factories, settings, passes={"b": ["forward"]}).later())

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 COPY = os.environ["ANABRANCH_SAFETENSORS_COPY"]
@@ -66,7 +67,7 @@ def test_file_without_tensors(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"\xff" * 64, bytes(8)])
 def test_foreign_files_are_refused_by_both(tmp_path, content):
     (tmp_path / "foreign").write_bytes(content)
-    with pytest.raises(Exception):
+    with pytest.raises(SafetensorError):
         load_file(tmp_path / "foreign")
     result = copy(tmp_path / "foreign", tmp_path / "cpp")
     assert result.returncode == 1

@@ -5,6 +5,7 @@ ANABRANCH_FAULT_RANK names the built program, MPIEXEC the launcher (default: mpi
 without, as users run it, it ends the job as soon as one rank has failed.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -134,10 +135,8 @@ class Job:
 
     def end(self):
         for pid in [self.process.pid, *self.pids()]:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         self.process.wait()
 
 
@@ -309,7 +308,7 @@ def test_nccl_killed(start, scenario, culprit, communicator):
     job = start(scenario, NCCL_DEADLINE, communicator=communicator, culprit=culprit)
     outcome = job.outcome(NCCL_DEADLINE + NCCL_MARGIN)
     check_survivors(outcome, NCCL_DEADLINE, says=f"rank {culprit}", culprit=culprit)
-    for rank, ending in outcome.endings.items():
+    for ending in outcome.endings.values():
         assert ending.peers == [culprit], outcome.output
 
 

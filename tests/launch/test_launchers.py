@@ -1,5 +1,6 @@
 """launch/mpirun.sh and launch/torchrun.sh, with the real launchers and small programs."""
 
+import itertools
 import json
 import os
 import re
@@ -145,7 +146,7 @@ def test_torchrun_takes_nodes_and_meeting_place_from_slurm(project):
     }
     output = project.run("torchrun.sh", "-n", "4", "--no-bind", "train.sh", environment=environment)
     given = output.splitlines()
-    options = dict(zip(given, given[1:]))
+    options = dict(itertools.pairwise(given))
     assert options["-m"] == "torch.distributed.run"
     assert options["--nproc-per-node"] == "4"
     assert options["--nnodes"] == "2"

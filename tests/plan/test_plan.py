@@ -1,6 +1,7 @@
 """The planner: links and timelines against times worked out by hand, calibration against a known machine."""
 
 import dataclasses
+import itertools
 import json
 import random
 import subprocess
@@ -202,7 +203,7 @@ def test_stages_of_a_rank_do_not_overlap_within_their_kind():
     for kind in ("compute", "exchange"):
         events = [event for event in found.events if event.kind == kind]
         assert all((event.end - event.begin).max() < 0.5 * found.step for event in events)
-        for before, after in zip(events, events[1:]):
+        for before, after in itertools.pairwise(events):
             assert (after.begin >= before.end - 1e-12).all(), (before.name, after.name)
     assert found.step >= found.compute
 

@@ -45,7 +45,7 @@ def run_layer(rank, size, freeze_experts, device):
     anabranch.finish_gradients(layer)
     gradients = {name: p.grad.tolist() for name, p in layer.named_parameters() if p.requires_grad}
     stats = layer.stats()
-    assert stats.forwards == 1 and (stats.bytes_sent > 0) == (size > 1 and x.shape[0] > 0 or size > 1)
+    assert stats.forwards == 1 and (stats.bytes_sent > 0) == (size > 1)
     norm = anabranch.clip_gradient_norm(layer, 1e9)
     return out.output.tolist(), x.grad.tolist(), out.balance_loss.item(), out.expert_load.tolist(), gradients, norm
 

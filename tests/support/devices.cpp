@@ -35,8 +35,8 @@ bool have_cuda() { return at::hasCUDA() && at::getNumGPUs() > 0 && built_with_cu
 void set_device(const std::string& name) {
   chosen = torch::Device(name);
   if (chosen->is_cuda() && have_cuda()) {
-    chosen = torch::Device(torch::kCUDA,
-                           static_cast<c10::DeviceIndex>(local_rank() % at::getNumGPUs()));
+    chosen =
+        torch::Device(torch::kCUDA, static_cast<c10::DeviceIndex>(local_rank() % at::getNumGPUs()));
   }
 }
 

@@ -121,8 +121,8 @@ std::vector<int64_t> split_tokens(Random& random, int64_t tokens, int ranks, Spl
 
 torch::Tensor shard(const torch::Tensor& batch, const std::vector<int64_t>& counts, int rank) {
   const auto begin = std::accumulate(counts.begin(), counts.begin() + rank, int64_t{0});
-  return batch.slice(0, begin, begin + counts[static_cast<size_t>(rank)]).to(
-      device(), batch.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+  return batch.slice(0, begin, begin + counts[static_cast<size_t>(rank)])
+      .to(device(), batch.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
 }
 
 }  // namespace anabranch::test

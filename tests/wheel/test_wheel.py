@@ -109,7 +109,3 @@ def test_a_compiler_that_links_a_c_plus_plus_library_of_its_own(tmp_path):
         result = run("cmake", "-D", f"CMAKE_CXX_COMPILER={name}", "-P", script, cwd=folder)
         assert result.returncode == returncode, result.stderr
     assert "Take another compiler" in " ".join(result.stderr.split())
-
-
-def test_types():
-    checked(sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", "-p", "anabranch", cwd=PROJECT)
