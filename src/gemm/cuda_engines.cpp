@@ -1,9 +1,9 @@
 #include "gemm/cuda_engines.h"
 
-#include "gemm/auto_engine.h"
-#include "gemm/cublas_grouped.h"
-#include "gemm/cublas_loop.h"
-#include "gemm/hopper_engine.h"
+#include "gemm/auto/auto_engine.h"
+#include "gemm/cublas/cublas_grouped.h"
+#include "gemm/cublas/cublas_loop.h"
+#include "gemm/hopper/hopper_engine.h"
 #include "support/check.h"
 
 namespace anabranch {

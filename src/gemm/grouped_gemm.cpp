@@ -7,7 +7,7 @@
 #include <numeric>
 
 #include "gemm/baselines.h"
-#include "gemm/cpu_engine.h"
+#include "gemm/cpu/cpu_engine.h"
 #include "gemm/cuda_engines.h"
 #include "kernels/kernels.h"
 #include "support/check.h"

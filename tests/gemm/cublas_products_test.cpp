@@ -1,5 +1,5 @@
 // The addresses that the cuBLAS engines hand out: see row_offsets_test.cpp.
-#include "gemm/cublas_products.h"
+#include "gemm/cublas/cublas_products.h"
 
 #include <gtest/gtest.h>
 

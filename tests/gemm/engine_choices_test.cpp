@@ -1,5 +1,5 @@
 // What auto keeps from run to run: see auto_engine_test.cpp.
-#include "gemm/engine_choices.h"
+#include "gemm/auto/engine_choices.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

@@ -5,7 +5,7 @@
 #include "gemm/block_sparse/hopper_launch.h"
 #include "gemm/block_sparse/launch.h"
 #include "gemm/hopper/tensor_map.h"
-#include "gemm/hopper_engine.h"
+#include "gemm/hopper/hopper_engine.h"
 #include "kernels/cuda/tensors.h"
 #include "support/cuda_device.h"
 

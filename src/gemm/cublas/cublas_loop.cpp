@@ -1,4 +1,4 @@
-#include "gemm/cublas_loop.h"
+#include "gemm/cublas/cublas_loop.h"
 
 #include <ATen/cuda/CUDAContextLight.h>
 #include <ATen/ops/empty.h>
@@ -11,8 +11,8 @@
 #include <optional>
 #include <thread>
 
-#include "gemm/cublas_lt.h"
-#include "gemm/sum_parts.h"
+#include "gemm/cublas/cublas_lt.h"
+#include "gemm/cublas/sum_parts.h"
 #include "support/check.h"
 #include "support/cuda_device.h"
 #include "support/cuda_handle.h"

@@ -1,4 +1,4 @@
-#include "gemm/cpu_engine.h"
+#include "gemm/cpu/cpu_engine.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/mm.h>

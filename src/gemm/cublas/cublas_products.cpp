@@ -1,4 +1,4 @@
-#include "gemm/cublas_products.h"
+#include "gemm/cublas/cublas_products.h"
 
 #include "support/check.h"
 #include "support/cuda_check.h"

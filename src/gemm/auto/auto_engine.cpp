@@ -1,4 +1,4 @@
-#include "gemm/auto_engine.h"
+#include "gemm/auto/auto_engine.h"
 
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
@@ -12,7 +12,7 @@
 #include <random>
 
 #include "gemm/cuda_engines.h"
-#include "gemm/engine_choices.h"
+#include "gemm/auto/engine_choices.h"
 #include "support/cuda_device.h"
 #include "support/cuda_handle.h"
 

@@ -5,7 +5,7 @@
 #include <array>
 #include <map>
 
-#include "gemm/cublas_products.h"
+#include "gemm/cublas/cublas_products.h"
 #include "support/cuda_handle.h"
 
 namespace anabranch {

@@ -1,4 +1,4 @@
-#include "gemm/engine_choices.h"
+#include "gemm/auto/engine_choices.h"
 
 #include <ATen/cuda/CUDAContextLight.h>
 #include <cublas_v2.h>

@@ -1,4 +1,4 @@
-#include "gemm/hopper_engine.h"
+#include "gemm/hopper/hopper_engine.h"
 
 #include <ATen/cuda/CUDAContextLight.h>
 #include <ATen/ops/empty.h>

@@ -1,8 +1,8 @@
-#include "gemm/cublas_grouped.h"
+#include "gemm/cublas/cublas_grouped.h"
 
 #include <mutex>
 
-#include "gemm/cublas_products.h"
+#include "gemm/cublas/cublas_products.h"
 #include "support/cuda_device.h"
 #include "support/cuda_handle.h"
 

@@ -1,4 +1,4 @@
-#include "gemm/cublas_lt.h"
+#include "gemm/cublas/cublas_lt.h"
 
 #include <algorithm>
 #include <bit>

@@ -1,4 +1,4 @@
-#include "gemm/sum_parts.h"
+#include "gemm/cublas/sum_parts.h"
 
 #include "kernels/cuda/device.cuh"
 
