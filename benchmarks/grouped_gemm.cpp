@@ -14,9 +14,8 @@
 #include <numeric>
 #include <random>
 
-#include "gemm/baselines.h"
-#include "gemm/block_sparse/topology.h"
-#include "gemm/cuda_engines.h"
+#include "baselines/baselines.h"
+#include "baselines/block_sparse/topology.h"
 #include "harness.h"
 
 namespace anabranch::benchmark {
@@ -146,11 +145,11 @@ std::vector<std::string> engine_names(const Arguments& arguments) {
   if (arguments.engine != "auto" && arguments.engine != "all") {
     return {arguments.engine};
   }
-  auto names = cuda_engine_names(at::kCUDA);
-  names.emplace_back("auto");
-  if (arguments.engine == "all") {
-    const auto baselines = baseline_engine_names();
-    names.insert(names.end(), baselines.begin(), baselines.end());
+  auto names = grouped_gemm_engines(at::kCUDA);  // the library's, then the baselines
+  const auto library_end = names.end() - std::ssize(baseline_engine_names());
+  const auto baselines = std::next(names.insert(library_end, "auto"));
+  if (arguments.engine == "auto") {
+    names.erase(baselines, names.end());
   }
   return names;
 }

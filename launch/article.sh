@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Usage: launch/article.sh [--no-build] [the experiment's options]
 #
-# The article's experiment: every engine of the library, a plain PyTorch layer, and peers if asked for, on
-# the article's grid, each right in output and every gradient before it is timed. Sets up, builds, measures;
-# ends with tables, plots and a report. Without a GPU it runs a small grid on the CPU, and says so.
+# The article's experiment: every engine of the library, the baselines it is compared with, a plain PyTorch
+# layer, and peers if asked for, on the article's grid, each right in output and every gradient before it is
+# timed. Sets up, builds, measures; ends with tables, plots and a report. Without a GPU it runs a small grid on
+# the CPU, and says so.
 #
 #   --no-build   uses what is built in build/ and .venv, or else the Python in ANABRANCH_PYTHON or python3
 #   --help       this text, and all options
@@ -42,7 +43,7 @@ preset=$(measuring_preset python)
 
 if $build_first; then
   "$project_root/launch/setup.sh"
-  build "$preset" anabranch_operators
+  build "$preset" anabranch_operators anabranch_baselines_module
   say "Measuring"
 fi
 

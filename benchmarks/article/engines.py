@@ -1,5 +1,6 @@
-"""The library's engines, each through `anabranch.MoE`: its own router where the gate is learned."""
+"""The library's engines and its baselines, each through `anabranch.MoE`: its own router where the gate is learned."""
 
+import contextlib
 import functools
 
 import torch
@@ -52,12 +53,14 @@ class Engine(Method):
 
 
 def factories(device):
-    """A factory an engine; none where the package is not installed."""
+    """A factory an engine; none where the package is not installed, no baselines where it is without them."""
     try:
         import anabranch
     except ModuleNotFoundError as error:
         if error.name != "anabranch":
             raise
         return {}
+    with contextlib.suppress(ModuleNotFoundError):
+        import anabranch_baselines  # noqa: F401 (adds them to the engines)
     names = ["auto", *anabranch.grouped_gemm_engines(torch.device(device))]
     return {name: functools.partial(Engine, engine=name) for name in names}

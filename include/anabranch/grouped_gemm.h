@@ -20,7 +20,9 @@ struct HiddenActivation {
 ///
 /// Rows lie expert-major: expert e owns the `counts[e]` rows after those of experts 0..e−1. Counts
 /// are exact and may be zero. Tensors are contiguous, of one type and device; outputs are
-/// preallocated and every element is written. Accumulation in fp32 (fp64 for fp64).
+/// preallocated and every element is written. Accumulation in fp32 (fp64 for fp64). No autograd.
+///
+/// The public calls check their arguments and throw InputError before anything is computed.
 class GroupedGemmEngine {
  public:
   virtual ~GroupedGemmEngine() = default;
@@ -33,25 +35,22 @@ class GroupedGemmEngine {
   virtual int64_t padding_rows(const std::vector<int64_t>& counts) const;
 
   /// y[P, n] = x[P, k] · weight[e]ᵀ, weight [experts, n, k].
-  virtual void forward(const torch::Tensor& x, const torch::Tensor& weight,
-                       const std::vector<int64_t>& counts, torch::Tensor& y) = 0;
+  void forward(const torch::Tensor& x, const torch::Tensor& weight,
+               const std::vector<int64_t>& counts, torch::Tensor& y);
   /// dx[P, k] = dy[P, n] · weight[e].
-  virtual void dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-                     const std::vector<int64_t>& counts, torch::Tensor& dx) = 0;
+  void dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
+             const std::vector<int64_t>& counts, torch::Tensor& dx);
   /// dweight[e] = dy_eᵀ · x_e, [experts, n, k]; zero for an expert without rows.
-  virtual void wgrad(const torch::Tensor& dy, const torch::Tensor& x,
-                     const std::vector<int64_t>& counts, torch::Tensor& dweight) = 0;
+  void wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
+             torch::Tensor& dweight);
   /// sum[e] += dy_eᵀ · x_e, in fp32 (fp64) whatever the type of the rows; sum [experts, n, k].
-  virtual void wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
-                                const std::vector<int64_t>& counts, torch::Tensor& sum);
-
-  // With what comes before or after, for engines that do both at once; here in two steps.
+  void wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
+                        const std::vector<int64_t>& counts, torch::Tensor& sum);
 
   /// hidden [P, n] = forward(x, weight); returns its activation, [P, n] (glu: [P, n / 2]).
-  virtual torch::Tensor forward_activated(const torch::Tensor& x, const torch::Tensor& weight,
-                                          const std::vector<int64_t>& counts,
-                                          const HiddenActivation& activation,
-                                          torch::Tensor& hidden);
+  torch::Tensor forward_activated(const torch::Tensor& x, const torch::Tensor& weight,
+                                  const std::vector<int64_t>& counts,
+                                  const HiddenActivation& activation, torch::Tensor& hidden);
 
   /// Backward of values · activation(hidden), followed by the projection with `weight`, whose result
   /// has the gradient `dy`.
@@ -61,11 +60,36 @@ class GroupedGemmEngine {
     torch::Tensor
         activated;  ///< [P, n]: values · activation(hidden), which the weight's gradient needs
   };
-  /// `values` [P] fp32 (fp64), undefined: 1.
-  virtual void dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
-                               const std::vector<int64_t>& counts,
-                               const HiddenActivation& activation, const torch::Tensor& hidden,
-                               const torch::Tensor& values, ActivatedGradient& gradient);
+  /// dy [P, h], weight [experts, h, n], hidden [P, n] (glu: [P, 2n]); `values` [P] fp32 (fp64),
+  /// undefined: 1.
+  void dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
+                       const std::vector<int64_t>& counts, const HiddenActivation& activation,
+                       const torch::Tensor& hidden, const torch::Tensor& values,
+                       ActivatedGradient& gradient);
+
+ protected:
+  // Arguments are already checked.
+
+  virtual void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
+                          const std::vector<int64_t>& counts, torch::Tensor& y) = 0;
+  virtual void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
+                        const std::vector<int64_t>& counts, torch::Tensor& dx) = 0;
+  virtual void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x,
+                        const std::vector<int64_t>& counts, torch::Tensor& dweight) = 0;
+  /// Here one product an expert, of rows as wide as the sum.
+  virtual void do_wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
+                                   const std::vector<int64_t>& counts, torch::Tensor& sum);
+
+  // With what comes before or after, for engines that do both at once; here in two steps.
+
+  virtual torch::Tensor do_forward_activated(const torch::Tensor& x, const torch::Tensor& weight,
+                                             const std::vector<int64_t>& counts,
+                                             const HiddenActivation& activation,
+                                             torch::Tensor& hidden);
+  virtual void do_dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
+                                  const std::vector<int64_t>& counts,
+                                  const HiddenActivation& activation, const torch::Tensor& hidden,
+                                  const torch::Tensor& values, ActivatedGradient& gradient);
 };
 
 /// The engine of that name for that device: one of `grouped_gemm_engines`, or "auto". On a GPU auto
@@ -74,46 +98,19 @@ class GroupedGemmEngine {
 /// $ANABRANCH_CACHE_DIR, by default the user's cache folder.
 std::shared_ptr<GroupedGemmEngine> make_grouped_gemm_engine(torch::Device device,
                                                             const std::string& name = "auto");
-/// Names of the engines that run on a device: those that auto chooses from, then those that are here
-/// to be compared with (padded_bmm, block_diagonal, block_sparse with blocks of 128, 64 and 32,
-/// torch_grouped_mm).
+/// Names of the engines that run on a device.
 std::vector<std::string> grouped_gemm_engines(torch::Device device);
 
-/// x [P, k], weight [experts, n, k], Σ counts = P → [P, n]. Checks shapes; no autograd.
+// The products into new memory.
+
+/// x [P, k], weight [experts, n, k], Σ counts = P → [P, n].
 torch::Tensor grouped_gemm(GroupedGemmEngine& engine, const torch::Tensor& x,
                            const torch::Tensor& weight, const std::vector<int64_t>& counts);
-/// The same into `y` [P, n].
-void grouped_gemm_out(GroupedGemmEngine& engine, const torch::Tensor& x,
-                      const torch::Tensor& weight, const std::vector<int64_t>& counts,
-                      torch::Tensor& y);
 /// dy [P, n], weight [experts, n, k] → [P, k].
 torch::Tensor grouped_gemm_dgrad(GroupedGemmEngine& engine, const torch::Tensor& dy,
                                  const torch::Tensor& weight, const std::vector<int64_t>& counts);
-/// The same into `dx` [P, k].
-void grouped_gemm_dgrad_out(GroupedGemmEngine& engine, const torch::Tensor& dy,
-                            const torch::Tensor& weight, const std::vector<int64_t>& counts,
-                            torch::Tensor& dx);
-/// See GroupedGemmEngine::forward_activated: x [P, k], weight [experts, n, k].
-torch::Tensor grouped_gemm_activated(GroupedGemmEngine& engine, const torch::Tensor& x,
-                                     const torch::Tensor& weight,
-                                     const std::vector<int64_t>& counts,
-                                     const HiddenActivation& activation, torch::Tensor& hidden);
-/// See GroupedGemmEngine::dgrad_activated: dy [P, h], weight [experts, h, n], hidden [P, n or 2n].
-void grouped_gemm_dgrad_activated(GroupedGemmEngine& engine, const torch::Tensor& dy,
-                                  const torch::Tensor& weight, const std::vector<int64_t>& counts,
-                                  const HiddenActivation& activation, const torch::Tensor& hidden,
-                                  const torch::Tensor& values,
-                                  GroupedGemmEngine::ActivatedGradient& gradient);
 /// dy [P, n], x [P, k] → [experts, n, k].
 torch::Tensor grouped_gemm_wgrad(GroupedGemmEngine& engine, const torch::Tensor& dy,
                                  const torch::Tensor& x, const std::vector<int64_t>& counts);
-/// The same into `dweight` [experts, n, k].
-void grouped_gemm_wgrad_out(GroupedGemmEngine& engine, const torch::Tensor& dy,
-                            const torch::Tensor& x, const std::vector<int64_t>& counts,
-                            torch::Tensor& dweight);
-/// The same added to `sum` [experts, n, k], fp32 (fp64 for fp64 rows).
-void grouped_gemm_wgrad_accumulate(GroupedGemmEngine& engine, const torch::Tensor& dy,
-                                   const torch::Tensor& x, const std::vector<int64_t>& counts,
-                                   torch::Tensor& sum);
 
 }  // namespace anabranch

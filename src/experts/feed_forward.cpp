@@ -72,14 +72,10 @@ std::vector<Part> parts_of(const ExpertCounts& counts, torch::Device device) {
 /// rows [P, in] → result [P, out].
 void project(const FeedForward& expert, const torch::Tensor& rows, const Projection& projection,
              const ExpertCounts& counts, torch::Tensor& result) {
-  grouped_gemm_out(*expert.engine, rows, projection.weight, counts, result);
+  expert.engine->forward(rows, projection.weight, counts, result);
   if (projection.bias.defined()) {
     kernels_for(result.device()).add_bias(result, projection.bias, counts);
   }
-}
-
-HiddenActivation activation_of(const FeedForward& expert) {
-  return {expert.activation, expert.glu};
 }
 
 /// rows [P, h] → hidden [P, n or 2n]; returns its activation, [P, n].
@@ -88,11 +84,11 @@ torch::Tensor project_activated(const FeedForward& expert, const torch::Tensor& 
                                 torch::Tensor& hidden) {
   const Stage named("anabranch.up");
   if (!up.bias.defined()) {
-    return grouped_gemm_activated(*expert.engine, rows, up.weight, counts, activation_of(expert),
-                                  hidden);
+    return expert.engine->forward_activated(rows, up.weight, counts, expert.activation, hidden);
   }
   project(expert, rows, up, counts, hidden);
-  return kernels_for(hidden.device()).activate(hidden, expert.activation, expert.glu);
+  return kernels_for(hidden.device())
+      .activate(hidden, expert.activation.activation, expert.activation.glu);
 }
 
 torch::Tensor up_projection(const FeedForward& expert, const Part& part, const IndexedRows& x,
@@ -114,9 +110,9 @@ void make_room(torch::Tensor& gradient, const torch::Tensor& parameter, bool wan
 void weight_gradient(const FeedForward& expert, const torch::Tensor& dy, const torch::Tensor& x,
                      const ExpertCounts& counts, torch::Tensor dweight, torch::Tensor sum) {
   if (dweight.defined()) {
-    grouped_gemm_wgrad_out(*expert.engine, dy, x, counts, dweight);
+    expert.engine->wgrad(dy, x, counts, dweight);
   } else if (sum.defined()) {
-    grouped_gemm_wgrad_accumulate(*expert.engine, dy, x, counts, sum);
+    expert.engine->wgrad_accumulate(dy, x, counts, sum);
   }
 }
 
@@ -135,8 +131,8 @@ void down_backward(const Part& part, const FeedForward& expert, const IndexedRow
   auto dvalues = part.rows_of(gradient.dvalues);
   GroupedGemmEngine::ActivatedGradient activation = {
       dhidden, dvalues, at::empty({part.rows, down.weight.size(2)}, hidden.options())};
-  grouped_gemm_dgrad_activated(*expert.engine, dresults, down.weight, part.counts,
-                               activation_of(expert), hidden, values, activation);
+  expert.engine->dgrad_activated(dresults, down.weight, part.counts, expert.activation, hidden,
+                                 values, activation);
   auto& [dweight, dbias] = gradient.parameters.down;
   make_room(dweight, parameters.weight, wanted.down_weight && !wanted.sums.down.defined());
   make_room(dbias, parameters.bias, wanted.down_bias);
@@ -173,8 +169,7 @@ void up_backward(const Part& part, const FeedForward& expert, const IndexedRows&
                                            parameters.weight.options()));
   }
   auto dx = part.rows_of(gradient.dx);
-  grouped_gemm_dgrad_out(*expert.engine, dhidden, part.experts_of(parameters.weight), part.counts,
-                         dx);
+  expert.engine->dgrad(dhidden, part.experts_of(parameters.weight), part.counts, dx);
 }
 
 }  // namespace

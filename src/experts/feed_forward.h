@@ -14,8 +14,7 @@ namespace anabranch {
 /// What an expert computes, besides its parameters.
 struct FeedForward {
   std::shared_ptr<GroupedGemmEngine> engine;
-  Activation activation = Activation::kGeluTanh;
-  bool glu = false;
+  HiddenActivation activation;
 };
 
 inline Projection projection(const torch::Tensor& weight,

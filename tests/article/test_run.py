@@ -55,9 +55,8 @@ def test_the_launcher(tmp_path):
     rows = json.loads((tmp_path / "article.json").read_text())["rows"]
     assert {row["status"] for row in rows} == {"ok"}, [row["reason"] for row in rows if row["reason"]]
     names = {row["method"] for row in rows}
-    assert "plain loop" in names and (
-        {"auto", "cpu"} <= names or not Path(PACKAGE, "anabranch").exists() or not PACKAGE
-    )
+    engines = {"auto", "cpu", "padded_bmm", "block_diagonal", "block_sparse", "torch_grouped_mm"}
+    assert "plain loop" in names and (engines <= names or not Path(PACKAGE, "anabranch").exists() or not PACKAGE)
     help_text = subprocess.run([launcher[0], "--help"], capture_output=True, text=True, check=True, timeout=100).stdout
     for word in ("--budget", "--memory-limit", "--sanitize", "--peers", "--publish", "--no-build"):
         assert word in help_text

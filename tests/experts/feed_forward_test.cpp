@@ -53,7 +53,7 @@ Gradients expected(const torch::Tensor& x, const torch::Tensor& dy, const torch:
     const auto e = static_cast<int64_t>(i);
     results.push_back(reference::expert(x_leaf.slice(0, row, row + counts[i]), up.weight[e],
                                         of(up.bias, e), down.weight[e], of(down.bias, e),
-                                        expert.activation, expert.glu));
+                                        expert.activation.activation, expert.activation.glu));
     row += counts[i];
   }
   const auto y = torch::cat(results);

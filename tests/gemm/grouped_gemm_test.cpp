@@ -150,8 +150,7 @@ TEST_P(GroupedGemmTest, AddsTheWeightsGradientToSumsOfFullWidth) {
       const auto dy = random_.normal({sum(counts), n}, dtype).to(torch::kFloat64);
       const auto before = random_.normal({experts, n, k}, sum_type).to(torch::kFloat64);
       auto sums = on_device(before, sum_type).clone();
-      grouped_gemm_wgrad_accumulate(*engine_, on_device(dy, dtype), on_device(x, dtype), counts,
-                                    sums);
+      engine_->wgrad_accumulate(on_device(dy, dtype), on_device(x, dtype), counts, sums);
       // Not rounded to the rows' type on the way.
       const auto longest = *std::max_element(counts.begin(), counts.end());
       EXPECT_TRUE(close(
@@ -328,9 +327,8 @@ TEST_P(GroupedGemmTest, ActivatesWhatItMultiplies) {
         const auto weight = (random_.normal({5, width, k}) / std::sqrt(k)).to(dtype);
         auto hidden = torch::empty({sum(counts), width},
                                    torch::TensorOptions(dtype).device(GetParam().device));
-        const auto activated =
-            grouped_gemm_activated(*engine_, on_device(x, dtype), on_device(weight, dtype), counts,
-                                   {activation, glu}, hidden);
+        const auto activated = engine_->forward_activated(
+            on_device(x, dtype), on_device(weight, dtype), counts, {activation, glu}, hidden);
         const auto weight64 = weight.to(torch::kFloat64);
         EXPECT_TRUE(close(hidden, exact_forward(x, weight64, counts),
                           tolerance(dtype, k, exact_forward(x.abs(), weight64.abs(), counts))));
@@ -385,9 +383,8 @@ TEST_P(GroupedGemmTest, DifferentiatesTheActivation) {
             GroupedGemmEngine::ActivatedGradient result = {
                 dhidden, torch::empty({rows}, device.dtype(accumulation_type(dtype))),
                 torch::empty({rows, n}, device.dtype(dtype))};
-            grouped_gemm_dgrad_activated(*engine_, on_device(dy, dtype), on_device(weight, dtype),
-                                         counts, {activation, glu}, hidden_device, values_device,
-                                         result);
+            engine_->dgrad_activated(on_device(dy, dtype), on_device(weight, dtype), counts,
+                                     {activation, glu}, hidden_device, values_device, result);
             return result;
           };
           const auto result = run(torch::empty_like(hidden_device));
@@ -499,7 +496,7 @@ TEST_P(GroupedGemmTest, TheCaseOfTheIllegalAccess) {
     };
     auto hidden = torch::empty({4 * tokens, expert_width}, options);
     const HiddenActivation gelu;
-    const auto activated = grouped_gemm_activated(*engine_, x, up, counts, gelu, hidden);
+    const auto activated = engine_->forward_activated(x, up, counts, gelu, hidden);
     expect_product(hidden, x, up);
     const auto exact_hidden = wide(hidden).requires_grad_();
     const auto exact_activated = exact_activation(gelu, exact_hidden);
@@ -511,7 +508,7 @@ TEST_P(GroupedGemmTest, TheCaseOfTheIllegalAccess) {
         torch::empty_like(hidden),
         torch::empty({4 * tokens}, options.dtype(accumulation_type(dtype))),
         torch::empty_like(hidden)};
-    grouped_gemm_dgrad_activated(*engine_, dy, down, counts, gelu, hidden, {}, gradient);
+    engine_->dgrad_activated(dy, down, counts, gelu, hidden, {}, gradient);
     const auto transposed = wide(down).transpose(1, 2);
     exact_activated.backward(exact_forward(wide(dy), transposed, counts));
     const auto magnitude = exact_forward(wide(dy).abs(), transposed.abs(), counts);
@@ -555,7 +552,7 @@ TEST_P(GroupedGemmTest, RefusesWhatDoesNotFit) {
   EXPECT_INPUT_ERROR(grouped_gemm_wgrad(*engine_, dy.slice(0, 0, 4), x, {2, 3}), "4");
   EXPECT_INPUT_ERROR(grouped_gemm_wgrad(*engine_, dy, x, {2, 2}), "5");
   auto narrow = torch::empty({2, dy.size(1), x.size(1) - 1}, x.options());
-  EXPECT_INPUT_ERROR(grouped_gemm_wgrad_out(*engine_, dy, x, {2, 3}, narrow), "dweight");
+  EXPECT_INPUT_ERROR(engine_->wgrad(dy, x, {2, 3}, narrow), "dweight");
   EXPECT_INPUT_ERROR(grouped_gemm_wgrad(*engine_, dy.to(torch::kMeta), x, {2, 3}), "meta");
 }
 

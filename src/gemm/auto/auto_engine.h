@@ -4,7 +4,7 @@
 
 namespace anabranch {
 
-/// The fastest of a GPU's engines for each product.
+/// The fastest of a device's engines for each product; the engine itself where there is one only.
 std::shared_ptr<GroupedGemmEngine> make_auto_engine(torch::Device device);
 
 }  // namespace anabranch

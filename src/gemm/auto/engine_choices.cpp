@@ -1,8 +1,7 @@
 #include "gemm/auto/engine_choices.h"
 
-#include <ATen/cuda/CUDAContextLight.h>
-#include <cublas_v2.h>
-#include <torch/headeronly/version.h>
+#include <c10/util/Exception.h>
+#include <c10/util/StringUtil.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,8 +12,7 @@
 #include <nlohmann/json.hpp>
 #include <utility>
 
-#include "support/cuda_check.h"
-#include "support/cuda_handle.h"
+#include "gemm/auto/measuring.h"
 
 namespace anabranch {
 namespace {
@@ -35,15 +33,7 @@ std::filesystem::path cache_folder() {
 
 /// What the times depend on, as the name of a file.
 std::string machine_of(torch::Device device) {
-  int driver = 0;
-  check_cuda(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
-  std::string name =
-      c10::str(at::cuda::getDeviceProperties(device.index())->name, "-driver", driver, "-cublas");
-  for (const auto property : {MAJOR_VERSION, MINOR_VERSION, PATCH_LEVEL}) {
-    int number = 0;
-    check_cublas(cublasGetProperty(property, &number), "cublasGetProperty");
-    name += c10::str(property == MAJOR_VERSION ? "" : ".", number);
-  }
+  std::string name = device.is_cuda() ? describe_gpu(device) : "cpu";
   std::replace_if(
       name.begin(), name.end(), [](unsigned char c) { return !std::isalnum(c) && c != '.'; }, '-');
   return name;

@@ -9,7 +9,7 @@
 
 namespace anabranch {
 
-/// Which engine was the fastest for each kind of product on one kind of GPU, kept in a file from run
+/// Which engine was the fastest for each kind of product on one kind of device, kept in a file from run
 /// to run: the same choice, so the same sums, in each.
 ///
 /// What cannot be read or written is warned about once and forgotten with the process.
@@ -40,8 +40,8 @@ class EngineChoices {
   std::map<std::string, Choice> choices_;
 };
 
-/// Where those of a GPU are kept: in $ANABRANCH_CACHE_DIR, by default the user's cache folder, in a file
-/// that is named by GPU and library versions.
+/// Where those of a device are kept: in $ANABRANCH_CACHE_DIR, by default the user's cache folder, in a
+/// file that is named by GPU and library versions.
 std::string engine_choices_file(torch::Device device);
 
 }  // namespace anabranch

@@ -90,8 +90,9 @@ class CpuEngine : public GroupedGemmEngine {
  public:
   std::string name() const override { return "cpu"; }
 
-  void forward(const torch::Tensor& x, const torch::Tensor& weight,
-               const std::vector<int64_t>& counts, torch::Tensor& y) override {
+ private:
+  void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
+                  const std::vector<int64_t>& counts, torch::Tensor& y) override {
     run(cut(counts, [](int64_t count) { return count; }), [&](const Piece& piece) {
       const int64_t first = piece.first_row + piece.start;
       auto out = y.narrow(0, first, piece.extent);
@@ -99,8 +100,8 @@ class CpuEngine : public GroupedGemmEngine {
     });
   }
 
-  void dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-             const std::vector<int64_t>& counts, torch::Tensor& dx) override {
+  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
+                const std::vector<int64_t>& counts, torch::Tensor& dx) override {
     run(cut(counts, [](int64_t count) { return count; }), [&](const Piece& piece) {
       const int64_t first = piece.first_row + piece.start;
       auto out = dx.narrow(0, first, piece.extent);
@@ -108,8 +109,8 @@ class CpuEngine : public GroupedGemmEngine {
     });
   }
 
-  void wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
-             torch::Tensor& dweight) override {
+  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
+                torch::Tensor& dweight) override {
     const int64_t rows = dweight.size(1);
     run(cut(counts, [&](int64_t) { return rows; }), [&](const Piece& piece) {
       auto out = dweight.select(0, piece.expert).narrow(0, piece.start, piece.extent);

@@ -1,4 +1,4 @@
-#include "gemm/cublas/cublas_grouped.h"
+#include "gemm/cublas/cublas_engines.h"
 
 #include <mutex>
 
@@ -24,23 +24,23 @@ class CublasGrouped final : public GroupedGemmEngine {
 
   std::string name() const override { return "cublas_grouped"; }
 
-  void forward(const torch::Tensor& x, const torch::Tensor& weight,
-               const std::vector<int64_t>& counts, torch::Tensor& y) override {
+ private:
+  void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
+                  const std::vector<int64_t>& counts, torch::Tensor& y) override {
     const OnDevice stream(x);
     run(forward_products(x, weight, counts, y, stream), x.device(), stream);
   }
-  void dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-             const std::vector<int64_t>& counts, torch::Tensor& dx) override {
+  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
+                const std::vector<int64_t>& counts, torch::Tensor& dx) override {
     const OnDevice stream(dy);
     run(dgrad_products(dy, weight, counts, dx, stream), dy.device(), stream);
   }
-  void wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
-             torch::Tensor& dweight) override {
+  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
+                torch::Tensor& dweight) override {
     const OnDevice stream(dy);
     run(wgrad_products(dy, x, counts, dweight, stream), dy.device(), stream);
   }
 
- private:
   void run(const CublasProducts& shared, torch::Device device, cudaStream_t stream) {
     const size_t groups = shared.products.size();
     if (groups == 0) {

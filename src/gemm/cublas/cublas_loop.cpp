@@ -1,4 +1,4 @@
-#include "gemm/cublas/cublas_loop.h"
+#include "gemm/cublas/cublas_engines.h"
 
 #include <ATen/cuda/CUDAContextLight.h>
 #include <ATen/ops/empty.h>
@@ -255,28 +255,28 @@ class CublasLoop final : public GroupedGemmEngine {
 
   std::string name() const override { return c10::str("cublas_loop_", streams_); }
 
-  void forward(const torch::Tensor& x, const torch::Tensor& weight,
-               const std::vector<int64_t>& counts, torch::Tensor& y) override {
+ private:
+  void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
+                  const std::vector<int64_t>& counts, torch::Tensor& y) override {
     const OnDevice stream(x);
     lanes_->run(forward_products(x, weight, counts, y, stream), streams_, stream);
   }
-  void dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-             const std::vector<int64_t>& counts, torch::Tensor& dx) override {
+  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
+                const std::vector<int64_t>& counts, torch::Tensor& dx) override {
     const OnDevice stream(dy);
     lanes_->run(dgrad_products(dy, weight, counts, dx, stream), streams_, stream);
   }
-  void wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
-             torch::Tensor& dweight) override {
+  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
+                torch::Tensor& dweight) override {
     const OnDevice stream(dy);
     lanes_->run(wgrad_products(dy, x, counts, dweight, stream), streams_, stream);
   }
-  void wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
-                        const std::vector<int64_t>& counts, torch::Tensor& sum) override {
+  void do_wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
+                           const std::vector<int64_t>& counts, torch::Tensor& sum) override {
     const OnDevice stream(dy);
     lanes_->run(wgrad_accumulate_products(dy, x, counts, sum, stream), streams_, stream);
   }
 
- private:
   std::shared_ptr<Lanes> lanes_;
   int streams_;
 };

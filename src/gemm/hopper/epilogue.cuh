@@ -2,7 +2,7 @@
 
 // What becomes of a warpgroup's products. A thread holds pairs of neighbouring elements of rows r
 // and r + 8 of every 64 (see wgmma.cuh); through staging boxes in shared memory they become rows for
-// the copy engine.
+// TMA.
 #include "gemm/hopper/ptx.cuh"
 #include "gemm/hopper/shape.cuh"
 #include "kernels/cuda/activation.cuh"

@@ -8,6 +8,7 @@
 
 #include "gemm/hopper/launch.h"
 #include "gemm/hopper/tensor_map.h"
+#include "gemm/hopper/tile_choice.h"
 #include "kernels/cuda/tensors.h"
 #include "support/check.h"
 #include "support/cuda_device.h"
@@ -24,13 +25,6 @@ using hopper::Problem;
 using hopper::rows_map;
 using hopper::Task;
 using hopper::weight_map;
-
-/// Tiles above one another that are in flight together, see hopper::Tiles. Each band reads a whole
-/// weight: few bands where the weight does not stay in the cache.
-int32_t band_of(Operation operation, int64_t n, int64_t k) {
-  constexpr int64_t kLargeWeight = int64_t{1} << 25;  // elements: 64 MiB
-  return operation != Operation::kWgrad && n * k >= kLargeWeight ? 32 : 8;
-}
 
 int32_t narrow(int64_t size) {
   check_input(size < hopper::kRowsEnd,
@@ -72,22 +66,23 @@ class HopperEngine final : public GroupedGemmEngine {
            k % 8 == 0;
   }
 
-  void forward(const torch::Tensor& x, const torch::Tensor& weight,
-               const std::vector<int64_t>& counts, torch::Tensor& y) override {
+ private:
+  void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
+                  const std::vector<int64_t>& counts, torch::Tensor& y) override {
     if (x.size(0) == 0) return;
     multiply({Operation::kForward, element_of(x)}, {rows_map(x), weight_map(weight), rows_map(y)},
              sizes(0, weight.size(1), weight.size(2)), groups_with_rows(counts), x);
   }
 
-  void dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-             const std::vector<int64_t>& counts, torch::Tensor& dx) override {
+  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
+                const std::vector<int64_t>& counts, torch::Tensor& dx) override {
     if (dy.size(0) == 0) return;
     multiply({Operation::kDgrad, element_of(dy)}, {rows_map(dy), weight_map(weight), rows_map(dx)},
              sizes(0, weight.size(2), weight.size(1)), groups_with_rows(counts), dy);
   }
 
-  void wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
-             torch::Tensor& dweight) override {
+  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
+                torch::Tensor& dweight) override {
     if (dy.size(0) == 0) {
       dweight.zero_();
       return;
@@ -96,8 +91,8 @@ class HopperEngine final : public GroupedGemmEngine {
              sizes(dweight.size(1), dweight.size(2), 0), longest_first(groups_of(counts)), dy);
   }
 
-  void wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
-                        const std::vector<int64_t>& counts, torch::Tensor& sum) override {
+  void do_wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
+                           const std::vector<int64_t>& counts, torch::Tensor& sum) override {
     if (dy.size(0) == 0) return;
     Problem problem = sizes(sum.size(1), sum.size(2), 0);
     problem.sum = sum.data_ptr<float>();
@@ -105,13 +100,13 @@ class HopperEngine final : public GroupedGemmEngine {
              {rows_map(dy), rows_map(x)}, problem, longest_first(groups_with_rows(counts)), dy);
   }
 
-  torch::Tensor forward_activated(const torch::Tensor& x, const torch::Tensor& weight,
-                                  const std::vector<int64_t>& counts,
-                                  const HiddenActivation& activation,
-                                  torch::Tensor& hidden) override {
+  torch::Tensor do_forward_activated(const torch::Tensor& x, const torch::Tensor& weight,
+                                     const std::vector<int64_t>& counts,
+                                     const HiddenActivation& activation,
+                                     torch::Tensor& hidden) override {
     const int64_t n = activation.glu ? weight.size(1) / 2 : weight.size(1);
     if (!fuses(activation, n) || x.size(0) == 0) {
-      return GroupedGemmEngine::forward_activated(x, weight, counts, activation, hidden);
+      return GroupedGemmEngine::do_forward_activated(x, weight, counts, activation, hidden);
     }
     torch::Tensor activated = at::empty({x.size(0), n}, x.options());
     Problem problem = sizes(0, n, weight.size(2));
@@ -123,14 +118,14 @@ class HopperEngine final : public GroupedGemmEngine {
     return activated;
   }
 
-  void dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
-                       const std::vector<int64_t>& counts, const HiddenActivation& activation,
-                       const torch::Tensor& hidden, const torch::Tensor& values,
-                       ActivatedGradient& gradient) override {
+  void do_dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
+                          const std::vector<int64_t>& counts, const HiddenActivation& activation,
+                          const torch::Tensor& hidden, const torch::Tensor& values,
+                          ActivatedGradient& gradient) override {
     const int64_t n = weight.size(2);
     if (!fuses(activation, n) || dy.size(0) == 0) {
-      return GroupedGemmEngine::dgrad_activated(dy, weight, counts, activation, hidden, values,
-                                                gradient);
+      return GroupedGemmEngine::do_dgrad_activated(dy, weight, counts, activation, hidden, values,
+                                                   gradient);
     }
     const auto dots =
         at::empty({dy.size(0), (n + 63) / 64}, gradient.dvalues.options());  // see Problem
@@ -146,7 +141,6 @@ class HopperEngine final : public GroupedGemmEngine {
     at::sum_out(gradient.dvalues, dots, 1);
   }
 
- private:
   /// A tile's gate and up part must not overlap: whole boxes.
   static bool fuses(const HiddenActivation& activation, int64_t n) {
     return !activation.glu || n % 64 == 0;
@@ -168,7 +162,7 @@ class HopperEngine final : public GroupedGemmEngine {
   static void multiply(const Task& task, const Maps& maps, Problem problem,
                        const std::vector<Group>& groups, const torch::Tensor& like) {
     const OnDevice stream(like);
-    problem.band = band_of(task.operation, problem.n, problem.k);
+    problem.band = hopper::choose_band(task.operation, problem.n, problem.k);
     for (size_t begin = 0; begin < groups.size(); begin += hopper::kMostGroups) {
       const size_t count = std::min<size_t>(hopper::kMostGroups, groups.size() - begin);
       problem.groups = static_cast<int32_t>(count);
@@ -182,8 +176,8 @@ class HopperEngine final : public GroupedGemmEngine {
 
 std::shared_ptr<GroupedGemmEngine> make_hopper_engine() { return std::make_shared<HopperEngine>(); }
 
-bool is_hopper(torch::Device device) {
-  if (c10::cuda::device_count() == 0) {
+bool runs_hopper(torch::Device device) {
+  if (!device.is_cuda() || c10::cuda::device_count() == 0) {
     return false;
   }
   const auto* properties = device.has_index() ? at::cuda::getDeviceProperties(device.index())

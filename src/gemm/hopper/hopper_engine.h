@@ -4,11 +4,12 @@
 
 namespace anabranch {
 
-/// A kernel of our own for compute capability 9.0: all experts in one launch, bf16 and fp16, sizes
-/// that are multiples of 8.
-std::shared_ptr<GroupedGemmEngine> make_hopper_engine();
+/// Whether the device is of compute capability 9.0; none is in a build without CUDA, in which the
+/// engine cannot be made.
+bool runs_hopper(torch::Device device);
 
-/// Whether the device is of that kind.
-bool is_hopper(torch::Device device);
+/// A kernel of our own for that capability: all experts in one launch, bf16 and fp16, sizes that are
+/// multiples of 8.
+std::shared_ptr<GroupedGemmEngine> make_hopper_engine();
 
 }  // namespace anabranch

@@ -2,96 +2,21 @@
 
 // One persistent kernel for the three products of a grouped GEMM, c = a · b for every expert.
 //
-// Every matrix is read and written by the copy engine in boxes of 64 rows by 64 elements. Rows of
-// tokens lie expert-major: their tensor maps end at an expert's last row (see rows_map), so that
-// what lies beyond is read as zero and never written.
+// Every matrix is read and written by TMA in boxes of 64 rows by 64 elements. Rows of tokens lie
+// expert-major: their tensor maps end at an expert's last row (see rows_map), so that what lies beyond
+// is read as zero and never written.
+//
+// A CTA is warp-specialised: one thread of the producer warpgroup fills a ring of stages in shared
+// memory, two consumer warpgroups multiply what lies there and run the epilogue, pingpong or
+// cooperatively (see Tiling). Which tile comes next is the tile scheduler's.
 #include "gemm/hopper/epilogue.cuh"
 #include "gemm/hopper/problem.h"
 #include "gemm/hopper/ptx.cuh"
 #include "gemm/hopper/shape.cuh"
+#include "gemm/hopper/tile_scheduler.cuh"
 #include "gemm/hopper/wgmma.cuh"
 
 namespace anabranch::hopper {
-
-/// Walks over the tiles of this cluster: the same ones, in the same order, for all of its warps.
-template <typename shape>
-class Tiles {
- public:
-  __device__ Tiles(const Problem& problem, const int* first_unit)
-      : problem_(problem),
-        first_unit_(first_unit),
-        unit_(blockIdx.x / kClusterSize),
-        rank_(cluster_rank()) {}
-
-  __device__ static int units_of(const Problem& problem, const Group& group) {
-    return row_units(problem, group) * column_units(problem);
-  }
-
-  __device__ bool next(Tile& tile) {
-    if (unit_ >= first_unit_[problem_.groups]) {
-      return false;
-    }
-    while (unit_ >= first_unit_[group_ + 1]) {
-      ++group_;
-    }
-    const Group& group = problem_.group[group_];
-    const int columns = column_units(problem_);
-    const int rows = row_units(problem_, group);
-    // Bands of rows, column by column: what is in flight together shares rows and columns.
-    const int within = unit_ - first_unit_[group_];
-    const int band = within / (problem_.band * columns);
-    const int height = min(problem_.band, rows - band * problem_.band);
-    const int in_band = within - band * problem_.band * columns;
-    int row = band * problem_.band + in_band % height;
-    int column = in_band / height;
-    if constexpr (shape::kShare == Share::kB) {
-      row = 2 * row + rank_;
-    } else if constexpr (shape::kShare == Share::kA) {
-      column = 2 * column + rank_;
-    }
-    const int k = shape::kRaggedK ? group.rows : problem_.k;
-    tile = {group_, row * shape::kRows, column * shape::kTileColumns, (k + kBox - 1) / kBox};
-    unit_ += gridDim.x / kClusterSize;
-    return true;
-  }
-
- private:
-  static constexpr int kUnitRows = shape::kRows * (shape::kShare == Share::kB ? 2 : 1);
-  static constexpr int kUnitColumns = shape::kTileColumns * (shape::kShare == Share::kA ? 2 : 1);
-
-  __device__ static int row_units(const Problem& problem, const Group& group) {
-    return ((shape::kRaggedK ? problem.m : group.rows) + kUnitRows - 1) / kUnitRows;
-  }
-  __device__ static int column_units(const Problem& problem) {
-    return (problem.n + kUnitColumns - 1) / kUnitColumns;
-  }
-
-  const Problem& problem_;
-  const int* first_unit_;
-  int unit_;
-  int rank_;
-  int group_ = 0;
-};
-
-/// The first unit of each group, and the number of all. By one warp.
-template <typename shape>
-__device__ void count_units(const Problem& problem, int* first_unit) {
-  const int lane = threadIdx.x % 32;
-  int before = 0;
-  for (int base = 0; base <= problem.groups; base += 32) {
-    const int g = base + lane;
-    const int units = g < problem.groups ? Tiles<shape>::units_of(problem, problem.group[g]) : 0;
-    int sum = units;
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int other = __shfl_up_sync(0xFFFFFFFF, sum, distance);
-      sum += lane >= distance ? other : 0;
-    }
-    if (g <= problem.groups) {
-      first_unit[g] = before + sum - units;
-    }
-    before += __shfl_sync(0xFFFFFFFF, sum, 31);
-  }
-}
 
 /// The ring of stages in shared memory: where it stands, and the parity of its round.
 template <typename shape>
@@ -117,13 +42,13 @@ struct SharedMemory {
   uint32_t staging;
   uint32_t full;  // barriers
   uint32_t empty;
-  uint32_t turn;  // to multiply, of each warpgroup, where they alternate
+  uint32_t turn;  // to multiply, of each consumer, in pingpong
 };
 
-/// One thread fills the ring.
+/// The producer: one thread fills the ring.
 template <typename shape>
 __device__ void load(const Problem& problem, const Maps& maps, const SharedMemory& shared,
-                     Tiles<shape> tiles) {
+                     TileScheduler<shape> tiles) {
   const uint32_t rank = cluster_rank();
   Ring<shape> ring;
   Tile tile;
@@ -215,27 +140,29 @@ __device__ __forceinline__ void multiply(Accumulators<shape>& sums, int k_blocks
   }
 }
 
+/// A consumer warpgroup's tiles: products and epilogue of each.
 template <typename scalar_t, typename shape>
 __device__ void multiply_and_store(const Problem& problem, const Maps& maps,
-                                   const SharedMemory& shared, Tiles<shape> tiles, int warpgroup) {
+                                   const SharedMemory& shared, TileScheduler<shape> tiles,
+                                   int warpgroup) {
   EpilogueOf<scalar_t, shape> epilogue(
       problem, maps, shared.staging + warpgroup * shape::kStagingBoxes * kBoxBytes, 1 + warpgroup);
-  const int first_box = shape::kAlternate ? 0 : warpgroup * shape::kRowBoxes;
+  const int first_box = shape::kPingpong ? 0 : warpgroup * shape::kRowBoxes;
   Ring<shape> ring;
   Tile tile;
   for (int i = 0; tiles.next(tile); ++i) {
-    if (shape::kAlternate && i % 2 != warpgroup) {
+    if (shape::kPingpong && i % 2 != warpgroup) {
       ring.advance(tile.k_blocks);
       continue;
     }
     Accumulators<shape> sums;
     epilogue.begin(tile, first_box);
-    if constexpr (shape::kAlternate) {
+    if constexpr (shape::kPingpong) {
       // The ring's parity tells a round from the one before it only: nobody may fall further behind.
       wait(shared.turn + warpgroup * 8, (i / 2 + 1 + warpgroup) & 1);
     }
     multiply<scalar_t, shape>(sums, tile.k_blocks, first_box, shared, ring);
-    if constexpr (shape::kAlternate) {
+    if constexpr (shape::kPingpong) {
       if (threadIdx.x % 32 == 0) arrive(shared.turn + (1 - warpgroup) * 8);
     }
     epilogue.finish(tile, first_box, sums);
@@ -262,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp == 0) {
     count_units<shape>(problem, first_unit);
   } else if (threadIdx.x == 32) {
-    constexpr int kReleasingWarps = (shape::kAlternate ? 4 : 8) * kClusterSize;
+    constexpr int kReleasingWarps = (shape::kPingpong ? 4 : 8) * kClusterSize;
     for (int stage = 0; stage < shape::kStages; ++stage) {
       init_barrier(shared.full + stage * 8, 1);
       init_barrier(shared.empty + stage * 8, kReleasingWarps);
@@ -276,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   sync_cluster();
-  const Tiles<shape> tiles(problem, first_unit);
+  const TileScheduler<shape> tiles(problem, first_unit);
   if (warp < 4) {
     give_registers<40>();
     if (threadIdx.x == 0) {

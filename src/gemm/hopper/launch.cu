@@ -1,5 +1,6 @@
 #include "gemm/hopper/kernel.cuh"
 #include "gemm/hopper/launch.h"
+#include "gemm/hopper/tile_choice.h"
 #include "kernels/cuda/device.cuh"
 #include "support/cuda_check.h"
 
@@ -25,94 +26,84 @@ void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
   check_cuda(cudaLaunchKernelEx(&config, kernel, maps, problem), "cudaLaunchKernelEx");
 }
 
-/// Tiles of 128 x 128, each warpgroup's epilogue in the shadow of the other's products.
+// The shapes of the tilings: see Tiling.
+
 template <Operation kOperation, Share kShare, Epilogue kEpilogue = Epilogue::kStore>
-using Alternating = Shape<kOperation, 2, 128, true, 6, 2, kShare, kEpilogue>;
-/// Tiles of 128 x 256: fewest bytes into shared memory, and so least power, which is what bounds a chip
-/// that multiplies for long.
+using Pingpong = Shape<kOperation, 2, 128, true, 6, 2, kShare, kEpilogue>;
 template <Operation kOperation, Epilogue kEpilogue = Epilogue::kStore, bool kGlu = false>
-using Wide = Shape<kOperation, 1, 256, false, 4, 2, Share::kB, kEpilogue, kGlu>;
-
-constexpr int kLongSum = 4096;
-
-/// Whether tiles twice as wide as those of shape `narrow` would be full.
-template <typename narrow>
-bool fills_wide_tiles(const Problem& problem) {
-  constexpr int kManyRows = 512;    // of an expert
-  constexpr int kManyColumns = 15;  // of narrow tiles: half a wide tile too many is little
-  const int columns = (problem.n + narrow::kTileColumns - 1) / narrow::kTileColumns;
-  int64_t rows = 0;
-  for (int g = 0; g < problem.groups; ++g) {
-    rows += problem.group[g].rows;
-  }
-  return (columns % 2 == 0 || columns >= kManyColumns) &&
-         (rows >= int64_t{kManyRows} * problem.groups || problem.k >= kLongSum);
-}
+using Cooperative = Shape<kOperation, 1, 256, false, 4, 2, Share::kB, kEpilogue, kGlu>;
 
 template <typename scalar_t, Operation kOperation, Epilogue kEpilogue = Epilogue::kStore>
-void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
-  using Narrow = Alternating<kOperation, Share::kA, kEpilogue>;
-  if (fills_wide_tiles<Narrow>(problem)) {
-    launch<scalar_t, Wide<kOperation, kEpilogue>>(maps, problem, stream);
-  } else if ((problem.n + 127) / 128 % 2 == 0) {
-    launch<scalar_t, Narrow>(maps, problem, stream);
-  } else {
-    launch<scalar_t, Alternating<kOperation, Share::kB, kEpilogue>>(maps, problem, stream);
+void launch(Tiling tiling, const Maps& maps, const Problem& problem, cudaStream_t stream) {
+  switch (tiling) {
+    case Tiling::kPingpong:
+      return launch<scalar_t, Pingpong<kOperation, Share::kA, kEpilogue>>(maps, problem, stream);
+    case Tiling::kPingpongSharingB:
+      return launch<scalar_t, Pingpong<kOperation, Share::kB, kEpilogue>>(maps, problem, stream);
+    case Tiling::kCooperative:
+      return launch<scalar_t, Cooperative<kOperation, kEpilogue>>(maps, problem, stream);
   }
 }
 
 template <typename scalar_t, bool kGlu>
-void launch_with_activation(Operation operation, const Maps& maps, const Problem& problem,
-                            cudaStream_t stream) {
+void launch_with_activation(Operation operation, Tiling tiling, const Maps& maps,
+                            const Problem& problem, cudaStream_t stream) {
   using Forward =
       Shape<Operation::kForward, 2, 128, true, 6, 2, Share::kA, Epilogue::kActivate, kGlu>;
-  using WideForward = Wide<Operation::kForward, Epilogue::kActivate, kGlu>;
+  using WideForward = Cooperative<Operation::kForward, Epilogue::kActivate, kGlu>;
+  // Hidden values take more staging boxes, and stages make room for them.
   using Backward = Shape<Operation::kDgrad, 2, 128, true, kGlu ? 4 : 5, kGlu ? 5 : 3, Share::kA,
                          Epilogue::kActivateBackward, kGlu>;
   using WideBackward = Shape<Operation::kDgrad, 1, 256, false, 3, kGlu ? 5 : 3, Share::kB,
                              Epilogue::kActivateBackward, kGlu>;
+  const bool wide = tiling == Tiling::kCooperative;
   if (operation == Operation::kForward) {
-    if (fills_wide_tiles<Forward>(problem)) {
-      launch<scalar_t, WideForward>(maps, problem, stream);
-    } else {
-      launch<scalar_t, Forward>(maps, problem, stream);
-    }
-  } else if (problem.k >= kLongSum && fills_wide_tiles<Backward>(problem)) {
-    // The epilogue takes long: of a short sum it is better in the shadow of products.
-    launch<scalar_t, WideBackward>(maps, problem, stream);
-  } else {
-    launch<scalar_t, Backward>(maps, problem, stream);
+    return wide ? launch<scalar_t, WideForward>(maps, problem, stream)
+                : launch<scalar_t, Forward>(maps, problem, stream);
   }
+  return wide ? launch<scalar_t, WideBackward>(maps, problem, stream)
+              : launch<scalar_t, Backward>(maps, problem, stream);
 }
 
 template <typename scalar_t>
-void launch(const Task& task, const Maps& maps, const Problem& problem, cudaStream_t stream) {
+void launch(const Task& task, Tiling tiling, const Maps& maps, const Problem& problem,
+            cudaStream_t stream) {
   if (task.epilogue == Epilogue::kAccumulate) {
-    return launch<scalar_t, Operation::kWgrad, Epilogue::kAccumulate>(maps, problem, stream);
+    return launch<scalar_t, Operation::kWgrad, Epilogue::kAccumulate>(tiling, maps, problem,
+                                                                      stream);
   }
   if (task.epilogue != Epilogue::kStore) {
-    return task.glu
-               ? launch_with_activation<scalar_t, true>(task.operation, maps, problem, stream)
-               : launch_with_activation<scalar_t, false>(task.operation, maps, problem, stream);
+    const auto launch_activated =
+        task.glu ? launch_with_activation<scalar_t, true> : launch_with_activation<scalar_t, false>;
+    return launch_activated(task.operation, tiling, maps, problem, stream);
   }
   switch (task.operation) {
     case Operation::kForward:
-      return launch<scalar_t, Operation::kForward>(maps, problem, stream);
+      return launch<scalar_t, Operation::kForward>(tiling, maps, problem, stream);
     case Operation::kDgrad:
-      return launch<scalar_t, Operation::kDgrad>(maps, problem, stream);
+      return launch<scalar_t, Operation::kDgrad>(tiling, maps, problem, stream);
     case Operation::kWgrad:
-      return launch<scalar_t, Operation::kWgrad>(maps, problem, stream);
+      return launch<scalar_t, Operation::kWgrad>(tiling, maps, problem, stream);
   }
+}
+
+LaunchSizes sizes_of(const Problem& problem) {
+  int64_t rows = 0;
+  for (int g = 0; g < problem.groups; ++g) {
+    rows += problem.group[g].rows;
+  }
+  return {problem.groups, rows, problem.n, problem.k};
 }
 
 }  // namespace
 
 void launch_grouped_gemm(const Task& task, const Maps& maps, const Problem& problem,
                          cudaStream_t stream) {
+  const Tiling tiling = choose_tiling(task, sizes_of(problem));
   if (task.element == Element::kBfloat16) {
-    launch<__nv_bfloat16>(task, maps, problem, stream);
+    launch<__nv_bfloat16>(task, tiling, maps, problem, stream);
   } else {
-    launch<__half>(task, maps, problem, stream);
+    launch<__half>(task, tiling, maps, problem, stream);
   }
 }
 

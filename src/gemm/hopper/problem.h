@@ -8,15 +8,6 @@
 
 namespace anabranch::hopper {
 
-/// c = a · b. Forward: rows · weightᵀ. Dgrad: rows · weight. Wgrad: rowsᵀ · rows, a weight.
-enum class Operation { kForward, kDgrad, kWgrad };
-
-/// What becomes of the products. kStore: c. kAccumulate (wgrad): added to fp32 sums. kActivate
-/// (forward): they are the hidden rows, which are stored with their activation. kActivateBackward
-/// (dgrad): they are the gradient at the activation, and the gradient of the hidden rows is stored with
-/// the activation, both scaled by the routing weights.
-enum class Epilogue { kStore, kActivate, kActivateBackward, kAccumulate };
-
 /// See rows_map.
 constexpr int kRowsEnd = 1 << 30;
 constexpr int kRowsWrap = 1 << 30;
@@ -36,7 +27,7 @@ struct Problem {
   int32_t m;
   int32_t n;  // with GLU, of the activation
   int32_t k;
-  int32_t band;  // tiles, see Tiles
+  int32_t band;  // tiles, see TileScheduler
   int32_t groups;
 
   float* sum;  // kAccumulate: [experts, m, n]

@@ -12,16 +12,16 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// --- barriers between threads, the copy engine and the CTAs of a cluster ---
+// --- barriers between threads, TMA and the CTAs of a cluster ---
 
 __device__ __forceinline__ void init_barrier(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
-/// Makes initialised barriers visible to the copy engine and the cluster.
+/// Makes initialised barriers visible to TMA and the cluster.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-/// Arrives, and lets the phase wait for `bytes` from the copy engine.
+/// Arrives, and lets the phase wait for `bytes` from TMA.
 __device__ __forceinline__ void arrive_expecting(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
@@ -68,7 +68,7 @@ __device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// --- the copy engine: boxes of a 4-D tensor ---
+// --- TMA, the tensor memory accelerator: boxes of a 4-D tensor ---
 
 struct BoxCoordinates {
   int x;
@@ -118,7 +118,7 @@ __device__ __forceinline__ void wait_stores_read() {
 __device__ __forceinline__ void wait_stores() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
-/// Ordinary writes to shared memory before it are seen by the copy engine and the tensor cores after
+/// Ordinary writes to shared memory before it are seen by TMA and the tensor cores after
 /// the barrier that follows.
 __device__ __forceinline__ void fence_shared_writes() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

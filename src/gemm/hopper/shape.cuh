@@ -2,30 +2,31 @@
 
 // How a tile is cut and laid out: what all parts of the kernel agree on at compile time.
 #include "gemm/hopper/problem.h"
+#include "gemm/hopper/task.h"
 
 namespace anabranch::hopper {
 
 constexpr int kBox = 64;  // rows and elements of a box
 constexpr int kBoxBytes = kBox * kBox * 2;
 constexpr int kWarpgroup = 128;           // threads
-constexpr int kThreads = 3 * kWarpgroup;  // one warpgroup loads, two multiply
+constexpr int kThreads = 3 * kWarpgroup;  // a producer warpgroup loads, two consumers multiply
 
 /// What the two CTAs of a cluster have in common: tiles above one another read the same b, tiles
 /// beside one another the same a. Each CTA loads one half for both.
 enum class Share { kA, kB };
 constexpr int kClusterSize = 2;
 
-/// kRowBoxes · 64 rows and kColumns columns of the products for each multiplying warpgroup.
-/// `kAlternate`: each warpgroup has tiles of its own, one's epilogue in the shadow of the other's
-/// products; otherwise they lie above one another in one tile.
-template <Operation kOperation_, int kRowBoxes_, int kColumns_, bool kAlternate_, int kStages_,
+/// kRowBoxes · 64 rows and kColumns columns of the products for each consumer warpgroup.
+/// `kPingpong`: each has tiles of its own, one's epilogue in the shadow of the other's products;
+/// otherwise they are cooperative, and lie above one another in one tile.
+template <Operation kOperation_, int kRowBoxes_, int kColumns_, bool kPingpong_, int kStages_,
           int kStagingBoxes_, Share kShare_, Epilogue kEpilogue_ = Epilogue::kStore,
           bool kGlu_ = false>
 struct Shape {
   static constexpr Operation kOperation = kOperation_;
   static constexpr int kRowBoxes = kRowBoxes_;
   static constexpr int kColumns = kColumns_;
-  static constexpr bool kAlternate = kAlternate_;
+  static constexpr bool kPingpong = kPingpong_;
   static constexpr int kStages = kStages_;
   static constexpr int kStagingBoxes = kStagingBoxes_;
   static constexpr Share kShare = kShare_;
@@ -37,7 +38,7 @@ struct Shape {
   static constexpr bool kRaggedK = kOperation == Operation::kWgrad;
   /// The left half of a tile is gate, the right half the up part of the same columns.
   static constexpr bool kGateAndUp = kGlu && kEpilogue == Epilogue::kActivate;
-  static constexpr int kABoxes = kRowBoxes * (kAlternate ? 1 : 2);
+  static constexpr int kABoxes = kRowBoxes * (kPingpong ? 1 : 2);
   static constexpr int kBBoxes = kColumns / kBox;
   static constexpr int kRows = kABoxes * kBox;
   static constexpr int kTileColumns = kGateAndUp ? kColumns / 2 : kColumns;

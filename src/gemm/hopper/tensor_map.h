@@ -6,7 +6,7 @@
 
 namespace anabranch::hopper {
 
-/// Rows of tokens [P, width], P > 0, as the copy engine sees them: coordinates (column,
+/// Rows of tokens [P, width], P > 0, as TMA sees them: coordinates (column,
 /// kRowsEnd − rows + r, first_row + rows, kRowsWrap) are row r of an expert with `rows` rows from
 /// `first_row`. From r = rows on they lie outside: read as zero, not written.
 ///

@@ -1,0 +1,77 @@
+#include "baselines/torch_engine.h"
+
+#include <ATen/ops/_grouped_mm.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+
+namespace anabranch {
+namespace {
+
+/// Where each expert's rows end, as the operator wants them; on a GPU in the order of its current stream,
+/// without waiting for it.
+torch::Tensor ends_of(const std::vector<int64_t>& counts, torch::Device device) {
+  const auto experts = static_cast<int64_t>(counts.size());
+  torch::Tensor host =
+      at::empty({experts}, at::TensorOptions(torch::kInt32).pinned_memory(device.is_cuda()));
+  int64_t end = 0;
+  std::transform(counts.begin(), counts.end(), host.data_ptr<int32_t>(),
+                 [&](int64_t count) { return static_cast<int32_t>(end += count); });
+  return host.to(device, /*non_blocking=*/true);
+}
+
+class TorchEngine final : public GroupedGemmEngine {
+ public:
+  explicit TorchEngine(torch::Device device) : device_(device) {}
+
+  std::string name() const override { return "torch_grouped_mm"; }
+
+  /// Rows must be multiples of 16 bytes.
+  bool supports(torch::Dtype dtype, int64_t n, int64_t k) const override {
+    const bool known = dtype == torch::kBFloat16 ||
+                       (device_.is_cpu() && (dtype == torch::kHalf || dtype == torch::kFloat32));
+    const auto aligned = [&](int64_t width) {
+      return width > 0 && width * static_cast<int64_t>(c10::elementSize(dtype)) % 16 == 0;
+    };
+    return known && aligned(n) && aligned(k);
+  }
+
+ private:
+  void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
+                  const std::vector<int64_t>& counts, torch::Tensor& y) override {
+    multiply(x, weight.transpose(1, 2), counts, y);
+  }
+  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
+                const std::vector<int64_t>& counts, torch::Tensor& dx) override {
+    multiply(dy, weight, counts, dx);
+  }
+  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
+                torch::Tensor& dweight) override {
+    if (dy.size(0) == 0) {
+      dweight.zero_();
+      return;
+    }
+    multiply(dy.t(), x, counts, dweight);
+    for (size_t e = 0; e < counts.size(); ++e) {  // sums of nothing, of which it says nothing
+      if (counts[e] == 0) dweight.select(0, static_cast<int64_t>(e)).zero_();
+    }
+  }
+
+  static void multiply(const torch::Tensor& a, const torch::Tensor& b,
+                       const std::vector<int64_t>& counts, torch::Tensor& c) {
+    if (c.numel() > 0) {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      c.copy_(at::_grouped_mm(a, b, ends_of(counts, a.device())));
+    }
+  }
+
+  torch::Device device_;
+};
+
+}  // namespace
+
+std::shared_ptr<GroupedGemmEngine> make_torch_engine(torch::Device device) {
+  return std::make_shared<TorchEngine>(device);
+}
+
+}  // namespace anabranch

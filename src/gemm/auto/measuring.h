@@ -1,0 +1,22 @@
+#pragma once
+
+#include <torch/types.h>
+
+#include <functional>
+#include <string>
+
+// What auto asks of a GPU. In a build without CUDA these throw std::runtime_error.
+
+namespace anabranch {
+
+/// Milliseconds from the first to the last of what `call` launches on the current stream of the current
+/// device. Waits for it.
+double gpu_milliseconds(const std::function<void()>& call);
+
+/// Whether the current stream is being recorded into a graph: nothing may be waited for then.
+bool is_captured();
+
+/// The GPU and the versions that times depend on.
+std::string describe_gpu(torch::Device device);
+
+}  // namespace anabranch

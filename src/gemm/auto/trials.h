@@ -1,0 +1,23 @@
+#pragma once
+
+#include <anabranch/grouped_gemm.h>
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "gemm/auto/engine_choices.h"
+
+namespace anabranch {
+
+using Engines = std::vector<std::shared_ptr<GroupedGemmEngine>>;
+
+/// One product of the engine that it is given, on the current stream of the operands' device.
+using Run = std::function<void(GroupedGemmEngine&)>;
+
+/// The first engine that none is clearly faster than, by measuring; engines come best guess first.
+/// Those that come near the best are timed for longer. None is chosen where none finds the memory
+/// it needs.
+EngineChoices::Choice fastest(Engines engines, const Run& run, torch::Device device);
+
+}  // namespace anabranch

@@ -1,0 +1,24 @@
+#pragma once
+
+namespace anabranch::hopper {
+
+/// c = a · b. Forward: rows · weightᵀ. Dgrad: rows · weight. Wgrad: rowsᵀ · rows, a weight.
+enum class Operation { kForward, kDgrad, kWgrad };
+
+/// What becomes of the products. kStore: c. kAccumulate (wgrad): added to fp32 sums. kActivate
+/// (forward): they are the hidden rows, which are stored with their activation. kActivateBackward
+/// (dgrad): they are the gradient at the activation, and the gradient of the hidden rows is stored with
+/// the activation, both scaled by the routing weights.
+enum class Epilogue { kStore, kActivate, kActivateBackward, kAccumulate };
+
+enum class Element { kBfloat16, kHalf };
+
+/// What to do, and of which type.
+struct Task {
+  Operation operation;
+  Element element;
+  Epilogue epilogue = Epilogue::kStore;
+  bool glu = false;  ///< of the epilogue
+};
+
+}  // namespace anabranch::hopper

@@ -1,0 +1,93 @@
+// Which tiles the kernel for compute capability 9.0 takes, on any machine.
+#include "gemm/hopper/tile_choice.h"
+
+#include <gtest/gtest.h>
+
+#include <ostream>
+
+#include "support/random.h"
+#include "support/world.h"
+
+namespace anabranch::hopper {
+
+static void PrintTo(Tiling tiling, std::ostream* out) {
+  constexpr const char* kNames[] = {"pingpong", "pingpong sharing b", "cooperative"};
+  *out << kNames[static_cast<int>(tiling)];
+}
+
+}  // namespace anabranch::hopper
+
+namespace anabranch::test {
+namespace {
+
+using namespace hopper;
+
+constexpr Task kPlain[] = {{Operation::kForward, Element::kBfloat16},
+                           {Operation::kDgrad, Element::kBfloat16},
+                           {Operation::kWgrad, Element::kBfloat16},
+                           {Operation::kWgrad, Element::kHalf, Epilogue::kAccumulate}};
+constexpr Task kForwardWithGlu = {Operation::kForward, Element::kBfloat16, Epilogue::kActivate,
+                                  /*glu=*/true};
+constexpr Task kDgradWithGlu = {Operation::kDgrad, Element::kBfloat16, Epilogue::kActivateBackward,
+                                /*glu=*/true};
+
+// What a launch of the models' shapes takes: 8 experts of Mixtral with 2048 rows each, 128 of Qwen3
+// with 2048, 64 small ones with 128.
+TEST(TileChoiceTest, OfKnownShapes) {
+  for (const Task& task : kPlain) {
+    EXPECT_EQ(choose_tiling(task, {8, 16384, 28672, 4096}), Tiling::kCooperative);
+    EXPECT_EQ(choose_tiling(task, {128, 262144, 1536, 2048}), Tiling::kCooperative);
+    EXPECT_EQ(choose_tiling(task, {64, 8192, 1024, 1024}), Tiling::kPingpong);
+  }
+  EXPECT_EQ(choose_tiling(kForwardWithGlu, {8, 16384, 14336, 4096}), Tiling::kCooperative);
+  EXPECT_EQ(choose_tiling(kForwardWithGlu, {64, 8192, 512, 1024}), Tiling::kPingpong);
+  // Backward's epilogue takes long, and wide tiles have nothing to hide it behind.
+  EXPECT_EQ(choose_tiling(kDgradWithGlu, {8, 16384, 14336, 4096}), Tiling::kCooperative);
+  EXPECT_EQ(choose_tiling(kDgradWithGlu, {128, 262144, 768, 2048}), Tiling::kPingpong);
+}
+
+TEST(TileChoiceTest, WideTilesWantManyRowsOrLongSums) {
+  for (const Task& task : kPlain) {
+    EXPECT_EQ(choose_tiling(task, {4, 4 * 512, 512, 1024}), Tiling::kCooperative);
+    EXPECT_EQ(choose_tiling(task, {4, 4 * 512 - 1, 512, 1024}), Tiling::kPingpong);
+    EXPECT_EQ(choose_tiling(task, {4, 4, 512, 4096}), Tiling::kCooperative);
+    EXPECT_EQ(choose_tiling(task, {4, 4, 512, 4095}), Tiling::kPingpong);
+  }
+}
+
+// An odd column of tiles is half a wide tile wasted, or a CTA without a neighbour: of many it is little.
+TEST(TileChoiceTest, AnOddNumberOfColumns) {
+  for (const Task& task : kPlain) {
+    EXPECT_EQ(choose_tiling(task, {1, 4096, 13 * 128, 1024}), Tiling::kPingpongSharingB);
+    EXPECT_EQ(choose_tiling(task, {1, 4096, 14 * 128, 1024}), Tiling::kCooperative);
+    EXPECT_EQ(choose_tiling(task, {1, 4096, 15 * 128, 1024}), Tiling::kCooperative);
+    EXPECT_EQ(choose_tiling(task, {1, 4096, 12 * 128 + 1, 1024}), Tiling::kPingpongSharingB);
+  }
+  // A tile of a gate and its up part is half as wide.
+  EXPECT_EQ(choose_tiling(kForwardWithGlu, {1, 4096, 13 * 64, 1024}), Tiling::kPingpong);
+  EXPECT_EQ(choose_tiling(kForwardWithGlu, {1, 4096, 13 * 128, 1024}), Tiling::kCooperative);
+}
+
+// The kernels with an activation share a where they do not cooperate: there is no third of them.
+TEST(TileChoiceTest, IsOneThatThereIsAKernelFor) {
+  test::Random random(test_seed());
+  for (int64_t i = 0; i < effort(2000); ++i) {
+    const LaunchSizes sizes = {random.integer(1, 256), random.integer(1, 1 << 18),
+                               random.integer(1, 1 << 14), random.integer(0, 1 << 14)};
+    for (Task task : {kForwardWithGlu, kDgradWithGlu}) {
+      task.glu = random.chance(0.5);
+      EXPECT_NE(choose_tiling(task, sizes), Tiling::kPingpongSharingB);
+    }
+  }
+}
+
+TEST(TileChoiceTest, BandsAreFewWhereAWeightLeavesTheCache) {
+  for (const auto operation : {Operation::kForward, Operation::kDgrad}) {
+    EXPECT_EQ(choose_band(operation, 2048, 1536), 8);
+    EXPECT_EQ(choose_band(operation, 28672, 4096), 32);
+  }
+  EXPECT_EQ(choose_band(Operation::kWgrad, 28672, 4096), 8);
+}
+
+}  // namespace
+}  // namespace anabranch::test
