@@ -1,4 +1,4 @@
-"""Rank discovery: the C++ library's, with the same results (tests/launch/rank_discovery_test.cpp)."""
+"""Rank discovery: the C++ library's, with the same results (tests/rank_discovery/rank_discovery_test.cpp)."""
 
 import os
 

@@ -8,7 +8,7 @@
 #include <system_error>
 #include <utility>
 
-#include "launch/launcher_variables.h"
+#include "rank_discovery/launcher_variables.h"
 
 namespace anabranch {
 namespace {

@@ -1,4 +1,4 @@
-#include "launch/launcher_variables.h"
+#include "rank_discovery/launcher_variables.h"
 
 #include <anabranch/error.h>
 
