@@ -11,7 +11,11 @@
 #include <iostream>
 
 #include "harness.h"
-#include "kernels/kernels.h"
+#include "kernels/activation.h"
+#include "kernels/bias.h"
+#include "kernels/plan.h"
+#include "kernels/routing.h"
+#include "kernels/rows.h"
 
 namespace anabranch::benchmark {
 namespace {
@@ -60,7 +64,9 @@ std::vector<at::Tensor> sets(at::IntArrayRef sizes) {
 }
 
 void measure_rows(Bench& bench, int64_t rows, int64_t width) {
-  const Kernels& kernels = cuda_kernels();
+  const RowKernels& row_kernels = RowKernels::cuda();
+  const PlanKernels& plan_kernels = PlanKernels::cuda();
+  const BiasKernels& bias_kernels = BiasKernels::cuda();
   const double row_bytes = 2.0 * static_cast<double>(width);
   const double total = row_bytes * static_cast<double>(rows);
   const auto many = sets({rows, width});
@@ -69,32 +75,32 @@ void measure_rows(Bench& bench, int64_t rows, int64_t width) {
 
   const auto permutation = at::randperm(rows, kIndex);
   bench.run("gather_rows", rows, width, 2 * total + 8.0 * rows,
-            [&](int set) { kernels.gather_rows(many[set], permutation); });
+            [&](int set) { row_kernels.gather_rows(many[set], permutation); });
   // As in permute: each token's row goes to top_k places, and is read from memory once.
   const int64_t tokens = rows / kTopK;
-  const auto groups = kernels.group(at::randperm(rows, kIndex).remainder(tokens), tokens);
+  const auto groups = plan_kernels.group(at::randperm(rows, kIndex).remainder(tokens), tokens);
   bench.run("scatter_rows, to 8 places", rows, width, total + total / kTopK + 8.0 * rows,
-            [&](int set) { kernels.scatter_rows(many[set].narrow(0, 0, tokens), groups); });
+            [&](int set) { row_kernels.scatter_rows(many[set].narrow(0, 0, tokens), groups); });
   const auto weights = at::randn({rows}, kFloat);
   bench.run("sum_rows, 8 weighted", rows, width, total + total / kTopK + 20.0 * rows,
-            [&](int set) { kernels.sum_rows(many[set], groups, weights); });
-  const auto pairs = kernels.group(at::randperm(rows, kIndex).remainder(rows / 2), rows / 2);
+            [&](int set) { row_kernels.sum_rows(many[set], groups, weights); });
+  const auto pairs = plan_kernels.group(at::randperm(rows, kIndex).remainder(rows / 2), rows / 2);
   bench.run("sum_rows, 2", rows, width, 1.5 * total + 12.0 * rows,
-            [&](int set) { kernels.sum_rows(many[set], pairs, {}); });
+            [&](int set) { row_kernels.sum_rows(many[set], pairs, {}); });
 
   const std::vector<int64_t> counts(64, rows / 64);
   const auto bias = at::randn({64, width}, kBf16);
   auto biased = sets({rows, width});
   bench.run("add_bias", rows, width, 2 * total,
-            [&](int set) { kernels.add_bias(biased[set], bias, counts); });
+            [&](int set) { bias_kernels.add_bias(biased[set], bias, counts); });
   bench.run("bias_dot", rows, width, total,
-            [&](int set) { kernels.bias_dot(many[set], bias, counts); });
+            [&](int set) { bias_kernels.bias_dot(many[set], bias, counts); });
   bench.run("bias_gradient, weighted", rows, width, total,
-            [&](int set) { kernels.bias_gradient(many[set], weights, counts); });
+            [&](int set) { bias_kernels.bias_gradient(many[set], weights, counts); });
 }
 
 void measure_activations(Bench& bench, int64_t rows, int64_t n) {
-  const Kernels& kernels = cuda_kernels();
+  const ActivationKernels& activation_kernels = ActivationKernels::cuda();
   const double total = 2.0 * static_cast<double>(n * rows);
   const auto hidden = sets({rows, n});
   const auto gated = sets({rows, 2 * n});
@@ -110,19 +116,20 @@ void measure_activations(Bench& bench, int64_t rows, int64_t n) {
         Case{"silu glu", Activation::kSilu, true}}) {
     const auto& input = glu ? gated : hidden;
     bench.run(std::string("activate ") + name, rows, n, (glu ? 3 : 2) * total,
-              [&](int set) { kernels.activate(input[set], activation, glu); });
-    const Kernels::ActivationGradient gradient{at::empty_like(input[0]), at::empty_like(weights)};
+              [&](int set) { activation_kernels.activate(input[set], activation, glu); });
+    const ActivationGradient gradient{at::empty_like(input[0]), at::empty_like(weights)};
     bench.run(std::string("activate_backward ") + name, rows, n, (glu ? 6 : 4) * total,
               [&](int set) {
-                kernels.activate_backward(dactivated[set], input[set], weights, activation, glu,
-                                          gradient);
+                activation_kernels.activate_backward(dactivated[set], input[set], weights,
+                                                     activation, glu, gradient);
               });
   }
 }
 
 /// Small tensors: microseconds count here, not bandwidth.
 void measure_routing(Bench& bench, int64_t tokens, int64_t experts, int64_t top_k) {
-  const Kernels& kernels = cuda_kernels();
+  const RoutingKernels& routing_kernels = RoutingKernels::cuda();
+  const PlanKernels& plan_kernels = PlanKernels::cuda();
   RoutingRule rule;
   rule.top_k = top_k;
   std::vector<at::Tensor> logits;
@@ -131,28 +138,29 @@ void measure_routing(Bench& bench, int64_t tokens, int64_t experts, int64_t top_
   }
   const double bytes = 4.0 * static_cast<double>(tokens * experts);
   bench.run("route k " + std::to_string(top_k), tokens, experts, 2 * bytes,
-            [&](int set) { kernels.route(logits[set], rule, {}); });
-  const auto routed = kernels.route(logits[0], rule, {});
+            [&](int set) { routing_kernels.route(logits[set], rule, {}); });
+  const auto routed = routing_kernels.route(logits[0], rule, {});
   const auto dweights = at::randn({tokens, top_k}, kFloat);
   const auto dsum = at::randn({experts}, kFloat);
   const auto dsquared = at::randn({}, kFloat);
   bench.run("route_backward k " + std::to_string(top_k), tokens, experts, 2 * bytes,
-            [&](int) { kernels.route_backward(routed, rule, dweights, dsum, dsquared); });
+            [&](int) { routing_kernels.route_backward(routed, rule, dweights, dsum, dsquared); });
   const double ids = 8.0 * static_cast<double>(tokens * top_k);
   bench.run("plan_local", tokens, top_k, 2 * ids,
-            [&](int) { kernels.plan_local(routed.expert_ids, experts); });
+            [&](int) { plan_kernels.plan_local(routed.expert_ids, experts); });
   std::vector<int64_t> first;
   for (int64_t r = 0; r <= 8; ++r) {
     first.push_back(r * experts / 8);
   }
   bench.run("plan_send W 8", tokens, top_k, 2 * ids,
-            [&](int) { kernels.plan_send(routed.expert_ids, first); });
-  const auto rows = kernels.plan_local(routed.expert_ids, experts).assignment_rows;
-  bench.run("group by token", tokens, top_k, 2 * ids, [&](int) { kernels.group(rows, tokens); });
-  const auto sums = kernels.routing_sums(routed.probabilities, routed.logsumexp);
+            [&](int) { plan_kernels.plan_send(routed.expert_ids, first); });
+  const auto rows = plan_kernels.plan_local(routed.expert_ids, experts).assignment_rows;
+  bench.run("group by token", tokens, top_k, 2 * ids,
+            [&](int) { plan_kernels.group(rows, tokens); });
+  const auto sums = routing_kernels.routing_sums(routed.probabilities, routed.logsumexp);
   bench.run("losses", experts, 1, 8.0 * static_cast<double>(experts), [&](int) {
-    const auto of_batch = kernels.batch_sums(routed.counts, tokens, sums);
-    kernels.batch_losses(of_batch, of_batch.narrow(0, 0, experts), top_k, torch::kFloat32);
+    const auto of_batch = routing_kernels.batch_sums(routed.counts, tokens, sums);
+    routing_kernels.batch_losses(of_batch, of_batch.narrow(0, 0, experts), top_k, torch::kFloat32);
   });
 }
 

@@ -2,7 +2,7 @@
 
 #include <anabranch/communicator.h>
 #include <anabranch/options.h>
-#include <anabranch/router.h>
+#include <anabranch/routing.h>
 
 namespace anabranch {
 

@@ -2,6 +2,7 @@
 
 // The whole library, in the order of its story.
 #include <anabranch/options.h>
+#include <anabranch/routing.h>
 #include <anabranch/router.h>
 #include <anabranch/expert_placement.h>
 #include <anabranch/rank_discovery.h>

@@ -2,7 +2,7 @@
 
 #include <anabranch/communicator.h>
 #include <anabranch/expert_placement.h>
-#include <anabranch/router.h>
+#include <anabranch/routing.h>
 
 #include <memory>
 #include <vector>

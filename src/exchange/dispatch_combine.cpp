@@ -4,7 +4,7 @@
 
 #include <numeric>
 
-#include "kernels/kernels.h"
+#include "kernels/rows.h"
 #include "support/check.h"
 #include "support/side_stream.h"
 
@@ -54,7 +54,7 @@ constexpr int kFewRanks = 8;
 torch::Tensor dispatch_beside_own(Communicator& communicator, const torch::Tensor& tokens,
                                   const ExchangePlan& plan, std::vector<Transfer> values) {
   const int rank = communicator.rank();
-  const Kernels& kernels = kernels_for(tokens.device());
+  const RowKernels& kernels = RowKernels::on(tokens.device());
   const auto sent = at::empty({plan.send_tokens.size(0), tokens.size(1)}, tokens.options());
   const auto received = at::empty({plan.rows(), tokens.size(1)}, tokens.options());
   const auto& rows = plan.send_rows;
@@ -80,7 +80,7 @@ torch::Tensor dispatch_beside_own(Communicator& communicator, const torch::Tenso
 Payload Exchange::dispatch(const Payload& tokens, const ExchangePlan& plan) const {
   const torch::NoGradGuard no_grad;
   check_payload(tokens, plan.tokens, {plan.tokens, plan.top_k}, "dispatch");
-  const Kernels& kernels = kernels_for(tokens.rows.device());
+  const RowKernels& kernels = RowKernels::on(tokens.rows.device());
   torch::Tensor ordered_values;  // by (destination, expert, token)
   if (tokens.values.defined()) {
     ordered_values = kernels.gather_rows(tokens.values.contiguous().view(-1), plan.send_order);
@@ -144,7 +144,7 @@ Payload Exchange::combine(const Payload& results, const ExchangePlan& plan) cons
     transfers.push_back({by_arrival, plan.receive_assignments, values, plan.send_assignments});
   }
   communicator_->all_to_all_v(transfers);
-  returned.rows = kernels_for(rows.device())
+  returned.rows = RowKernels::on(rows.device())
                       .sum_rows(rows, {plan.token_offsets, plan.token_rows}, /*weights=*/{});
   if (values.defined()) {
     returned.values = back_to_slots(values);

@@ -9,7 +9,7 @@
 #include <limits>
 #include <numeric>
 
-#include "kernels/kernels.h"
+#include "kernels/plan.h"
 #include "support/check.h"
 #include "support/stage.h"
 #include "support/stream.h"
@@ -186,7 +186,7 @@ ExchangePlan plan_counts(const Announced& announced, const ExpertPlacement& plac
 ExchangePlan plan_alone(const Routing& routing, const torch::Tensor& ids,
                         const torch::Tensor& nonfinite, const torch::Tensor& invalid,
                         int64_t num_experts, Communicator& communicator) {
-  const LocalPlan local = kernels_for(ids.device()).plan_local(ids, num_experts);
+  const LocalPlan local = PlanKernels::on(ids.device()).plan_local(ids, num_experts);
   const auto told = counts_on_host(
       at::cat({nonfinite.reshape(1), invalid.reshape(1), local.expert_counts}), communicator);
   const int64_t* own = told.const_data_ptr<int64_t>();
@@ -224,7 +224,7 @@ ExchangePlan Exchange::plan(const Routing& routing) const {
   const Stage named("anabranch.plan");
   check_routing(routing);
   const auto ids = routing.expert_ids.contiguous();
-  const Kernels& kernels = kernels_for(ids.device());
+  const PlanKernels& kernels = PlanKernels::on(ids.device());
   const auto nonfinite = first_nonfinite_token(routing);
   const auto invalid = kernels.first_invalid_token(ids, placement_.num_experts, routing.may_skip);
   if (communicator_->size() == 1 && !routing.may_skip) {

@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <numeric>
 
-#include "kernels/kernels.h"
+#include "kernels/activation.h"
+#include "kernels/bias.h"
+#include "kernels/rows.h"
 #include "support/large_pages.h"
 #include "support/stage.h"
 
@@ -30,7 +32,7 @@ struct Part {
       return rows_of(from.rows);
     }
     const Stage named("anabranch.permute");
-    const Kernels& kernels = kernels_for(from.rows.device());
+    const RowKernels& kernels = RowKernels::on(from.rows.device());
     return rows == from.index.size(0) ? kernels.scatter_rows(from.rows, from.places)
                                       : kernels.gather_rows(from.rows, rows_of(from.index));
   }
@@ -74,7 +76,7 @@ void project(const FeedForward& expert, const torch::Tensor& rows, const Project
              const ExpertCounts& counts, torch::Tensor& result) {
   expert.engine->forward(rows, projection.weight, counts, result);
   if (projection.bias.defined()) {
-    kernels_for(result.device()).add_bias(result, projection.bias, counts);
+    BiasKernels::on(result.device()).add_bias(result, projection.bias, counts);
   }
 }
 
@@ -87,7 +89,7 @@ torch::Tensor project_activated(const FeedForward& expert, const torch::Tensor& 
     return expert.engine->forward_activated(rows, up.weight, counts, expert.activation, hidden);
   }
   project(expert, rows, up, counts, hidden);
-  return kernels_for(hidden.device())
+  return ActivationKernels::on(hidden.device())
       .activate(hidden, expert.activation.activation, expert.activation.glu);
 }
 
@@ -126,7 +128,7 @@ void down_backward(const Part& part, const FeedForward& expert, const IndexedRow
                    const WantedGradients& wanted, FeedForwardGradient& gradient) {
   const auto dresults = part.take(dy);
   const Stage named("anabranch.down.backward");
-  const Kernels& kernels = kernels_for(hidden.device());
+  const BiasKernels& kernels = BiasKernels::on(hidden.device());
   const Projection down = part.experts_of(parameters);
   auto dvalues = part.rows_of(gradient.dvalues);
   GroupedGemmEngine::ActivatedGradient activation = {
@@ -162,7 +164,7 @@ void up_backward(const Part& part, const FeedForward& expert, const IndexedRows&
   }
   if (dbias.defined()) {
     part.experts_of(dbias).copy_(
-        kernels_for(dhidden.device()).bias_gradient(dhidden, {}, part.counts));
+        BiasKernels::on(dhidden.device()).bias_gradient(dhidden, {}, part.counts));
   }
   if (!gradient.dx.defined()) {  // not sooner: another part's rows may have left their memory
     gradient.dx = on_large_pages(at::empty({gradient.dvalues.size(0), parameters.weight.size(2)},

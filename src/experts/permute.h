@@ -2,7 +2,7 @@
 
 #include <anabranch/exchange.h>
 
-#include "kernels/kernels.h"
+#include "kernels/csr.h"
 
 namespace anabranch {
 

@@ -9,7 +9,7 @@
 
 #include "gemm/auto/auto_engine.h"
 #include "gemm/engines.h"
-#include "kernels/kernels.h"
+#include "kernels/activation.h"
 #include "support/check.h"
 
 namespace anabranch {
@@ -187,7 +187,7 @@ torch::Tensor GroupedGemmEngine::do_forward_activated(const torch::Tensor& x,
                                                       const HiddenActivation& activation,
                                                       torch::Tensor& hidden) {
   do_forward(x, weight, counts, hidden);
-  return kernels_for(x.device()).activate(hidden, activation.activation, activation.glu);
+  return ActivationKernels::on(x.device()).activate(hidden, activation.activation, activation.glu);
 }
 
 void GroupedGemmEngine::do_dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
@@ -196,7 +196,7 @@ void GroupedGemmEngine::do_dgrad_activated(const torch::Tensor& dy, const torch:
                                            const torch::Tensor& hidden, const torch::Tensor& values,
                                            ActivatedGradient& gradient) {
   do_dgrad(dy, weight, counts, gradient.activated);
-  kernels_for(dy.device())
+  ActivationKernels::on(dy.device())
       .activate_backward(gradient.activated, hidden, values, activation.activation, activation.glu,
                          {gradient.dhidden, gradient.dvalues});
 }

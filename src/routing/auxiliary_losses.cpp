@@ -3,7 +3,7 @@
 #include <ATen/ops/cat.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include "kernels/kernels.h"
+#include "kernels/routing.h"
 #include "support/given.h"
 
 namespace anabranch {
@@ -30,13 +30,13 @@ Loss squared_variation(const torch::Tensor& sums) {
 }
 
 /// The batch's sums, in one fp64 vector: assignments of each expert [E]; unless the routing is from
-/// outside, what else Kernels::batch_sums has; then, of gates that have them, first choices [E],
+/// outside, what else RoutingKernels::batch_sums has; then, of gates that have them, first choices [E],
 /// importance [E], smooth load [E].
 torch::Tensor sums_of_batch(const Routing& routing, const torch::Tensor& counts,
                             Communicator& communicator) {
   std::vector<torch::Tensor> parts;
   if (routing.probability_sum.defined()) {
-    parts.push_back(kernels_for(counts.device())
+    parts.push_back(RoutingKernels::on(counts.device())
                         .batch_sums(counts, routing.expert_ids.size(0),
                                     {routing.probability_sum.detach().contiguous(),
                                      routing.squared_logsumexp_sum.detach()}));
@@ -70,7 +70,7 @@ struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
     if (routing->probability_sum.defined()) {
       const bool first = routing->first_counts.defined();
       const auto losses =
-          kernels_for(sums.device())
+          RoutingKernels::on(sums.device())
               .batch_losses(sums, sums.narrow(0, first ? 2 * experts + 2 : 0, experts),
                             first ? 1 : routing->expert_ids.size(1), dtype);
       outputs = {losses.expert_load, losses.balance, losses.z};

@@ -1,7 +1,7 @@
 #pragma once
 
 #include <anabranch/communicator.h>
-#include <anabranch/router.h>
+#include <anabranch/routing.h>
 
 namespace anabranch {
 

@@ -3,7 +3,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/nn/functional/linear.h>
 
-#include "kernels/kernels.h"
+#include "kernels/gate.h"
 
 namespace anabranch {
 namespace {
@@ -11,9 +11,9 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-/// Kernels::split as one matrix: fp32 has three times the digits of bf16.
+/// GateKernels::split as one matrix: fp32 has three times the digits of bf16.
 torch::Tensor split(const torch::Tensor& x, const std::array<int, 3>& parts, bool side_by_side) {
-  const auto places = kernels_for(x.device()).split(x.contiguous(), parts, side_by_side);
+  const auto places = GateKernels::on(x.device()).split(x.contiguous(), parts, side_by_side);
   return side_by_side ? places.view({x.size(0), 3 * x.size(1)})
                       : places.view({3 * x.size(0), x.size(1)});
 }

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <anabranch/router.h>
+#include <anabranch/routing.h>
 
 namespace anabranch {
 

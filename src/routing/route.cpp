@@ -1,7 +1,7 @@
 #include <anabranch/router.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include "kernels/kernels.h"
+#include "kernels/routing.h"
 #include "routing/rule.h"
 #include "support/check.h"
 #include "support/stage.h"
@@ -25,7 +25,7 @@ struct Route : torch::autograd::Function<Route> {
                                const c10::intrusive_ptr<RuleHolder>& holder) {
     const RoutingRule& rule = holder->rule;
     const auto contiguous = logits.contiguous();
-    const Kernels& kernels = kernels_for(logits.device());
+    const RoutingKernels& kernels = RoutingKernels::on(logits.device());
     const RouteResult routed =
         kernels.route(contiguous, rule, expert_bias.value_or(torch::Tensor()));
     const RoutingSums sums = kernels.routing_sums(routed.probabilities, routed.logsumexp);
@@ -50,7 +50,7 @@ struct Route : torch::autograd::Function<Route> {
     routed.weights = saved[1];
     routed.probabilities = saved[2];
     routed.logsumexp = saved[3];
-    return {kernels_for(saved[1].device())
+    return {RoutingKernels::on(saved[1].device())
                 .route_backward(routed, holder->rule, gradients[0].contiguous(),
                                 gradients[1].contiguous(), gradients[2]),
             {},

@@ -4,6 +4,7 @@
 
 #include <numeric>
 
+#include "kernels/plan.h"
 #include "reference/dense_moe.h"
 #include "support/devices.h"
 #include "support/random.h"
@@ -99,7 +100,7 @@ TEST_P(FeedForwardTest, EqualsOneExpertAfterAnother) {
           return IndexedRows{draw({rows, h}), {}};
         }
         const auto index = torch::randint(3, {rows}, torch::kInt64).to(GetParam());
-        return IndexedRows{draw({3, h}), index, kernels_for(GetParam()).group(index, 3)};
+        return IndexedRows{draw({3, h}), index, PlanKernels::on(GetParam()).group(index, 3)};
       };
       const auto all = [](const IndexedRows& from) {
         return from.index.defined() ? from.rows.index_select(0, from.index) : from.rows;

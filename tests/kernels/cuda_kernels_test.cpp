@@ -20,7 +20,6 @@ class CudaKernelsTest : public ::testing::Test {
     if (!have_cuda()) {
       GTEST_SKIP() << "no GPU on this machine";
     }
-    cuda_ = &cuda_kernels();
   }
 
   /// On the GPU; sometimes from an address that only the element's own size divides.
@@ -55,8 +54,18 @@ class CudaKernelsTest : public ::testing::Test {
   }
 
   Random random_{test_seed()};
-  const Kernels& cpu_ = cpu_kernels();
-  const Kernels* cuda_ = nullptr;
+  const ActivationKernels& cpu_activation_ = ActivationKernels::cpu();
+  const ActivationKernels& cuda_activation_ = ActivationKernels::cuda();
+  const BiasKernels& cpu_bias_ = BiasKernels::cpu();
+  const BiasKernels& cuda_bias_ = BiasKernels::cuda();
+  const GateKernels& cpu_gate_ = GateKernels::cpu();
+  const GateKernels& cuda_gate_ = GateKernels::cuda();
+  const PlanKernels& cpu_plan_ = PlanKernels::cpu();
+  const PlanKernels& cuda_plan_ = PlanKernels::cuda();
+  const RoutingKernels& cpu_routing_ = RoutingKernels::cpu();
+  const RoutingKernels& cuda_routing_ = RoutingKernels::cuda();
+  const RowKernels& cpu_rows_ = RowKernels::cpu();
+  const RowKernels& cuda_rows_ = RowKernels::cuda();
 };
 
 torch::Tensor rows_of(const std::vector<int64_t>& counts, const torch::Tensor& per_expert) {
@@ -78,9 +87,9 @@ TEST_F(CudaKernelsTest, RouteEqualsTheCpu) {
       rule.renormalize = random_.chance();
       SCOPED_TRACE(c10::str("T ", tokens, " E ", experts, " k ", top_k, " ", to_string(dtype)));
       const auto logits = random_logits(tokens, experts, dtype);
-      const auto expected = cpu_.route(logits, rule, {});
-      const auto exact = cpu_.route(logits.to(torch::kFloat64), rule, {});
-      const auto result = cuda_->route(on_gpu(logits), rule, {});
+      const auto expected = cpu_routing_.route(logits, rule, {});
+      const auto exact = cpu_routing_.route(logits.to(torch::kFloat64), rule, {});
+      const auto result = cuda_routing_.route(on_gpu(logits), rule, {});
       EXPECT_TRUE(identical(result.expert_ids.cpu(), expected.expert_ids));
       EXPECT_TRUE(identical(result.counts.cpu(), expected.counts));
       EXPECT_TRUE(identical(result.first_nonfinite_token.cpu(), expected.first_nonfinite_token));
@@ -106,12 +115,12 @@ TEST_F(CudaKernelsTest, RoutingSumsAreOfAllTokens) {
       SCOPED_TRACE(c10::str("T ", tokens, " E ", experts, " ", to_string(dtype)));
       const auto probabilities = random_.uniform({tokens, experts}).to(dtype);
       const auto logsumexp = random_.normal({tokens}, dtype);
-      const auto result = cuda_->routing_sums(on_gpu(probabilities), on_gpu(logsumexp));
+      const auto result = cuda_routing_.routing_sums(on_gpu(probabilities), on_gpu(logsumexp));
       const auto expected = probabilities.to(torch::kFloat64).sum(0);
       EXPECT_TRUE(close(result.probabilities, expected, tolerance(dtype, tokens, expected)));
       const auto squares = logsumexp.to(torch::kFloat64).square().sum();
       EXPECT_TRUE(close(result.squared_logsumexp, squares, tolerance(dtype, tokens, squares)));
-      const auto again = cuda_->routing_sums(on_gpu(probabilities), on_gpu(logsumexp));
+      const auto again = cuda_routing_.routing_sums(on_gpu(probabilities), on_gpu(logsumexp));
       EXPECT_TRUE(identical(result.probabilities, again.probabilities));
       EXPECT_TRUE(identical(result.squared_logsumexp, again.squared_logsumexp));
     }
@@ -125,8 +134,8 @@ TEST_F(CudaKernelsTest, RouteBackwardEqualsTheCpu) {
       RoutingRule rule;
       rule.top_k = top_k;
       rule.renormalize = random_.chance();
-      const auto routed =
-          cpu_.route(3 * random_.normal({random_.integer(0, 500), experts}, dtype), rule, {});
+      const auto routed = cpu_routing_.route(
+          3 * random_.normal({random_.integer(0, 500), experts}, dtype), rule, {});
       const auto dweights = random_.normal(routed.weights.sizes(), dtype);
       const auto dsum = random_.normal({experts}, dtype);
       const auto dsquared = random_.normal({}, dtype);
@@ -135,13 +144,13 @@ TEST_F(CudaKernelsTest, RouteBackwardEqualsTheCpu) {
       as64.probabilities = routed.probabilities.to(torch::kFloat64);
       as64.logsumexp = routed.logsumexp.to(torch::kFloat64);
       const auto exact =
-          cpu_.route_backward(as64, rule, dweights.to(torch::kFloat64), dsum.to(torch::kFloat64),
-                              dsquared.to(torch::kFloat64));
+          cpu_routing_.route_backward(as64, rule, dweights.to(torch::kFloat64),
+                                      dsum.to(torch::kFloat64), dsquared.to(torch::kFloat64));
       const RouteResult on_device{
           on_gpu(routed.expert_ids), on_gpu(routed.weights), on_gpu(routed.probabilities),
           on_gpu(routed.logsumexp),  on_gpu(routed.counts),  on_gpu(routed.first_nonfinite_token)};
-      const auto result =
-          cuda_->route_backward(on_device, rule, on_gpu(dweights), on_gpu(dsum), on_gpu(dsquared));
+      const auto result = cuda_routing_.route_backward(on_device, rule, on_gpu(dweights),
+                                                       on_gpu(dsum), on_gpu(dsquared));
       // dp = dw / s: where the chosen probabilities are small, gradients are large.
       const double smallest = std::max(
           routed.weights.numel() == 0
@@ -174,8 +183,8 @@ TEST_F(CudaKernelsTest, PlansEqualTheCpus) {
     if (may_skip) {
       ids = ids.masked_fill(random_.uniform(ids.sizes()) < 0.3, -1);
     }
-    const auto expected = cpu_.plan_send(ids, first, may_skip);
-    const auto result = cuda_->plan_send(on_gpu(ids), first, may_skip);
+    const auto expected = cpu_plan_.plan_send(ids, first, may_skip);
+    const auto result = cuda_plan_.plan_send(on_gpu(ids), first, may_skip);
     const auto sent = expected.send_tokens.size(0);
     EXPECT_TRUE(identical(result.expert_counts.cpu(), expected.expert_counts));
     EXPECT_TRUE(identical(result.rank_rows.cpu(), expected.rank_rows));
@@ -195,7 +204,7 @@ TEST_F(CudaKernelsTest, InvalidIdsReachNoForeignMemory) {
   ids[400][0] = -7;
   ids[77][2] = ids[77][1];
   for (const auto& first : {std::vector<int64_t>{0, 16}, std::vector<int64_t>{0, 4, 4, 16}}) {
-    const auto plan = cuda_->plan_send(on_gpu(ids), first);
+    const auto plan = cuda_plan_.plan_send(on_gpu(ids), first);
     EXPECT_EQ(plan.expert_counts.sum().item<int64_t>(), 2000);  // and compute-sanitizer is content
   }
 }
@@ -205,8 +214,8 @@ TEST_F(CudaKernelsTest, GroupTakesAnyNumberOfGroups) {
     for (const int64_t size : {1, 2047, 2048, 2049, 300000}) {
       const auto keys =
           (random_.uniform({size}) * static_cast<double>(groups)).floor().to(torch::kInt64);
-      const auto expected = cpu_.group(keys, groups);
-      const auto result = cuda_->group(on_gpu(keys), groups);
+      const auto expected = cpu_plan_.group(keys, groups);
+      const auto result = cuda_plan_.group(on_gpu(keys), groups);
       EXPECT_TRUE(identical(result.offsets.cpu(), expected.offsets)) << groups << " " << size;
       EXPECT_TRUE(identical(result.members.cpu(), expected.members)) << groups << " " << size;
     }
@@ -221,17 +230,17 @@ TEST_F(CudaKernelsTest, WideRows) {
       const auto rows = random_.normal({tokens, width}, dtype);
       const auto index =
           (random_.uniform({200}) * static_cast<double>(tokens)).floor().to(torch::kInt64);
-      const auto groups = cpu_.group(index, tokens);
+      const auto groups = cpu_plan_.group(index, tokens);
       const Csr on_device{on_gpu(groups.offsets), on_gpu(groups.members)};
       const auto gathered = rows.index_select(0, index);
       const auto weights = random_.normal({200}, accumulation_type(dtype));
-      EXPECT_TRUE(identical(cuda_->gather_rows(on_gpu(rows), on_gpu(index)).cpu(), gathered));
+      EXPECT_TRUE(identical(cuda_rows_.gather_rows(on_gpu(rows), on_gpu(index)).cpu(), gathered));
       const auto gathered64 = gathered.to(torch::kFloat64);
       const auto weights64 = weights.to(torch::kFloat64);
-      EXPECT_TRUE(
-          close(cuda_->sum_rows(on_gpu(gathered), on_device, on_gpu(weights)),
-                cpu_.sum_rows(gathered64, groups, weights64),
-                tolerance(dtype, 200, cpu_.sum_rows(gathered64.abs(), groups, weights64.abs()))));
+      EXPECT_TRUE(close(
+          cuda_rows_.sum_rows(on_gpu(gathered), on_device, on_gpu(weights)),
+          cpu_rows_.sum_rows(gathered64, groups, weights64),
+          tolerance(dtype, 200, cpu_rows_.sum_rows(gathered64.abs(), groups, weights64.abs()))));
     }
   }
 }
@@ -249,12 +258,12 @@ TEST_F(CudaKernelsTest, WideActivations) {
       const auto weights = random_.normal({rows}, accumulation_type(dtype));
       const auto hidden64 = hidden.to(torch::kFloat64);
       const double size = (1 + max_abs(hidden)) * (1 + max_abs(hidden));
-      EXPECT_TRUE(close(cuda_->activate(on_gpu(hidden), activation, glu),
-                        cpu_.activate(hidden64, activation, glu),
+      EXPECT_TRUE(close(cuda_activation_.activate(on_gpu(hidden), activation, glu),
+                        cpu_activation_.activate(hidden64, activation, glu),
                         tolerance(dtype, kTranscendental, size)));
-      const auto exact = activate_backward(cpu_, dactivated.to(torch::kFloat64), hidden64,
-                                           weights.to(torch::kFloat64), activation, glu);
-      const auto result = activate_backward(*cuda_, on_gpu(dactivated), on_gpu(hidden),
+      const auto exact = activate_backward(cpu_activation_, dactivated.to(torch::kFloat64),
+                                           hidden64, weights.to(torch::kFloat64), activation, glu);
+      const auto result = activate_backward(cuda_activation_, on_gpu(dactivated), on_gpu(hidden),
                                             on_gpu(weights), activation, glu);
       const double scale = size * max_abs(weights);
       EXPECT_TRUE(close(result.weighted, exact.weighted, tolerance(dtype, kTranscendental, scale)));
@@ -279,15 +288,16 @@ TEST_F(CudaKernelsTest, WideBiases) {
       const auto bias64 = bias.to(torch::kFloat64);
       const auto weights64 = weights.to(torch::kFloat64);
       auto biased = on_gpu(rows);
-      cuda_->add_bias(biased, on_gpu(bias), counts);
+      cuda_bias_.add_bias(biased, on_gpu(bias), counts);
       const auto own = rows_of(counts, bias64);
       EXPECT_TRUE(close(biased, rows64 + own, tolerance(dtype, 1, rows64.abs() + own.abs())));
-      EXPECT_TRUE(close(cuda_->bias_dot(on_gpu(rows), on_gpu(bias), counts), (rows64 * own).sum(1),
+      EXPECT_TRUE(close(cuda_bias_.bias_dot(on_gpu(rows), on_gpu(bias), counts),
+                        (rows64 * own).sum(1),
                         tolerance(accumulation_type(dtype), width, (rows64 * own).abs().sum(1))));
-      EXPECT_TRUE(
-          close(cuda_->bias_gradient(on_gpu(rows), on_gpu(weights), counts),
-                cpu_.bias_gradient(rows64, weights64, counts),
-                tolerance(dtype, 80, cpu_.bias_gradient(rows64.abs(), weights64.abs(), counts))));
+      EXPECT_TRUE(close(
+          cuda_bias_.bias_gradient(on_gpu(rows), on_gpu(weights), counts),
+          cpu_bias_.bias_gradient(rows64, weights64, counts),
+          tolerance(dtype, 80, cpu_bias_.bias_gradient(rows64.abs(), weights64.abs(), counts))));
     }
   }
 }
@@ -297,16 +307,17 @@ TEST_F(CudaKernelsTest, BiasGradientOfManyRows) {
   const auto rows = random_.normal({sum(counts), 72}, torch::kBFloat16);
   const auto rows64 = rows.to(torch::kFloat64);
   EXPECT_TRUE(
-      close(cuda_->bias_gradient(on_gpu(rows), {}, counts), cpu_.bias_gradient(rows64, {}, counts),
-            tolerance(torch::kBFloat16, 20000, cpu_.bias_gradient(rows64.abs(), {}, counts))));
+      close(cuda_bias_.bias_gradient(on_gpu(rows), {}, counts),
+            cpu_bias_.bias_gradient(rows64, {}, counts),
+            tolerance(torch::kBFloat16, 20000, cpu_bias_.bias_gradient(rows64.abs(), {}, counts))));
 }
 
 TEST_F(CudaKernelsTest, TwoRunsAgreeBitForBit) {
   const auto logits = on_gpu(random_.normal({3000, 64}, torch::kFloat32));
   RoutingRule rule;
   rule.top_k = 6;
-  const auto routed = cuda_->route(logits, rule, {});
-  const auto plan = cuda_->plan_send(routed.expert_ids, {0, 20, 41, 64});
+  const auto routed = cuda_routing_.route(logits, rule, {});
+  const auto plan = cuda_plan_.plan_send(routed.expert_ids, {0, 20, 41, 64});
   const auto sent = plan.rank_rows.sum().item<int64_t>();
   const auto token_rows = plan.token_rows.narrow(0, 0, sent);
   const auto hidden = on_gpu(random_.normal({3000, 2 * 1536}, torch::kBFloat16));
@@ -314,22 +325,23 @@ TEST_F(CudaKernelsTest, TwoRunsAgreeBitForBit) {
   const auto weights = on_gpu(random_.normal({3000}, torch::kFloat32));
   const std::vector<int64_t> counts = {1000, 0, 1700, 300};
   const auto gradient = [&] {
-    return activate_backward(*cuda_, dactivated, hidden, weights, Activation::kSilu, true);
+    return activate_backward(cuda_activation_, dactivated, hidden, weights, Activation::kSilu,
+                             true);
   };
   const auto first = gradient();
-  const auto bias = cuda_->bias_gradient(hidden, weights, counts);
+  const auto bias = cuda_bias_.bias_gradient(hidden, weights, counts);
   for (int i = 0; i < 5; ++i) {
-    const auto again = cuda_->route(logits, rule, {});
+    const auto again = cuda_routing_.route(logits, rule, {});
     EXPECT_TRUE(identical(again.weights, routed.weights));
     EXPECT_TRUE(identical(again.counts, routed.counts));
-    const auto again_plan = cuda_->plan_send(routed.expert_ids, {0, 20, 41, 64});
+    const auto again_plan = cuda_plan_.plan_send(routed.expert_ids, {0, 20, 41, 64});
     EXPECT_TRUE(identical(again_plan.send_order, plan.send_order));
     EXPECT_TRUE(identical(again_plan.token_rows.narrow(0, 0, sent), token_rows));
     const auto second = gradient();
     EXPECT_TRUE(identical(second.dweights, first.dweights));
     EXPECT_TRUE(identical(second.dhidden, first.dhidden));
     EXPECT_TRUE(identical(second.weighted, first.weighted));
-    EXPECT_TRUE(identical(cuda_->bias_gradient(hidden, weights, counts), bias));
+    EXPECT_TRUE(identical(cuda_bias_.bias_gradient(hidden, weights, counts), bias));
   }
 }
 
@@ -348,18 +360,19 @@ TEST_F(CudaKernelsTest, MoreElementsThan32BitsCount) {
       torch::randn({kRows, kWidth}, torch::TensorOptions(torch::kBFloat16).device(torch::kCUDA));
   const auto index =
       torch::arange(kRows - 1, -1, -1, torch::TensorOptions(torch::kInt64).device(torch::kCUDA));
-  const auto gathered = cuda_->gather_rows(rows, index);
+  const auto gathered = cuda_rows_.gather_rows(rows, index);
   EXPECT_TRUE(identical(gathered.narrow(0, 0, 5), rows.narrow(0, kRows - 5, 5).flip({0})));
   EXPECT_TRUE(identical(gathered.narrow(0, kRows - 5, 5), rows.narrow(0, 0, 5).flip({0})));
-  const auto groups = cuda_->group(index, kRows);
-  EXPECT_TRUE(cuda_->sum_rows(gathered, groups, {}).equal(rows));
-  const auto activated = cuda_->activate(rows, Activation::kSilu, false);
-  EXPECT_TRUE(identical(activated.narrow(0, kRows - 9, 9),
-                        cuda_->activate(rows.narrow(0, kRows - 9, 9), Activation::kSilu, false)));
-  const std::vector<int64_t> counts = {kRows - 7, 7};
-  const auto bias = cuda_->bias_gradient(rows, {}, counts);
+  const auto groups = cuda_plan_.group(index, kRows);
+  EXPECT_TRUE(cuda_rows_.sum_rows(gathered, groups, {}).equal(rows));
+  const auto activated = cuda_activation_.activate(rows, Activation::kSilu, false);
   EXPECT_TRUE(
-      identical(bias.narrow(0, 1, 1), cuda_->bias_gradient(rows.narrow(0, kRows - 7, 7), {}, {7})));
+      identical(activated.narrow(0, kRows - 9, 9),
+                cuda_activation_.activate(rows.narrow(0, kRows - 9, 9), Activation::kSilu, false)));
+  const std::vector<int64_t> counts = {kRows - 7, 7};
+  const auto bias = cuda_bias_.bias_gradient(rows, {}, counts);
+  EXPECT_TRUE(identical(bias.narrow(0, 1, 1),
+                        cuda_bias_.bias_gradient(rows.narrow(0, kRows - 7, 7), {}, {7})));
   at::globalContext().setDeterministicFillUninitializedMemory(true);
 }
 

@@ -34,7 +34,7 @@ TEST_P(FeedForwardKernelsTest, ActivateEqualsReference) {
         const auto exact = hidden.to(torch::kFloat64);
         auto magnitude = exact.slice(1, 0, n).abs() + 1;
         magnitude = glu ? magnitude * exact.slice(1, n, 2 * n).abs() : magnitude;
-        const auto result = kernels_.activate(on_device(hidden), activation, glu);
+        const auto result = activation_.activate(on_device(hidden), activation, glu);
         EXPECT_EQ(result.scalar_type(), dtype);
         EXPECT_TRUE(close(result, activated(exact, activation, glu),
                           tolerance(dtype, kTranscendental, magnitude)));
@@ -46,10 +46,10 @@ TEST_P(FeedForwardKernelsTest, ActivateEqualsReference) {
 TEST_P(FeedForwardKernelsTest, ActivateSurvivesLargeValues) {
   const auto hidden = torch::tensor({{-1e4F, 1e4F, -90.0F, 90.0F, 0.0F}});
   for (const auto activation : kActivations) {
-    const auto result = kernels_.activate(on_device(hidden), activation, false).cpu();
+    const auto result = activation_.activate(on_device(hidden), activation, false).cpu();
     const auto expected = torch::tensor({{0.0F, 1e4F, 0.0F, 90.0F, 0.0F}});
     EXPECT_TRUE(close(result, expected, 1e-4)) << static_cast<int>(activation);
-    const auto gradient = activate_backward(kernels_, on_device(torch::ones({1, 5})),
+    const auto gradient = activate_backward(activation_, on_device(torch::ones({1, 5})),
                                             on_device(hidden), {}, activation, false);
     EXPECT_TRUE(
         close(gradient.dhidden.slice(1, 0, 4), torch::tensor({{0.0F, 1.0F, 0.0F, 1.0F}}), 1e-4))
@@ -79,7 +79,7 @@ TEST_P(FeedForwardKernelsTest, ActivateBackwardEqualsAutograd) {
           (weighted64 * dactivated64).sum().backward();
 
           const auto result =
-              activate_backward(kernels_, on_device(dactivated), on_device(hidden),
+              activate_backward(activation_, on_device(dactivated), on_device(hidden),
                                 weighted ? on_device(weights) : torch::Tensor(), activation, glu);
           const double size = (1 + max_abs(hidden)) * (1 + max_abs(hidden));
           EXPECT_EQ(result.dhidden.scalar_type(), dtype);
@@ -107,7 +107,7 @@ TEST_P(FeedForwardKernelsTest, AddBiasAddsItsExpertsRow) {
     const auto rows = random_.normal({sum(counts), width}, dtype);
     const auto bias = random_.normal({6, width}, dtype);
     auto result = on_device(rows).clone();
-    kernels_.add_bias(result, on_device(bias), counts);
+    bias_.add_bias(result, on_device(bias), counts);
     const auto own = bias.to(torch::kFloat64).index_select(0, expert_of_rows(counts));
     const auto exact = rows.to(torch::kFloat64) + own;
     EXPECT_TRUE(
@@ -126,7 +126,7 @@ TEST_P(FeedForwardKernelsTest, BiasGradientSumsAnExpertsRows) {
         auto terms = rows.to(torch::kFloat64);
         terms = weighted ? terms * weights.to(torch::kFloat64).unsqueeze(1) : terms;
         const auto zero = torch::zeros({5, width}, torch::kFloat64);
-        const auto result = kernels_.bias_gradient(
+        const auto result = bias_.bias_gradient(
             on_device(rows), weighted ? on_device(weights) : torch::Tensor(), counts);
         EXPECT_EQ(result.scalar_type(), dtype);
         EXPECT_TRUE(close(
@@ -146,7 +146,7 @@ TEST_P(FeedForwardKernelsTest, BiasDotIsTheProductWithItsExpertsRow) {
     const auto bias = random_.normal({6, width}, dtype);
     const auto terms =
         rows.to(torch::kFloat64) * bias.to(torch::kFloat64).index_select(0, expert_of_rows(counts));
-    const auto result = kernels_.bias_dot(on_device(rows), on_device(bias), counts);
+    const auto result = bias_.bias_dot(on_device(rows), on_device(bias), counts);
     EXPECT_EQ(result.scalar_type(), accumulation_type(dtype));
     EXPECT_TRUE(close(result, terms.sum(1),
                       tolerance(accumulation_type(dtype), width, terms.abs().sum(1))));

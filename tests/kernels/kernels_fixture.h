@@ -6,7 +6,12 @@
 #include <numeric>
 #include <vector>
 
-#include "kernels/kernels.h"
+#include "kernels/activation.h"
+#include "kernels/bias.h"
+#include "kernels/gate.h"
+#include "kernels/plan.h"
+#include "kernels/routing.h"
+#include "kernels/rows.h"
 #include "support/devices.h"
 #include "support/random.h"
 #include "support/tolerance.h"
@@ -36,7 +41,12 @@ class KernelsTest : public ::testing::TestWithParam<torch::Device> {
         .repeat_interleave(torch::tensor(counts, torch::kInt64));
   }
 
-  const Kernels& kernels_ = kernels_for(GetParam());
+  const ActivationKernels& activation_ = ActivationKernels::on(GetParam());
+  const BiasKernels& bias_ = BiasKernels::on(GetParam());
+  const GateKernels& gate_ = GateKernels::on(GetParam());
+  const PlanKernels& plan_ = PlanKernels::on(GetParam());
+  const RoutingKernels& routing_ = RoutingKernels::on(GetParam());
+  const RowKernels& rows_ = RowKernels::on(GetParam());
   Random random_{test_seed()};
 };
 
@@ -46,7 +56,8 @@ struct ActivationBackward {
   torch::Tensor dweights;
 };
 /// Backward of the activation into poisoned outputs; `dactivated` stays as it is.
-inline ActivationBackward activate_backward(const Kernels& kernels, const torch::Tensor& dactivated,
+inline ActivationBackward activate_backward(const ActivationKernels& kernels,
+                                            const torch::Tensor& dactivated,
                                             const torch::Tensor& hidden,
                                             const torch::Tensor& weights, Activation activation,
                                             bool glu) {
@@ -55,8 +66,8 @@ inline ActivationBackward activate_backward(const Kernels& kernels, const torch:
       dactivated.clone(), torch::full_like(hidden, nan),
       torch::full({hidden.size(0)}, nan,
                   hidden.options().dtype(accumulation_type(hidden.scalar_type())))};
-  kernels.activate_backward(result.weighted, hidden, weights, activation, glu,
-                            {result.dhidden, result.dweights});
+  activation.activate_backward(result.weighted, hidden, weights, activation, glu,
+                               {result.dhidden, result.dweights});
   return result;
 }
 

@@ -13,7 +13,7 @@ TEST_P(LossesTest, BatchLossesEqualTheirFormulas) {
         const auto counts = (random_.uniform({experts}) * 100).floor().to(torch::kInt64);
         const RoutingSums own{random_.uniform({experts}).to(dtype), random_.uniform({}).to(dtype)};
         const auto sums =
-            kernels_.batch_sums(on_device(counts), tokens,
+            routing_.batch_sums(on_device(counts), tokens,
                                 {on_device(own.probabilities), on_device(own.squared_logsumexp)});
         const auto expected_sums =
             torch::cat({counts.to(torch::kFloat64), torch::full({1}, tokens, torch::kFloat64),
@@ -23,7 +23,7 @@ TEST_P(LossesTest, BatchLossesEqualTheirFormulas) {
         const auto chosen =
             random_.chance(0.5) ? counts.to(torch::kFloat64) : random_.uniform({experts});
         const int64_t top_k = random_.integer(1, 8);
-        const auto losses = kernels_.batch_losses(sums, on_device(chosen), top_k, dtype);
+        const auto losses = routing_.batch_losses(sums, on_device(chosen), top_k, dtype);
 
         const double all = static_cast<double>(std::max<int64_t>(tokens, 1));
         const auto* choice = chosen.const_data_ptr<double>();

@@ -34,7 +34,7 @@ TEST_P(PlanKernelsTest, PlanSendEqualsTheDefinition) {
     }
     SCOPED_TRACE(c10::str("T ", tokens, " k ", top_k, " blocks ", c10::Join(",", first),
                           may_skip ? " with none" : ""));
-    const auto plan = kernels_.plan_send(on_device(ids), first, may_skip);
+    const auto plan = plan_.plan_send(on_device(ids), first, may_skip);
 
     const auto flat = numbers(ids);
     std::vector<int64_t> rank_rows, send_tokens, token_offsets, token_rows, send_order, row_in_rank;
@@ -90,7 +90,7 @@ TEST_P(PlanKernelsTest, PlanLocalEqualsTheDefinition) {
     const auto ids =
         random_expert_ids(random_, tokens, num_experts, top_k, random_.pick(all_skews()));
     SCOPED_TRACE(c10::str("T ", tokens, " k ", top_k, " E ", num_experts));
-    const auto plan = kernels_.plan_local(on_device(ids), num_experts);
+    const auto plan = plan_.plan_local(on_device(ids), num_experts);
 
     const auto flat = numbers(ids);
     std::vector<int64_t> counts, order, rows, members;
@@ -120,7 +120,7 @@ TEST_P(PlanKernelsTest, PlanLocalEqualsTheDefinition) {
 
 TEST_P(PlanKernelsTest, PlanLocalOfInvalidIdsStaysInItsTensors) {
   const auto ids = torch::tensor({{-7, 3, 3}, {9, 9, 0}, {1, 1 << 30, 2}}, torch::kInt64);
-  const auto plan = kernels_.plan_local(on_device(ids), 4);
+  const auto plan = plan_.plan_local(on_device(ids), 4);
   for (const auto& permutation : {plan.send_order, plan.by_row.members}) {
     EXPECT_EQ(numbers(std::get<0>(permutation.sort())), numbers(torch::arange(9)));
   }
@@ -159,8 +159,8 @@ TEST_P(PlanKernelsTest, OrderArrivalsBringsExpertsTogether) {
         }
       }
     }
-    const auto order = kernels_.order_arrivals(
-        on_device(torch::tensor(segment_rows, torch::kInt32)), on_device(rows), on_device(counts));
+    const auto order = plan_.order_arrivals(on_device(torch::tensor(segment_rows, torch::kInt32)),
+                                            on_device(rows), on_device(counts));
     EXPECT_EQ(numbers(order.received_order), received_order) << counts;
     EXPECT_EQ(numbers(order.assignment_rows), assignment_rows) << counts;
   }
@@ -171,7 +171,7 @@ TEST_P(PlanKernelsTest, GroupListsMembersInOrder) {
     for (const int64_t groups : {1, 2, 33, 4000}) {
       const auto group_of =
           (random_.uniform({size}) * static_cast<double>(groups)).floor().to(torch::kInt64);
-      const auto csr = kernels_.group(on_device(group_of), groups);
+      const auto csr = plan_.group(on_device(group_of), groups);
       EXPECT_EQ(numbers(csr.members),
                 numbers(std::get<1>(group_of.sort(/*stable=*/true, 0, false))));
       const auto counts = group_of.bincount({}, groups);
@@ -182,13 +182,13 @@ TEST_P(PlanKernelsTest, GroupListsMembersInOrder) {
 }
 
 TEST_P(PlanKernelsTest, GroupWithoutGroups) {
-  const auto csr = kernels_.group(on_device(torch::empty({0}, torch::kInt64)), 0);
+  const auto csr = plan_.group(on_device(torch::empty({0}, torch::kInt64)), 0);
   EXPECT_EQ(numbers(csr.offsets), std::vector<int64_t>{0});
 }
 
 TEST_P(PlanKernelsTest, FindsTheFirstInvalidToken) {
   const auto first_invalid = [&](const torch::Tensor& ids, bool may_skip = false) {
-    return kernels_.first_invalid_token(on_device(ids), 20, may_skip).item<int64_t>();
+    return plan_.first_invalid_token(on_device(ids), 20, may_skip).item<int64_t>();
   };
   const auto good = random_expert_ids(random_, 600, 20, 4, Skew::kUniform);
   EXPECT_EQ(first_invalid(good), -1);

@@ -27,7 +27,7 @@ TEST_P(RowsTest, GatherCopiesRows) {
       for (const int64_t count : {0, 1, 500}) {
         const auto rows = (100 * random_.normal({70, width})).to(dtype);
         const auto index = (random_.uniform({count}) * 70).floor().to(torch::kInt64);
-        EXPECT_TRUE(identical(kernels_.gather_rows(on_device(rows), on_device(index)).cpu(),
+        EXPECT_TRUE(identical(rows_.gather_rows(on_device(rows), on_device(index)).cpu(),
                               rows.index_select(0, index)))
             << to_string(dtype) << " width " << width << " count " << count;
       }
@@ -39,7 +39,7 @@ TEST_P(RowsTest, GatherTakesVectors) {
   for (const auto dtype : {torch::kFloat32, torch::kFloat64, torch::kInt64, torch::kInt32}) {
     const auto values = (100 * random_.normal({70})).to(dtype);
     const auto index = random_.permutation(70);
-    EXPECT_TRUE(identical(kernels_.gather_rows(on_device(values), on_device(index)).cpu(),
+    EXPECT_TRUE(identical(rows_.gather_rows(on_device(values), on_device(index)).cpu(),
                           values.index_select(0, index)));
   }
 }
@@ -55,7 +55,7 @@ TEST_P(RowsTest, ScatterCopiesEachRowToItsPlaces) {
         const auto expected = torch::empty({members, width}, dtype)
                                   .index_copy_(0, groups.members, rows.index_select(0, group_of));
         EXPECT_TRUE(
-            identical(kernels_.scatter_rows(on_device(rows), on_device(groups)).cpu(), expected))
+            identical(rows_.scatter_rows(on_device(rows), on_device(groups)).cpu(), expected))
             << to_string(dtype) << " width " << width << " members " << members;
       }
     }
@@ -67,7 +67,7 @@ TEST_P(RowsTest, ScatterTakesMorePlacesThanAWarpHasLanes) {
   const auto rows = random_.normal({3, 24}, torch::kFloat32);
   const auto expected = torch::empty({133, 24}).index_copy_(
       0, groups.members, torch::cat({rows[1].expand({100, 24}), rows[2].expand({33, 24})}));
-  EXPECT_TRUE(identical(kernels_.scatter_rows(on_device(rows), on_device(groups)).cpu(), expected));
+  EXPECT_TRUE(identical(rows_.scatter_rows(on_device(rows), on_device(groups)).cpu(), expected));
 }
 
 TEST_P(RowsTest, SumAddsTheMembersOfAGroup) {
@@ -89,8 +89,8 @@ TEST_P(RowsTest, SumAddsTheMembersOfAGroup) {
         }
         exact.index_add_(0, group_of, terms);
         magnitude.index_add_(0, group_of, terms.abs());
-        const auto result = kernels_.sum_rows(on_device(rows), on_device(groups),
-                                              weighted ? on_device(weights) : torch::Tensor());
+        const auto result = rows_.sum_rows(on_device(rows), on_device(groups),
+                                           weighted ? on_device(weights) : torch::Tensor());
         EXPECT_EQ(result.scalar_type(), dtype);
         EXPECT_TRUE(close(result, exact, tolerance(dtype, 5, magnitude)));
       }
@@ -100,7 +100,7 @@ TEST_P(RowsTest, SumAddsTheMembersOfAGroup) {
 
 TEST_P(RowsTest, SumOfNoMembersIsZero) {
   const Csr empty = {torch::zeros({4}, torch::kInt64), torch::empty({0}, torch::kInt64)};
-  const auto sums = kernels_.sum_rows(on_device(torch::empty({0, 5})), on_device(empty), {});
+  const auto sums = rows_.sum_rows(on_device(torch::empty({0, 5})), on_device(empty), {});
   EXPECT_TRUE(identical(sums.cpu(), torch::zeros({3, 5})));
 }
 
@@ -111,12 +111,12 @@ TEST_P(RowsTest, SumIsTheAdjointOfGather) {
     const auto assignments = random_.integer(0, 200);
     const auto index =
         (random_.uniform({assignments}) * static_cast<double>(rows)).floor().to(torch::kInt64);
-    const auto groups = kernels_.group(on_device(index), rows);
+    const auto groups = plan_.group(on_device(index), rows);
     const auto x = on_device(random_.normal({rows, 9}));
     const auto y = on_device(random_.normal({assignments, 9}));
-    const auto gathered = kernels_.gather_rows(x, on_device(index));
+    const auto gathered = rows_.gather_rows(x, on_device(index));
     const auto forward = (gathered * y).sum().item<double>();
-    const auto backward = (x * kernels_.sum_rows(y, groups, {})).sum().item<double>();
+    const auto backward = (x * rows_.sum_rows(y, groups, {})).sum().item<double>();
     EXPECT_NEAR(forward, backward,
                 tolerance(torch::kFloat64, 2 * 9 * (assignments + rows),
                           (gathered * y).abs().sum().item<double>()));

@@ -6,14 +6,14 @@
 #include <optional>
 #include <stdexcept>
 
-#include "kernels/kernels.h"
+#include "kernels/rows.h"
 
 namespace anabranch::test {
 namespace {
 
 bool built_with_cuda() {
   try {
-    cuda_kernels();
+    RowKernels::cuda();
     return true;
   } catch (const std::runtime_error&) {
     return false;

@@ -1,4 +1,5 @@
 #include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
@@ -7,7 +8,8 @@
 #include <ATen/ops/silu_backward.h>
 #include <ATen/ops/threshold_backward.h>
 
-#include "kernels/cpu/cpu_kernels.h"
+#include "kernels/activation.h"
+#include "kernels/cpu/rows_per_task.h"
 
 // LibTorch's vectorised element-wise operations, applied to blocks of rows that stay in cache and
 // are computed in fp32 (fp64 for fp64): one pass over memory, one rounding.
@@ -56,59 +58,62 @@ void for_each_block(int64_t rows, int64_t width, const Body& body) {
   });
 }
 
+class CpuActivationKernels final : public ActivationKernels {
+ public:
+  torch::Tensor activate(const torch::Tensor& hidden, Activation activation,
+                         bool glu) const override {
+    const int64_t rows = hidden.size(0);
+    const int64_t n = glu ? hidden.size(1) / 2 : hidden.size(1);
+    torch::Tensor activated = at::empty({rows, n}, hidden.options());
+    const auto compute_type = at::toOpMathType(hidden.scalar_type());
+    for_each_block(rows, hidden.size(1), [&](int64_t first, int64_t count) {
+      const auto block = hidden.narrow(0, first, count);
+      auto result = apply(block.narrow(1, 0, n).to(compute_type), activation);
+      if (glu) {
+        result.mul_(block.narrow(1, n, n));
+      }
+      activated.narrow(0, first, count).copy_(result);
+    });
+    return activated;
+  }
+
+  void activate_backward(torch::Tensor& dactivated, const torch::Tensor& hidden,
+                         const torch::Tensor& weights, Activation activation, bool glu,
+                         const ActivationGradient& gradient) const override {
+    const int64_t rows = dactivated.size(0);
+    const int64_t n = dactivated.size(1);
+    const auto compute_type = at::toOpMathType(hidden.scalar_type());
+    for_each_block(rows, hidden.size(1), [&](int64_t first, int64_t count) {
+      const auto block = hidden.narrow(0, first, count);
+      const auto gate = block.narrow(1, 0, n).to(compute_type);
+      auto dresult = dactivated.narrow(0, first, count).to(compute_type, false, true);
+      auto activated = apply(gate, activation);
+      auto dhidden = gradient.dhidden.narrow(0, first, count);
+      const auto gated = activated;  // activation(gate), before the product with the up part
+      if (glu) {
+        activated = gated * block.narrow(1, n, n);
+      }
+      gradient.dweights.narrow(0, first, count).copy_((dresult * activated).sum(1));
+      if (weights.defined()) {
+        const auto weight = weights.narrow(0, first, count).unsqueeze(1);
+        activated = activated * weight;
+        dresult.mul_(weight);
+      }
+      if (glu) {
+        const auto dup = dresult * gated;
+        dresult.mul_(block.narrow(1, n, n));
+        dhidden.narrow(1, n, n).copy_(dup);
+      }
+      dhidden.narrow(1, 0, n).copy_(apply_backward(dresult, gate, activation));
+      dactivated.narrow(0, first, count).copy_(activated);
+    });
+  }
+};
+
 }  // namespace
 
-torch::Tensor CpuKernels::activate(const torch::Tensor& hidden, Activation activation,
-                                   bool glu) const {
-  const int64_t rows = hidden.size(0);
-  const int64_t n = glu ? hidden.size(1) / 2 : hidden.size(1);
-  torch::Tensor activated = at::empty({rows, n}, hidden.options());
-  const auto compute_type = at::toOpMathType(hidden.scalar_type());
-  for_each_block(rows, hidden.size(1), [&](int64_t first, int64_t count) {
-    const auto block = hidden.narrow(0, first, count);
-    auto result = apply(block.narrow(1, 0, n).to(compute_type), activation);
-    if (glu) {
-      result.mul_(block.narrow(1, n, n));
-    }
-    activated.narrow(0, first, count).copy_(result);
-  });
-  return activated;
-}
-
-void CpuKernels::activate_backward(torch::Tensor& dactivated, const torch::Tensor& hidden,
-                                   const torch::Tensor& weights, Activation activation, bool glu,
-                                   const ActivationGradient& gradient) const {
-  const int64_t rows = dactivated.size(0);
-  const int64_t n = dactivated.size(1);
-  const auto compute_type = at::toOpMathType(hidden.scalar_type());
-  for_each_block(rows, hidden.size(1), [&](int64_t first, int64_t count) {
-    const auto block = hidden.narrow(0, first, count);
-    const auto gate = block.narrow(1, 0, n).to(compute_type);
-    auto dresult = dactivated.narrow(0, first, count).to(compute_type, false, true);
-    auto activated = apply(gate, activation);
-    auto dhidden = gradient.dhidden.narrow(0, first, count);
-    const auto gated = activated;  // activation(gate), before the product with the up part
-    if (glu) {
-      activated = gated * block.narrow(1, n, n);
-    }
-    gradient.dweights.narrow(0, first, count).copy_((dresult * activated).sum(1));
-    if (weights.defined()) {
-      const auto weight = weights.narrow(0, first, count).unsqueeze(1);
-      activated = activated * weight;
-      dresult.mul_(weight);
-    }
-    if (glu) {
-      const auto dup = dresult * gated;
-      dresult.mul_(block.narrow(1, n, n));
-      dhidden.narrow(1, n, n).copy_(dup);
-    }
-    dhidden.narrow(1, 0, n).copy_(apply_backward(dresult, gate, activation));
-    dactivated.narrow(0, first, count).copy_(activated);
-  });
-}
-
-const Kernels& cpu_kernels() {
-  static const CpuKernels kernels;
+const ActivationKernels& ActivationKernels::cpu() {
+  static const CpuActivationKernels kernels;
   return kernels;
 }
 

@@ -1,6 +1,6 @@
 #include <numeric>
 
-#include "kernels/cpu/cpu_kernels.h"
+#include "kernels/plan.h"
 
 namespace anabranch {
 namespace {
@@ -64,117 +64,124 @@ TokenRanks find_token_ranks(const torch::Tensor& expert_ids, const std::vector<i
   return found;
 }
 
-}  // namespace
-
-torch::Tensor CpuKernels::first_invalid_token(const torch::Tensor& expert_ids, int64_t num_experts,
-                                              bool may_skip) const {
-  const int64_t top_k = expert_ids.size(1);
-  const int64_t* ids = expert_ids.const_data_ptr<int64_t>();
-  std::vector<int64_t> last_token(num_experts, -1);
-  for (int64_t i = 0; i < expert_ids.numel(); ++i) {
-    const int64_t token = i / top_k;
-    if (may_skip && ids[i] == -1) {
-      continue;
+class CpuPlanKernels final : public PlanKernels {
+ public:
+  torch::Tensor first_invalid_token(const torch::Tensor& expert_ids, int64_t num_experts,
+                                    bool may_skip) const override {
+    const int64_t top_k = expert_ids.size(1);
+    const int64_t* ids = expert_ids.const_data_ptr<int64_t>();
+    std::vector<int64_t> last_token(num_experts, -1);
+    for (int64_t i = 0; i < expert_ids.numel(); ++i) {
+      const int64_t token = i / top_k;
+      if (may_skip && ids[i] == -1) {
+        continue;
+      }
+      if (ids[i] < 0 || ids[i] >= num_experts || last_token[ids[i]] == token) {
+        return at::scalar_tensor(token, expert_ids.options());
+      }
+      last_token[ids[i]] = token;
     }
-    if (ids[i] < 0 || ids[i] >= num_experts || last_token[ids[i]] == token) {
-      return at::scalar_tensor(token, expert_ids.options());
-    }
-    last_token[ids[i]] = token;
-  }
-  return at::scalar_tensor(-1, expert_ids.options());
-}
-
-SendPlan CpuKernels::plan_send(const torch::Tensor& unchecked_ids,
-                               const std::vector<int64_t>& first_expert, bool may_skip) const {
-  const int64_t experts = first_expert.back();
-  const auto expert_ids = unchecked_ids.clamp(may_skip ? -1 : 0, experts - 1);
-  const int64_t tokens = expert_ids.size(0);
-  const int64_t assignments = expert_ids.numel();
-  const auto ranks = static_cast<int64_t>(first_expert.size()) - 1;
-  const auto index = expert_ids.options();
-  SendPlan plan;
-
-  plan.rank_rows = at::zeros({ranks}, index);
-  plan.token_offsets = at::empty({tokens + 1}, index);
-  const TokenRanks pairs =
-      find_token_ranks(expert_ids, rank_of_expert(first_expert), plan.rank_rows.data_ptr<int64_t>(),
-                       ranks, plan.token_offsets.data_ptr<int64_t>());
-  const auto sent = static_cast<int64_t>(pairs.ranks.size());
-  const auto segments = offsets_of(plan.rank_rows.const_data_ptr<int64_t>(), ranks);
-  plan.send_tokens = at::empty({sent}, index);
-  plan.token_rows = at::empty({sent}, index);
-  int64_t* send_tokens = plan.send_tokens.data_ptr<int64_t>();
-  int64_t* token_rows = plan.token_rows.data_ptr<int64_t>();
-  const int64_t* token_offsets = plan.token_offsets.const_data_ptr<int64_t>();
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t i = token_offsets[t]; i < token_offsets[t + 1]; ++i) {
-      token_rows[i] = segments[pairs.ranks[i]] + pairs.rows[i];
-      send_tokens[token_rows[i]] = t;
-    }
+    return at::scalar_tensor(-1, expert_ids.options());
   }
 
-  const auto keys = may_skip ? expert_ids.masked_fill(expert_ids < 0, experts) : expert_ids;
-  const Csr by_expert = group(keys.flatten(), experts + (may_skip ? 1 : 0));
-  plan.expert_counts = by_expert.offsets.diff();
-  plan.send_order = by_expert.members;
-  plan.segment_rows = at::empty({assignments}, index.dtype(torch::kInt32));
-  const int64_t* order = plan.send_order.const_data_ptr<int64_t>();
-  auto* segment_rows = plan.segment_rows.data_ptr<int32_t>();
-  for (int64_t i = 0; i < assignments; ++i) {
-    segment_rows[i] = static_cast<int32_t>(pairs.assignment_row[order[i]]);
-  }
-  return plan;
-}
+  SendPlan plan_send(const torch::Tensor& unchecked_ids, const std::vector<int64_t>& first_expert,
+                     bool may_skip) const override {
+    const int64_t experts = first_expert.back();
+    const auto expert_ids = unchecked_ids.clamp(may_skip ? -1 : 0, experts - 1);
+    const int64_t tokens = expert_ids.size(0);
+    const int64_t assignments = expert_ids.numel();
+    const auto ranks = static_cast<int64_t>(first_expert.size()) - 1;
+    const auto index = expert_ids.options();
+    SendPlan plan;
 
-LocalPlan CpuKernels::plan_local(const torch::Tensor& unchecked_ids, int64_t num_experts) const {
-  const auto expert_ids = unchecked_ids.clamp(0, num_experts - 1);
-  const int64_t tokens = expert_ids.size(0);
-  const Csr by_expert = group(expert_ids.flatten(), num_experts);
-  const auto rows = by_expert.members.div(expert_ids.size(1), "trunc");
-  return {by_expert.offsets.diff(), by_expert.members, rows, group(rows, tokens),
-          at::arange(std::max(tokens + 1, rows.size(0)), expert_ids.options())};
-}
-
-ArrivalOrder CpuKernels::order_arrivals(const torch::Tensor& segment_rows,
-                                        const torch::Tensor& rows,
-                                        const torch::Tensor& counts) const {
-  const int64_t ranks = counts.size(0);
-  const int64_t experts = counts.size(1);
-  const auto source_counts = counts.contiguous();
-  const auto arrivals = offsets_of(source_counts.const_data_ptr<int64_t>(), ranks * experts);
-  const auto first_row = offsets_of(rows.contiguous().const_data_ptr<int64_t>(), ranks);
-  ArrivalOrder order{at::empty({segment_rows.size(0)}, counts.options()),
-                     at::empty({segment_rows.size(0)}, counts.options())};
-  const auto* segment_row = segment_rows.const_data_ptr<int32_t>();
-  int64_t* received_order = order.received_order.data_ptr<int64_t>();
-  int64_t* assignment_rows = order.assignment_rows.data_ptr<int64_t>();
-  int64_t p = 0;
-  for (int64_t expert = 0; expert < experts; ++expert) {
-    for (int64_t rank = 0; rank < ranks; ++rank) {
-      const int64_t segment = rank * experts + expert;
-      for (int64_t i = arrivals[segment]; i < arrivals[segment + 1]; ++i, ++p) {
-        received_order[p] = i;
-        assignment_rows[p] = first_row[rank] + segment_row[i];
+    plan.rank_rows = at::zeros({ranks}, index);
+    plan.token_offsets = at::empty({tokens + 1}, index);
+    const TokenRanks pairs = find_token_ranks(expert_ids, rank_of_expert(first_expert),
+                                              plan.rank_rows.data_ptr<int64_t>(), ranks,
+                                              plan.token_offsets.data_ptr<int64_t>());
+    const auto sent = static_cast<int64_t>(pairs.ranks.size());
+    const auto segments = offsets_of(plan.rank_rows.const_data_ptr<int64_t>(), ranks);
+    plan.send_tokens = at::empty({sent}, index);
+    plan.token_rows = at::empty({sent}, index);
+    int64_t* send_tokens = plan.send_tokens.data_ptr<int64_t>();
+    int64_t* token_rows = plan.token_rows.data_ptr<int64_t>();
+    const int64_t* token_offsets = plan.token_offsets.const_data_ptr<int64_t>();
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t i = token_offsets[t]; i < token_offsets[t + 1]; ++i) {
+        token_rows[i] = segments[pairs.ranks[i]] + pairs.rows[i];
+        send_tokens[token_rows[i]] = t;
       }
     }
-  }
-  return order;
-}
 
-Csr CpuKernels::group(const torch::Tensor& group_of, int64_t groups) const {
-  Csr result{at::zeros({groups + 1}, group_of.options()), at::empty_like(group_of)};
-  const int64_t* value = group_of.const_data_ptr<int64_t>();
-  int64_t* offsets = result.offsets.data_ptr<int64_t>();
-  int64_t* members = result.members.data_ptr<int64_t>();
-  for (int64_t i = 0; i < group_of.numel(); ++i) {
-    ++offsets[value[i] + 1];
+    const auto keys = may_skip ? expert_ids.masked_fill(expert_ids < 0, experts) : expert_ids;
+    const Csr by_expert = group(keys.flatten(), experts + (may_skip ? 1 : 0));
+    plan.expert_counts = by_expert.offsets.diff();
+    plan.send_order = by_expert.members;
+    plan.segment_rows = at::empty({assignments}, index.dtype(torch::kInt32));
+    const int64_t* order = plan.send_order.const_data_ptr<int64_t>();
+    auto* segment_rows = plan.segment_rows.data_ptr<int32_t>();
+    for (int64_t i = 0; i < assignments; ++i) {
+      segment_rows[i] = static_cast<int32_t>(pairs.assignment_row[order[i]]);
+    }
+    return plan;
   }
-  std::partial_sum(offsets, offsets + groups + 1, offsets);
-  std::vector<int64_t> next(offsets, offsets + groups);
-  for (int64_t i = 0; i < group_of.numel(); ++i) {
-    members[next[value[i]]++] = i;
+
+  LocalPlan plan_local(const torch::Tensor& unchecked_ids, int64_t num_experts) const override {
+    const auto expert_ids = unchecked_ids.clamp(0, num_experts - 1);
+    const int64_t tokens = expert_ids.size(0);
+    const Csr by_expert = group(expert_ids.flatten(), num_experts);
+    const auto rows = by_expert.members.div(expert_ids.size(1), "trunc");
+    return {by_expert.offsets.diff(), by_expert.members, rows, group(rows, tokens),
+            at::arange(std::max(tokens + 1, rows.size(0)), expert_ids.options())};
   }
-  return result;
+
+  ArrivalOrder order_arrivals(const torch::Tensor& segment_rows, const torch::Tensor& rows,
+                              const torch::Tensor& counts) const override {
+    const int64_t ranks = counts.size(0);
+    const int64_t experts = counts.size(1);
+    const auto source_counts = counts.contiguous();
+    const auto arrivals = offsets_of(source_counts.const_data_ptr<int64_t>(), ranks * experts);
+    const auto first_row = offsets_of(rows.contiguous().const_data_ptr<int64_t>(), ranks);
+    ArrivalOrder order{at::empty({segment_rows.size(0)}, counts.options()),
+                       at::empty({segment_rows.size(0)}, counts.options())};
+    const auto* segment_row = segment_rows.const_data_ptr<int32_t>();
+    int64_t* received_order = order.received_order.data_ptr<int64_t>();
+    int64_t* assignment_rows = order.assignment_rows.data_ptr<int64_t>();
+    int64_t p = 0;
+    for (int64_t expert = 0; expert < experts; ++expert) {
+      for (int64_t rank = 0; rank < ranks; ++rank) {
+        const int64_t segment = rank * experts + expert;
+        for (int64_t i = arrivals[segment]; i < arrivals[segment + 1]; ++i, ++p) {
+          received_order[p] = i;
+          assignment_rows[p] = first_row[rank] + segment_row[i];
+        }
+      }
+    }
+    return order;
+  }
+
+  Csr group(const torch::Tensor& group_of, int64_t groups) const override {
+    Csr result{at::zeros({groups + 1}, group_of.options()), at::empty_like(group_of)};
+    const int64_t* value = group_of.const_data_ptr<int64_t>();
+    int64_t* offsets = result.offsets.data_ptr<int64_t>();
+    int64_t* members = result.members.data_ptr<int64_t>();
+    for (int64_t i = 0; i < group_of.numel(); ++i) {
+      ++offsets[value[i] + 1];
+    }
+    std::partial_sum(offsets, offsets + groups + 1, offsets);
+    std::vector<int64_t> next(offsets, offsets + groups);
+    for (int64_t i = 0; i < group_of.numel(); ++i) {
+      members[next[value[i]]++] = i;
+    }
+    return result;
+  }
+};
+
+}  // namespace
+
+const PlanKernels& PlanKernels::cpu() {
+  static const CpuPlanKernels kernels;
+  return kernels;
 }
 
 }  // namespace anabranch

@@ -1,4 +1,5 @@
 #include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
 
 #include <array>
 #include <atomic>
@@ -7,7 +8,8 @@
 #include <numeric>
 #include <vector>
 
-#include "kernels/cpu/cpu_kernels.h"
+#include "kernels/cpu/rows_per_task.h"
+#include "kernels/routing.h"
 #include "kernels/score_sum.h"
 
 namespace anabranch {
@@ -282,47 +284,54 @@ torch::Tensor route_backward_tokens(const RouteResult& routed, const RoutingRule
   return dlogits;
 }
 
+class CpuRoutingKernels final : public RoutingKernels {
+ public:
+  RouteResult route(const torch::Tensor& logits, const RoutingRule& rule,
+                    const torch::Tensor& expert_bias) const override {
+    return AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "route", [&] {
+      return route_tokens<scalar_t>(logits, rule, expert_bias);
+    });
+  }
+
+  RoutingSums routing_sums(const torch::Tensor& probabilities,
+                           const torch::Tensor& logsumexp) const override {
+    return {probabilities.sum(0), logsumexp.square().sum()};
+  }
+
+  torch::Tensor batch_sums(const torch::Tensor& counts, int64_t tokens,
+                           const RoutingSums& sums) const override {
+    const auto wide = counts.options().dtype(torch::kFloat64);
+    return at::cat({counts.to(torch::kFloat64), at::full({1}, static_cast<double>(tokens), wide),
+                    sums.probabilities.to(torch::kFloat64),
+                    sums.squared_logsumexp.reshape(1).to(torch::kFloat64)});
+  }
+
+  BatchLosses batch_losses(const torch::Tensor& sums, const torch::Tensor& chosen, int64_t top_k,
+                           torch::Dtype dtype) const override {
+    const int64_t experts = chosen.size(0);
+    const auto tokens = sums.select(0, experts).clamp_min(1);
+    const double scale = static_cast<double>(experts) / static_cast<double>(top_k);
+    const auto slope = chosen * scale / tokens.square();
+    return {sums.narrow(0, 0, experts).to(torch::kInt64),
+            (slope * sums.narrow(0, experts + 1, experts)).sum().to(dtype),
+            (sums.select(0, 2 * experts + 1) / tokens).to(dtype), slope, tokens.reciprocal()};
+  }
+
+  torch::Tensor route_backward(const RouteResult& routed, const RoutingRule& rule,
+                               const torch::Tensor& dweights, const torch::Tensor& dprobability_sum,
+                               const torch::Tensor& dsquared_logsumexp_sum) const override {
+    return AT_DISPATCH_FLOATING_TYPES(routed.weights.scalar_type(), "route_backward", [&] {
+      return route_backward_tokens<scalar_t>(routed, rule, dweights, dprobability_sum,
+                                             dsquared_logsumexp_sum.item<scalar_t>());
+    });
+  }
+};
+
 }  // namespace
 
-RouteResult CpuKernels::route(const torch::Tensor& logits, const RoutingRule& rule,
-                              const torch::Tensor& expert_bias) const {
-  return AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "route", [&] {
-    return route_tokens<scalar_t>(logits, rule, expert_bias);
-  });
-}
-
-RoutingSums CpuKernels::routing_sums(const torch::Tensor& probabilities,
-                                     const torch::Tensor& logsumexp) const {
-  return {probabilities.sum(0), logsumexp.square().sum()};
-}
-
-torch::Tensor CpuKernels::batch_sums(const torch::Tensor& counts, int64_t tokens,
-                                     const RoutingSums& sums) const {
-  const auto wide = counts.options().dtype(torch::kFloat64);
-  return at::cat({counts.to(torch::kFloat64), at::full({1}, static_cast<double>(tokens), wide),
-                  sums.probabilities.to(torch::kFloat64),
-                  sums.squared_logsumexp.reshape(1).to(torch::kFloat64)});
-}
-
-BatchLosses CpuKernels::batch_losses(const torch::Tensor& sums, const torch::Tensor& chosen,
-                                     int64_t top_k, torch::Dtype dtype) const {
-  const int64_t experts = chosen.size(0);
-  const auto tokens = sums.select(0, experts).clamp_min(1);
-  const double scale = static_cast<double>(experts) / static_cast<double>(top_k);
-  const auto slope = chosen * scale / tokens.square();
-  return {sums.narrow(0, 0, experts).to(torch::kInt64),
-          (slope * sums.narrow(0, experts + 1, experts)).sum().to(dtype),
-          (sums.select(0, 2 * experts + 1) / tokens).to(dtype), slope, tokens.reciprocal()};
-}
-
-torch::Tensor CpuKernels::route_backward(const RouteResult& routed, const RoutingRule& rule,
-                                         const torch::Tensor& dweights,
-                                         const torch::Tensor& dprobability_sum,
-                                         const torch::Tensor& dsquared_logsumexp_sum) const {
-  return AT_DISPATCH_FLOATING_TYPES(routed.weights.scalar_type(), "route_backward", [&] {
-    return route_backward_tokens<scalar_t>(routed, rule, dweights, dprobability_sum,
-                                           dsquared_logsumexp_sum.item<scalar_t>());
-  });
+const RoutingKernels& RoutingKernels::cpu() {
+  static const CpuRoutingKernels kernels;
+  return kernels;
 }
 
 }  // namespace anabranch

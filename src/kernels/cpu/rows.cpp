@@ -1,9 +1,11 @@
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
 
 #include <cstring>
 
-#include "kernels/cpu/cpu_kernels.h"
+#include "kernels/cpu/rows_per_task.h"
+#include "kernels/rows.h"
 
 namespace anabranch {
 namespace {
@@ -23,59 +25,67 @@ void sum_group(const scalar_t* rows, int64_t width, const int64_t* member, const
   std::copy_n(sum, width, out);
 }
 
-}  // namespace
-
-void CpuKernels::gather_rows_into(torch::Tensor out, const torch::Tensor& rows,
-                                  const torch::Tensor& index) const {
-  const int64_t width = rows.dim() == 1 ? 1 : rows.size(1);
-  const int64_t bytes = width * rows.element_size();
-  const auto* source = static_cast<const char*>(rows.const_data_ptr());
-  auto* target = static_cast<char*>(out.data_ptr());
-  const int64_t* from = index.const_data_ptr<int64_t>();
-  at::parallel_for(0, index.size(0), rows_per_task(width), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      std::memcpy(target + i * bytes, source + from[i] * bytes, bytes);
-    }
-  });
-}
-
-torch::Tensor CpuKernels::scatter_rows(const torch::Tensor& rows, const Csr& groups) const {
-  torch::Tensor out = at::empty({groups.members.size(0), rows.size(1)}, rows.options());
-  const int64_t bytes = rows.size(1) * static_cast<int64_t>(rows.element_size());
-  const auto* source = static_cast<const char*>(rows.const_data_ptr());
-  auto* target = static_cast<char*>(out.data_ptr());
-  const int64_t* offsets = groups.offsets.const_data_ptr<int64_t>();
-  const int64_t* members = groups.members.const_data_ptr<int64_t>();
-  at::parallel_for(0, rows.size(0), rows_per_task(rows.size(1)), [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) {
-      for (int64_t i = offsets[g]; i < offsets[g + 1]; ++i) {
-        std::memcpy(target + members[i] * bytes, source + g * bytes, bytes);
-      }
-    }
-  });
-  return out;
-}
-
-torch::Tensor CpuKernels::sum_rows(const torch::Tensor& rows, const Csr& groups,
-                                   const torch::Tensor& weights) const {
-  const int64_t width = rows.size(1);
-  torch::Tensor out = at::empty({groups.offsets.size(0) - 1, width}, rows.options());
-  const int64_t* offsets = groups.offsets.const_data_ptr<int64_t>();
-  const int64_t* members = groups.members.const_data_ptr<int64_t>();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.scalar_type(), "sum_rows", [&] {
-    using acc_t = at::opmath_type<scalar_t>;
-    const auto* row = rows.const_data_ptr<scalar_t>();
-    const auto* weight = weights.defined() ? weights.const_data_ptr<acc_t>() : nullptr;
-    auto* target = out.data_ptr<scalar_t>();
-    at::parallel_for(0, out.size(0), rows_per_task(width), [&](int64_t begin, int64_t end) {
-      std::vector<acc_t> sum(width);
-      for (int64_t g = begin; g < end; ++g) {
-        sum_group(row, width, members + offsets[g], members + offsets[g + 1], weight, sum.data(),
-                  target + g * width);
+class CpuRowKernels final : public RowKernels {
+ public:
+  void gather_rows_into(torch::Tensor out, const torch::Tensor& rows,
+                        const torch::Tensor& index) const override {
+    const int64_t width = rows.dim() == 1 ? 1 : rows.size(1);
+    const int64_t bytes = width * rows.element_size();
+    const auto* source = static_cast<const char*>(rows.const_data_ptr());
+    auto* target = static_cast<char*>(out.data_ptr());
+    const int64_t* from = index.const_data_ptr<int64_t>();
+    at::parallel_for(0, index.size(0), rows_per_task(width), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        std::memcpy(target + i * bytes, source + from[i] * bytes, bytes);
       }
     });
-  });
-  return out;
+  }
+
+  torch::Tensor scatter_rows(const torch::Tensor& rows, const Csr& groups) const override {
+    torch::Tensor out = at::empty({groups.members.size(0), rows.size(1)}, rows.options());
+    const int64_t bytes = rows.size(1) * static_cast<int64_t>(rows.element_size());
+    const auto* source = static_cast<const char*>(rows.const_data_ptr());
+    auto* target = static_cast<char*>(out.data_ptr());
+    const int64_t* offsets = groups.offsets.const_data_ptr<int64_t>();
+    const int64_t* members = groups.members.const_data_ptr<int64_t>();
+    at::parallel_for(0, rows.size(0), rows_per_task(rows.size(1)), [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; ++g) {
+        for (int64_t i = offsets[g]; i < offsets[g + 1]; ++i) {
+          std::memcpy(target + members[i] * bytes, source + g * bytes, bytes);
+        }
+      }
+    });
+    return out;
+  }
+
+  torch::Tensor sum_rows(const torch::Tensor& rows, const Csr& groups,
+                         const torch::Tensor& weights) const override {
+    const int64_t width = rows.size(1);
+    torch::Tensor out = at::empty({groups.offsets.size(0) - 1, width}, rows.options());
+    const int64_t* offsets = groups.offsets.const_data_ptr<int64_t>();
+    const int64_t* members = groups.members.const_data_ptr<int64_t>();
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.scalar_type(), "sum_rows", [&] {
+      using acc_t = at::opmath_type<scalar_t>;
+      const auto* row = rows.const_data_ptr<scalar_t>();
+      const auto* weight = weights.defined() ? weights.const_data_ptr<acc_t>() : nullptr;
+      auto* target = out.data_ptr<scalar_t>();
+      at::parallel_for(0, out.size(0), rows_per_task(width), [&](int64_t begin, int64_t end) {
+        std::vector<acc_t> sum(width);
+        for (int64_t g = begin; g < end; ++g) {
+          sum_group(row, width, members + offsets[g], members + offsets[g + 1], weight, sum.data(),
+                    target + g * width);
+        }
+      });
+    });
+    return out;
+  }
+};
+
+}  // namespace
+
+const RowKernels& RowKernels::cpu() {
+  static const CpuRowKernels kernels;
+  return kernels;
 }
 
 }  // namespace anabranch

@@ -1,4 +1,5 @@
 #include "kernels/cuda/activation.cuh"
+#include "kernels/cuda/activation.h"
 #include "kernels/cuda/device.cuh"
 
 namespace anabranch::cuda {

@@ -1,3 +1,4 @@
+#include "kernels/cuda/bias.h"
 #include "kernels/cuda/device.cuh"
 
 namespace anabranch::cuda {

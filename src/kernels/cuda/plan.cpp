@@ -5,7 +5,8 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 
-#include "kernels/cuda/cuda_kernels.h"
+#include "kernels/plan.h"
+#include "kernels/cuda/plan.h"
 #include "kernels/cuda/tensors.h"
 
 namespace anabranch {
@@ -28,7 +29,7 @@ void plan_rows(const torch::Tensor& expert_ids, const std::vector<int64_t>& firs
                            upload(first_expert, expert_ids.device()).const_data_ptr<int64_t>(),
                            ranks, pairs, stream);
   // Assignments that are not the first of their (token, rank) go last, behind all sent rows.
-  const Csr sent = cuda_kernels().group(key, ranks + 1);
+  const Csr sent = PlanKernels::cuda().group(key, ranks + 1);
   plan.rank_rows = sent.offsets.diff().narrow(0, 0, ranks).contiguous();
   const torch::Tensor row_of = at::empty({assignments}, index);
   plan.send_tokens = at::empty({assignments}, index);
@@ -59,84 +60,93 @@ void plan_rows_of_one_rank(const torch::Tensor& expert_ids, SendPlan& plan) {
   plan.segment_rows.copy_(plan.send_order.div(expert_ids.size(1), "trunc"));
 }
 
+class CudaPlanKernels final : public PlanKernels {
+ public:
+  torch::Tensor first_invalid_token(const torch::Tensor& expert_ids, int64_t num_experts,
+                                    bool may_skip) const override {
+    const OnDevice stream(expert_ids);
+    torch::Tensor token = at::full({}, -1, expert_ids.options());
+    cuda::launch_first_invalid_token(expert_ids.const_data_ptr<int64_t>(), expert_ids.size(0),
+                                     expert_ids.size(1), num_experts, may_skip ? -1 : 0,
+                                     token.data_ptr<int64_t>(), stream);
+    return token;
+  }
+
+  SendPlan plan_send(const torch::Tensor& expert_ids, const std::vector<int64_t>& first_expert,
+                     bool may_skip) const override {
+    const OnDevice stream(expert_ids);
+    SendPlan plan;
+    const Csr by_expert = group(expert_ids.flatten(), first_expert.back() + (may_skip ? 1 : 0));
+    plan.expert_counts = by_expert.offsets.diff();
+    plan.send_order = by_expert.members;
+    plan.segment_rows = at::empty({expert_ids.numel()}, expert_ids.options().dtype(torch::kInt32));
+    if (first_expert.size() == 2) {
+      plan_rows_of_one_rank(expert_ids, plan);
+    } else {
+      plan_rows(expert_ids, first_expert, plan, stream);
+    }
+    return plan;
+  }
+
+  LocalPlan plan_local(const torch::Tensor& expert_ids, int64_t num_experts) const override {
+    const OnDevice stream(expert_ids);
+    const int64_t tokens = expert_ids.size(0);
+    const int64_t assignments = expert_ids.numel();
+    const auto index = expert_ids.options();
+    const Csr by_expert = group(expert_ids.flatten(), num_experts);
+    LocalPlan plan{at::empty({num_experts}, index),
+                   by_expert.members,
+                   at::empty({assignments}, index),
+                   {at::empty({tokens + 1}, index), at::empty({assignments}, index)},
+                   at::empty({std::max(tokens + 1, assignments)}, index)};
+    cuda::launch_local(
+        {expert_ids.const_data_ptr<int64_t>(), by_expert.members.const_data_ptr<int64_t>(),
+         by_expert.offsets.const_data_ptr<int64_t>(), tokens, expert_ids.size(1), num_experts,
+         plan.expert_counts.data_ptr<int64_t>(), plan.assignment_rows.data_ptr<int64_t>(),
+         plan.by_row.offsets.data_ptr<int64_t>(), plan.by_row.members.data_ptr<int64_t>(),
+         plan.places.data_ptr<int64_t>()},
+        stream);
+    return plan;
+  }
+
+  ArrivalOrder order_arrivals(const torch::Tensor& segment_rows, const torch::Tensor& rows,
+                              const torch::Tensor& counts) const override {
+    const OnDevice stream(segment_rows);
+    const int64_t ranks = counts.size(0);
+    const int64_t experts = counts.size(1);
+    // Of one rank they are the same, and its rows end where they are.
+    const torch::Tensor source_ends = counts.flatten().cumsum(0);
+    const torch::Tensor expert_ends = ranks == 1 ? source_ends : counts.t().flatten().cumsum(0);
+    const torch::Tensor row_ends = ranks == 1 ? rows : rows.cumsum(0);
+    ArrivalOrder order{at::empty({segment_rows.size(0)}, counts.options()),
+                       at::empty({segment_rows.size(0)}, counts.options())};
+    cuda::launch_order_arrivals(segment_rows.const_data_ptr<int32_t>(), segment_rows.size(0),
+                                source_ends.const_data_ptr<int64_t>(),
+                                expert_ends.const_data_ptr<int64_t>(),
+                                row_ends.const_data_ptr<int64_t>(), ranks, experts,
+                                order.received_order.data_ptr<int64_t>(),
+                                order.assignment_rows.data_ptr<int64_t>(), stream);
+    return order;
+  }
+
+  Csr group(const torch::Tensor& group_of, int64_t groups) const override {
+    const OnDevice stream(group_of);
+    const int64_t count = group_of.size(0);
+    Csr result{at::empty({groups + 1}, group_of.options()), at::empty_like(group_of)};
+    const torch::Tensor scratch =
+        at::empty({cuda::group_scratch(count, groups)}, group_of.options());
+    cuda::launch_group(group_of.const_data_ptr<int64_t>(), count, groups,
+                       scratch.data_ptr<int64_t>(), result.offsets.data_ptr<int64_t>(),
+                       result.members.data_ptr<int64_t>(), stream);
+    return result;
+  }
+};
+
 }  // namespace
 
-torch::Tensor CudaKernels::first_invalid_token(const torch::Tensor& expert_ids, int64_t num_experts,
-                                               bool may_skip) const {
-  const OnDevice stream(expert_ids);
-  torch::Tensor token = at::full({}, -1, expert_ids.options());
-  cuda::launch_first_invalid_token(expert_ids.const_data_ptr<int64_t>(), expert_ids.size(0),
-                                   expert_ids.size(1), num_experts, may_skip ? -1 : 0,
-                                   token.data_ptr<int64_t>(), stream);
-  return token;
-}
-
-SendPlan CudaKernels::plan_send(const torch::Tensor& expert_ids,
-                                const std::vector<int64_t>& first_expert, bool may_skip) const {
-  const OnDevice stream(expert_ids);
-  SendPlan plan;
-  const Csr by_expert = group(expert_ids.flatten(), first_expert.back() + (may_skip ? 1 : 0));
-  plan.expert_counts = by_expert.offsets.diff();
-  plan.send_order = by_expert.members;
-  plan.segment_rows = at::empty({expert_ids.numel()}, expert_ids.options().dtype(torch::kInt32));
-  if (first_expert.size() == 2) {
-    plan_rows_of_one_rank(expert_ids, plan);
-  } else {
-    plan_rows(expert_ids, first_expert, plan, stream);
-  }
-  return plan;
-}
-
-LocalPlan CudaKernels::plan_local(const torch::Tensor& expert_ids, int64_t num_experts) const {
-  const OnDevice stream(expert_ids);
-  const int64_t tokens = expert_ids.size(0);
-  const int64_t assignments = expert_ids.numel();
-  const auto index = expert_ids.options();
-  const Csr by_expert = group(expert_ids.flatten(), num_experts);
-  LocalPlan plan{at::empty({num_experts}, index),
-                 by_expert.members,
-                 at::empty({assignments}, index),
-                 {at::empty({tokens + 1}, index), at::empty({assignments}, index)},
-                 at::empty({std::max(tokens + 1, assignments)}, index)};
-  cuda::launch_local(
-      {expert_ids.const_data_ptr<int64_t>(), by_expert.members.const_data_ptr<int64_t>(),
-       by_expert.offsets.const_data_ptr<int64_t>(), tokens, expert_ids.size(1), num_experts,
-       plan.expert_counts.data_ptr<int64_t>(), plan.assignment_rows.data_ptr<int64_t>(),
-       plan.by_row.offsets.data_ptr<int64_t>(), plan.by_row.members.data_ptr<int64_t>(),
-       plan.places.data_ptr<int64_t>()},
-      stream);
-  return plan;
-}
-
-ArrivalOrder CudaKernels::order_arrivals(const torch::Tensor& segment_rows,
-                                         const torch::Tensor& rows,
-                                         const torch::Tensor& counts) const {
-  const OnDevice stream(segment_rows);
-  const int64_t ranks = counts.size(0);
-  const int64_t experts = counts.size(1);
-  // Of one rank they are the same, and its rows end where they are.
-  const torch::Tensor source_ends = counts.flatten().cumsum(0);
-  const torch::Tensor expert_ends = ranks == 1 ? source_ends : counts.t().flatten().cumsum(0);
-  const torch::Tensor row_ends = ranks == 1 ? rows : rows.cumsum(0);
-  ArrivalOrder order{at::empty({segment_rows.size(0)}, counts.options()),
-                     at::empty({segment_rows.size(0)}, counts.options())};
-  cuda::launch_order_arrivals(
-      segment_rows.const_data_ptr<int32_t>(), segment_rows.size(0),
-      source_ends.const_data_ptr<int64_t>(), expert_ends.const_data_ptr<int64_t>(),
-      row_ends.const_data_ptr<int64_t>(), ranks, experts, order.received_order.data_ptr<int64_t>(),
-      order.assignment_rows.data_ptr<int64_t>(), stream);
-  return order;
-}
-
-Csr CudaKernels::group(const torch::Tensor& group_of, int64_t groups) const {
-  const OnDevice stream(group_of);
-  const int64_t count = group_of.size(0);
-  Csr result{at::empty({groups + 1}, group_of.options()), at::empty_like(group_of)};
-  const torch::Tensor scratch = at::empty({cuda::group_scratch(count, groups)}, group_of.options());
-  cuda::launch_group(group_of.const_data_ptr<int64_t>(), count, groups, scratch.data_ptr<int64_t>(),
-                     result.offsets.data_ptr<int64_t>(), result.members.data_ptr<int64_t>(),
-                     stream);
-  return result;
+const PlanKernels& PlanKernels::cuda() {
+  static const CudaPlanKernels kernels;
+  return kernels;
 }
 
 }  // namespace anabranch

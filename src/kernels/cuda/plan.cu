@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/plan.h"
 
 // Integers only, and integer atomics only where the result does not depend on their order: the plan
 // is the same in every run.

@@ -1,4 +1,5 @@
 #include "kernels/cuda/routing.cuh"
+#include "kernels/cuda/routing.h"
 
 namespace anabranch::cuda {
 namespace {

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/rows.h"
 
 namespace anabranch::cuda {
 namespace {

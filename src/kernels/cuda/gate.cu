@@ -1,4 +1,5 @@
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/gate.h"
 
 namespace anabranch::cuda {
 namespace {

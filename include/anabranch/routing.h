@@ -1,0 +1,43 @@
+#pragma once
+
+#include <anabranch/options.h>
+#include <torch/types.h>
+
+namespace anabranch {
+
+/// Where this rank's T tokens go. Made by a Router, or handed in by the caller, who fills
+/// `expert_ids` and `weights` and leaves the rest undefined.
+struct Routing {
+  torch::Tensor expert_ids;  ///< [T, top_k] int64, distinct within a token
+  torch::Tensor weights;     ///< [T, top_k] fp32 (fp64 for fp64 layers), differentiable
+  torch::Tensor counts;      ///< [E] int64, this rank's assignments per expert
+  /// Some of `expert_ids` may be −1: no assignment, whatever its weight; nothing is sent or computed
+  /// for it. A token may have none at all, and then gets zeros.
+  bool may_skip = false;
+
+  /// Sums over this rank's tokens that the auxiliary losses are made of; differentiable.
+  /// [E] Σ_t p[t, e], p the softmax of the token's logits, or its sigmoid scores over their sum.
+  torch::Tensor probability_sum;
+  torch::Tensor squared_logsumexp_sum;  ///< [] Σ_t logsumexp(logits[t])²
+  torch::Tensor importance;             ///< kNoisyTopK: [E] Σ of the weights of each expert
+  /// kNoisyTopK: [E] Σ_t probability that e is chosen when its noise alone is drawn anew.
+  torch::Tensor smooth_load;
+  /// kGShard: [E] int64, tokens whose best expert is e; the balance loss counts these alone.
+  torch::Tensor first_counts;
+  /// [] int64: first token whose logits hold NaN or Inf, or -1. Such a token is never routed: the
+  /// exchange refuses the step on every rank.
+  torch::Tensor first_nonfinite_token;
+};
+
+/// How logits become experts and weights: the members of MoEOptions with these names.
+struct RoutingRule {
+  int64_t top_k = 1;
+  bool renormalize = true;
+  RouterScore router_score = RouterScore::kSoftmax;
+  double routing_scale = 1.0;
+  int64_t expert_groups = 1;
+  int64_t top_groups = 1;
+  GroupScore group_score = GroupScore::kTopTwoSum;
+};
+
+}  // namespace anabranch

@@ -1,0 +1,30 @@
+#include "kernels/gate.h"
+#include "kernels/cuda/gate.h"
+#include "kernels/cuda/tensors.h"
+
+namespace anabranch {
+namespace {
+
+class CudaGateKernels final : public GateKernels {
+ public:
+  torch::Tensor split(const torch::Tensor& x, const std::array<int, 3>& parts,
+                      bool side_by_side) const override {
+    const OnDevice stream(x);
+    const int64_t m = x.size(0);
+    const int64_t n = x.size(1);
+    torch::Tensor out = at::empty({side_by_side ? m : 3, side_by_side ? 3 : m, n},
+                                  x.options().dtype(torch::kBFloat16));
+    cuda::launch_split(x.const_data_ptr<float>(), m, n, parts.data(), side_by_side, out.data_ptr(),
+                       stream);
+    return out;
+  }
+};
+
+}  // namespace
+
+const GateKernels& GateKernels::cuda() {
+  static const CudaGateKernels kernels;
+  return kernels;
+}
+
+}  // namespace anabranch

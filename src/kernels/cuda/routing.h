@@ -1,0 +1,102 @@
+#pragma once
+
+#include "kernels/cuda/launch.h"
+
+// Launchers of routing*.cu: see launch.h.
+
+namespace anabranch::cuda {
+
+// `scalar` is kFloat or kDouble.
+
+// routing.cu
+
+struct RouteArguments {
+  Scalar scalar;
+  int64_t tokens;
+  int64_t experts;
+  int64_t top_k;
+  bool renormalize;
+  double scale;
+};
+
+/// `counts` [E] starts at 0 and `first_nonfinite_token` at −1.
+struct RouteResults {
+  int64_t* expert_ids;
+  void* weights;
+  void* probabilities;
+  void* logsumexp;
+  int64_t* counts;
+  int64_t* first_nonfinite_token;
+};
+
+/// Softmax, and the experts with the largest logits; `scale` is 1.
+void launch_route(const RouteArguments& arguments, const void* logits, const RouteResults& results,
+                  cudaStream_t stream);
+
+struct RouteInputs {
+  const int64_t* expert_ids;
+  const void* weights;
+  const void* probabilities;  ///< of sigmoids: the logits
+  const void* logsumexp;
+  const void* dweights;                ///< [T, k]
+  const void* dprobability_sum;        ///< [E]
+  const void* dsquared_logsumexp_sum;  ///< []
+};
+
+/// Of softmax scores, however they were chosen.
+void launch_route_backward(const RouteArguments& arguments, const RouteInputs& inputs,
+                           void* dlogits, cudaStream_t stream);
+
+// routing_by_scores.cu
+
+struct ChoiceArguments {
+  bool sigmoid;
+  const void* expert_bias;  ///< [E] or null
+  int64_t groups;           ///< at most 32, a divisor of E
+  int64_t top_groups;
+  bool top_two_sum;  ///< of a group, not its best alone
+};
+
+/// Any scores, biased and from the best groups.
+void launch_route_by_scores(const RouteArguments& arguments, const ChoiceArguments& choice,
+                            const void* logits, const RouteResults& results, cudaStream_t stream);
+
+void launch_route_backward_of_sigmoids(const RouteArguments& arguments, const RouteInputs& inputs,
+                                       void* dlogits, cudaStream_t stream);
+
+// routing_sums.cu
+
+/// See RoutingKernels::routing_sums; `scratch` has routing_sums_scratch elements.
+struct RoutingSums {
+  const void* probabilities;
+  const void* logsumexp;
+  void* scratch;
+  void* probability_sum;
+  void* squared_logsumexp_sum;
+};
+
+int64_t routing_sums_scratch(int64_t tokens, int64_t experts);
+
+/// `scalar` is kFloat or kDouble.
+void launch_routing_sums(Scalar scalar, int64_t tokens, int64_t experts, const RoutingSums& sums,
+                         cudaStream_t stream);
+
+/// See RoutingKernels::batch_sums: `out` [2E + 2].
+void launch_batch_sums(Scalar scalar, const int64_t* counts, int64_t tokens, int64_t experts,
+                       const void* probability_sum, const void* squared_logsumexp_sum, double* out,
+                       cudaStream_t stream);
+
+/// See BatchLosses.
+struct Losses {
+  int64_t* expert_load;
+  void* balance;
+  void* z;
+  double* balance_slope;
+  double* z_slope;
+};
+
+/// See RoutingKernels::batch_losses; `scalar`, of the losses, is kFloat or kDouble.
+void launch_batch_losses(Scalar scalar, const double* sums, const double* chosen, int64_t experts,
+                         int64_t top_k, const Losses& losses, cudaStream_t stream);
+
+}  // namespace anabranch::cuda

@@ -1,0 +1,69 @@
+#pragma once
+
+#include <torch/types.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/csr.h"
+#include "kernels/kernels.h"
+
+namespace anabranch {
+
+/// What one rank's tokens send where. [T, k] routing, E experts, W ranks; all int64.
+struct SendPlan {
+  torch::Tensor expert_counts;  ///< [E] assignments per expert (then [1] of none, if there may be)
+  torch::Tensor rank_rows;      ///< [W] distinct tokens per rank
+  torch::Tensor send_tokens;    ///< [≥ S] tokens by (rank, token); S = Σ rank_rows
+  torch::Tensor token_offsets;  ///< [T+1]
+  torch::Tensor token_rows;     ///< [≥ S] rows of each token in send_tokens, ascending
+  torch::Tensor send_order;     ///< [T·k] flat (token, slot), by (expert, token)
+  torch::Tensor segment_rows;   ///< [T·k] int32, row of each, within its rank's segment
+};
+
+/// Arrived assignments by (expert, source, token).
+struct ArrivalOrder {
+  torch::Tensor received_order;   ///< [P] place in the order of arrival
+  torch::Tensor assignment_rows;  ///< [P] received row
+};
+
+/// What a rank plans that has all experts: every token is a row that stays. [T, k] routing, E experts;
+/// all int64.
+struct LocalPlan {
+  torch::Tensor expert_counts;    ///< [E]
+  torch::Tensor send_order;       ///< [T·k] flat (token, slot), by (expert, token)
+  torch::Tensor assignment_rows;  ///< [T·k] token of each of these
+  Csr by_row;                     ///< of T tokens, their places in send_order
+  torch::Tensor places;           ///< 0, 1, 2, .., of max(T + 1, T·k) numbers
+};
+
+/// Who sends what to whom, from the ids of experts.
+class PlanKernels : public Kernels<PlanKernels> {
+ public:
+  static const PlanKernels& cpu();
+  static const PlanKernels& cuda();
+
+  /// [] int64: first token with an id outside [0, num_experts) or twice, or -1. With `may_skip` an id
+  /// of -1 is none and valid.
+  virtual torch::Tensor first_invalid_token(const torch::Tensor& expert_ids, int64_t num_experts,
+                                            bool may_skip = false) const = 0;
+  /// `first_expert` [W+1]: rank r owns experts first_expert[r] .. first_expert[r+1]−1.
+  /// The result for ids that are not valid is discarded by the caller, but safe to compute. With
+  /// `may_skip` ids of -1 come last in send_order and segment_rows, behind all assignments, and last
+  /// in expert_counts, which then has E+1 elements. A rank is sent the tokens with an expert there; of
+  /// a rank alone every token is a row, for then x itself is what arrives.
+  virtual SendPlan plan_send(const torch::Tensor& expert_ids,
+                             const std::vector<int64_t>& first_expert,
+                             bool may_skip = false) const = 0;
+  /// Of ids as above, where none is -1.
+  virtual LocalPlan plan_local(const torch::Tensor& expert_ids, int64_t num_experts) const = 0;
+  /// Brings arrivals into expert-major order. `segment_rows` [P] int32: row of each arrived
+  /// assignment within its source's segment, ordered by (source, expert); `rows` [W] and `counts`
+  /// [W, local experts]: rows and assignments per expert that came from each source.
+  virtual ArrivalOrder order_arrivals(const torch::Tensor& segment_rows, const torch::Tensor& rows,
+                                      const torch::Tensor& counts) const = 0;
+  /// Groups positions 0..P−1 of `group_of` [P] by their value in [0, groups).
+  virtual Csr group(const torch::Tensor& group_of, int64_t groups) const = 0;
+};
+
+}  // namespace anabranch

@@ -1,0 +1,71 @@
+#pragma once
+
+#include <anabranch/routing.h>
+#include <torch/types.h>
+
+#include <cstdint>
+
+#include "kernels/kernels.h"
+
+namespace anabranch {
+
+struct RouteResult {
+  torch::Tensor expert_ids;             ///< [T, k] int64, best choice first
+  torch::Tensor weights;                ///< [T, k]
+  torch::Tensor probabilities;          ///< [T, E] softmax, or sigmoids over their sum
+  torch::Tensor logsumexp;              ///< [T]
+  torch::Tensor counts;                 ///< [E] int64
+  torch::Tensor first_nonfinite_token;  ///< [] int64, -1 if none
+};
+
+/// Over the tokens.
+struct RoutingSums {
+  torch::Tensor probabilities;      ///< [E]
+  torch::Tensor squared_logsumexp;  ///< []
+};
+
+/// Of a batch, and their gradients in its sums.
+struct BatchLosses {
+  torch::Tensor expert_load;    ///< [E] int64
+  torch::Tensor balance;        ///< []
+  torch::Tensor z;              ///< []
+  torch::Tensor balance_slope;  ///< [E] fp64: in the probability sums
+  torch::Tensor z_slope;        ///< [] fp64: in the sum of squared logsumexp
+};
+
+/// The softmax's largest are the largest logits: no more is needed than those.
+inline bool is_plain(const RoutingRule& rule, const torch::Tensor& expert_bias) {
+  return rule.router_score == RouterScore::kSoftmax && rule.routing_scale == 1 &&
+         rule.expert_groups == 1 && !expert_bias.defined();
+}
+
+/// From logits [T, E], fp32 or fp64, to experts, weights and the sums of the losses.
+class RoutingKernels : public Kernels<RoutingKernels> {
+ public:
+  static const RoutingKernels& cpu();
+  static const RoutingKernels& cuda();
+
+  /// `expert_bias` [E] of the logits' type or undefined.
+  virtual RouteResult route(const torch::Tensor& logits, const RoutingRule& rule,
+                            const torch::Tensor& expert_bias) const = 0;
+  /// Of probabilities [T, E] and logsumexp [T].
+  virtual RoutingSums routing_sums(const torch::Tensor& probabilities,
+                                   const torch::Tensor& logsumexp) const = 0;
+  /// [2E + 2] fp64: counts [E] int64, tokens, and the two sums.
+  virtual torch::Tensor batch_sums(const torch::Tensor& counts, int64_t tokens,
+                                   const RoutingSums& sums) const = 0;
+  /// From such sums, over all ranks: balance = E / k · Σ chosen · probability sum / tokens², with
+  /// `chosen` [E] fp64, k choices a token; z = Σ logsumexp² / tokens. Both of type `dtype`, fp32 or
+  /// fp64; 0 where there are no tokens.
+  virtual BatchLosses batch_losses(const torch::Tensor& sums, const torch::Tensor& chosen,
+                                   int64_t top_k, torch::Dtype dtype) const = 0;
+  /// dlogits [T, E] from the gradients of the weights [T, k], of the probability sum [E] and of the
+  /// sum of squared logsumexp []. Of `routed` ids, weights and logsumexp are read, and
+  /// `probabilities`, in the place of which sigmoids take the logits.
+  virtual torch::Tensor route_backward(const RouteResult& routed, const RoutingRule& rule,
+                                       const torch::Tensor& dweights,
+                                       const torch::Tensor& dprobability_sum,
+                                       const torch::Tensor& dsquared_logsumexp_sum) const = 0;
+};
+
+}  // namespace anabranch
