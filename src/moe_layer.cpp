@@ -11,6 +11,7 @@
 #include "support/check.h"
 #include "support/given.h"
 #include "support/stage.h"
+#include "support/tensor_list.h"
 
 namespace anabranch {
 namespace {
@@ -35,6 +36,18 @@ struct Step : torch::CustomClassHolder {
   bool recompute;
 };
 
+/// The tensors that backward needs.
+struct Saved {
+  torch::Tensor rows;             ///< [R, h]
+  torch::Tensor routing_weights;  ///< [P]
+  torch::Tensor hidden;           ///< [P, n or 2n]; undefined: to be computed again
+  ExpertProjections experts;
+
+  auto tensors() {
+    return std::tuple_cat(std::tie(rows, routing_weights, hidden), tensors_of(experts));
+  }
+};
+
 /// The way of the tokens through the experts of all ranks: x [T, h] and routing weights [T, top_k]
 /// → y [T, h], and upstream again.
 struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
@@ -48,30 +61,26 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
     const ExpertProjections experts{projection(up_weight, up_bias),
                                     projection(down_weight, down_bias)};
 
-    const auto [rows, values] = stage("anabranch.dispatch", [&] {
+    const auto [rows, routing_weights] = stage("anabranch.dispatch", [&] {
       return step->exchange.dispatch({x, weights}, plan);
     });
     const auto [results, hidden] = feed_forward(step->expert, permuted(rows, plan), experts,
                                                 plan.expert_counts, !step->recompute);
     const auto sums =
-        stage("anabranch.unpermute", [&] { return unpermute(results, values, plan); });
+        stage("anabranch.unpermute", [&] { return unpermute(results, routing_weights, plan); });
     const auto y = stage("anabranch.combine", [&] {
       return step->exchange.combine({sums, {}}, plan).rows;
     });
 
-    context->save_for_backward({rows, values, hidden, experts.up.weight, experts.up.bias,
-                                experts.down.weight, experts.down.bias});
+    context->save_for_backward(pack(Saved{rows, routing_weights, hidden, experts}));
     context->saved_data["step"] = torch::IValue::make_capsule(step);
     return y;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     const torch::NoGradGuard no_grad;
-    const auto saved = context->get_saved_variables();
-    const torch::Tensor& rows = saved[0];
-    const torch::Tensor& values = saved[1];
-    const torch::Tensor& hidden = saved[2];
-    const ExpertProjections experts{{saved[3], saved[4]}, {saved[5], saved[6]}};
+    const auto [rows, routing_weights, hidden, experts] =
+        unpack<Saved>(context->get_saved_variables());
     const auto step =
         c10::static_intrusive_pointer_cast<Step>(context->saved_data["step"].toCapsule());
     const ExchangePlan& plan = step->plan;
@@ -83,13 +92,13 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
     const bool overwrite_hidden = !torch::autograd::get_current_graph_task_keep_graph();
     auto wanted = wanted_gradients(context, /*first=*/2, experts);
     wanted.sums = step->main_grad;
-    const auto [gradients_of, drows, dvalues] =
-        feed_forward_backward(step->expert, permuted(dy_rows, plan), permuted(rows, plan), hidden,
-                              values, experts, plan.expert_counts, overwrite_hidden, wanted);
+    const auto [gradients_of, drows, drouting_weights] = feed_forward_backward(
+        step->expert, permuted(dy_rows, plan), permuted(rows, plan), hidden, routing_weights,
+        experts, plan.expert_counts, overwrite_hidden, wanted);
     const auto dsums =
         stage("anabranch.permute.backward", [&] { return unpermute(drows, {}, plan); });
     const auto [dx, dweights] = stage("anabranch.dispatch.backward", [&] {
-      return step->exchange.combine({dsums, dvalues}, plan);
+      return step->exchange.combine({dsums, drouting_weights}, plan);
     });
 
     return {dx,

@@ -1,6 +1,11 @@
 #include "moe_options.h"
 
+#include <array>
+#include <charconv>
+#include <concepts>
+
 #include "communicator/agreement.h"
+#include "option_fields.h"
 #include "routing/rule.h"
 #include "support/check.h"
 
@@ -63,30 +68,28 @@ const MoEOptions& checked(const MoEOptions& options) {
 
 namespace {
 
+/// Equal for equal values alone.
+template <typename T>
+std::string text_of(const T& value) {
+  if constexpr (NamedEnum<T>) {
+    const char* name = name_of(value);
+    return name != nullptr ? name : c10::str(static_cast<int>(value));
+  } else if constexpr (std::floating_point<T>) {
+    std::array<char, 32> digits;  // the shortest that give the value back are 24 at most
+    return {digits.data(), std::to_chars(digits.begin(), digits.end(), value).ptr};
+  } else if constexpr (std::same_as<T, torch::Device>) {
+    return c10::DeviceTypeName(value.type(), /*lower_case=*/true);  // each rank has its own number
+  } else {
+    return c10::str(value);
+  }
+}
+
 std::vector<std::pair<std::string, std::string>> fields(const MoEOptions& options) {
-  return {{"hidden_size", c10::str(options.hidden_size)},
-          {"expert_hidden_size", c10::str(options.expert_hidden_size)},
-          {"num_experts", c10::str(options.num_experts)},
-          {"top_k", c10::str(options.top_k)},
-          {"activation", c10::str(static_cast<int>(options.activation))},
-          {"glu", c10::str(options.glu)},
-          {"bias", c10::str(options.bias)},
-          {"shared_expert_hidden_size", c10::str(options.shared_expert_hidden_size)},
-          {"shared_expert_gate", c10::str(options.shared_expert_gate)},
-          {"gate", c10::str(static_cast<int>(options.gate))},
-          {"router_score", c10::str(static_cast<int>(options.router_score))},
-          {"renormalize", c10::str(options.renormalize)},
-          {"routing_scale", c10::str(options.routing_scale)},
-          {"expert_bias", c10::str(options.expert_bias)},
-          {"expert_groups", c10::str(options.expert_groups)},
-          {"top_groups", c10::str(options.top_groups)},
-          {"group_score", c10::str(static_cast<int>(options.group_score))},
-          {"jitter", c10::str(options.jitter)},
-          {"recompute", c10::str(options.recompute)},
-          {"engine", options.engine},
-          {"dtype", c10::str(options.dtype)},
-          {"device", c10::DeviceTypeName(options.device.type(), /*lower_case=*/true)},
-          {"seed", c10::str(options.seed)}};
+  std::vector<std::pair<std::string, std::string>> all;
+  for_each_field(options, [&](const char* name, const auto& value) {
+    all.emplace_back(name, text_of(value));
+  });
+  return all;
 }
 
 }  // namespace

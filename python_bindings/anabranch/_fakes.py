@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _library  # noqa: F401
+from ._plan import PlanTensors
 
 
 def _gate_type(dtype: torch.dtype) -> torch.dtype:
@@ -76,41 +77,53 @@ def _plan(expert_ids, weights, num_experts, group):
         return expert_ids.new_empty((size,), dtype=torch.int64)
 
     return [
-        *(on_host(ranks) for _ in range(4)),
-        on_host(local),
-        indices(sent),
-        indices(tokens + 1),
-        indices(sent),
-        indices(tokens * top_k),
-        indices(assignments),
-        indices(assignments),
-        indices(row_offsets),
-        indices(assignments),
+        *PlanTensors(
+            send_rows=on_host(ranks),
+            receive_rows=on_host(ranks),
+            send_assignments=on_host(ranks),
+            receive_assignments=on_host(ranks),
+            expert_counts=on_host(local),
+            send_tokens=indices(sent),
+            token_offsets=indices(tokens + 1),
+            token_rows=indices(sent),
+            send_order=indices(tokens * top_k),
+            received_order=indices(assignments),
+            assignment_rows=indices(assignments),
+            row_offsets=indices(row_offsets),
+            row_assignments=indices(assignments),
+        )
     ]
+
+
+def _rows(plan: list[Tensor]) -> int:
+    return PlanTensors(*plan).row_offsets.shape[0] - 1
+
+
+def _assignments(plan: list[Tensor]) -> int:
+    return PlanTensors(*plan).assignment_rows.shape[0]
 
 
 @torch.library.register_fake("anabranch::dispatch")
 def _dispatch(rows, values, plan, top_k, num_experts, group):
-    assignments = 0 if values is None else plan[10].shape[0]
-    like = rows if values is None else values
-    return rows.new_empty((plan[11].shape[0] - 1, rows.shape[1])), like.new_empty((assignments,))
+    found = rows.new_empty((_rows(plan), rows.shape[1]))
+    return found, rows.new_empty((0,)) if values is None else values.new_empty((_assignments(plan),))
 
 
 @torch.library.register_fake("anabranch::combine")
 def _combine(rows, values, plan, top_k, num_experts, group):
-    tokens = plan[6].shape[0] - 1
+    tokens = PlanTensors(*plan).token_offsets.shape[0] - 1
     found = rows.new_empty((tokens, rows.shape[1]))
     return found, rows.new_empty((0,)) if values is None else values.new_empty((tokens, top_k))
 
 
 @torch.library.register_fake("anabranch::permute")
 def _permute(rows, plan):
-    return rows.new_empty((plan[10].shape[0], rows.shape[1]))
+    return rows.new_empty((_assignments(plan), rows.shape[1]))
 
 
 @torch.library.register_fake("anabranch::unpermute")
 def _unpermute(assignments, weights, plan):
-    return assignments.new_empty((plan[11].shape[0] - 1, assignments.shape[1]))
+    return assignments.new_empty((_rows(plan), assignments.shape[1]))
 
 
 @torch.library.register_fake("anabranch::grouped_gemm")

@@ -21,9 +21,21 @@ import torch
 from torch import Tensor
 
 from . import _fakes  # noqa: F401
+from ._plan import PlanTensors
 from .groups import as_group
 
-__all__ = ["Plan", "RouteResult", "combine", "dispatch", "grouped_gemm", "permute", "plan", "route", "unpermute"]
+__all__ = [
+    "Plan",
+    "PlanTensors",
+    "RouteResult",
+    "combine",
+    "dispatch",
+    "grouped_gemm",
+    "permute",
+    "plan",
+    "route",
+    "unpermute",
+]
 
 
 class RouteResult(NamedTuple):
@@ -44,8 +56,7 @@ class RouteResult(NamedTuple):
 class Plan(NamedTuple):
     """Who sends which rows to whom; made once, used in both directions."""
 
-    tensors: list[Tensor]
-    """Counts in host memory, indices on the tokens' device, in the order of the C++ ExchangePlan's members."""
+    tensors: PlanTensors
     top_k: int
     num_experts: int
     group: str
@@ -53,7 +64,7 @@ class Plan(NamedTuple):
     @property
     def expert_counts(self) -> Tensor:
         """[experts of this rank] int64 in host memory: assignments of each, Σ = P."""
-        return self.tensors[4]
+        return self.tensors.expert_counts
 
 
 def route(logits: Tensor, top_k: int, renormalize: bool = True) -> RouteResult:
@@ -71,7 +82,7 @@ def plan(expert_ids: Tensor, weights: Tensor, num_experts: int, group: object = 
     valid on any rank is an error on all."""
     name = group if isinstance(group, str) else _name_of(group, expert_ids.device)
     tensors = torch.ops.anabranch.plan(expert_ids, weights.detach(), num_experts, name)
-    return Plan(tensors, expert_ids.shape[1], num_experts, name)
+    return Plan(PlanTensors(*tensors), expert_ids.shape[1], num_experts, name)
 
 
 @torch.compiler.assume_constant_result
@@ -112,7 +123,7 @@ def grouped_gemm(x: Tensor, weight: Tensor, counts: Tensor, engine: str = "auto"
     return torch.ops.anabranch.grouped_gemm(x, weight, counts, engine)
 
 
-def _arguments(plan: Plan) -> tuple[list[Tensor], int, int, str]:
+def _arguments(plan: Plan) -> tuple[PlanTensors, int, int, str]:
     return plan.tensors, plan.top_k, plan.num_experts, plan.group
 
 

@@ -1,69 +1,35 @@
 // The stages of the layer as operators of their own. Dispatch and combine, permute and unpermute are
 // each the other's adjoint, so their gradients are these same operators (functional.py).
 
+#include <anabranch/router.h>
 #include <torch/library.h>
 
 #include "experts/permute.h"
 #include "graph.h"
+#include "plan.h"
 #include "registry.h"
 #include "support/check.h"
+#include "support/tensor_list.h"
 
 namespace anabranch::operators {
 namespace {
 
 using Tensors = std::vector<at::Tensor>;
 
-at::Tensor to_tensor(const std::vector<int64_t>& values) {
-  return at::tensor(values, at::TensorOptions(at::kLong));
-}
+/// What route_forward returns: see Routing, and RecordedGraph for the state.
+struct Routed {
+  at::Tensor weights;
+  at::Tensor probability_sum;
+  at::Tensor squared_logsumexp_sum;
+  at::Tensor expert_ids;
+  at::Tensor counts;
+  at::Tensor state;
 
-std::vector<int64_t> to_vector(const at::Tensor& values) {
-  check_input(values.is_cpu() && values.scalar_type() == at::kLong && values.dim() == 1,
-              "counts must be int64 [n] in host memory, not ", values.scalar_type(), " ",
-              values.sizes(), " on ", values.device());
-  const auto contiguous = values.contiguous();
-  const auto* data = contiguous.const_data_ptr<int64_t>();
-  return {data, data + contiguous.numel()};
-}
+  auto tensors() {
+    return std::tie(weights, probability_sum, squared_logsumexp_sum, expert_ids, counts, state);
+  }
+};
 
-Tensors to_list(const ExchangePlan& plan) {
-  return {to_tensor(plan.send_rows),
-          to_tensor(plan.receive_rows),
-          to_tensor(plan.send_assignments),
-          to_tensor(plan.receive_assignments),
-          to_tensor(plan.expert_counts),
-          plan.send_tokens.clone(),  // what an operator returns shares no memory
-          plan.token_offsets,
-          plan.token_rows.clone(),
-          plan.send_order,
-          plan.received_order.clone(),
-          plan.assignment_rows,
-          plan.row_offsets,
-          plan.row_assignments};
-}
-
-ExchangePlan to_plan(at::TensorList list, int64_t top_k) {
-  check_input(list.size() == 13, "a plan has 13 tensors, not ", list.size());
-  ExchangePlan plan;
-  plan.tokens = list[6].size(0) - 1;
-  plan.top_k = top_k;
-  plan.send_rows = to_vector(list[0]);
-  plan.receive_rows = to_vector(list[1]);
-  plan.send_assignments = to_vector(list[2]);
-  plan.receive_assignments = to_vector(list[3]);
-  plan.expert_counts = to_vector(list[4]);
-  plan.send_tokens = list[5];
-  plan.token_offsets = list[6];
-  plan.token_rows = list[7];
-  plan.send_order = list[8];
-  plan.received_order = list[9];
-  plan.assignment_rows = list[10];
-  plan.row_offsets = list[11];
-  plan.row_assignments = list[12];
-  return plan;
-}
-
-/// weights, probability_sum, squared_logsumexp_sum, expert_ids, counts, state
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> route_forward(
     const at::Tensor& logits, int64_t top_k, bool renormalize, bool needs_gradient) {
   auto leaf = logits.detach();
@@ -77,12 +43,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
       graph.outputs.push_back(torch::autograd::impl::gradient_edge(tensor));
     }
   }
-  return {routing.weights.detach(),
-          routing.probability_sum.detach(),
-          routing.squared_logsumexp_sum.detach(),
-          routing.expert_ids,
-          routing.counts,
-          as_tensor(std::move(graph))};
+  return Routed{.weights = routing.weights.detach(),
+                .probability_sum = routing.probability_sum.detach(),
+                .squared_logsumexp_sum = routing.squared_logsumexp_sum.detach(),
+                .expert_ids = routing.expert_ids,
+                .counts = routing.counts,
+                .state = as_tensor(std::move(graph))}
+      .tensors();
 }
 
 at::Tensor route_backward(at::TensorList gradients, const at::Tensor& state,
@@ -95,7 +62,7 @@ Tensors plan(const at::Tensor& expert_ids, const at::Tensor& weights, int64_t nu
   Routing routing;
   routing.expert_ids = expert_ids;
   routing.weights = weights;
-  return to_list(exchange_for(group, num_experts)->plan(routing));
+  return pack_plan(exchange_for(group, num_experts)->plan(routing));
 }
 
 std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor) {
@@ -113,7 +80,7 @@ std::tuple<at::Tensor, at::Tensor> dispatch(const at::Tensor& rows,
                                             at::TensorList plan, int64_t top_k, int64_t num_experts,
                                             std::string group) {
   const Payload tokens = {rows.contiguous(), contiguous(values).value_or(at::Tensor())};
-  return apart(exchange_for(group, num_experts)->dispatch(tokens, to_plan(plan, top_k)), rows);
+  return apart(exchange_for(group, num_experts)->dispatch(tokens, unpack_plan(plan, top_k)), rows);
 }
 
 std::tuple<at::Tensor, at::Tensor> combine(const at::Tensor& rows,
@@ -121,7 +88,7 @@ std::tuple<at::Tensor, at::Tensor> combine(const at::Tensor& rows,
                                            at::TensorList plan, int64_t top_k, int64_t num_experts,
                                            std::string group) {
   const Payload results = {rows.contiguous(), contiguous(values).value_or(at::Tensor())};
-  return apart(exchange_for(group, num_experts)->combine(results, to_plan(plan, top_k)), rows);
+  return apart(exchange_for(group, num_experts)->combine(results, unpack_plan(plan, top_k)), rows);
 }
 
 void check_rows(const at::Tensor& rows, int64_t expected, const char* call) {
@@ -130,14 +97,14 @@ void check_rows(const at::Tensor& rows, int64_t expected, const char* call) {
 }
 
 at::Tensor permute_rows(const at::Tensor& rows, at::TensorList list) {
-  const auto plan = to_plan(list, 1);
+  const auto plan = unpack_plan(list, 1);
   check_rows(rows, plan.rows(), "permute");
   return permute(rows.contiguous(), plan);
 }
 
 at::Tensor unpermute_rows(const at::Tensor& assignments, const std::optional<at::Tensor>& weights,
                           at::TensorList list) {
-  const auto plan = to_plan(list, 1);
+  const auto plan = unpack_plan(list, 1);
   check_rows(assignments, plan.assignments(), "unpermute");
   check_input(!weights.has_value() || weights->sizes() == at::IntArrayRef({plan.assignments()}),
               "unpermute: weights are ", weights.has_value() ? weights->sizes() : at::IntArrayRef(),
@@ -148,19 +115,19 @@ at::Tensor unpermute_rows(const at::Tensor& assignments, const std::optional<at:
 at::Tensor gemm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& counts,
                 std::string engine) {
   return grouped_gemm(*engine_for(x.device(), engine), x.contiguous(), weight.contiguous(),
-                      to_vector(counts));
+                      counts_from(counts));
 }
 
 at::Tensor gemm_dgrad(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& counts,
                       std::string engine) {
   return grouped_gemm_dgrad(*engine_for(dy.device(), engine), dy.contiguous(), weight.contiguous(),
-                            to_vector(counts));
+                            counts_from(counts));
 }
 
 at::Tensor gemm_wgrad(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& counts,
                       std::string engine) {
   return grouped_gemm_wgrad(*engine_for(dy.device(), engine), dy.contiguous(), x.contiguous(),
-                            to_vector(counts));
+                            counts_from(counts));
 }
 
 void implement(torch::Library& library) {

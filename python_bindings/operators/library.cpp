@@ -15,6 +15,7 @@
 #include "moe_options.h"
 #include "options.h"
 #include "parameters.h"
+#include "plan.h"
 #include "registry.h"
 
 namespace anabranch::operators {
@@ -144,6 +145,8 @@ std::vector<std::string> engines(at::Device device) { return grouped_gemm_engine
 }  // namespace
 
 TORCH_LIBRARY(anabranch, library) {
+  library.def("default_options() -> str", default_options);
+  library.def("plan_fields() -> str[]", plan_fields);
   library.def("parameter_names(str options) -> str[]", parameter_names);
   library.def(
       "initial_parameters(str options, int rank, int num_ranks, ScalarType dtype, Device device) "

@@ -10,17 +10,42 @@
 #include "probe.h"
 #include "registry.h"
 #include "support/check.h"
+#include "support/tensor_list.h"
 
 namespace anabranch::operators {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-// Output, balance_loss, z_loss, importance_loss, load_loss, expert_load; losses that there are not are
-// empty.
-using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using OutputsAndState =
+
+/// What the layer's operators return: see MoEOutput. Losses that there are not are empty.
+struct Outputs {
+  at::Tensor output;
+  at::Tensor balance_loss;
+  at::Tensor z_loss;
+  at::Tensor importance_loss;
+  at::Tensor load_loss;
+  at::Tensor expert_load;
+
+  auto tensors() {
+    return std::tie(output, balance_loss, z_loss, importance_loss, load_loss, expert_load);
+  }
+};
+using OutputTuple =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+/// What moe_forward returns besides: see RecordedGraph.
+struct OutputsAndState {
+  Outputs outputs;
+  at::Tensor state;
+
+  auto tensors() { return std::tuple_cat(outputs.tensors(), std::tie(state)); }
+};
+using OutputAndStateTuple =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+/// Outputs with a gradient come first, the load behind them.
+constexpr size_t kDifferentiable = 5;
 
 torch::Dtype gate_type(torch::Dtype dtype) {
   return dtype == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
@@ -68,11 +93,11 @@ class Observing {
 
 /// The outputs and the graph from those of the inputs (x, weights, if given, and parameters) that
 /// `needs_gradient` names.
-OutputsAndState moe_forward(const at::Tensor& x, at::TensorList parameters,
-                            const std::optional<at::Tensor>& expert_ids,
-                            const std::optional<at::Tensor>& weights, std::string options,
-                            std::string group, bool training, const at::Tensor& probe,
-                            c10::List<bool> needs_gradient) {
+OutputAndStateTuple moe_forward(const at::Tensor& x, at::TensorList parameters,
+                                const std::optional<at::Tensor>& expert_ids,
+                                const std::optional<at::Tensor>& weights, std::string options,
+                                std::string group, bool training, const at::Tensor& probe,
+                                c10::List<bool> needs_gradient) {
   std::vector<at::Tensor> inputs = {x};
   if (weights.has_value()) inputs.push_back(*weights);
   inputs.insert(inputs.end(), parameters.begin(), parameters.end());
@@ -110,13 +135,15 @@ OutputsAndState moe_forward(const at::Tensor& x, at::TensorList parameters,
     }
   }
   const auto empty = x.options().dtype(gate_type(function->options().dtype));
-  return {output.output.detach(),
-          defined_or_empty(output.balance_loss, empty),
-          defined_or_empty(output.z_loss, empty),
-          defined_or_empty(output.importance_loss, empty),
-          defined_or_empty(output.load_loss, empty),
-          output.expert_load,
-          as_tensor(std::move(graph))};
+  return OutputsAndState{
+      .outputs = {.output = output.output.detach(),
+                  .balance_loss = defined_or_empty(output.balance_loss, empty),
+                  .z_loss = defined_or_empty(output.z_loss, empty),
+                  .importance_loss = defined_or_empty(output.importance_loss, empty),
+                  .load_loss = defined_or_empty(output.load_loss, empty),
+                  .expert_load = output.expert_load},
+      .state = as_tensor(std::move(graph))}
+      .tensors();
 }
 
 /// The gradients of `inputs`: those that moe_forward was told of, in its order. `gradients` are of
@@ -145,8 +172,10 @@ OutputsAndState call_forward(const at::Tensor& x, at::TensorList parameters,
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("anabranch::moe_forward", "")
                              .typed<decltype(moe_forward)>();
-  return op.call(x, parameters, expert_ids, weights, options, group, training, probe,
-                 needs_gradient);
+  OutputsAndState found;
+  found.tensors() =
+      op.call(x, parameters, expert_ids, weights, options, group, training, probe, needs_gradient);
+  return found;
 }
 
 std::vector<at::Tensor> call_backward(at::TensorList gradients, const at::Tensor& state,
@@ -188,15 +217,15 @@ struct MoE : torch::autograd::Function<MoE> {
     }
 
     const at::AutoDispatchBelowADInplaceOrView below;
-    auto [output, balance_loss, z_loss, importance_loss, load_loss, load, state] = call_forward(
-        x, parameters, expert_ids, weights, options, group, training, probe, needs_gradient);
+    const auto [outputs, state] = call_forward(x, parameters, expert_ids, weights, options, group,
+                                               training, probe, needs_gradient);
     inputs.push_back(state);
     inputs.push_back(probe);
     context->save_for_backward(inputs);
     context->saved_data["places"] = places;
     context->saved_data["arguments"] = place + 5;
-    context->mark_non_differentiable({load});
-    return {output, balance_loss, z_loss, importance_loss, load_loss, load};
+    context->mark_non_differentiable({outputs.expert_load});
+    return pack(outputs);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
@@ -205,7 +234,8 @@ struct MoE : torch::autograd::Function<MoE> {
     inputs.pop_back();
     const auto state = inputs.back();
     inputs.pop_back();
-    const auto found = call_backward(at::TensorList(gradients).slice(0, 5), state, probe, inputs);
+    const auto found =
+        call_backward(at::TensorList(gradients).slice(0, kDifferentiable), state, probe, inputs);
     const auto places = context->saved_data["places"].toIntVector();
     variable_list result(context->saved_data["arguments"].toInt());
     for (size_t i = 0; i < places.size(); ++i) result[places[i]] = found[i];
@@ -214,20 +244,20 @@ struct MoE : torch::autograd::Function<MoE> {
 };
 
 /// No gradient is wanted, or autograd is done.
-Outputs moe(const at::Tensor& x, at::TensorList parameters,
-            const std::optional<at::Tensor>& expert_ids, const std::optional<at::Tensor>& weights,
-            std::string options, std::string group, bool training, const at::Tensor& probe) {
+OutputTuple moe(const at::Tensor& x, at::TensorList parameters,
+                const std::optional<at::Tensor>& expert_ids,
+                const std::optional<at::Tensor>& weights, std::string options, std::string group,
+                bool training, const at::Tensor& probe) {
   c10::List<bool> none;
   for (size_t i = 0; i < 1 + weights.has_value() + parameters.size(); ++i) none.push_back(false);
-  auto [output, balance_loss, z_loss, importance_loss, load_loss, load, state] =
-      call_forward(x, parameters, expert_ids, weights, options, group, training, probe, none);
-  return {output, balance_loss, z_loss, importance_loss, load_loss, load};
+  return call_forward(x, parameters, expert_ids, weights, options, group, training, probe, none)
+      .outputs.tensors();
 }
 
-Outputs moe_autograd(const at::Tensor& x, at::TensorList parameters,
-                     const std::optional<at::Tensor>& expert_ids,
-                     const std::optional<at::Tensor>& weights, std::string options,
-                     std::string group, bool training, const at::Tensor& probe) {
+OutputTuple moe_autograd(const at::Tensor& x, at::TensorList parameters,
+                         const std::optional<at::Tensor>& expert_ids,
+                         const std::optional<at::Tensor>& weights, std::string options,
+                         std::string group, bool training, const at::Tensor& probe) {
   const auto needed = [](const at::Tensor& tensor) { return tensor.requires_grad(); };
   if (!at::GradMode::is_enabled() || !(needed(x) || (weights.has_value() && needed(*weights)) ||
                                        std::any_of(parameters.begin(), parameters.end(), needed))) {
@@ -235,15 +265,16 @@ Outputs moe_autograd(const at::Tensor& x, at::TensorList parameters,
     return moe(x, parameters, expert_ids, weights, std::move(options), std::move(group), training,
                probe);
   }
-  auto result = MoE::apply(x, weights, parameters, expert_ids, options, group, training, probe);
-  return {result[0], result[1], result[2], result[3], result[4], result[5]};
+  return unpack<Outputs>(
+             MoE::apply(x, weights, parameters, expert_ids, options, group, training, probe))
+      .tensors();
 }
 
 /// Rows and experts in autocast's type, as linear layers are; the router keeps its own.
-Outputs moe_autocast(const at::Tensor& x, at::TensorList parameters,
-                     const std::optional<at::Tensor>& expert_ids,
-                     const std::optional<at::Tensor>& weights, std::string options,
-                     std::string group, bool training, const at::Tensor& probe) {
+OutputTuple moe_autocast(const at::Tensor& x, at::TensorList parameters,
+                         const std::optional<at::Tensor>& expert_ids,
+                         const std::optional<at::Tensor>& weights, std::string options,
+                         std::string group, bool training, const at::Tensor& probe) {
   const c10::impl::ExcludeDispatchKeyGuard outside(c10::autocast_dispatch_keyset);
   const auto device = x.device().type();
   const auto type = at::autocast::get_autocast_dtype(device);

@@ -1,10 +1,11 @@
 #include "options.h"
 
 #include <concepts>
-#include <functional>
-#include <map>
+#include <limits>
 #include <nlohmann/json.hpp>
+#include <type_traits>
 
+#include "option_fields.h"
 #include "support/check.h"
 
 namespace anabranch::operators {
@@ -12,9 +13,11 @@ namespace {
 
 using Json = nlohmann::json;
 
-using Setter = std::function<void(MoEOptions&, const Json&)>;
+/// A tensor's type and device come with the tensors.
+template <typename T>
+constexpr bool kInJson = !std::same_as<T, torch::Dtype> && !std::same_as<T, torch::Device>;
 
-/// JSON's own conversions would take 1.5 for 1, and true for 1.
+/// JSON's own conversions would take 1.5 for 1, true for 1, and 2^63 for −2^63.
 template <typename T>
 bool is_a(const Json& value) {
   if constexpr (std::same_as<T, bool>) {
@@ -31,62 +34,39 @@ bool is_a(const Json& value) {
 template <typename T>
 T get(const Json& value) {
   check_input(is_a<T>(value), "is of the wrong type");
+  if constexpr (std::signed_integral<T>) {
+    check_input(!value.is_number_unsigned() ||
+                    value.get<uint64_t>() <= static_cast<uint64_t>(std::numeric_limits<T>::max()),
+                "is more than 64 bits hold");
+  }
   return value.get<T>();
 }
 
-template <typename T>
-Setter set(T MoEOptions::*member) {
-  return [member](MoEOptions& options, const Json& value) { options.*member = get<T>(value); };
+/// The value of one of its names.
+template <NamedEnum T>
+T get(const Json& value) {
+  const auto text = get<std::string>(value);
+  std::vector<std::string> names;
+  for (const auto& [name, meaning] : names_of(T())) {
+    if (text == name) return meaning;
+    names.push_back(name);
+  }
+  throw InputError(c10::str("is unknown, expected one of ", c10::Join(", ", names)));
 }
 
-/// The value of one of these names.
-template <typename T>
-Setter set(T MoEOptions::*member, std::vector<std::pair<std::string, T>> values) {
-  return [member, values = std::move(values)](MoEOptions& options, const Json& value) {
-    const auto name = get<std::string>(value);
-    std::vector<std::string> names;
-    for (const auto& [known, meaning] : values) {
-      if (name == known) {
-        options.*member = meaning;
-        return;
+/// Sets the member of that name; false if there is none.
+bool set(MoEOptions& options, const std::string& name, const Json& value) {
+  bool found = false;
+  for_each_field(options, [&](const char* field, auto& member) {
+    using T = std::remove_reference_t<decltype(member)>;
+    if constexpr (kInJson<T>) {
+      if (name == field) {
+        member = get<T>(value);
+        found = true;
       }
-      names.push_back(known);
     }
-    throw InputError(c10::str("is unknown, expected one of ", c10::Join(", ", names)));
-  };
-}
-
-const std::map<std::string, Setter>& setters() {
-  static const std::map<std::string, Setter> all = {
-      {"hidden_size", set(&MoEOptions::hidden_size)},
-      {"expert_hidden_size", set(&MoEOptions::expert_hidden_size)},
-      {"num_experts", set(&MoEOptions::num_experts)},
-      {"top_k", set(&MoEOptions::top_k)},
-      {"activation", set(&MoEOptions::activation, {{"gelu_tanh", Activation::kGeluTanh},
-                                                   {"gelu", Activation::kGelu},
-                                                   {"relu", Activation::kRelu},
-                                                   {"silu", Activation::kSilu}})},
-      {"glu", set(&MoEOptions::glu)},
-      {"bias", set(&MoEOptions::bias)},
-      {"shared_expert_hidden_size", set(&MoEOptions::shared_expert_hidden_size)},
-      {"shared_expert_gate", set(&MoEOptions::shared_expert_gate)},
-      {"gate",
-       set(&MoEOptions::gate,
-           {{"top_k", Gate::kTopK}, {"noisy_top_k", Gate::kNoisyTopK}, {"gshard", Gate::kGShard}})},
-      {"router_score", set(&MoEOptions::router_score, {{"softmax", RouterScore::kSoftmax},
-                                                       {"sigmoid", RouterScore::kSigmoid}})},
-      {"renormalize", set(&MoEOptions::renormalize)},
-      {"routing_scale", set(&MoEOptions::routing_scale)},
-      {"expert_bias", set(&MoEOptions::expert_bias)},
-      {"expert_groups", set(&MoEOptions::expert_groups)},
-      {"top_groups", set(&MoEOptions::top_groups)},
-      {"group_score", set(&MoEOptions::group_score, {{"top_two_sum", GroupScore::kTopTwoSum},
-                                                     {"maximum", GroupScore::kMaximum}})},
-      {"jitter", set(&MoEOptions::jitter)},
-      {"recompute", set(&MoEOptions::recompute)},
-      {"engine", set(&MoEOptions::engine)},
-      {"seed", set(&MoEOptions::seed)}};
-  return all;
+  });
+  return found;
 }
 
 }  // namespace
@@ -96,15 +76,30 @@ MoEOptions options_from_json(const std::string& json) {
   check_input(object.is_object(), "options: expected a JSON object, got '", json, "'");
   MoEOptions options;
   for (const auto& [name, value] : object.items()) {
-    const auto setter = setters().find(name);
-    check_input(setter != setters().end(), "options: there is no option '", name, "'");
+    bool found = false;
     try {
-      setter->second(options, value);
+      found = set(options, name, value);
     } catch (const std::exception& error) {
       throw InputError(c10::str("options: ", name, " = ", value.dump(), " ", error.what()));
     }
+    check_input(found, "options: there is no option '", name, "'");
   }
   return options;
+}
+
+std::string default_options() {
+  Json object;
+  for_each_field(MoEOptions(), [&](const char* name, const auto& value) {
+    using T = std::remove_cvref_t<decltype(value)>;
+    if constexpr (NamedEnum<T>) {
+      object[name] = name_of(value);
+    } else if constexpr (kInJson<T>) {
+      object[name] = value;
+    } else {
+      object[name] = nullptr;
+    }
+  });
+  return object.dump();
 }
 
 }  // namespace anabranch::operators

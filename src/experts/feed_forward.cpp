@@ -124,17 +124,17 @@ void weight_gradient(const FeedForward& expert, const torch::Tensor& dy, const t
 /// which receives its gradient and may be the same.
 void down_backward(const Part& part, const FeedForward& expert, const IndexedRows& dy,
                    const torch::Tensor& hidden, const torch::Tensor& dhidden,
-                   const torch::Tensor& values, const Projection& parameters,
+                   const torch::Tensor& routing_weights, const Projection& parameters,
                    const WantedGradients& wanted, FeedForwardGradient& gradient) {
   const auto dresults = part.take(dy);
   const Stage named("anabranch.down.backward");
   const BiasKernels& kernels = BiasKernels::on(hidden.device());
   const Projection down = part.experts_of(parameters);
-  auto dvalues = part.rows_of(gradient.dvalues);
+  auto drouting_weights = part.rows_of(gradient.drouting_weights);
   GroupedGemmEngine::ActivatedGradient activation = {
-      dhidden, dvalues, at::empty({part.rows, down.weight.size(2)}, hidden.options())};
+      dhidden, drouting_weights, at::empty({part.rows, down.weight.size(2)}, hidden.options())};
   expert.engine->dgrad_activated(dresults, down.weight, part.counts, expert.activation, hidden,
-                                 values, activation);
+                                 routing_weights, activation);
   auto& [dweight, dbias] = gradient.parameters.down;
   make_room(dweight, parameters.weight, wanted.down_weight && !wanted.sums.down.defined());
   make_room(dbias, parameters.bias, wanted.down_bias);
@@ -143,10 +143,10 @@ void down_backward(const Part& part, const FeedForward& expert, const IndexedRow
                     part.experts_of(wanted.sums.down));
   }
   if (dbias.defined()) {
-    part.experts_of(dbias).copy_(kernels.bias_gradient(dresults, values, part.counts));
+    part.experts_of(dbias).copy_(kernels.bias_gradient(dresults, routing_weights, part.counts));
   }
   if (down.bias.defined()) {
-    dvalues.add_(kernels.bias_dot(dresults, down.bias, part.counts));
+    drouting_weights.add_(kernels.bias_dot(dresults, down.bias, part.counts));
   }
 }
 
@@ -167,8 +167,9 @@ void up_backward(const Part& part, const FeedForward& expert, const IndexedRows&
         BiasKernels::on(dhidden.device()).bias_gradient(dhidden, {}, part.counts));
   }
   if (!gradient.dx.defined()) {  // not sooner: another part's rows may have left their memory
-    gradient.dx = on_large_pages(at::empty({gradient.dvalues.size(0), parameters.weight.size(2)},
-                                           parameters.weight.options()));
+    gradient.dx =
+        on_large_pages(at::empty({gradient.drouting_weights.size(0), parameters.weight.size(2)},
+                                 parameters.weight.options()));
   }
   auto dx = part.rows_of(gradient.dx);
   expert.engine->dgrad(dhidden, part.experts_of(parameters.weight), part.counts, dx);
@@ -203,21 +204,21 @@ FeedForwardOutput feed_forward(const FeedForward& expert, const IndexedRows& x,
 
 FeedForwardGradient feed_forward_backward(const FeedForward& expert, const IndexedRows& dy,
                                           const IndexedRows& x, const torch::Tensor& hidden,
-                                          const torch::Tensor& values,
+                                          const torch::Tensor& routing_weights,
                                           const ExpertProjections& parameters,
                                           const ExpertCounts& counts, bool overwrite_hidden,
                                           const WantedGradients& wanted) {
   const auto options = x.rows.options();
   const int64_t rows = (x.index.defined() ? x.index : x.rows).size(0);
   FeedForwardGradient gradient;
-  gradient.dvalues =
+  gradient.drouting_weights =
       at::empty({rows}, options.dtype(at::toOpMathType(options.dtype().toScalarType())));
   for (const Part& part : parts_of(counts, x.rows.device())) {
     const auto own =
         hidden.defined() ? part.rows_of(hidden) : up_projection(expert, part, x, parameters.up);
     const auto dhidden = hidden.defined() && !overwrite_hidden ? at::empty_like(own) : own;
-    down_backward(part, expert, dy, own, dhidden, part.rows_of(values), parameters.down, wanted,
-                  gradient);
+    down_backward(part, expert, dy, own, dhidden, part.rows_of(routing_weights), parameters.down,
+                  wanted, gradient);
     up_backward(part, expert, x, dhidden, parameters.up, wanted, gradient);
   }
   return gradient;

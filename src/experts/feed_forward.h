@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <optional>
+#include <tuple>
 
 #include "experts/permute.h"
 
@@ -20,6 +21,11 @@ struct FeedForward {
 inline Projection projection(const torch::Tensor& weight,
                              const std::optional<torch::Tensor>& bias) {
   return {weight, bias.value_or(torch::Tensor())};
+}
+
+/// As a list of tensors has them.
+inline auto tensors_of(ExpertProjections& experts) {
+  return std::tie(experts.up.weight, experts.up.bias, experts.down.weight, experts.down.bias);
 }
 
 /// Rows of each local expert, expert-major.
@@ -57,16 +63,16 @@ inline WantedGradients wanted_gradients(const torch::autograd::AutogradContext* 
 }
 
 struct FeedForwardGradient {
-  ExpertProjections parameters;  ///< undefined where not wanted
-  torch::Tensor dx;              ///< [P, h]
-  torch::Tensor dvalues;         ///< [P] in fp32 (fp64), of the routing weights
+  ExpertProjections parameters;    ///< undefined where not wanted
+  torch::Tensor dx;                ///< [P, h]
+  torch::Tensor drouting_weights;  ///< [P] in fp32 (fp64)
 };
-/// Backward of `values` [P] (undefined: 1) times the results, given the gradient `dy` [P, h] of that
+/// Backward of `routing_weights` [P] (undefined: 1) times the results, given the gradient `dy` [P, h] of that
 /// product. Needs neither the activation nor the results; `hidden` undefined is computed again.
 /// `overwrite_hidden`: its gradient may take its place, and hidden is lost.
 FeedForwardGradient feed_forward_backward(const FeedForward& expert, const IndexedRows& dy,
                                           const IndexedRows& x, const torch::Tensor& hidden,
-                                          const torch::Tensor& values,
+                                          const torch::Tensor& routing_weights,
                                           const ExpertProjections& parameters,
                                           const ExpertCounts& counts, bool overwrite_hidden = false,
                                           const WantedGradients& wanted = {});

@@ -8,6 +8,7 @@
 
 #include "support/given.h"
 #include "support/initialize.h"
+#include "support/tensor_list.h"
 
 namespace anabranch {
 namespace {
@@ -18,6 +19,15 @@ using torch::autograd::variable_list;
 struct ExpertHolder : torch::CustomClassHolder {
   explicit ExpertHolder(FeedForward expert) : expert(std::move(expert)) {}
   FeedForward expert;
+};
+
+/// The tensors that backward needs.
+struct Saved {
+  torch::Tensor x;       ///< [T, h]
+  torch::Tensor hidden;  ///< [T, n or 2n]
+  ExpertProjections shared;
+
+  auto tensors() { return std::tuple_cat(std::tie(x, hidden), tensors_of(shared)); }
 };
 
 /// A group of one expert that owns every row.
@@ -31,22 +41,20 @@ struct ThroughSharedExpert : torch::autograd::Function<ThroughSharedExpert> {
                                    projection(down_weight, down_bias)};
     const auto [y, hidden] =
         feed_forward(holder->expert, {x, {}}, shared, {x.size(0)}, /*keep_hidden=*/true);
-    context->save_for_backward(
-        {x, hidden, shared.up.weight, shared.up.bias, shared.down.weight, shared.down.bias});
+    context->save_for_backward(pack(Saved{x, hidden, shared}));
     context->saved_data["expert"] = torch::IValue::make_capsule(holder);
     return y;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     const torch::NoGradGuard no_grad;
-    const auto saved = context->get_saved_variables();
+    const auto [x, hidden, shared] = unpack<Saved>(context->get_saved_variables());
     const auto holder =
         c10::static_intrusive_pointer_cast<ExpertHolder>(context->saved_data["expert"].toCapsule());
-    const torch::Tensor& x = saved[0];
-    const ExpertProjections shared{{saved[2], saved[3]}, {saved[4], saved[5]}};
-    const auto [gradients_of, dx, dvalues] = feed_forward_backward(
-        holder->expert, {gradients[0].contiguous(), {}}, {x, {}}, saved[1], /*values=*/{}, shared,
-        {x.size(0)}, /*overwrite_hidden=*/false, wanted_gradients(context, /*first=*/1, shared));
+    const auto [gradients_of, dx, drouting_weights] = feed_forward_backward(
+        holder->expert, {gradients[0].contiguous(), {}}, {x, {}}, hidden, /*routing_weights=*/{},
+        shared, {x.size(0)}, /*overwrite_hidden=*/false,
+        wanted_gradients(context, /*first=*/1, shared));
     return {dx,
             gradients_of.up.weight,
             gradients_of.down.weight,

@@ -53,7 +53,33 @@ torch::Tensor sums_of_batch(const Routing& routing, const torch::Tensor& counts,
   return sums;
 }
 
-/// Sums of this rank → expert_load, then the losses that there are of balance, z, importance, load.
+/// As autograd takes them: the load, and behind it the losses that there are.
+variable_list listed(const AuxiliaryLosses& losses) {
+  variable_list list = {losses.expert_load};
+  for (const auto& loss :
+       {losses.balance_loss, losses.z_loss, losses.importance_loss, losses.load_loss}) {
+    if (loss.defined()) list.push_back(loss);
+  }
+  return list;
+}
+
+/// What such a list was made of, for that routing.
+AuxiliaryLosses from_list(const variable_list& list, const Routing& routing) {
+  AuxiliaryLosses losses;
+  auto next = list.begin();
+  losses.expert_load = *next++;
+  if (routing.probability_sum.defined()) {
+    losses.balance_loss = *next++;
+    losses.z_loss = *next++;
+  }
+  if (routing.importance.defined()) {
+    losses.importance_loss = *next++;
+    losses.load_loss = *next++;
+  }
+  return losses;
+}
+
+/// Sums of this rank → AuxiliaryLosses, as a list.
 struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
   static variable_list forward(AutogradContext* context,
                                const std::optional<torch::Tensor>& /*probability_sum*/,
@@ -65,30 +91,33 @@ struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
     const int64_t experts = own_counts->size(0);
     const auto dtype = routing->weights.scalar_type();
     const auto sums = sums_of_batch(*routing, *own_counts, *communicator);
-    variable_list outputs;
-    variable_list gradients;
+    AuxiliaryLosses found;
+    variable_list slopes;  // of the losses, in their order
     if (routing->probability_sum.defined()) {
       const bool first = routing->first_counts.defined();
       const auto losses =
           RoutingKernels::on(sums.device())
               .batch_losses(sums, sums.narrow(0, first ? 2 * experts + 2 : 0, experts),
                             first ? 1 : routing->expert_ids.size(1), dtype);
-      outputs = {losses.expert_load, losses.balance, losses.z};
-      gradients = {losses.balance_slope, losses.z_slope};
+      found.expert_load = losses.expert_load;
+      found.balance_loss = losses.balance;
+      found.z_loss = losses.z;
+      slopes = {losses.balance_slope, losses.z_slope};
     } else {
-      outputs = {sums.narrow(0, 0, experts).to(torch::kInt64)};
+      found.expert_load = sums.narrow(0, 0, experts).to(torch::kInt64);
     }
     if (routing->importance.defined()) {
-      for (const auto& of_experts : sums.slice(0, sums.size(0) - 2 * experts).split(experts)) {
-        const Loss loss = squared_variation(of_experts);
-        outputs.push_back(loss.value.to(dtype));
-        gradients.push_back(loss.gradient);
-      }
+      const Loss load = squared_variation(sums.slice(0, sums.size(0) - experts));
+      const Loss importance =
+          squared_variation(sums.slice(0, sums.size(0) - 2 * experts, sums.size(0) - experts));
+      found.importance_loss = importance.value.to(dtype);
+      found.load_loss = load.value.to(dtype);
+      slopes.insert(slopes.end(), {importance.gradient, load.gradient});
     }
-    context->save_for_backward(std::move(gradients));
+    context->save_for_backward(std::move(slopes));
     context->saved_data["ranks"] = static_cast<int64_t>(communicator->size());
-    context->mark_non_differentiable({outputs[0]});
-    return outputs;
+    context->mark_non_differentiable({found.expert_load});
+    return listed(found);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
@@ -97,7 +126,7 @@ struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
     const int64_t ranks = context->saved_data["ranks"].toInt();
     variable_list result(7);  // as many as forward takes
     for (size_t i = 0; i < slopes.size(); ++i) {
-      const auto& gradient = gradients[i + 1];
+      const auto& gradient = gradients[i + 1];  // behind the load's
       result[i] = (slopes[i] * gradient).mul_(ranks).to(gradient.scalar_type());
     }
     return result;
@@ -108,20 +137,11 @@ struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
 
 AuxiliaryLosses auxiliary_losses(const Routing& routing, const torch::Tensor& counts,
                                  Communicator& communicator) {
-  auto outputs = LossesOfBatch::apply(
-      given(routing.probability_sum), given(routing.squared_logsumexp_sum),
-      given(routing.importance), given(routing.smooth_load), &routing, &counts, &communicator);
-  AuxiliaryLosses losses;
-  losses.expert_load = outputs[0];
-  if (outputs.size() > 1) {
-    losses.balance_loss = outputs[1];
-    losses.z_loss = outputs[2];
-  }
-  if (outputs.size() > 3) {
-    losses.importance_loss = outputs[3];
-    losses.load_loss = outputs[4];
-  }
-  return losses;
+  return from_list(
+      LossesOfBatch::apply(given(routing.probability_sum), given(routing.squared_logsumexp_sum),
+                           given(routing.importance), given(routing.smooth_load), &routing, &counts,
+                           &communicator),
+      routing);
 }
 
 }  // namespace anabranch

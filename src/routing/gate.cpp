@@ -4,6 +4,7 @@
 #include <torch/nn/functional/linear.h>
 
 #include "kernels/gate.h"
+#include "support/tensor_list.h"
 
 namespace anabranch {
 namespace {
@@ -36,20 +37,26 @@ torch::Tensor sum_over_tokens(const torch::Tensor& d, const torch::Tensor& x) {
   return whole == x.size(0) ? sums.sum(0) : sums.sum(0).add_(rest());
 }
 
+/// The tensors that backward needs.
+struct Saved {
+  torch::Tensor x;       ///< [T, h]
+  torch::Tensor weight;  ///< [E, h]
+
+  auto tensors() { return std::tie(x, weight); }
+};
+
 /// Exact products of bf16 numbers, summed in fp32.
 struct SplitGate : torch::autograd::Function<SplitGate> {
   static torch::Tensor forward(AutogradContext* context, const torch::Tensor& x,
                                const torch::Tensor& weight) {
-    context->save_for_backward({x, weight});
+    context->save_for_backward(pack(Saved{x, weight}));
     const auto parts = at::mm(x, split(weight, {0, 1, 2}, false).t(), torch::kFloat);
     return parts.view({x.size(0), 3, weight.size(0)}).sum(1);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     const torch::NoGradGuard no_grad;
-    const auto saved = context->get_saved_variables();
-    const auto& x = saved[0];
-    const auto& weight = saved[1];
+    const auto [x, weight] = unpack<Saved>(context->get_saved_variables());
     const auto& dlogits = gradients[0];
     const auto dweight = sum_over_tokens(split(dlogits, {0, 1, 2}, true), x)
                              .view({3, weight.size(0), x.size(1)})

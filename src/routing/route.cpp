@@ -5,6 +5,7 @@
 #include "routing/rule.h"
 #include "support/check.h"
 #include "support/stage.h"
+#include "support/tensor_list.h"
 
 namespace anabranch {
 namespace {
@@ -17,8 +18,32 @@ struct RuleHolder : torch::CustomClassHolder {
   RoutingRule rule;
 };
 
-/// logits [T, E] → weights, probability_sum, squared_logsumexp_sum; then, without gradient,
-/// expert_ids, counts, first_nonfinite_token.
+/// What comes out of it, or the gradients of that; the last three have none. See Routing.
+struct Routed {
+  torch::Tensor weights;
+  torch::Tensor probability_sum;
+  torch::Tensor squared_logsumexp_sum;
+  torch::Tensor expert_ids;
+  torch::Tensor counts;
+  torch::Tensor first_nonfinite_token;
+
+  auto tensors() {
+    return std::tie(weights, probability_sum, squared_logsumexp_sum, expert_ids, counts,
+                    first_nonfinite_token);
+  }
+};
+
+/// What RoutingKernels::route_backward reads of a RouteResult.
+struct Saved {
+  torch::Tensor expert_ids;
+  torch::Tensor weights;
+  torch::Tensor probabilities;  ///< of sigmoids: the logits
+  torch::Tensor logsumexp;
+
+  auto tensors() { return std::tie(expert_ids, weights, probabilities, logsumexp); }
+};
+
+/// logits [T, E] → Routed.
 struct Route : torch::autograd::Function<Route> {
   static variable_list forward(AutogradContext* context, const torch::Tensor& logits,
                                const std::optional<torch::Tensor>& expert_bias,
@@ -31,30 +56,30 @@ struct Route : torch::autograd::Function<Route> {
     const RoutingSums sums = kernels.routing_sums(routed.probabilities, routed.logsumexp);
     const bool sigmoid = rule.router_score == RouterScore::kSigmoid;
     context->saved_data["rule"] = torch::IValue::make_capsule(holder);
-    context->save_for_backward({routed.expert_ids, routed.weights,
-                                sigmoid ? contiguous : routed.probabilities, routed.logsumexp});
+    context->save_for_backward(
+        pack(Saved{routed.expert_ids, routed.weights, sigmoid ? contiguous : routed.probabilities,
+                   routed.logsumexp}));
     context->mark_non_differentiable(
         {routed.expert_ids, routed.counts, routed.first_nonfinite_token});
-    return {routed.weights,    sums.probabilities, sums.squared_logsumexp,
-            routed.expert_ids, routed.counts,      routed.first_nonfinite_token};
+    return pack(Routed{routed.weights, sums.probabilities, sums.squared_logsumexp,
+                       routed.expert_ids, routed.counts, routed.first_nonfinite_token});
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     const torch::NoGradGuard no_grad;
     const Stage named("anabranch.route.backward");
-    const auto saved = context->get_saved_variables();
+    const auto gradient = unpack<Routed>(gradients);
     const auto holder =
         c10::static_intrusive_pointer_cast<RuleHolder>(context->saved_data["rule"].toCapsule());
     RouteResult routed;
-    routed.expert_ids = saved[0];
-    routed.weights = saved[1];
-    routed.probabilities = saved[2];
-    routed.logsumexp = saved[3];
-    return {RoutingKernels::on(saved[1].device())
-                .route_backward(routed, holder->rule, gradients[0].contiguous(),
-                                gradients[1].contiguous(), gradients[2]),
-            {},
-            {}};
+    std::tie(routed.expert_ids, routed.weights, routed.probabilities, routed.logsumexp) =
+        unpack<Saved>(context->get_saved_variables()).tensors();
+    return {
+        RoutingKernels::on(routed.weights.device())
+            .route_backward(routed, holder->rule, gradient.weights.contiguous(),
+                            gradient.probability_sum.contiguous(), gradient.squared_logsumexp_sum),
+        {},
+        {}};
   }
 };
 
@@ -82,14 +107,15 @@ Routing route(const torch::Tensor& logits, const RoutingRule& rule,
     check_bias(expert_bias, logits);
     bias = expert_bias.detach().contiguous();
   }
-  auto outputs = Route::apply(logits, bias, c10::make_intrusive<RuleHolder>(rule));
+  const auto routed =
+      unpack<Routed>(Route::apply(logits, bias, c10::make_intrusive<RuleHolder>(rule)));
   Routing routing;
-  routing.expert_ids = outputs[3];
-  routing.weights = outputs[0];
-  routing.counts = outputs[4];
-  routing.probability_sum = outputs[1];
-  routing.squared_logsumexp_sum = outputs[2];
-  routing.first_nonfinite_token = outputs[5];
+  routing.expert_ids = routed.expert_ids;
+  routing.weights = routed.weights;
+  routing.counts = routed.counts;
+  routing.probability_sum = routed.probability_sum;
+  routing.squared_logsumexp_sum = routed.squared_logsumexp_sum;
+  routing.first_nonfinite_token = routed.first_nonfinite_token;
   return routing;
 }
 
