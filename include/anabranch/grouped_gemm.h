@@ -52,19 +52,19 @@ class GroupedGemmEngine {
                                   const std::vector<int64_t>& counts,
                                   const HiddenActivation& activation, torch::Tensor& hidden);
 
-  /// Backward of values · activation(hidden), followed by the projection with `weight`, whose result
+  /// Backward of routing_weights · activation(hidden), followed by the projection with `weight`, whose result
   /// has the gradient `dy`.
   struct ActivatedGradient {
     torch::Tensor dhidden;  ///< of hidden's shape; may be hidden itself
-    torch::Tensor dvalues;  ///< [P] fp32 (fp64)
+    torch::Tensor drouting_weights;  ///< [P] fp32 (fp64)
     torch::Tensor
-        activated;  ///< [P, n]: values · activation(hidden), which the weight's gradient needs
+        activated;  ///< [P, n]: routing_weights · activation(hidden), which the weight's gradient needs
   };
-  /// dy [P, h], weight [experts, h, n], hidden [P, n] (glu: [P, 2n]); `values` [P] fp32 (fp64),
+  /// dy [P, h], weight [experts, h, n], hidden [P, n] (glu: [P, 2n]); `routing_weights` [P] fp32 (fp64),
   /// undefined: 1.
   void dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
                        const std::vector<int64_t>& counts, const HiddenActivation& activation,
-                       const torch::Tensor& hidden, const torch::Tensor& values,
+                       const torch::Tensor& hidden, const torch::Tensor& routing_weights,
                        ActivatedGradient& gradient);
 
  protected:
@@ -89,7 +89,7 @@ class GroupedGemmEngine {
   virtual void do_dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
                                   const std::vector<int64_t>& counts,
                                   const HiddenActivation& activation, const torch::Tensor& hidden,
-                                  const torch::Tensor& values, ActivatedGradient& gradient);
+                                  const torch::Tensor& routing_weights, ActivatedGradient& gradient);
 };
 
 /// The engine of that name for that device: one of `grouped_gemm_engines`, or "auto". On a GPU auto

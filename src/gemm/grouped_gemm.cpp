@@ -153,7 +153,7 @@ torch::Tensor GroupedGemmEngine::forward_activated(const torch::Tensor& x,
 void GroupedGemmEngine::dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
                                         const std::vector<int64_t>& counts,
                                         const HiddenActivation& activation,
-                                        const torch::Tensor& hidden, const torch::Tensor& values,
+                                        const torch::Tensor& hidden, const torch::Tensor& routing_weights,
                                         ActivatedGradient& gradient) {
   check_product(*this, dy, "dy", weight, 1, counts);
   const int64_t n = weight.size(2);
@@ -161,11 +161,11 @@ void GroupedGemmEngine::dgrad_activated(const torch::Tensor& dy, const torch::Te
   check_output(hidden, {dy.size(0), hidden_width}, "hidden", kind_of(dy));
   check_output(gradient.dhidden, {dy.size(0), hidden_width}, "dhidden", kind_of(dy));
   check_output(gradient.activated, {dy.size(0), n}, "activated", kind_of(dy));
-  check_output(gradient.dvalues, {dy.size(0)}, "dvalues", kind_of_sums(dy));
-  if (values.defined()) {
-    check_output(values, {dy.size(0)}, "values", kind_of_sums(dy));
+  check_output(gradient.drouting_weights, {dy.size(0)}, "drouting_weights", kind_of_sums(dy));
+  if (routing_weights.defined()) {
+    check_output(routing_weights, {dy.size(0)}, "routing_weights", kind_of_sums(dy));
   }
-  do_dgrad_activated(dy, weight, counts, activation, hidden, values, gradient);
+  do_dgrad_activated(dy, weight, counts, activation, hidden, routing_weights, gradient);
 }
 
 void GroupedGemmEngine::do_wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
@@ -193,12 +193,12 @@ torch::Tensor GroupedGemmEngine::do_forward_activated(const torch::Tensor& x,
 void GroupedGemmEngine::do_dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
                                            const std::vector<int64_t>& counts,
                                            const HiddenActivation& activation,
-                                           const torch::Tensor& hidden, const torch::Tensor& values,
+                                           const torch::Tensor& hidden, const torch::Tensor& routing_weights,
                                            ActivatedGradient& gradient) {
   do_dgrad(dy, weight, counts, gradient.activated);
   ActivationKernels::on(dy.device())
-      .activate_backward(gradient.activated, hidden, values, activation.activation, activation.glu,
-                         {gradient.dhidden, gradient.dvalues});
+      .activate_backward(gradient.activated, hidden, routing_weights, activation.activation, activation.glu,
+                         {gradient.dhidden, gradient.drouting_weights});
 }
 
 torch::Tensor grouped_gemm(GroupedGemmEngine& engine, const torch::Tensor& x,

@@ -87,15 +87,15 @@ class AutoEngine final : public GroupedGemmEngine {
 
   void do_dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
                           const Counts& counts, const HiddenActivation& activation,
-                          const torch::Tensor& hidden, const torch::Tensor& values,
+                          const torch::Tensor& hidden, const torch::Tensor& routing_weights,
                           ActivatedGradient& gradient) override {
     // What is measured more than once must not write over what it reads.
     const auto try_out = [&](GroupedGemmEngine& engine) {
-      ActivatedGradient scratch = {at::empty_like(hidden), gradient.dvalues, gradient.activated};
-      engine.dgrad_activated(dy, weight, counts, activation, hidden, values, scratch);
+      ActivatedGradient scratch = {at::empty_like(hidden), gradient.drouting_weights, gradient.activated};
+      engine.dgrad_activated(dy, weight, counts, activation, hidden, routing_weights, scratch);
     };
     best(activation.glu ? "dgrad with GLU" : "dgrad with activation", weight, counts, dy, try_out)
-        .dgrad_activated(dy, weight, counts, activation, hidden, values, gradient);
+        .dgrad_activated(dy, weight, counts, activation, hidden, routing_weights, gradient);
   }
 
   /// One for all layers of a device.

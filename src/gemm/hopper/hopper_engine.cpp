@@ -120,25 +120,25 @@ class HopperEngine final : public GroupedGemmEngine {
 
   void do_dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
                           const std::vector<int64_t>& counts, const HiddenActivation& activation,
-                          const torch::Tensor& hidden, const torch::Tensor& values,
+                          const torch::Tensor& hidden, const torch::Tensor& routing_weights,
                           ActivatedGradient& gradient) override {
     const int64_t n = weight.size(2);
     if (!fuses(activation, n) || dy.size(0) == 0) {
-      return GroupedGemmEngine::do_dgrad_activated(dy, weight, counts, activation, hidden, values,
+      return GroupedGemmEngine::do_dgrad_activated(dy, weight, counts, activation, hidden, routing_weights,
                                                    gradient);
     }
     const auto dots =
-        at::empty({dy.size(0), (n + 63) / 64}, gradient.dvalues.options());  // see Problem
+        at::empty({dy.size(0), (n + 63) / 64}, gradient.drouting_weights.options());  // see Problem
     Problem problem = sizes(0, n, weight.size(1));
     problem.activation = cuda::kind_of(activation.activation);
     problem.hidden = hidden.const_data_ptr();
     problem.hidden_out = gradient.dhidden.data_ptr();
     problem.activated = gradient.activated.data_ptr();
-    problem.weights = values.defined() ? values.const_data_ptr<float>() : nullptr;
+    problem.weights = routing_weights.defined() ? routing_weights.const_data_ptr<float>() : nullptr;
     problem.dots = dots.data_ptr<float>();
     multiply({Operation::kDgrad, element_of(dy), Epilogue::kActivateBackward, activation.glu},
              {rows_map(dy), weight_map(weight)}, problem, groups_with_rows(counts), dy);
-    at::sum_out(gradient.dvalues, dots, 1);
+    at::sum_out(gradient.drouting_weights, dots, 1);
   }
 
   /// A tile's gate and up part must not overlap: whole boxes.
