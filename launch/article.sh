@@ -49,5 +49,5 @@ fi
 
 python=$venv/bin/python
 if [[ ! -x $python ]]; then python=${ANABRANCH_PYTHON:-python3}; fi
-export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$project_root/benchmarks:$project_root/build/$preset/python"
+export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$project_root/experiments:$project_root/build/$preset/python"
 exec "$python" -m article "${arguments[@]}"

@@ -76,7 +76,6 @@ system_needs=(
   "JSON for Modern C++|has_header nlohmann/json.hpp|nlohmann-json3-dev|required|a header: put nlohmann/json.hpp under a prefix in CMAKE_PREFIX_PATH"
   "zlib|has_header zlib.h|zlib1g-dev|required|a header and a library: put them under a prefix in CMAKE_PREFIX_PATH"
   "CLI11|has_header CLI/CLI.hpp|libcli11-dev|required|headers: put CLI/*.hpp under a prefix in CMAKE_PREFIX_PATH"
-  "Google Benchmark|has_header benchmark/benchmark.h|libbenchmark-dev|optional|without it no benchmarks are built"
   "Python's venv module|has_venv|python3 python3-venv|required|module load python, or ANABRANCH_PYTHON=/path/to/python3"
   "ccache|has_command ccache|ccache|optional|without it a second clean build takes as long as the first"
   "hwloc|has_header hwloc.h|libhwloc-dev|optional|without it ranks are not bound to GPUs and cores"

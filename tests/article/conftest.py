@@ -1,4 +1,4 @@
-"""benchmarks/article as a package; PyTorch on one thread; methods that go wrong in one way each."""
+"""experiments/article as a package; PyTorch on one thread; methods that go wrong in one way each."""
 
 import random
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "launch")]
+sys.path[:0] = [str(ROOT / name) for name in ("experiments", "benchmarks", "launch")]
 torch.set_num_threads(1)
 
 from article import cases, measure, methods, problem  # noqa: E402

@@ -54,7 +54,7 @@ def tool(tmp_path, monkeypatch):
     path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{path.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(command.ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+        "PYTHONPATH", os.pathsep.join([str(command.ROOT / "experiments"), os.environ.get("PYTHONPATH", "")])
     )
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 

@@ -403,13 +403,13 @@ def test_a_slower_network_is_shared_by_the_node():
     assert slow.gpus_per_nic == 4 and slow.network == Link(1e6, 0.1, 5e-6)
 
 
-# --- predicted beside measured (benchmarks/planner.py) -------------------------------------------------
+# --- predicted beside measured (benchmarks/ranks/planner.py) -------------------------------------------------
 
 
 @pytest.fixture
 def steady(monkeypatch):
-    """benchmarks/planner.py, with measurements and slowdowns that the test lists."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    """benchmarks/ranks/planner.py, with measurements and slowdowns that the test lists."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks/ranks")
     import planner as beside
 
     class Machine:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The planner's predictions beside steps measured here: 1, 2 and 4 ranks, and over slowed links.
 
-    benchmarks/planner.py                     # as root, on an idle machine; minutes
+    benchmarks/ranks/planner.py                     # as root, on an idle machine; minutes
 
 For each setting it calibrates a machine at some sizes, predicts other sizes and skews, and measures those.
 The least of each stage's times counts. A fixed piece of work on all cores, before and after each
@@ -24,8 +24,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / name) for name in ("tools/plan", "tests/support", "launch", "benchmarks")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / name) for name in ("tools/plan", "tests/support", "launch", "benchmarks/ranks")]
 import all_to_all_hosts  # noqa: E402
 import calibrate  # noqa: E402
 import check  # noqa: E402
@@ -157,7 +157,7 @@ def main():
         whole = json.loads((arguments.output / "planner.json").read_text())
         write(whole["settings"], whole["provenance"], arguments.output)
         return
-    settings, provenance = [], scaling.provenance(["benchmarks/planner.py"])
+    settings, provenance = [], scaling.provenance(["benchmarks/ranks/planner.py"])
     idleness = Idleness()
     for setting in tqdm(SETTINGS, unit="setting"):
         settings.append(measure(idleness, *setting, arguments.rounds))

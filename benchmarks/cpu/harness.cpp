@@ -1,4 +1,4 @@
-#include "cpu_harness.h"
+#include "harness.h"
 
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>

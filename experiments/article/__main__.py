@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "launch"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / name) for name in ("launch", "benchmarks")]
 
 from article import options, report, sanitize, store  # noqa: E402
 from article.experiment import Experiment  # noqa: E402

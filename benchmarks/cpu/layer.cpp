@@ -6,7 +6,7 @@
 #include <cstdio>
 #include <iostream>
 
-#include "cpu_harness.h"
+#include "harness.h"
 
 namespace anabranch::benchmark {
 namespace {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Flat and hierarchical all-to-all between virtual hosts on links of several speeds: where each one wins.
 
-    benchmarks/all_to_all_hosts.py            # as root, on an idle machine; minutes
+    benchmarks/ranks/all_to_all_hosts.py            # as root, on an idle machine; minutes
 
 Writes benchmarks/results/all_to_all_hosts.json and .png. The hosts are network namespaces of this machine
 (tests/support/virtual_hosts.py), whose links a token bucket slows; their ranks share this machine's cores.
@@ -19,7 +19,7 @@ matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests/support"), str(ROOT / "launch")]
 import scaling  # noqa: E402
 import virtual_hosts  # noqa: E402
@@ -86,7 +86,7 @@ def main():
         run = measure(count, ranks, link, arguments.rounds)
         runs.append({"hosts": count, "ranks_a_host": ranks, "link": link, "results": run["results"]})
     arguments.output.mkdir(parents=True, exist_ok=True)
-    whole = {"provenance": scaling.provenance(["benchmarks/all_to_all_hosts.py"]), "runs": runs}
+    whole = {"provenance": scaling.provenance(["benchmarks/ranks/all_to_all_hosts.py"]), "runs": runs}
     (arguments.output / "all_to_all_hosts.json").write_text(json.dumps(whole, indent=1) + "\n")
     draw(runs, arguments.output / "all_to_all_hosts.png")
 

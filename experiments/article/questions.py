@@ -184,7 +184,7 @@ def gradients(whole, _image):
 The largest error as a part of what rounding allows there (1: the limit), over all cases and routings; in brackets the
 error of the whole tensor by root mean squares, over the type's unit roundoff. `dup`, `ddown`: of both projections of
 every expert; `dgate`: of the learned gate; `dlogits`: of given routing's logits. What is allowed is derived
-element by element from the type and the lengths of the sums (`benchmarks/article/oracle.py`).
+element by element from the type and the lengths of the sums (`experiments/article/oracle.py`).
 
 A check of the loss alone would not have seen what this one found, on an H200 on 2026-11-28: weight gradients of
 `cublas_loop` that were wrong in fp16 and bf16 where an expert had 8193 or 8194 rows. cuBLAS 13.1 splits such long sums
