@@ -8,7 +8,7 @@
 #                     gpu_layer gpu_grouped_gemm gpu_kernels gpu_exchange (from 2 GPUs on)
 #                     cpu_layer cpu_grouped_gemm (where there is no GPU)
 #   --output DIR    where NAME.json, or NAME_RANKS.json, and performance.md go (default: runs/benchmark)
-#   --quick         a few cases of what runs on GPUs, to see whether it does
+#   --quick         a few cases of each, to see whether it runs
 #   --no-build      with what is built in build/
 #   --commit HASH   what to note as the commit of the sources (default: what git says)
 #   --publish       benchmarks/results and docs/performance.md, too, from what was measured
@@ -89,7 +89,7 @@ measure() {
   local command=("${@:3}" "$project_root/build/$preset/benchmarks/benchmark_$name" --commit "$commit"
     --json "$output/$file.json.new")
   if [[ $name == gpu_grouped_gemm ]]; then command+=(--engine all); fi
-  if [[ $name == gpu_* ]]; then command+=("${flags[@]}"); fi
+  command+=("${flags[@]}")
   say "Measuring $file"
   if "${command[@]}"; then
     mv "$output/$file.json.new" "$output/$file.json"

@@ -3,8 +3,8 @@
 #include <torch/torch.h>
 
 #include <cstdio>
-#include <iostream>
 
+#include "cpu/measure.h"
 #include "harness.h"
 
 namespace anabranch::benchmark {
@@ -19,24 +19,7 @@ struct Shape {
 
 constexpr Shape kShapes[] = {{8192, 512, 1024, 8}, {32768, 512, 1024, 64}, {4096, 256, 256, 128}};
 
-/// Equal counts, or ∝ 1/rank^0.8.
-std::vector<int64_t> split(const Shape& shape, bool zipf) {
-  std::vector<double> shares;
-  double total = 0;
-  for (int64_t e = 0; e < shape.experts; ++e) {
-    shares.push_back(zipf ? std::pow(e + 1.0, -0.8) : 1.0);
-    total += shares.back();
-  }
-  std::vector<int64_t> counts;
-  int64_t given = 0;
-  double wanted = 0;
-  for (const double share : shares) {
-    wanted += share / total * static_cast<double>(shape.rows);
-    counts.push_back(std::llround(wanted) - given);
-    given += counts.back();
-  }
-  return counts;
-}
+constexpr double kZipf = 0.8;
 
 /// Calls `product(expert, first_row, rows)` for each expert.
 template <typename Product>
@@ -48,9 +31,9 @@ void for_each_expert(const std::vector<int64_t>& counts, const Product& product)
   }
 }
 
-nlohmann::json measure(const Shape& shape, bool zipf, int rounds) {
+Json measure(const Shape& shape, bool zipf, int rounds) {
   const torch::NoGradGuard no_grad;
-  const auto counts = split(shape, zipf);
+  const auto counts = zipf_counts(shape.rows, shape.experts, zipf ? kZipf : 0);
   const auto engine = make_grouped_gemm_engine(torch::kCPU);
   const auto x = torch::randn({shape.rows, shape.k});
   const auto dy = torch::randn({shape.rows, shape.n});
@@ -85,7 +68,7 @@ nlohmann::json measure(const Shape& shape, bool zipf, int rounds) {
                     }},
                    rounds);
 
-  nlohmann::json results = nlohmann::json::array();
+  Json results = Json::array();
   const double gflop = 2e-9 * static_cast<double>(shape.rows * shape.k * shape.n);
   const char* names[] = {"fwd", "dX", "dW"};
   for (int i = 0; i < 3; ++i) {
@@ -108,12 +91,15 @@ nlohmann::json measure(const Shape& shape, bool zipf, int rounds) {
 }
 
 void run(const Arguments& arguments) {
-  nlohmann::json results = nlohmann::json::array();
+  Json results = Json::array();
   for (const Shape& shape : kShapes) {
     for (const bool zipf : {false, true}) {
       for (const auto& result : measure(shape, zipf, arguments.rounds)) {
         results.push_back(result);
       }
+    }
+    if (arguments.quick) {
+      break;
     }
   }
   write_results(arguments, results);
@@ -124,11 +110,8 @@ void run(const Arguments& arguments) {
 
 int main(int argc, char** argv) {
   using namespace anabranch::benchmark;
-  try {
-    run(parse_arguments(argc, argv, "Grouped GEMM on the CPU beside a plain loop of at::mm, fp32"));
-    return 0;
-  } catch (const std::exception& error) {
-    std::cerr << error.what() << std::endl;
-    return 1;
-  }
+  return run_benchmark(argc, argv,
+                       {"Grouped GEMM on the CPU beside a plain loop of at::mm, fp32",
+                        {"json", "commit", "quick", "rounds", "threads"}},
+                       run);
 }

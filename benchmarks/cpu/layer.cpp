@@ -4,8 +4,8 @@
 #include <torch/torch.h>
 
 #include <cstdio>
-#include <iostream>
 
+#include "cpu/measure.h"
 #include "harness.h"
 
 namespace anabranch::benchmark {
@@ -53,7 +53,7 @@ torch::Tensor plain_moe(const torch::Tensor& x,
   return y;
 }
 
-nlohmann::json measure(int64_t experts, int64_t top_k, int rounds) {
+Json measure(int64_t experts, int64_t top_k, int rounds) {
   torch::manual_seed(1);
   const MoEOptions options{
       .hidden_size = kHidden, .expert_hidden_size = kInner, .num_experts = experts, .top_k = top_k};
@@ -105,10 +105,13 @@ nlohmann::json measure(int64_t experts, int64_t top_k, int rounds) {
 }
 
 void run(const Arguments& arguments) {
-  nlohmann::json results = nlohmann::json::array();
+  Json results = Json::array();
   for (const int64_t experts : {8, 64}) {
     for (const int64_t top_k : {2, 8}) {
       results.push_back(measure(experts, top_k, arguments.rounds));
+      if (arguments.quick) {
+        return write_results(arguments, results);
+      }
     }
   }
   write_results(arguments, results);
@@ -119,11 +122,8 @@ void run(const Arguments& arguments) {
 
 int main(int argc, char** argv) {
   using namespace anabranch::benchmark;
-  try {
-    run(parse_arguments(argc, argv, "MoE layer on the CPU beside plain LibTorch operations, fp32"));
-    return 0;
-  } catch (const std::exception& error) {
-    std::cerr << error.what() << std::endl;
-    return 1;
-  }
+  return run_benchmark(argc, argv,
+                       {"MoE layer on the CPU beside plain LibTorch operations, fp32",
+                        {"json", "commit", "quick", "rounds", "threads"}},
+                       run);
 }

@@ -15,14 +15,13 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <iostream>
 
 #include "communicator/nccl_group.h"
-#include "harness.h"
+#include "gpu/measure.h"
 #include "support/cuda_check.h"
 
 namespace anabranch::benchmark {
@@ -77,29 +76,16 @@ double largest(Communicator& host, double value) {
   return host.all_gather(at::empty({}, at::kDouble).fill_(value)).max().item<double>();
 }
 
-/// The calls beside each other, in turn: milliseconds of each, of the slowest rank, the median of
-/// rounds of as many calls on every rank.
+/// Milliseconds of each call, of the slowest rank: medians of rounds of as many calls on every rank.
 std::vector<double> milliseconds(Communicator& host,
                                  const std::vector<std::function<void()>>& calls) {
   constexpr int kRounds = 9;
   constexpr int kCalls = 10;
-  std::vector<std::vector<double>> times(calls.size());
-  for (int round = -1; round < kRounds; ++round) {  // the first is for warming up
-    for (size_t i = 0; i < calls.size(); ++i) {
-      check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-      host.barrier();
-      const double time = largest(host, batch_milliseconds(calls[i], kCalls));
-      if (round >= 0) {
-        times[i].push_back(time);
-      }
-    }
-  }
-  std::vector<double> medians;
-  for (auto& rounds : times) {
-    std::nth_element(rounds.begin(), rounds.begin() + kRounds / 2, rounds.end());
-    medians.push_back(rounds[kRounds / 2]);
-  }
-  return medians;
+  return medians_in_turn(calls.size(), kRounds, [&](size_t i) {
+    check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    host.barrier();
+    return largest(host, batch_milliseconds(calls[i], kCalls));
+  });
 }
 
 constexpr std::chrono::minutes kDeadline(1);
@@ -149,7 +135,7 @@ class Bench {
     }
   }
 
-  std::vector<Record> results;
+  Json results = Json::array();
 
  private:
   struct Times {
@@ -157,20 +143,19 @@ class Bench {
   };
 
   void report(const Case& shape, const std::string& way, double bytes, const Times& times) {
-    results.push_back(Record()
-                          .add("way", way)
-                          .add("ranks", int64_t{host_->size()})
-                          .add("gpus", static_cast<int64_t>(at::getNumGPUs()))
-                          .add("tokens", shape.tokens)
-                          .add("hidden", shape.hidden)
-                          .add("experts", shape.experts)
-                          .add("top_k", shape.top_k)
-                          .add("bytes", static_cast<int64_t>(bytes))
-                          .add("bare_ms", times.bare)
-                          .add("all_to_all_ms", times.all_to_all)
-                          .add("dispatch_ms", times.dispatch)
-                          .add("bare_back_ms", times.bare_back)
-                          .add("combine_ms", times.combine));
+    results.push_back(Json{{"way", way},
+                           {"ranks", int64_t{host_->size()}},
+                           {"gpus", static_cast<int64_t>(at::getNumGPUs())},
+                           {"tokens", shape.tokens},
+                           {"hidden", shape.hidden},
+                           {"experts", shape.experts},
+                           {"top_k", shape.top_k},
+                           {"bytes", static_cast<int64_t>(bytes)},
+                           {"bare_ms", times.bare},
+                           {"all_to_all_ms", times.all_to_all},
+                           {"dispatch_ms", times.dispatch},
+                           {"bare_back_ms", times.bare_back},
+                           {"combine_ms", times.combine}});
     if (host_->rank() == 0) {
       std::printf(
           "W %d T %6ld h %5ld E %3ld k %ld %-11s: %7.1f MB, bare %8.3f ms %6.1f GB/s; all_to_all_v "
@@ -208,7 +193,7 @@ void run(const Arguments& arguments) {
   }
   if (host->rank() == 0) {
     std::cout << describe_build();
-    write_json(arguments, bench.results);
+    write_gpu_results(arguments, bench.results);
   }
   host->barrier();
 }
@@ -217,5 +202,9 @@ void run(const Arguments& arguments) {
 }  // namespace anabranch::benchmark
 
 int main(int argc, char** argv) {
-  return anabranch::benchmark::run_benchmark(argc, argv, anabranch::benchmark::run);
+  using namespace anabranch::benchmark;
+  return run_benchmark(argc, argv,
+                       {"Dispatch and combine between GPUs beside bare ncclSend and ncclRecv, bf16",
+                        {"json", "commit", "quick"}},
+                       run);
 }

@@ -8,15 +8,12 @@
 #include <ATen/ops/tensor.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
-#include <iostream>
 #include <numeric>
-#include <random>
 
 #include "baselines/baselines.h"
 #include "baselines/block_sparse/topology.h"
-#include "harness.h"
+#include "gpu/measure.h"
 
 namespace anabranch::benchmark {
 namespace {
@@ -41,36 +38,18 @@ struct Split {
   std::vector<int64_t> counts;
 };
 
-/// Counts that sum to `rows`: equal, or ∝ 1 / rank^0.8 in a random order.
-std::vector<int64_t> counts_of(int64_t rows, int64_t experts, bool zipf) {
-  std::vector<double> share(experts, 1.0);
-  for (int64_t e = 0; zipf && e < experts; ++e) {
-    share[e] = std::pow(static_cast<double>(e + 1), -0.8);
-  }
-  std::mt19937_64 engine(1);
-  std::shuffle(share.begin(), share.end(), engine);
-  const double total = std::accumulate(share.begin(), share.end(), 0.0);
-  std::vector<int64_t> counts;
-  int64_t given = 0;
-  double wanted = 0;
-  for (const double part : share) {
-    wanted += part / total * static_cast<double>(rows);
-    counts.push_back(std::llround(wanted) - given);
-    given += counts.back();
-  }
-  return counts;
-}
+constexpr double kZipf = 0.8;
 
 /// The article's own uneven split where the shape is the article's, else a zipf one; and even counts.
 std::vector<Split> splits_of(const Shape& shape, bool quick) {
   std::vector<Split> splits;
   if (!quick) {
-    splits.push_back({"uni", counts_of(shape.rows, shape.experts, false)});
+    splits.push_back({"uni", zipf_counts(shape.rows, shape.experts, 0)});
   }
   if (shape.name == std::string("seed")) {
     splits.push_back({"seed", {130759, 78925, 35368, 90425, 1433, 120455, 64589, 2134}});
   } else {
-    splits.push_back({"zipf", counts_of(shape.rows, shape.experts, true)});
+    splits.push_back({"zipf", zipf_counts(shape.rows, shape.experts, kZipf)});
   }
   return splits;
 }
@@ -155,16 +134,15 @@ std::vector<std::string> engine_names(const Arguments& arguments) {
 }
 
 /// What block_sparse does before each product.
-void measure_topology(const Shape& shape, const Split& split, std::vector<Record>& results) {
+void measure_topology(const Shape& shape, const Split& split, Json& results) {
   const double ms = gpu_milliseconds(
       [&] { block_sparse::build_topology(split.counts, shape.n, 128, torch::Device(at::kCUDA)); });
   std::printf("%-15s %-4s topology of block_sparse %.4f ms\n", shape.name, split.name.c_str(), ms);
-  results.push_back(Record()
-                        .add("shape", shape.name)
-                        .add("split", split.name)
-                        .add("operation", "topology")
-                        .add("engine", "block_sparse")
-                        .add("ms", ms));
+  results.push_back(Json{{"shape", shape.name},
+                         {"split", split.name},
+                         {"operation", "topology"},
+                         {"engine", "block_sparse"},
+                         {"ms", ms}});
 }
 
 /// Speed of one over that of another, in more rounds and without third parties: engines are within some
@@ -177,7 +155,7 @@ double duel(const std::function<void()>& one, const std::function<void()>& other
 
 /// All ways take turns, so that the GPU's clock is the same for each.
 void measure(const Shape& shape, const Split& split, const std::vector<std::string>& engines,
-             std::vector<Record>& results) {
+             Json& results) {
   Tensors tensors(shape, split.counts);
   const double flops =
       2.0 * static_cast<double>(shape.rows * shape.n) * static_cast<double>(shape.k);
@@ -198,15 +176,14 @@ void measure(const Shape& shape, const Split& split, const std::vector<std::stri
                 kNames[static_cast<int>(operation)]);
     for (size_t i = 0; i < names.size(); ++i) {
       std::printf(" %s %.0f (%.2f)", names[i].c_str(), flops / times[i] / 1e9, times[0] / times[i]);
-      results.push_back(Record()
-                            .add("shape", shape.name)
-                            .add("split", split.name)
-                            .add("operation", kNames[static_cast<int>(operation)])
-                            .add("engine", names[i])
-                            .add("ms", times[i])
-                            .add("TFLOP_per_s", flops / times[i] / 1e9)
-                            .add("of_dense", times[0] / times[i])
-                            .add("padding_rows", padding[i]));
+      results.push_back(Json{{"shape", shape.name},
+                             {"split", split.name},
+                             {"operation", kNames[static_cast<int>(operation)]},
+                             {"engine", names[i]},
+                             {"ms", times[i]},
+                             {"TFLOP_per_s", flops / times[i] / 1e9},
+                             {"of_dense", times[0] / times[i]},
+                             {"padding_rows", padding[i]}});
     }
     const auto automatic = std::find(names.begin(), names.end(), "auto") - names.begin();
     if (automatic > kFirstEngine && automatic < std::ssize(names)) {
@@ -214,20 +191,19 @@ void measure(const Shape& shape, const Split& split, const std::vector<std::stri
           std::min_element(times.begin() + kFirstEngine, times.begin() + automatic) - times.begin();
       const double ratio = duel(calls[automatic], calls[best]);
       std::printf(" auto / %s %.3f", names[best].c_str(), ratio);
-      results.push_back(Record()
-                            .add("shape", shape.name)
-                            .add("split", split.name)
-                            .add("operation", kNames[static_cast<int>(operation)])
-                            .add("best_engine", names[best])
-                            .add("auto_of_best", ratio));
+      results.push_back(Json{{"shape", shape.name},
+                             {"split", split.name},
+                             {"operation", kNames[static_cast<int>(operation)]},
+                             {"best_engine", names[best]},
+                             {"auto_of_best", ratio}});
     }
     std::printf("\n");
   }
 }
 
-void measure_host_time(const std::vector<std::string>& engines, std::vector<Record>& results) {
+void measure_host_time(const std::vector<std::string>& engines, Json& results) {
   const Shape shape{"host", 256, 256, 128, 128 * 16};
-  const auto counts = counts_of(shape.rows, shape.experts, false);
+  const auto counts = zipf_counts(shape.rows, shape.experts, 0);
   Tensors tensors(shape, counts);
   for (const auto& name : engines) {
     const auto engine = make_grouped_gemm_engine(at::kCUDA, name);
@@ -235,12 +211,12 @@ void measure_host_time(const std::vector<std::string>& engines, std::vector<Reco
     gpu_milliseconds(call);
     const double us = host_microseconds(call) / static_cast<double>(shape.experts);
     std::printf("host time an expert: %-15s %.2f us\n", name.c_str(), us);
-    results.push_back(Record().add("engine", name).add("host_us_per_expert", us));
+    results.push_back(Json{{"engine", name}, {"host_us_per_expert", us}});
   }
 }
 
 void run(const Arguments& arguments) {
-  std::vector<Record> results;
+  Json results = Json::array();
   const auto engines = engine_names(arguments);
   const bool sparse = std::find(engines.begin(), engines.end(), "block_sparse") != engines.end();
   measure_host_time(engines, results);
@@ -250,12 +226,17 @@ void run(const Arguments& arguments) {
       if (sparse) measure_topology(shape, split, results);
     }
   }
-  write_json(arguments, results);
+  write_gpu_results(arguments, results);
 }
 
 }  // namespace
 }  // namespace anabranch::benchmark
 
 int main(int argc, char** argv) {
-  return anabranch::benchmark::run_benchmark(argc, argv, anabranch::benchmark::run);
+  using namespace anabranch::benchmark;
+  return run_benchmark(
+      argc, argv,
+      {"Grouped GEMM engines on a GPU beside one dense GEMM and torch._grouped_mm, bf16",
+       {"json", "commit", "quick", "engine"}},
+      run);
 }

@@ -8,9 +8,8 @@
 #include <ATen/ops/sort.h>
 
 #include <cstdio>
-#include <iostream>
 
-#include "harness.h"
+#include "gpu/measure.h"
 #include "kernels/activation.h"
 #include "kernels/bias.h"
 #include "kernels/plan.h"
@@ -41,15 +40,14 @@ class Bench {
     std::printf("%-28s %7ld x %-6ld %9.1f us %8.0f GB/s %6.1f %% of copy\n", kernel.c_str(),
                 static_cast<long>(rows), static_cast<long>(width), ms * 1e3, bandwidth,
                 100 * bandwidth / copy_);
-    results.push_back(Record()
-                          .add("kernel", kernel)
-                          .add("rows", rows)
-                          .add("width", width)
-                          .add("us", ms * 1e3)
-                          .add("GB_per_s", bandwidth)
-                          .add("of_copy", bandwidth / copy_));
+    results.push_back(Json{{"kernel", kernel},
+                           {"rows", rows},
+                           {"width", width},
+                           {"us", ms * 1e3},
+                           {"GB_per_s", bandwidth},
+                           {"of_copy", bandwidth / copy_}});
   }
-  std::vector<Record> results;
+  Json results = Json::array();
 
  private:
   double copy_ = 0;
@@ -181,12 +179,16 @@ void run(const Arguments& arguments) {
   }
   measure_routing(bench, 32768, 128, 8);
   measure_routing(bench, 65536, 8, 2);
-  write_json(arguments, bench.results);
+  write_gpu_results(arguments, bench.results);
 }
 
 }  // namespace
 }  // namespace anabranch::benchmark
 
 int main(int argc, char** argv) {
-  return anabranch::benchmark::run_benchmark(argc, argv, anabranch::benchmark::run);
+  using namespace anabranch::benchmark;
+  return run_benchmark(argc, argv,
+                       {"Bandwidth of the memory-bound CUDA kernels beside a device copy",
+                        {"json", "commit", "quick"}},
+                       run);
 }

@@ -6,10 +6,9 @@
 #include <torch/torch.h>
 
 #include <cstdio>
-#include <iostream>
 #include <map>
 
-#include "harness.h"
+#include "gpu/measure.h"
 
 namespace anabranch::benchmark {
 namespace {
@@ -121,7 +120,7 @@ void print(const Trace& trace) {
   }
 }
 
-void measure(const Shape& shape, const Arguments& arguments, std::vector<Record>& results) {
+void measure(const Shape& shape, const Arguments& arguments, Json& results) {
   torch::manual_seed(1);
   MoEOptions options;
   options.hidden_size = shape.hidden;
@@ -163,38 +162,44 @@ void measure(const Shape& shape, const Arguments& arguments, std::vector<Record>
       plain_peak, times[1] / times[0]);
   const Trace traced = trace(ours);
   print(traced);
-  auto record = Record()
-                    .add("shape", shape.name)
-                    .add("engine", arguments.engine)
-                    .add("ms", times[0])
-                    .add("forward_ms", times[2])
-                    .add("TFLOP_per_s", tflop / times[0])
-                    .add("peak_GiB", our_peak)
-                    .add("grouped_mm_ms", times[1])
-                    .add("grouped_mm_TFLOP_per_s", tflop / times[1])
-                    .add("grouped_mm_peak_GiB", plain_peak)
-                    .add("speedup", times[1] / times[0])
-                    .add("busy_us", traced.busy)
-                    .add("span_us", traced.span);
+  auto record = Json{{"shape", shape.name},
+                     {"engine", arguments.engine},
+                     {"ms", times[0]},
+                     {"forward_ms", times[2]},
+                     {"TFLOP_per_s", tflop / times[0]},
+                     {"peak_GiB", our_peak},
+                     {"grouped_mm_ms", times[1]},
+                     {"grouped_mm_TFLOP_per_s", tflop / times[1]},
+                     {"grouped_mm_peak_GiB", plain_peak},
+                     {"speedup", times[1] / times[0]},
+                     {"busy_us", traced.busy},
+                     {"span_us", traced.span}};
   for (const auto& [name, us] : traced.kernels) {
-    record.add("us of " + name, us);
+    record["us of " + name] = us;
   }
   results.push_back(record);
 }
 
 void run(const Arguments& arguments) {
-  std::vector<Record> results;
+  Json results = Json::array();
   for (const Shape& shape : kShapes) {
     measure(shape, arguments, results);
     c10::cuda::CUDACachingAllocator::emptyCache();
+    if (arguments.quick) {
+      break;
+    }
   }
   std::printf("%s\n", make_grouped_gemm_engine(torch::kCUDA, arguments.engine)->explain().c_str());
-  write_json(arguments, results);
+  write_gpu_results(arguments, results);
 }
 
 }  // namespace
 }  // namespace anabranch::benchmark
 
 int main(int argc, char** argv) {
-  return anabranch::benchmark::run_benchmark(argc, argv, anabranch::benchmark::run);
+  using namespace anabranch::benchmark;
+  return run_benchmark(argc, argv,
+                       {"MoE layer on a GPU beside torch._grouped_mm and index operations, bf16",
+                        {"json", "commit", "quick", "engine"}},
+                       run);
 }

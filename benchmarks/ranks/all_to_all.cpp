@@ -3,24 +3,15 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 
-#include <CLI/CLI.hpp>
+#include <cmath>
 #include <cstdio>
-#include <iostream>
 #include <random>
 #include <set>
 
-#include "ranks.h"
+#include "ranks/ranks.h"
 
 namespace anabranch::benchmark {
 namespace {
-
-struct Options {
-  std::vector<int64_t> bytes = {16, 256, 4096, 16384, 65536, 262144};
-  int rounds = 15;
-  uint64_t seed = 1;
-  std::string device = "cpu";
-  std::string json;
-};
 
 /// Rows of 16 bytes; between half and one and a half of `bytes` from each rank to each other.
 Transfer random_rows(const Communicator& world, torch::Device device, int64_t bytes,
@@ -50,33 +41,28 @@ Transfer random_rows(const Communicator& world, torch::Device device, int64_t by
   return transfer;
 }
 
-nlohmann::json measure(Communicator& flat, Communicator& hierarchical, torch::Device device,
-                       int64_t bytes, const Options& options) {
-  const Transfer transfer = random_rows(flat, device, bytes, options.seed);
+Json measure(Communicator& flat, Communicator& hierarchical, torch::Device device, int64_t bytes,
+             const Arguments& arguments) {
+  const Transfer transfer = random_rows(flat, device, bytes, arguments.seed);
   Transfer other = transfer;
   other.receive = at::empty_like(transfer.receive);
-  std::vector<double> seconds[2];
-  for (int round = -2; round < options.rounds; ++round) {
-    const double flat_seconds =
-        seconds_from_barrier(flat, device, [&] { flat.all_to_all_v({transfer}); });
-    const double hierarchical_seconds =
-        seconds_from_barrier(flat, device, [&] { hierarchical.all_to_all_v({other}); });
-    const auto slowest = over_ranks_max(flat, {flat_seconds, hierarchical_seconds});
-    if (round >= 0) {
-      seconds[0].push_back(slowest[0]);
-      seconds[1].push_back(slowest[1]);
-    }
-  }
+  const auto measure_way = [&](size_t way) {
+    const auto call = [&] {
+      way == 0 ? flat.all_to_all_v({transfer}) : hierarchical.all_to_all_v({other});
+    };
+    return over_ranks_max(flat, {seconds_from_barrier(flat, device, call)})[0];
+  };
+  const auto seconds = medians_in_turn(2, arguments.rounds, measure_way, /*warm_up=*/2);
   if (!transfer.receive.equal(other.receive)) {
     throw std::runtime_error("flat and hierarchical have brought different rows");
   }
   return {{"bytes_per_pair", bytes},
-          {"flat_ms", median(seconds[0]) * 1e3},
-          {"hierarchical_ms", median(seconds[1]) * 1e3}};
+          {"flat_ms", seconds[0] * 1e3},
+          {"hierarchical_ms", seconds[1] * 1e3}};
 }
 
-void run(const Options& options) {
-  const torch::Device device = rank_device(options.device);
+void run(const Arguments& arguments) {
+  const torch::Device device = rank_device(arguments.device);
   const c10::DeviceGuard guard(device);
   const auto flat = make_world(AllToAll::kFlat, device);
   HierarchicalOptions two_hops;
@@ -84,9 +70,9 @@ void run(const Options& options) {
   const auto hierarchical = make_hierarchical_communicator(flat, two_hops);
   const auto hosts = nodes(*flat);
   const auto host_count = std::set<std::string>(hosts.begin(), hosts.end()).size();
-  nlohmann::json results = nlohmann::json::array();
-  for (const int64_t bytes : options.bytes) {
-    results.push_back(measure(*flat, *hierarchical, device, bytes, options));
+  Json results = Json::array();
+  for (const int64_t bytes : arguments.bytes) {
+    results.push_back(measure(*flat, *hierarchical, device, bytes, arguments));
     if (flat->rank() == 0) {
       const auto& last = results.back();
       const double flat_ms = last["flat_ms"];
@@ -96,9 +82,9 @@ void run(const Options& options) {
       std::fflush(stdout);
     }
   }
-  if (flat->rank() == 0 && !options.json.empty()) {
+  if (flat->rank() == 0 && !arguments.json.empty()) {
     write_record({{"ranks", flat->size()}, {"nodes", host_count}, {"results", results}},
-                 options.json);
+                 arguments.json);
   }
 }
 
@@ -106,21 +92,12 @@ void run(const Options& options) {
 }  // namespace anabranch::benchmark
 
 int main(int argc, char** argv) {
-  anabranch::benchmark::Options options;
-  CLI::App app("Flat and hierarchical all-to-all over message sizes");
-  app.option_defaults()->always_capture_default();
-  app.add_option("--bytes", options.bytes, "mean bytes from a rank to another")->delimiter(',');
-  app.add_option("--rounds", options.rounds, "timed rounds")->check(CLI::PositiveNumber);
-  app.add_option("--seed", options.seed, "of the counts");
-  app.add_option("--device", options.device, "cpu, or cuda: a GPU for each rank, by NCCL")
-      ->check(CLI::IsMember({"cpu", "cuda"}));
-  app.add_option("--json", options.json, "file to append one line of results to");
-  CLI11_PARSE(app, argc, argv);
-  try {
-    anabranch::benchmark::run(options);
-    return 0;
-  } catch (const std::exception& error) {
-    std::cerr << error.what() << std::endl;
-    return 1;
-  }
+  using namespace anabranch::benchmark;
+  Arguments defaults;
+  defaults.rounds = 15;
+  return run_benchmark(argc, argv,
+                       {"Flat and hierarchical all-to-all over message sizes",
+                        {"bytes", "rounds", "seed", "device", "json"},
+                        defaults},
+                       run);
 }

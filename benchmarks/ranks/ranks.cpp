@@ -1,11 +1,10 @@
-#include "ranks.h"
+#include "ranks/ranks.h"
 
 #include <ATen/Context.h>
 #include <ATen/ops/tensor.h>
 #include <anabranch/rank_discovery.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
-#include <algorithm>
 #include <chrono>
 #include <fstream>
 #include <iostream>
@@ -15,22 +14,6 @@
 #include "communicator/agreement.h"
 
 namespace anabranch::benchmark {
-
-const std::map<std::string, AllToAll>& all_to_all_names() {
-  static const std::map<std::string, AllToAll> names = {{"flat", AllToAll::kFlat},
-                                                        {"hierarchical", AllToAll::kHierarchical},
-                                                        {"auto", AllToAll::kAuto}};
-  return names;
-}
-
-std::string to_string(AllToAll way) {
-  for (const auto& [name, value] : all_to_all_names()) {
-    if (value == way) {
-      return name;
-    }
-  }
-  throw std::invalid_argument("no such all-to-all");
-}
 
 torch::Device rank_device(const std::string& name) {
   if (name != "cuda") {
@@ -78,16 +61,11 @@ std::vector<double> over_ranks_max(Communicator& world, const std::vector<double
   return {data, data + most.numel()};
 }
 
-double median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
-  return values[values.size() / 2];
-}
-
 std::vector<std::string> nodes(Communicator& world) {
   return all_gather_strings(world, discover_rank().node);
 }
 
-void write_record(const nlohmann::json& record, const std::string& file) {
+void write_record(const Json& record, const std::string& file) {
   if (file.empty()) {
     std::cout << record.dump() << std::endl;
     return;

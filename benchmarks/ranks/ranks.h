@@ -5,18 +5,14 @@
 
 #include <cstdint>
 #include <functional>
-#include <map>
-#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
+
+#include "harness.h"
 
 // What the benchmarks over several ranks share.
 
 namespace anabranch::benchmark {
-
-/// For CLI11: flat, hierarchical, auto.
-const std::map<std::string, AllToAll>& all_to_all_names();
-std::string to_string(AllToAll way);
 
 /// "cpu", or "cuda": a GPU of this host's, the ranks in turn. Throws where there is none.
 torch::Device rank_device(const std::string& name);
@@ -33,12 +29,10 @@ double seconds_from_barrier(Communicator& world, torch::Device device,
 /// The largest of the ranks' values, for each entry.
 std::vector<double> over_ranks_max(Communicator& world, const std::vector<double>& values);
 
-double median(std::vector<double> values);
-
 /// Names of the ranks' hosts.
 std::vector<std::string> nodes(Communicator& world);
 
 /// One line of JSON, to `file` (appended) or to standard output where it is empty; rank 0 alone.
-void write_record(const nlohmann::json& record, const std::string& file);
+void write_record(const Json& record, const std::string& file);
 
 }  // namespace anabranch::benchmark

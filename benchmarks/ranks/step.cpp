@@ -6,30 +6,15 @@
 #include <torch/torch.h>
 #include <torch/version.h>
 
-#include <CLI/CLI.hpp>
-#include <iostream>
+#include <algorithm>
+#include <array>
 
 #include "experts/feed_forward.h"
 #include "experts/permute.h"
-#include "ranks.h"
+#include "ranks/ranks.h"
 
 namespace anabranch::benchmark {
 namespace {
-
-struct Options {
-  int64_t tokens = 512;
-  int64_t hidden = 256;
-  int64_t expert_hidden = 512;
-  int64_t experts = 8;
-  int64_t top_k = 2;
-  double skew = 0;
-  int rounds = 7;
-  uint64_t seed = 1;
-  AllToAll all_to_all = AllToAll::kFlat;
-  std::string device = "cpu";
-  std::string dtype = "fp32";
-  std::string json;
-};
 
 constexpr std::array<const char*, 8> kStages = {"route",
                                                 "plan",
@@ -40,48 +25,48 @@ constexpr std::array<const char*, 8> kStages = {"route",
                                                 "experts_backward",
                                                 "combine_backward"};
 
-/// Routing of this rank's tokens: distinct experts, the r-th of a hidden order drawn ∝ r^−skew
-/// (Gumbel's trick: the largest of log-weights plus Gumbel noise).
-Routing draw_routing(const Options& options, int rank, torch::Device device) {
-  const auto shared = at::detail::createCPUGenerator(options.seed);
-  const auto own = at::detail::createCPUGenerator(options.seed * 1000003 + 1 + rank);
-  const auto places = torch::randperm(options.experts, shared, torch::kFloat64) + 1;
-  const auto uniform = torch::rand({options.tokens, options.experts}, own, torch::kFloat64);
-  const auto scores = -options.skew * places.log() - (-uniform.log()).log();
+/// Routing of this rank's tokens: distinct experts, drawn ∝ their shares (Gumbel's trick: the largest of
+/// log-weights plus Gumbel noise).
+Routing draw_routing(const Arguments& arguments, int rank, torch::Device device) {
+  const auto own = at::detail::createCPUGenerator(arguments.seed * 1000003 + 1 + rank);
+  const auto shares = torch::tensor(zipf_shares(arguments.experts, arguments.skew, arguments.seed),
+                                    torch::kFloat64);
+  const auto uniform = torch::rand({arguments.tokens, arguments.experts}, own, torch::kFloat64);
+  const auto scores = shares.log() - (-uniform.log()).log();
   Routing routing;
-  routing.expert_ids = std::get<1>(scores.topk(options.top_k, 1)).to(device);
-  routing.weights = torch::full({options.tokens, options.top_k}, 1.0 / options.top_k, device);
+  routing.expert_ids = std::get<1>(scores.topk(arguments.top_k, 1)).to(device);
+  routing.weights = torch::full({arguments.tokens, arguments.top_k}, 1.0 / arguments.top_k, device);
   return routing;
 }
 
-torch::TensorOptions tensor_options(const Options& options, torch::Device device) {
-  return torch::TensorOptions(device).dtype(options.dtype == "bf16" ? torch::kBFloat16
-                                                                    : torch::kFloat32);
+torch::TensorOptions tensor_options(const Arguments& arguments, torch::Device device) {
+  return torch::TensorOptions(device).dtype(arguments.dtype == "bf16" ? torch::kBFloat16
+                                                                      : torch::kFloat32);
 }
 
-MoEOptions layer_options(const Options& options, torch::Device device) {
+MoEOptions layer_options(const Arguments& arguments, torch::Device device) {
   MoEOptions layer;
-  layer.hidden_size = options.hidden;
-  layer.expert_hidden_size = options.expert_hidden;
-  layer.num_experts = options.experts;
-  layer.top_k = options.top_k;
-  layer.seed = options.seed;
-  layer.dtype = tensor_options(options, device).dtype().toScalarType();
+  layer.hidden_size = arguments.hidden;
+  layer.expert_hidden_size = arguments.expert_hidden;
+  layer.num_experts = arguments.experts;
+  layer.top_k = arguments.top_k;
+  layer.seed = arguments.seed;
+  layer.dtype = tensor_options(arguments, device).dtype().toScalarType();
   layer.device = device;
   return layer;
 }
 
 class Step {
  public:
-  Step(const Options& options, std::shared_ptr<Communicator> world, torch::Device device)
-      : options_(options),
+  Step(const Arguments& arguments, std::shared_ptr<Communicator> world, torch::Device device)
+      : arguments_(arguments),
         world_(std::move(world)),
         device_(device),
-        layer_(layer_options(options, device), world_),
-        router_(layer_options(options, device)),
+        layer_(layer_options(arguments, device), world_),
+        router_(layer_options(arguments, device)),
         expert_{make_grouped_gemm_engine(device), Activation::kGeluTanh, false},
-        routing_(draw_routing(options, world_->rank(), device)),
-        x_(torch::randn({options.tokens, options.hidden}, tensor_options(options, device))),
+        routing_(draw_routing(arguments, world_->rank(), device)),
+        x_(torch::randn({arguments.tokens, arguments.hidden}, tensor_options(arguments, device))),
         dy_(torch::randn_like(x_)) {
     const auto parameters = layer_->named_parameters();
     parameters_.up.weight = parameters["experts.up_weight"].detach();
@@ -134,19 +119,19 @@ class Step {
     auto rows = torch::tensor(plan_.send_rows, torch::kInt64);
     rows[world_->rank()] = 0;
     const auto matrix = world_->all_gather(rows);
-    return (matrix + matrix.t()) * 2 * options_.hidden * x_.element_size();
+    return (matrix + matrix.t()) * 2 * arguments_.hidden * x_.element_size();
   }
   torch::Tensor assignments() const {
     return world_->all_gather(torch::tensor(plan_.assignments(), torch::kInt64));
   }
   torch::Tensor expert_load() const {
-    auto load = torch::bincount(routing_.expert_ids.cpu().flatten(), {}, options_.experts);
+    auto load = torch::bincount(routing_.expert_ids.cpu().flatten(), {}, arguments_.experts);
     world_->all_reduce(load);
     return load;
   }
 
  private:
-  Options options_;
+  Arguments arguments_;
   std::shared_ptr<Communicator> world_;
   torch::Device device_;
   MoELayer layer_;
@@ -164,20 +149,20 @@ std::vector<int64_t> to_vector(const torch::Tensor& tensor) {
   return {data, data + flat.numel()};
 }
 
-nlohmann::json describe(const Options& options, Communicator& world) {
+Json describe(const Arguments& arguments, Communicator& world) {
   return {{"ranks", world.size()},
           {"nodes", nodes(world)},
-          {"tokens_per_rank", options.tokens},
-          {"hidden", options.hidden},
-          {"expert_hidden", options.expert_hidden},
-          {"experts", options.experts},
-          {"top_k", options.top_k},
-          {"skew", options.skew},
-          {"seed", options.seed},
-          {"rounds", options.rounds},
-          {"all_to_all", to_string(options.all_to_all)},
-          {"device", options.device},
-          {"dtype", options.dtype},
+          {"tokens_per_rank", arguments.tokens},
+          {"hidden", arguments.hidden},
+          {"expert_hidden", arguments.expert_hidden},
+          {"experts", arguments.experts},
+          {"top_k", arguments.top_k},
+          {"skew", arguments.skew},
+          {"seed", arguments.seed},
+          {"rounds", arguments.rounds},
+          {"all_to_all", to_string(arguments.all_to_all)},
+          {"device", arguments.device},
+          {"dtype", arguments.dtype},
           {"threads", at::get_num_threads()},
           {"torch", TORCH_VERSION}};
 }
@@ -186,15 +171,15 @@ double least(const std::vector<double>& values) {
   return *std::min_element(values.begin(), values.end());
 }
 
-void run(const Options& options) {
-  const torch::Device device = rank_device(options.device);
+void run(const Arguments& arguments) {
+  const torch::Device device = rank_device(arguments.device);
   const c10::DeviceGuard guard(device);
-  const auto world = make_world(options.all_to_all, device);
-  Step step(options, world, device);
+  const auto world = make_world(arguments.all_to_all, device);
+  Step step(arguments, world, device);
   std::vector<double> whole;
   std::vector<std::vector<double>> stages(kStages.size());
   constexpr int kWarmUp = 2;
-  for (int round = -kWarmUp; round < options.rounds; ++round) {
+  for (int round = -kWarmUp; round < arguments.rounds; ++round) {
     auto seconds = step.stages();
     seconds.push_back(step.whole());
     const auto slowest = over_ranks_max(*world, seconds);
@@ -207,7 +192,7 @@ void run(const Options& options) {
   }
   const auto links = step.link_bytes();
   const auto load = step.expert_load();
-  nlohmann::json record = describe(options, *world);
+  Json record = describe(arguments, *world);
   record["step_ms"] = median(whole) * 1e3;
   record["step_ms_least"] = least(whole) * 1e3;
   for (size_t i = 0; i < kStages.size(); ++i) {
@@ -221,7 +206,7 @@ void run(const Options& options) {
   record["expert_load"] = to_vector(load);
   record["expert_imbalance"] = imbalance(load);
   if (world->rank() == 0) {
-    write_record(record, options.json);
+    write_record(record, arguments.json);
   }
 }
 
@@ -230,31 +215,9 @@ void run(const Options& options) {
 
 int main(int argc, char** argv) {
   using namespace anabranch::benchmark;
-  Options options;
-  CLI::App app("One MoE layer on several ranks, forward and backward, with its stages");
-  app.option_defaults()->always_capture_default();
-  app.add_option("--tokens", options.tokens, "of each rank")->check(CLI::PositiveNumber);
-  app.add_option("--hidden", options.hidden)->check(CLI::PositiveNumber);
-  app.add_option("--expert-hidden", options.expert_hidden)->check(CLI::PositiveNumber);
-  app.add_option("--experts", options.experts, "over all ranks")->check(CLI::PositiveNumber);
-  app.add_option("--top-k", options.top_k)->check(CLI::PositiveNumber);
-  app.add_option("--skew", options.skew, "s of Zipf's law for the experts' popularity; 0: uniform")
-      ->check(CLI::NonNegativeNumber);
-  app.add_option("--rounds", options.rounds, "timed steps")->check(CLI::PositiveNumber);
-  app.add_option("--seed", options.seed);
-  app.add_option("--all-to-all", options.all_to_all, "flat, hierarchical or auto")
-      ->transform(CLI::CheckedTransformer(all_to_all_names()));
-  app.add_option("--device", options.device, "cpu, or cuda: a GPU for each rank, by NCCL")
-      ->check(CLI::IsMember({"cpu", "cuda"}));
-  app.add_option("--dtype", options.dtype, "of rows and parameters")
-      ->check(CLI::IsMember({"fp32", "bf16"}));
-  app.add_option("--json", options.json, "file to append the record to (default: print it)");
-  CLI11_PARSE(app, argc, argv);
-  try {
-    run(options);
-    return 0;
-  } catch (const std::exception& error) {
-    std::cerr << error.what() << std::endl;
-    return 1;
-  }
+  return run_benchmark(argc, argv,
+                       {"One MoE layer on several ranks, forward and backward, with its stages",
+                        {"tokens", "hidden", "expert-hidden", "experts", "top-k", "skew", "rounds",
+                         "seed", "all-to-all", "device", "dtype", "json"}},
+                       run);
 }

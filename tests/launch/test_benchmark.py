@@ -1,17 +1,22 @@
 """launch/benchmark.sh: what it measures where, what it keeps, and what it refuses. The programs are
-stand-ins that hand out the published results."""
+stand-ins that hand out the published results; a few cases of the real ones run as well.
+
+ANABRANCH_STEP names the built benchmark_step, which has the others beside it."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, executable
 
 GPU_NAMES = ["gpu_layer", "gpu_grouped_gemm", "gpu_kernels"]
 CPU_NAMES = ["cpu_layer", "cpu_grouped_gemm"]
+PROGRAMS = Path(os.environ.get("ANABRANCH_STEP", ROOT / "build/release/benchmarks/benchmark_step")).parent
+needs_programs = pytest.mark.skipif(not (PROGRAMS / "benchmark_cpu_layer").exists(), reason="no benchmarks are built")
 
 
 @pytest.fixture
@@ -143,3 +148,33 @@ def test_refuses(machine, arguments, message):
 
 def test_help(machine):
     assert "--publish" in machine("--help")
+
+
+@needs_programs
+@pytest.mark.parametrize("name, title", zip(CPU_NAMES, ["One layer on the CPU", "Grouped GEMM on the CPU"]))
+def test_a_few_cases_of_the_real_programs(tmp_path, name, title):
+    file = tmp_path / f"{name}.json"
+    options = ["--quick", "--rounds", "1", "--threads", "1", "--commit", "0123abcd", "--json", file]
+    subprocess.run([PROGRAMS / f"benchmark_{name}", *options], check=True, timeout=200)
+    measured = json.loads(file.read_text())
+    published = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    assert measured["provenance"].keys() == published["provenance"].keys()
+    assert (measured["provenance"]["commit"], measured["provenance"]["threads"]) == ("0123abcd", 1)
+    assert 0 < len(measured["results"]) < len(published["results"])
+    for case, other in zip(measured["results"], published["results"]):  # of the same cases, in the same order
+        assert case.keys() == other.keys()
+        assert [case[key] for key in case if isinstance(other[key], (str, int)) and "bytes" not in key] == [
+            other[key] for key in case if isinstance(other[key], (str, int)) and "bytes" not in key
+        ]
+    report = [sys.executable, ROOT / "benchmarks/report.py", "--results", tmp_path, "--output", tmp_path / "out.md"]
+    subprocess.run(report, check=True)
+    assert title in (tmp_path / "out.md").read_text()
+
+
+@needs_programs
+@pytest.mark.parametrize("program, option", [("cpu_layer", "--engine"), ("cpu_grouped_gemm", "--skew"), ("step", "--threads")])
+def test_a_benchmark_refuses_the_options_of_others(program, option):
+    run = subprocess.run([PROGRAMS / f"benchmark_{program}", option, "1"], capture_output=True, text=True, check=False)
+    assert run.returncode not in (0, 1) and option in run.stderr
+    help_text = subprocess.run([PROGRAMS / f"benchmark_{program}", "--help"], capture_output=True, text=True, check=True)
+    assert "--rounds" in help_text.stdout and option not in help_text.stdout
