@@ -1,9 +1,12 @@
 // One MoE layer over all ranks: forward, backward, who sent what to whom.  mpirun -n 4 quickstart
+// With --dump FILE, each rank writes what it has computed into FILE.RANK: bits to compare builds by.
 
 #include <anabranch/anabranch.h>
 #include <torch/torch.h>
 
 #include <iostream>
+#include <string>
+#include <vector>
 
 namespace {
 
@@ -12,7 +15,7 @@ std::string numbers(const torch::Tensor& tensor) {
   return c10::Join(" ", at::IntArrayRef(values.const_data_ptr<int64_t>(), values.numel()).vec());
 }
 
-void run() {
+void run(const std::string& dump_file) {
   const auto world = anabranch::make_mpi_communicator();
 
   anabranch::MoEOptions options;
@@ -45,13 +48,25 @@ void run() {
     std::cout << "assignments of each expert: " << numbers(result.expert_load) << "; imbalance "
               << anabranch::imbalance(result.expert_load) << std::endl;
   }
+  if (!dump_file.empty()) {
+    std::vector<torch::Tensor> computed = {result.output, result.balance_loss, x.grad()};
+    for (const auto& parameter : layer->parameters()) {
+      computed.insert(computed.end(), {parameter, parameter.grad()});
+    }
+    torch::save(computed, dump_file + "." + std::to_string(world->rank()));
+  }
 }
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  const std::vector<std::string> arguments(argv + 1, argv + argc);
+  if (!arguments.empty() && (arguments.size() != 2 || arguments[0] != "--dump")) {
+    std::cerr << "usage: quickstart [--dump FILE]" << std::endl;
+    return 2;
+  }
   try {
-    run();
+    run(arguments.empty() ? "" : arguments[1]);
   } catch (const std::exception& error) {
     std::cerr << "error: " << error.what() << std::endl;
     return 1;
