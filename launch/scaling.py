@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Weak and strong scaling of one MoE layer over ranks, experts, top-k and skew, through any launcher.
 
-    launch/scaling.py --ranks 1,2,4 --experts 8,32 --top-k 1,2 --skew 0,1 --output runs/scaling
+    launch/scaling.py --ranks 1,2,4 --experts 2,8 --top-k 1,2 --skew 0,1 --output runs/scaling
     launch/scaling.py --launcher "srun --mpi=pmix --cpu-bind=none -n {ranks}" ...
     launch/scaling.py --device cuda --dtype bf16 --tokens 8192 --hidden 2048 --expert-hidden 1024 ...
     launch/scaling.py --report-only --output runs/scaling
 
-Weak scaling keeps the tokens of a rank, strong scaling those of all ranks together (the tokens of a rank
-times the largest number of ranks). Every point is one run of benchmark_step, kept as
+Weak scaling keeps the tokens and the experts of a rank, and so the work of an expert; strong scaling those of
+all ranks together (the same times the largest number of ranks). Every point is one run of benchmark_step, kept as
 DIR/points/NAME.json with its provenance; a point that is there is not run again, so an interrupted study
 goes on where it was, and several jobs may fill one DIR. Then: DIR/results.csv, DIR/results.json,
 DIR/report.md and its plots.
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One run: `tokens` of each rank."""
+    """One run: `tokens` of each rank, `experts` of all."""
 
     scaling: str
     ranks: int
@@ -69,7 +69,9 @@ def points_of(arguments):
     for scaling, ranks, experts, top_k, skew in itertools.product(
         arguments.scaling, arguments.ranks, arguments.experts, arguments.top_k, arguments.skew
     ):
-        tokens = arguments.tokens if scaling == "weak" else max(1, arguments.tokens * most // ranks)
+        weak = scaling == "weak"
+        tokens = arguments.tokens if weak else max(1, arguments.tokens * most // ranks)
+        experts *= ranks if weak else most
         if top_k <= experts:
             yield Point(
                 scaling,
@@ -182,7 +184,7 @@ def measure(arguments):
 def read(folder):
     """The points there are, in a fixed order."""
     records = [json.loads(file.read_text()) for file in sorted((folder / "points").glob("*.json"))]
-    return sorted(records, key=lambda r: (r["point"]["scaling"], r["experts"], r["top_k"], r["skew"], r["ranks"]))
+    return sorted(records, key=lambda r: (r["point"]["scaling"], *scaling_report.series_key(r), r["ranks"]))
 
 
 def write_tables(records, folder):
@@ -218,7 +220,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/scaling"), metavar="DIR")
     parser.add_argument("--ranks", type=numbers(int), default=[1, 2, 4])
-    parser.add_argument("--experts", type=numbers(int), default=[8, 32])
+    parser.add_argument("--experts", type=numbers(int), default=[2, 8], help="of a rank (strong: at the most ranks)")
     parser.add_argument("--top-k", type=numbers(int), default=[1, 2])
     parser.add_argument("--skew", type=numbers(float), default=[0.0, 1.0], help="s of Zipf's law")
     parser.add_argument("--scaling", type=words, default=["weak", "strong"], help="weak,strong")

@@ -1,6 +1,7 @@
 """Plots and the Markdown report of a scaling study (launch/scaling.py)."""
 
 from collections import defaultdict
+from fractions import Fraction
 
 import matplotlib
 
@@ -62,22 +63,32 @@ def flat(record):
     return row
 
 
+def series_key(record):
+    """What points that are compared have in common: experts, top-k and skew. In weak scaling the experts of a rank,
+    in strong scaling those of all, so that an expert has the same work at any number of ranks."""
+    ranks = record["ranks"] if record["point"]["scaling"] == "weak" else 1
+    return Fraction(record["experts"], ranks), record["top_k"], record["skew"]
+
+
 def series_of(records, scaling):
-    """Points of equal experts, top-k and skew, over ranks."""
+    """Points that are compared with each other, over ranks."""
     series = defaultdict(list)
     for record in records:
         if record["point"]["scaling"] == scaling:
-            series[record["experts"], record["top_k"], record["skew"]].append(record)
+            series[series_key(record)].append(record)
     return {key: sorted(points, key=lambda r: r["ranks"]) for key, points in sorted(series.items())}
 
 
-def label(key):
+def label(key, scaling="strong"):
     experts, top_k, skew = key
-    return f"E {experts}, k {top_k}, skew {skew:g}"
+    return f"E {experts}{' a rank' if scaling == 'weak' else ''}, k {top_k}, skew {skew:g}"
 
 
 def efficiency(points):
-    """Throughput of a rank over that at the fewest ranks, of each point: 1 is perfect scaling."""
+    """Throughput of a rank over that at the fewest ranks, of each point: 1 is perfect scaling. Of a point alone
+    nothing can be said: None."""
+    if len(points) == 1:
+        return [None]
     first = tokens_per_second(points[0]) / points[0]["ranks"]
     return [tokens_per_second(point) / point["ranks"] / first for point in points]
 
@@ -108,8 +119,9 @@ def plot_scaling(records, scaling, path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for style, (key, points) in zip(styles(len(series)), series.items()):
         ranks = [point["ranks"] for point in points]
-        left.plot(ranks, [tokens_per_second(point) / 1e3 for point in points], label=label(key), **style)
-        right.plot(ranks, efficiency(points), **style)
+        left.plot(ranks, [tokens_per_second(point) / 1e3 for point in points], label=label(key, scaling), **style)
+        if len(points) > 1:
+            right.plot(ranks, efficiency(points), **style)
     all_ranks = [point["ranks"] for points in series.values() for point in points]
     for axes in (left, right):
         ranks_axis(axes, all_ranks)
@@ -129,7 +141,7 @@ def plot_scaling(records, scaling, path):
 def plot_stages(records, scaling, path):
     """Stacked times of the stages over ranks, for the least and the most skewed routing."""
     series = series_of(records, scaling)
-    experts, top_k = max((key[:2] for key in series), key=lambda key: key)
+    experts, top_k = max(series, key=lambda key: (len(series[key]), key))[:2]
     chosen = {key: points for key, points in series.items() if key[:2] == (experts, top_k)}
     figure, all_axes = plt.subplots(
         1, len(chosen), figsize=(4.6 * len(chosen) + 2, 4), layout="constrained", sharey=True, squeeze=False
@@ -141,7 +153,7 @@ def plot_stages(records, scaling, path):
             heights = [point["stage_ms"][stage] for point in points]
             axes.bar(names, heights, bottom=bottom, color=colour, label=title, width=0.6)
             bottom = [low + height for low, height in zip(bottom, heights)]
-        axes.set_title(label(key))
+        axes.set_title(label(key, scaling))
         axes.set_xlabel("ranks")
         axes.grid(axis="y", alpha=0.3)
     all_axes[0][0].set_ylabel("ms, slowest rank")
@@ -187,7 +199,7 @@ def plot_imbalance(records, path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for style, (key, points) in zip(styles(len(series)), series.items()):
         ranks = [point["ranks"] for point in points]
-        left.plot(ranks, [point["expert_imbalance"] for point in points], label=label(key), **style)
+        left.plot(ranks, [point["expert_imbalance"] for point in points], label=label(key, scaling), **style)
         right.plot(ranks, [rank_imbalance(point) for point in points], **style)
     all_ranks = [point["ranks"] for points in series.values() for point in points]
     for axes, what in ((left, "expert"), (right, "rank")):
@@ -200,17 +212,19 @@ def plot_imbalance(records, path):
 
 
 def table(records):
-    header = "| scaling | ranks | E | k | skew | step, ms | thousand tokens/s | efficiency | exchange, share of stages |"
-    header += " between nodes, MiB | rank imbalance |"
-    lines = [header, "|" + "---|" * 11]
+    header = "| scaling | ranks | E | k | skew | assignments an expert | step, ms | thousand tokens/s | efficiency |"
+    header += " exchange, share of stages | between nodes, MiB | rank imbalance |"
+    lines = [header, "|" + "---|" * 12]
     for scaling in ("weak", "strong"):
-        for (experts, top_k, skew), points in series_of(records, scaling).items():
+        for (_, top_k, skew), points in series_of(records, scaling).items():
             for point, share in zip(points, efficiency(points)):
+                mean = point["tokens_per_rank"] * point["ranks"] * top_k / point["experts"]
+                share = "–" if share is None else f"{share:.2f}"
                 stages = point["stage_ms"]
                 exchange = sum(value for name, value in stages.items() if name.startswith(("dispatch", "combine", "plan")))
                 lines.append(
-                    f"| {scaling} | {point['ranks']} | {experts} | {top_k} | {skew:g} | {point['step_ms']:.1f} "
-                    f"| {tokens_per_second(point) / 1e3:.2f} | {share:.2f} | {exchange / sum(stages.values()):.0%} "
+                    f"| {scaling} | {point['ranks']} | {point['experts']} | {top_k} | {skew:g} | {mean:.0f} "
+                    f"| {point['step_ms']:.1f} | {tokens_per_second(point) / 1e3:.2f} | {share} | {exchange / sum(stages.values()):.0%} "
                     f"| {link_bytes(point)[1] / MIB:.2f} | {rank_imbalance(point):.2f} |"
                 )
     return "\n".join(lines)
@@ -243,6 +257,9 @@ def write(records, folder):
 One MoE layer in {first['dtype']}{f' on {on}' if on else ''}, forward and backward with routing of the given skew (Zipf's s), hidden {first['hidden']},
 expert hidden {first['expert_hidden']}, {first['threads']} thread(s) a rank, medians of {first['rounds']} steps.
 A step is timed as a whole; the stages in a second pass, each from a common start, by the slowest rank.
+Weak scaling keeps the tokens and the experts of a rank, strong scaling those of all ranks together: in both an expert
+has the same work at any number of ranks. Efficiency, throughput of a rank over that at the fewest ranks, compares
+only such points ("–": there is no other to compare with).
 
 {table(records)}
 

@@ -16,8 +16,8 @@ from conftest import ROOT, executable
 
 STEP = Path(os.environ.get("ANABRANCH_STEP", ROOT / "build/release/benchmarks/benchmark_step"))
 
-# Ten times the tokens take ten times as long, and two ranks 1.25 times as long as one; exits 3 for the
-# numbers of experts in the file `failing`.
+# Ten times the tokens take ten times as long, and two ranks 1.25 times as long as one; reading a rank's experts takes
+# as many milliseconds an expert as EXPERT_MS says. Exits 3 for the numbers of experts in the file `failing`.
 PROGRAM = f"""#!{sys.executable}
 import json, os, pathlib, sys
 words = sys.argv[1:]
@@ -29,7 +29,7 @@ with open(here / "calls", "a") as calls:
 if str(experts) in (here / "failing").read_text().split():
     sys.exit("out of luck")
 stages = "route plan dispatch experts combine dispatch_backward experts_backward combine_backward".split()
-step = tokens * 0.1 * (1 + (ranks - 1) / 4)
+step = tokens * 0.1 * (1 + (ranks - 1) / 4) + float(os.environ.get("EXPERT_MS", 0)) * experts / ranks
 pathlib.Path(given["json"]).write_text(json.dumps(dict(
     ranks=int(os.environ.get("STARTED", ranks)), nodes=[f"n{{r // 2}}" for r in range(ranks)],
     tokens_per_rank=tokens, hidden=int(given["hidden"]), expert_hidden=int(given["expert_hidden"]),
@@ -49,7 +49,7 @@ def study(tmp_path):
         launcher = "env RANKS={ranks}" + (f" STARTED={started}" if started else "")
         command = [sys.executable, ROOT / "launch/scaling.py", "--output", tmp_path / "out"]
         command += ["--program", tmp_path / "step", "--launcher", launcher, *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
         assert result.returncode == expect, result.stdout + result.stderr
         return result.stdout + result.stderr
 
@@ -64,9 +64,9 @@ SMALL = ["--ranks", "1,2,4", "--experts", "4", "--top-k", "1,2", "--skew", "0,1.
 
 def test_the_grid(study):
     study(*SMALL)
-    weak = {(r, k, s, 100) for r in (1, 2, 4) for k in (1, 2) for s in ("0.0", "1.5")}
-    strong = {(r, k, s, 400 // r) for r in (1, 2, 4) for k in (1, 2) for s in ("0.0", "1.5")}
-    expected = sorted(f"{r} 4 {k} {s} {t}" for r, k, s, t in [*weak, *strong])
+    weak = {(r, 4 * r, k, s, 100) for r in (1, 2, 4) for k in (1, 2) for s in ("0.0", "1.5")}
+    strong = {(r, 16, k, s, 400 // r) for r in (1, 2, 4) for k in (1, 2) for s in ("0.0", "1.5")}
+    expected = sorted(f"{r} {e} {k} {s} {t}" for r, e, k, s, t in [*weak, *strong])
     assert sorted(study.calls()) == expected
     check_tables_and_report(study)
 
@@ -84,10 +84,34 @@ def check_tables_and_report(study):
     assert all(len(record["provenance"]["commit"]) in (0, 40) for record in records)
     assert all("step" in record["provenance"]["command"] for record in records)
     report = (study.output / "report.md").read_text()
-    assert "| weak | 4 | 4 | 1 | 0 | 17.5 | 22.86 | 0.57 | 62% |" in report
+    assert "| weak | 4 | 16 | 1 | 0 | 25 | 17.5 | 22.86 | 0.57 | 62% |" in report
     for name in ("weak", "weak_stages", "strong", "strong_stages", "links", "imbalance"):
         assert f"({name}.png)" in report
         assert (study.output / f"{name}.png").stat().st_size > 5000
+
+
+def efficiencies(study, scaling):
+    lines = (study.output / "report.md").read_text().splitlines()
+    header = next(line for line in lines if line.startswith("| scaling |")).strip("| ").split(" | ")
+    rows = [dict(zip(header, line.strip("| ").split(" | "), strict=True)) for line in lines if line.startswith(f"| {scaling} |")]
+    assert len({row["assignments an expert"] for row in rows}) == 1, rows
+    return [row["efficiency"] for row in rows]
+
+
+def test_efficiency_compares_ranks_whose_experts_have_the_same_work(study, monkeypatch):
+    """A machine that scales perfectly, on which a step is mostly reading the experts' weights: fewer experts a rank
+    are no better scaling."""
+    monkeypatch.setenv("EXPERT_MS", "100")
+    study("--ranks", "1,2,4", "--experts", "4", "--top-k", "1", "--skew", "0", "--tokens", "1", "--scaling", "weak")
+    assert efficiencies(study, "weak") == ["1.00"] * 3
+
+
+def test_points_without_another_to_compare_with_have_no_efficiency(study):
+    """As in a study of one number of experts on any number of ranks, which was called weak scaling."""
+    for ranks, experts in ((1, 8), (2, 4), (4, 2)):
+        study("--ranks", ranks, "--experts", experts, "--top-k", "1", "--skew", "0", "--tokens", "100", "--scaling", "weak")
+    report = (study.output / "report.md").read_text()
+    assert report.count("| weak |") == 3 and report.count("| – |") == 3
 
 
 def test_a_study_on_gpus(study):
