@@ -121,11 +121,12 @@ run_ranks() {
 # Waits for PID, also through signals that are trapped, and leaves its exit code in `exit_code`.
 # shellcheck disable=SC2034
 wait_for() {
-  while true; do
+  local running=true
+  while $running; do
+    # A signal ends `wait` too, with a code of its own. Of a process that has ended, bash keeps the code.
+    kill -0 "$1" 2>/dev/null || running=false
     exit_code=0
     wait "$1" || exit_code=$?
-    # A signal ends `wait` too: then the process is still there.
-    kill -0 "$1" 2>/dev/null || break
   done
 }
 

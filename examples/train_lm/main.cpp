@@ -126,7 +126,6 @@ int train(const Options& options, const std::shared_ptr<anabranch::Communicator>
   }
   progress.say(greeting(options, state, text, *world));
 
-  remember_interrupts();
   Trainer trainer(options, text, groups, model, *optimizer, directory);
   const Outcome outcome = trainer.run(state, progress);
   if (!outcome.complete) {
@@ -186,6 +185,8 @@ int main(int argc, char** argv) {
     return train_lm::kFailed;
   };
   try {
+    // Before anything that takes long: who is told to end while the ranks still start saves and leaves too.
+    train_lm::remember_interrupts();
     return train_lm::run(argc, argv, world);
   } catch (const c10::Error& error) {
     return fail(error.what_without_backtrace());

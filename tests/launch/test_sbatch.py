@@ -18,7 +18,8 @@ JOB = {
 @pytest.fixture
 def job(project):
     """Runs a script of launch/slurm as Slurm would on the first node of a job; `job.calls` then has a list of
-    words for each call. srun ends with job.srun_exit, having saved a checkpoint if job.saves."""
+    words for each call. srun ends with SRUN_EXIT; before that it saves a checkpoint if SAVES is set, and Slurm says
+    that the time limit is near if TIME_IS_UP is."""
     commands = project.root / "commands"
     log = project.root / "slurm_calls"
     executable(project.root / "build/release/tools/anabranch-bind", "#!/bin/bash\n")
@@ -31,6 +32,7 @@ def job(project):
             f'#!/bin/bash\nprintf "%s\\x1f" {name} "$@" >> "{log}"; echo >> "{log}"\n'
             f'if [[ {name} == srun && -n "${{SAVES:-}}" ]]; then echo {{}} > "{index}"; fi\n'
             f'if [[ {name}:$1 == scontrol:show ]]; then echo "PreemptTime=${{PREEMPT_TIME:-None}}"; fi\n'
+            f'if [[ {name} == srun && -n "${{TIME_IS_UP:-}}" ]]; then kill -s USR1 "$PPID"; sleep 0.5; fi\n'
             f'if [[ {name} == srun ]]; then exit "${{SRUN_EXIT:-0}}"; fi\n',
         )
 
@@ -103,6 +105,10 @@ def test_a_study_uses_as_few_nodes_as_its_ranks_fill(job):
         ({"SRUN_EXIT": "2"}, 2, False, "refused"),
         ({"SRUN_EXIT": "137"}, 137, False, "without a checkpoint since it started"),
         ({"SRUN_EXIT": "137", "SAVES": "1"}, 0, True, "failed with exit code 137"),
+        # The ranks were told before they could listen, or could not save: again would be for ever.
+        ({"SRUN_EXIT": "143", "TIME_IS_UP": "1"}, 143, False, "time is up, without a checkpoint since it started"),
+        ({"SRUN_EXIT": "1", "TIME_IS_UP": "1"}, 1, False, "time is up, without a checkpoint since it started"),
+        ({"SRUN_EXIT": "143", "TIME_IS_UP": "1", "SAVES": "1"}, 0, True, "time is up: requeued"),
         ({"SRUN_EXIT": "143", "PREEMPT_TIME": "2026-01-01T00:00:00"}, 0, True, "pre-empted"),
     ],
 )
@@ -110,3 +116,11 @@ def test_what_becomes_of_a_job_that_has_ended(job, environment, expect, requeued
     calls = job("train.sbatch", expect=expect, **environment)
     assert (["scontrol", "requeue", "7"] in calls) == requeued
     assert says in job.output
+
+
+@pytest.mark.parametrize("signal", ["USR1", "TERM"])
+def test_a_signal_before_there_are_ranks_is_heard(job, signal):
+    # While the site's own script runs, which may load modules.
+    calls = job("train.sbatch", site=f"kill -s {signal} $$\n", expect=143)
+    assert not of(calls, "srun") and ["scontrol", "requeue", "7"] not in calls
+    assert "told to end before any rank was started" in job.output

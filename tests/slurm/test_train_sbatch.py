@@ -154,6 +154,17 @@ def test_a_job_of_a_higher_partition_has_it_make_way(cluster, uninterrupted):
     assert run.curve() == uninterrupted[2]
 
 
+def test_a_job_that_can_not_save_at_its_time_limit_stays_down(cluster):
+    run = Run(cluster, "unsaved", 2, options={"steps": 10**6, "checkpoint-interval": 0})
+    run.wait_for_step(3)
+    (run.output / "checkpoint").write_text("a file where the folder should be")
+    time_is_near(cluster, run)
+    run.finish("FAILED")
+    assert cluster.job(run.job)["Restarts"] == "0"
+    log = run.log.read_text()
+    assert "the time limit is near: saving" in log and "without a checkpoint since it started: not requeued" in log
+
+
 def test_wrong_options_end_the_job_for_good(cluster):
     run = Run(cluster, "refused", 2, options={"top-k": 9}).finish("FAILED")
     assert cluster.job(run.job)["Restarts"] == "0"
