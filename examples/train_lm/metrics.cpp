@@ -8,6 +8,8 @@
 #include <numeric>
 #include <sstream>
 
+#include "replace_file.h"
+
 namespace train_lm {
 namespace {
 
@@ -79,9 +81,9 @@ MetricsFile::MetricsFile(const std::filesystem::path& file, int64_t last_step) {
     }
   }
   earlier.close();
+  replace_file(file, kept.str());
   stream_.exceptions(std::ios::failbit | std::ios::badbit);
-  stream_.open(file);
-  stream_ << kept.str() << std::flush;
+  stream_.open(file, std::ios::app);
 }
 
 void MetricsFile::write(const Metrics& metrics) {

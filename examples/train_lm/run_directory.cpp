@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "agreement.h"
+#include "replace_file.h"
 #include "require.h"
 
 namespace train_lm {
@@ -49,10 +50,7 @@ Number number_of(const anabranch::CheckpointMetadata& metadata, const std::strin
 }  // namespace
 
 void RunDirectory::write_description() const {
-  std::ofstream file;
-  file.exceptions(std::ios::failbit | std::ios::badbit);
-  file.open(description());
-  file << describe(options_, text_).dump(2) << std::endl;
+  replace_file(description(), describe(options_, text_).dump(2) + '\n');
 }
 
 void RunDirectory::begin(anabranch::Communicator& world) const {

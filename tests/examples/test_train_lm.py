@@ -317,6 +317,43 @@ def test_a_signal_to_one_rank_saves_and_resume_continues(text, tmp_path, number)
     assert steps == list(range(1, step + 2))
 
 
+def test_a_signal_while_the_run_still_starts_saves_after_the_first_step(half_run, text, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(half_run, directory)
+    # The program waits where it reads the options of the run, until somebody writes them.
+    described = (directory / "options.json").read_bytes()
+    (directory / "options.json").unlink()
+    os.mkfifo(directory / "options.json")
+    arguments = ["--data", text, "--output", directory, *model_options(), "--resume"]
+    process = subprocess.Popen(
+        command(0, *arguments), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        with open(directory / "options.json", "wb") as pipe:  # returns when the program has opened it
+            process.send_signal(signal.SIGTERM)
+            pipe.write(described)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert f"stopped after step {STEPS // 2 + 1}, saved in" in output
+
+
+@pytest.mark.parametrize("name", ["options.json", "metrics.jsonl"])
+def test_a_crash_while_a_run_is_resumed_loses_nothing(half_run, whole_run, text, tmp_path, name):
+    """The process dies at the first byte that would make a file larger than half of `name`."""
+    directory = tmp_path / "run"
+    shutil.copytree(half_run, directory)
+    before = {file: (directory / file).read_bytes() for file in ("options.json", "metrics.jsonl")}
+    limit = f"--fsize={len(before[name]) // 2}"  # of the rank alone: mpirun has files of its own to write
+    arguments = [limit, TRAIN_LM, "--data", text, "--output", directory, *model_options(), "--resume"]
+    output = run(1, *arguments, program="prlimit", expect=128 + signal.SIGXFSZ)
+    assert "File size limit exceeded" in output
+    assert {file: (directory / file).read_bytes() for file in before} == before
+    run(2, "--data", text, "--output", directory, *model_options(), "--resume")
+    assert without_timing(read_metrics(directory)) == without_timing(read_metrics(whole_run))
+
+
 def test_a_killed_rank_ends_the_job(text, tmp_path):
     process = start_long_run(text, tmp_path / "run", 3)
     try:
