@@ -7,6 +7,7 @@
 #include <anabranch/expert_placement.h>
 #include <anabranch/rank_discovery.h>
 #include <anabranch/communicator.h>
+#include <anabranch/agreement.h>
 #include <anabranch/hierarchical.h>
 #include <anabranch/process_group.h>
 #include <anabranch/exchange.h>

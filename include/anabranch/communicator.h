@@ -107,7 +107,7 @@ std::shared_ptr<Communicator> make_self_communicator();
 
 /// MPI_COMM_WORLD's ranks. Initialises MPI if nobody has, and then finalises it at exit. Tensors in
 /// GPU memory are handed to an MPI that says it is CUDA-aware, and staged through pinned host memory
-/// otherwise; either way a call waits for the current stream. Throws std::runtime_error in a build
+/// otherwise; either way a call waits for the current stream. Throws NotBuiltError in a build
 /// without MPI.
 std::shared_ptr<Communicator> make_mpi_communicator(const CommunicatorOptions& options = {});
 
@@ -124,7 +124,7 @@ std::shared_ptr<Communicator> make_store_communicator(const std::string& host, i
 /// current stream. Tensors in host memory take the way of `bootstrap`, which NCCL's id travels
 /// through as well. A failure on the stream ends in a CommunicationError from the next call, `check`
 /// or `barrier`, which waits. Collective. A rank that fails here is named on all. Throws
-/// std::runtime_error in a build without NCCL.
+/// NotBuiltError in a build without NCCL.
 std::shared_ptr<Communicator> make_nccl_communicator(std::shared_ptr<Communicator> bootstrap,
                                                      torch::Device device,
                                                      const CommunicatorOptions& options = {});

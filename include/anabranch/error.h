@@ -1,5 +1,6 @@
 #pragma once
 
+#include <source_location>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -25,6 +26,43 @@ class CommunicationError : public std::runtime_error {
 
  private:
   std::vector<int> peers_;
+};
+
+/// A call into another library failed: which, with what code of that library's, and where.
+class ForeignCallError : public std::runtime_error {
+ public:
+  ForeignCallError(const std::string& call, int code, const std::string& cause,
+                   const std::source_location& place)
+      : std::runtime_error(call + " failed: " + cause + " at " + place.file_name() + ":" +
+                           std::to_string(place.line())),
+        call_(call),
+        code_(code) {}
+
+  /// "cudaMemcpyAsync"
+  const std::string& call() const noexcept { return call_; }
+  int code() const noexcept { return code_; }
+
+ private:
+  std::string call_;
+  int code_;
+};
+
+/// Of CUDA's runtime or driver, or cuBLAS; the code is a cudaError_t, CUresult or cublasStatus_t.
+class CudaError : public ForeignCallError {
+ public:
+  using ForeignCallError::ForeignCallError;
+};
+
+/// The code is an ncclResult_t.
+class NcclError : public ForeignCallError {
+ public:
+  using ForeignCallError::ForeignCallError;
+};
+
+/// This build of anabranch lacks what was asked for: CUDA, MPI or NCCL.
+class NotBuiltError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
 };
 
 /// A checkpoint is missing, truncated, corrupt, foreign, or does not fit the model.

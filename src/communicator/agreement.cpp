@@ -6,6 +6,7 @@
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
+#include <utility>
 
 namespace anabranch {
 namespace {
@@ -36,6 +37,27 @@ Fields separate(const std::string& text) {
   return fields;
 }
 
+/// "rank 1: what it threw; rank 3: ..."
+std::string all_failures(const std::vector<std::string>& failures) {
+  std::string text;
+  for (size_t rank = 0; rank < failures.size(); ++rank) {
+    if (!failures[rank].empty()) {
+      text += c10::str(text.empty() ? "" : "; ", "rank ", rank, ": ", failures[rank]);
+    }
+  }
+  return text;
+}
+
+std::vector<int> ranks_of(const std::vector<std::string>& failures) {
+  std::vector<int> ranks;
+  for (size_t rank = 0; rank < failures.size(); ++rank) {
+    if (!failures[rank].empty()) {
+      ranks.push_back(static_cast<int>(rank));
+    }
+  }
+  return ranks;
+}
+
 std::string names(const Fields& fields) {
   std::string text;
   for (const auto& field : fields) {
@@ -64,6 +86,10 @@ std::string difference(int rank, const Fields& fields, const Fields& expected) {
 }
 
 }  // namespace
+
+WorkError::WorkError(std::vector<std::string> failures)
+    : CommunicationError(all_failures(failures), ranks_of(failures)),
+      failures_(std::move(failures)) {}
 
 std::vector<std::string> all_gather_strings(Communicator& communicator, const std::string& text) {
   const auto length = static_cast<int64_t>(text.size());
@@ -118,17 +144,9 @@ std::string first_failure(const std::vector<std::string>& failures) {
 }
 
 void succeed_together(Communicator& communicator, const std::function<void()>& work) {
-  const std::vector<std::string> failures = run_together(communicator, work);
-  std::string message;
-  std::vector<int> ranks;
-  for (int rank = 0; rank < communicator.size(); ++rank) {
-    if (!failures[rank].empty()) {
-      message += c10::str(message.empty() ? "" : "; ", "rank ", rank, ": ", failures[rank]);
-      ranks.push_back(rank);
-    }
-  }
-  if (!ranks.empty()) {
-    throw CommunicationError(message, std::move(ranks));
+  std::vector<std::string> failures = run_together(communicator, work);
+  if (!first_failure(failures).empty()) {
+    throw WorkError(std::move(failures));
   }
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <anabranch/agreement.h>
 #include <anabranch/communicator.h>
 
 #include <functional>
@@ -24,9 +25,5 @@ std::vector<std::string> run_together(Communicator& communicator,
 
 /// The first of what `run_together` has returned, with its rank: "rank 2: ..."; empty if there is none.
 std::string first_failure(const std::vector<std::string>& failures);
-
-/// Runs `work` on every rank; where it threw on any, every rank throws a CommunicationError that names
-/// the ranks and what each threw. Collective.
-void succeed_together(Communicator& communicator, const std::function<void()>& work);
 
 }  // namespace anabranch

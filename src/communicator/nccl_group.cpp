@@ -1,15 +1,15 @@
 #include "communicator/nccl_group.h"
 
-#include <stdexcept>
+#include <anabranch/error.h>
+
 #include <thread>
 
 namespace anabranch {
 
 void check_nccl(ncclResult_t result, const char* call, std::source_location place) {
   if (result != ncclSuccess && result != ncclInProgress) [[unlikely]] {
-    throw std::runtime_error(std::string(call) + " failed: " + ncclGetErrorString(result) + " (" +
-                             ncclGetLastError(nullptr) + ") at " + place.file_name() + ":" +
-                             std::to_string(place.line()));
+    const std::string cause = ncclGetErrorString(result);
+    throw NcclError(call, result, cause + " (" + ncclGetLastError(nullptr) + ")", place);
   }
 }
 

@@ -13,8 +13,8 @@ namespace anabranch {
 #error "anabranch needs NCCL 2.19 or newer"
 #endif
 
-/// Throws std::runtime_error with the call, the cause and the place unless `result` is success or,
-/// as of a communicator that does not block, "in progress".
+/// Throws NcclError unless `result` is success or, as of a communicator that does not block, "in
+/// progress".
 void check_nccl(ncclResult_t result, const char* call,
                 std::source_location place = std::source_location::current());
 

@@ -1,6 +1,5 @@
 #include <anabranch/communicator.h>
-
-#include <stdexcept>
+#include <anabranch/error.h>
 
 #include "communicator/describe.h"
 
@@ -8,7 +7,7 @@
 namespace anabranch {
 
 std::shared_ptr<Communicator> make_mpi_communicator(const CommunicatorOptions& /*options*/) {
-  throw std::runtime_error("make_mpi_communicator: this build of anabranch has no MPI");
+  throw NotBuiltError("make_mpi_communicator: this build of anabranch has no MPI");
 }
 
 std::string describe_mpi() { return "MPI: not built"; }

@@ -1,6 +1,5 @@
 #include <anabranch/communicator.h>
-
-#include <stdexcept>
+#include <anabranch/error.h>
 
 #include "communicator/describe.h"
 
@@ -9,7 +8,7 @@ namespace anabranch {
 namespace {
 
 [[noreturn]] void refuse(const char* call) {
-  throw std::runtime_error(std::string(call) + ": this build of anabranch has no NCCL");
+  throw NotBuiltError(std::string(call) + ": this build of anabranch has no NCCL");
 }
 
 }  // namespace

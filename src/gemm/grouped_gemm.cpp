@@ -1,3 +1,4 @@
+#include <anabranch/error.h>
 #include <anabranch/grouped_gemm.h>
 
 #include <ATen/OpMathType.h>
@@ -5,7 +6,6 @@
 
 #include <algorithm>
 #include <array>
-#include <stdexcept>
 
 #include "gemm/auto/auto_engine.h"
 #include "gemm/engines.h"
@@ -241,7 +241,7 @@ std::shared_ptr<GroupedGemmEngine> make_grouped_gemm_engine(torch::Device device
                                                             const std::string& name) {
   const auto names = grouped_gemm_engines(device);
   if (names.empty()) {
-    throw std::runtime_error(
+    throw NotBuiltError(
         "grouped GEMM on a GPU needs a build of anabranch with CUDA (ANABRANCH_CUDA=ON)");
   }
   if (name == "auto") {

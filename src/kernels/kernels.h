@@ -18,7 +18,7 @@ class Kernels {
  public:
   virtual ~Kernels() = default;
 
-  /// Those of a device. Stage::cuda() throws std::runtime_error in a build without CUDA.
+  /// Those of a device. Stage::cuda() throws NotBuiltError in a build without CUDA.
   static const Stage& on(c10::Device device) {
     return runs_on_cuda(device) ? Stage::cuda() : Stage::cpu();
   }

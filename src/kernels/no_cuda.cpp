@@ -1,4 +1,4 @@
-#include <stdexcept>
+#include <anabranch/error.h>
 
 #include "kernels/activation.h"
 #include "kernels/bias.h"
@@ -12,8 +12,7 @@ namespace anabranch {
 namespace {
 
 [[noreturn]] void refuse() {
-  throw std::runtime_error(
-      "tensors on a GPU need a build of anabranch with CUDA (ANABRANCH_CUDA=ON)");
+  throw NotBuiltError("tensors on a GPU need a build of anabranch with CUDA (ANABRANCH_CUDA=ON)");
 }
 
 }  // namespace

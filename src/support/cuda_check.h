@@ -1,20 +1,19 @@
 #pragma once
 
+#include <anabranch/error.h>
 #include <cuda_runtime_api.h>
 
 #include <source_location>
-#include <stdexcept>
 #include <string>
 
 namespace anabranch {
 
-/// Throws std::runtime_error with the call, the cause and the place if a CUDA call failed.
+/// Throws CudaError if a CUDA call failed.
 inline void check_cuda(cudaError_t status, const char* call,
                        std::source_location place = std::source_location::current()) {
   if (status != cudaSuccess) [[unlikely]] {
-    throw std::runtime_error(std::string(call) + " failed: " + cudaGetErrorString(status) + " (" +
-                             cudaGetErrorName(status) + ") at " + place.file_name() + ":" +
-                             std::to_string(place.line()));
+    const std::string cause = cudaGetErrorString(status);
+    throw CudaError(call, status, cause + " (" + cudaGetErrorName(status) + ")", place);
   }
 }
 

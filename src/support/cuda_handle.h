@@ -9,12 +9,11 @@
 
 namespace anabranch {
 
-/// Throws std::runtime_error with the call, the cause and the place if a cuBLAS call failed.
+/// Throws CudaError if a cuBLAS call failed.
 inline void check_cublas(cublasStatus_t status, const char* call,
                          std::source_location place = std::source_location::current()) {
   if (status != CUBLAS_STATUS_SUCCESS) [[unlikely]] {
-    throw std::runtime_error(std::string(call) + " failed: " + cublasGetStatusString(status) +
-                             " at " + place.file_name() + ":" + std::to_string(place.line()));
+    throw CudaError(call, status, cublasGetStatusString(status), place);
   }
 }
 

@@ -1,6 +1,9 @@
 #include "communicator/agreement.h"
 
+#include <anabranch/agreement.h>
 #include <gtest/gtest.h>
+
+#include <stdexcept>
 
 #include "support/thrown.h"
 #include "support/world.h"
@@ -83,6 +86,42 @@ TEST(Agreement, LeavesTheCommunicatorUsable) {
   auto sum = torch::ones({1});
   world()->all_reduce(sum);
   EXPECT_EQ(sum.item<float>(), world()->size());
+}
+
+/// Work that throws on every rank from `first` on, each time other words.
+Thrown fail_from(int first, std::vector<std::string>& failures) {
+  return thrown_by([&] {
+    try {
+      succeed_together(*world(), [&] {
+        const int rank = world()->rank();
+        if (rank >= first) throw std::runtime_error(std::string(1 + 100 * rank, 'x'));
+      });
+    } catch (const WorkError& error) {
+      failures = error.failures();
+      throw;
+    }
+  });
+}
+
+TEST(SucceedTogether, EveryRankIsToldWhatEachOneThrew) {
+  for (int first = 0; first < world()->size(); ++first) {
+    std::vector<std::string> failures;
+    const auto thrown = fail_from(first, failures);
+    EXPECT_EQ(thrown.kind, Thrown::Kind::kCommunication) << thrown;
+    EXPECT_EQ(thrown.peers, ranks_from(first));
+    ASSERT_EQ(failures.size(), static_cast<size_t>(world()->size()));
+    for (int rank = 0; rank < world()->size(); ++rank) {
+      EXPECT_EQ(failures[rank], rank < first ? "" : std::string(1 + 100 * rank, 'x'));
+      EXPECT_EQ(thrown.says("rank " + std::to_string(rank) + ": x"), rank >= first) << thrown;
+    }
+  }
+}
+
+TEST(SucceedTogether, GoesOnWhereNoneThrows) {
+  int runs = 0;
+  succeed_together(*world(), [&] { ++runs; });
+  EXPECT_EQ(runs, 1);
+  EXPECT_EQ(world()->all_gather(torch::ones({1})).sum().item<int>(), world()->size());
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 
 #include "baselines/block_sparse/products.h"
 
-// The GPU's half; in a build without CUDA these throw std::runtime_error.
+// The GPU's half; in a build without CUDA these throw NotBuiltError.
 
 namespace anabranch::block_sparse {
 

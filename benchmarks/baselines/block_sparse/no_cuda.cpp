@@ -1,4 +1,4 @@
-#include <stdexcept>
+#include <anabranch/error.h>
 
 #include "baselines/block_sparse/cuda.h"
 
@@ -7,7 +7,7 @@ namespace anabranch::block_sparse {
 namespace {
 
 [[noreturn]] void refuse() {
-  throw std::runtime_error(
+  throw NotBuiltError(
       "block-sparse products on a GPU need a build of anabranch with CUDA (ANABRANCH_CUDA=ON)");
 }
 

@@ -5,7 +5,7 @@
 #include <functional>
 #include <string>
 
-// What auto asks of a GPU. In a build without CUDA these throw std::runtime_error.
+// What auto asks of a GPU. In a build without CUDA these throw NotBuiltError.
 
 namespace anabranch {
 

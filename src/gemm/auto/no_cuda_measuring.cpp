@@ -1,4 +1,4 @@
-#include <stdexcept>
+#include <anabranch/error.h>
 
 #include "gemm/auto/measuring.h"
 
@@ -7,7 +7,7 @@ namespace anabranch {
 namespace {
 
 [[noreturn]] void refuse() {
-  throw std::runtime_error("this build of anabranch has no CUDA: it cannot measure a GPU");
+  throw NotBuiltError("this build of anabranch has no CUDA: it cannot measure a GPU");
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-#include <stdexcept>
+#include <anabranch/error.h>
 
 #include "gemm/cublas/cublas_engines.h"
 
@@ -6,7 +6,7 @@
 namespace anabranch {
 namespace {
 
-[[noreturn]] void refuse() { throw std::runtime_error("this build of anabranch has no cuBLAS"); }
+[[noreturn]] void refuse() { throw NotBuiltError("this build of anabranch has no cuBLAS"); }
 
 }  // namespace
 

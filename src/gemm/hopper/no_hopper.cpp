@@ -1,4 +1,4 @@
-#include <stdexcept>
+#include <anabranch/error.h>
 
 #include "gemm/hopper/hopper_engine.h"
 
@@ -8,7 +8,7 @@ namespace anabranch {
 bool runs_hopper(torch::Device /*device*/) { return false; }
 
 std::shared_ptr<GroupedGemmEngine> make_hopper_engine() {
-  throw std::runtime_error("this build of anabranch has no kernels for a GPU");
+  throw NotBuiltError("this build of anabranch has no kernels for a GPU");
 }
 
 }  // namespace anabranch

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <source_location>
 
 #include "support/check.h"
 #include "support/cuda_check.h"
@@ -21,7 +22,9 @@ decltype(&cuTensorMapEncodeTiled) encode_function() {
                                               cudaEnableDefault, &found),
              "cudaGetDriverEntryPointByVersion");
   if (found != cudaDriverEntryPointSuccess) {
-    throw std::runtime_error("this driver has no cuTensorMapEncodeTiled: CUDA 12 is needed");
+    throw CudaError("cudaGetDriverEntryPointByVersion", found,
+                    "this driver has no cuTensorMapEncodeTiled: CUDA 12 is needed",
+                    std::source_location::current());
   }
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
 }
@@ -48,9 +51,10 @@ CUtensorMap make_map(const torch::Tensor& tensor, const std::array<int64_t, 4>& 
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
-    throw std::runtime_error(c10::str("cuTensorMapEncodeTiled failed with ",
-                                      static_cast<int>(status), " for a tensor of shape ",
-                                      tensor.sizes()));
+    throw CudaError(
+        "cuTensorMapEncodeTiled", status,
+        c10::str("CUresult ", static_cast<int>(status), " for a tensor of shape ", tensor.sizes()),
+        std::source_location::current());
   }
   return map;
 }
