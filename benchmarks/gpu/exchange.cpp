@@ -20,7 +20,7 @@
 #include <cstring>
 #include <iostream>
 
-#include "communicator/nccl_group.h"
+#include "communicator/nccl/group.h"
 #include "gpu/measure.h"
 #include "support/cuda_check.h"
 

@@ -8,7 +8,7 @@
 #include <numeric>
 #include <thread>
 
-#include "communicator/mpi.h"
+#include "communicator/mpi/mpi.h"
 #include "support/counts.h"
 #include "support/devices.h"
 #include "support/random.h"

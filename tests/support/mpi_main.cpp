@@ -19,7 +19,7 @@
 #include <string>
 
 #include "communicator/describe.h"
-#include "communicator/store.h"
+#include "communicator/store/store.h"
 #include "support/devices.h"
 #include "support/process_group.h"
 

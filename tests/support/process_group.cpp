@@ -5,7 +5,7 @@
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 #endif
 
-#include "communicator/store.h"
+#include "communicator/store/store.h"
 #include "support/devices.h"
 
 namespace anabranch::test {

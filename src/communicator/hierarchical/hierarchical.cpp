@@ -1,0 +1,148 @@
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/tensor.h>
+#include <anabranch/hierarchical.h>
+#include <anabranch/rank_discovery.h>
+
+#include <algorithm>
+#include <chrono>
+#include <map>
+#include <utility>
+
+#include "communicator/agreement.h"
+#include "communicator/row_bytes.h"
+#include "communicator/hierarchical/two_hops.h"
+#include "support/check.h"
+
+namespace anabranch {
+namespace {
+
+/// The bytes of a row of each transfer: the same on every rank, whatever it holds.
+std::vector<int64_t> kind_of(const std::vector<Transfer>& transfers) {
+  std::vector<int64_t> kinds;
+  for (const Transfer& transfer : transfers) {
+    kinds.push_back(row_bytes(transfer.send));
+  }
+  return kinds;
+}
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+class HierarchicalCommunicator final : public Communicator {
+ public:
+  HierarchicalCommunicator(std::shared_ptr<Communicator> flat, const HierarchicalOptions& options,
+                           NodeLayout layout)
+      : Communicator(flat->rank(), flat->size()),
+        flat_(flat),
+        options_(options),
+        two_hops_(std::move(flat), std::move(layout)) {}
+
+  std::string name() const override { return flat_->name(); }
+  std::shared_ptr<Communicator> split(int color, int key) override {
+    return make_hierarchical_communicator(flat_->split(color, key), options_);
+  }
+  void check() override { flat_->check(); }
+  const std::vector<AllToAllChoice>& choices() const { return choices_; }
+
+ protected:
+  void do_all_to_all_v(const std::vector<Transfer>& transfers) override;
+  void do_all_reduce(torch::Tensor& tensor) override { flat_->all_reduce(tensor); }
+  void do_all_gather(const torch::Tensor& tensor, torch::Tensor& gathered) override {
+    gathered.copy_(flat_->all_gather(tensor));
+  }
+  void do_broadcast(torch::Tensor& tensor, int root) override { flat_->broadcast(tensor, root); }
+  void do_barrier() override { flat_->barrier(); }
+  /// `flat_` checks when it is called.
+  void check_device(torch::Device /*device*/) const override {}
+
+ private:
+  void exchange(const std::vector<Transfer>& transfers, AllToAll way);
+  void measure(const std::vector<Transfer>& transfers);
+  void choose(const std::vector<int64_t>& kind, const std::vector<double>& seconds);
+
+  std::shared_ptr<Communicator> flat_;
+  HierarchicalOptions options_;
+  TwoHops two_hops_;
+  std::map<std::vector<int64_t>, AllToAll> chosen_;
+  /// kAuto: times of the calls of a kind, flat and hierarchical in turn.
+  std::map<std::vector<int64_t>, std::vector<double>> measured_;
+  std::vector<AllToAllChoice> choices_;
+};
+
+void HierarchicalCommunicator::exchange(const std::vector<Transfer>& transfers, AllToAll way) {
+  if (way == AllToAll::kHierarchical) {
+    two_hops_.exchange(transfers);
+  } else {
+    flat_->all_to_all_v(transfers);
+  }
+}
+
+void HierarchicalCommunicator::do_all_to_all_v(const std::vector<Transfer>& transfers) {
+  if (options_.all_to_all != AllToAll::kAuto) {
+    exchange(transfers, options_.all_to_all);
+  } else if (!two_hops_.layout().has_two_levels()) {
+    exchange(transfers, AllToAll::kFlat);
+  } else if (const auto found = chosen_.find(kind_of(transfers)); found != chosen_.end()) {
+    exchange(transfers, found->second);
+  } else {
+    measure(transfers);
+  }
+}
+
+/// Every rank makes the same calls in the same order, so all take the same way without a word.
+void HierarchicalCommunicator::measure(const std::vector<Transfer>& transfers) {
+  for (const Transfer& transfer : transfers) {
+    check_input(transfer.send.is_cpu(), "all_to_all_v: auto measures on the host; for tensors on ",
+                transfer.send.device(), " choose flat or hierarchical");
+  }
+  const auto kind = kind_of(transfers);
+  auto& seconds = measured_[kind];
+  const auto begin = std::chrono::steady_clock::now();
+  exchange(transfers, seconds.size() % 2 == 0 ? AllToAll::kFlat : AllToAll::kHierarchical);
+  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
+  seconds.push_back(taken.count());
+  if (static_cast<int64_t>(seconds.size()) == 2 * options_.trials) {
+    choose(kind, seconds);
+    measured_.erase(kind);
+  }
+}
+
+/// The rank that came last waited for nobody: the least of the ranks' times is the exchange's own.
+void HierarchicalCommunicator::choose(const std::vector<int64_t>& kind,
+                                      const std::vector<double>& seconds) {
+  const auto least = std::get<0>(flat_->all_gather(at::tensor(seconds, at::kDouble)).min(0));
+  const double* times = least.const_data_ptr<double>();
+  std::vector<double> flat, hierarchical;
+  for (int64_t trial = 1; trial < options_.trials; ++trial) {
+    flat.push_back(times[2 * trial]);
+    hierarchical.push_back(times[2 * trial + 1]);
+  }
+  AllToAllChoice choice{kind, median(flat), median(hierarchical)};
+  choice.chosen =
+      choice.hierarchical_seconds < choice.flat_seconds ? AllToAll::kHierarchical : AllToAll::kFlat;
+  chosen_[kind] = choice.chosen;
+  choices_.push_back(std::move(choice));
+}
+
+}  // namespace
+
+std::shared_ptr<Communicator> make_hierarchical_communicator(std::shared_ptr<Communicator> flat,
+                                                             const HierarchicalOptions& options) {
+  check_input(flat != nullptr, "make_hierarchical_communicator: no communicator given");
+  check_input(options.trials >= 2, "make_hierarchical_communicator: trials is ", options.trials,
+              ", expected at least 2");
+  check_agreement(*flat, {{"all_to_all", std::to_string(static_cast<int>(options.all_to_all))},
+                          {"trials", std::to_string(options.trials)}});
+  const std::string node = options.node.empty() ? discover_rank().node : options.node;
+  return std::make_shared<HierarchicalCommunicator>(flat, options,
+                                                    NodeLayout(all_gather_strings(*flat, node)));
+}
+
+std::vector<AllToAllChoice> all_to_all_choices(const Communicator& communicator) {
+  const auto* hierarchical = dynamic_cast<const HierarchicalCommunicator*>(&communicator);
+  return hierarchical == nullptr ? std::vector<AllToAllChoice>() : hierarchical->choices();
+}
+
+}  // namespace anabranch

@@ -1,0 +1,43 @@
+#include "communicator/hierarchical/node_layout.h"
+
+#include <map>
+
+namespace anabranch {
+
+NodeLayout::NodeLayout(const std::vector<std::string>& names) {
+  std::map<std::string, int> numbers;
+  for (const auto& name : names) {
+    const int rank = static_cast<int>(node_of_.size());
+    const int node = numbers.emplace(name, nodes()).first->second;
+    if (node == nodes()) {
+      members_.emplace_back();
+    }
+    node_of_.push_back(node);
+    place_.push_back(static_cast<int>(members_[node].size()));
+    members_[node].push_back(rank);
+  }
+}
+
+bool NodeLayout::has_two_levels() const {
+  return members_.size() > 1 && members_.size() < node_of_.size();
+}
+
+int NodeLayout::forwarder(int node, int destination) const {
+  if (node_of_[destination] == node) {
+    return destination;
+  }
+  const auto& candidates = members_[node];
+  return candidates[static_cast<size_t>(place_[destination]) % candidates.size()];
+}
+
+std::vector<int> NodeLayout::forwarded_by(int rank) const {
+  std::vector<int> destinations;
+  for (int destination = 0; destination < static_cast<int>(node_of_.size()); ++destination) {
+    if (forwarder(node_of_[rank], destination) == rank) {
+      destinations.push_back(destination);
+    }
+  }
+  return destinations;
+}
+
+}  // namespace anabranch

@@ -1,0 +1,179 @@
+#include "communicator/hierarchical/two_hops.h"
+
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
+
+#include <algorithm>
+#include <iterator>
+#include <numeric>
+#include <utility>
+
+namespace anabranch {
+namespace {
+
+/// Where the rows of each peer begin.
+std::vector<int64_t> offsets(const std::vector<int64_t>& rows) {
+  std::vector<int64_t> begin = {0};
+  std::partial_sum(rows.begin(), rows.end(), std::back_inserter(begin));
+  return begin;
+}
+
+int64_t total(const std::vector<int64_t>& rows) {
+  return std::accumulate(rows.begin(), rows.end(), int64_t{0});
+}
+
+/// Uninitialised rows of `like`'s shape and type.
+torch::Tensor empty_rows(int64_t rows, const torch::Tensor& like) {
+  std::vector<int64_t> sizes = like.sizes().vec();
+  sizes[0] = rows;
+  return at::empty(sizes, like.options());
+}
+
+torch::Tensor join(const std::vector<torch::Tensor>& pieces, const torch::Tensor& like) {
+  return pieces.empty() ? empty_rows(0, like) : at::cat(pieces);
+}
+
+}  // namespace
+
+TwoHops::TwoHops(std::shared_ptr<Communicator> flat, NodeLayout layout)
+    : flat_(std::move(flat)),
+      layout_(std::move(layout)),
+      mine_(layout_.forwarded_by(flat_->rank())) {
+  for (const int member : node()) {
+    destinations_.push_back(layout_.forwarded_by(member));
+  }
+}
+
+/// Only the forwarders do not know how much they will get: their node's ranks tell them.
+std::vector<TwoHops::Forwarded> TwoHops::exchange_counts(const std::vector<Transfer>& transfers) {
+  const auto kinds = static_cast<int64_t>(transfers.size());
+  std::vector<int64_t> counts;
+  Rows send_rows(flat_->size()), receive_rows(flat_->size());
+  for (size_t i = 0; i < node().size(); ++i) {
+    for (const Transfer& transfer : transfers) {
+      for (const int destination : destinations_[i]) {
+        counts.push_back(transfer.send_rows[destination]);
+      }
+    }
+    send_rows[node()[i]] = kinds * static_cast<int64_t>(destinations_[i].size());
+    receive_rows[node()[i]] = kinds * static_cast<int64_t>(mine_.size());
+  }
+  const auto device = transfers.front().send.device();
+  const auto arrived = at::empty({total(receive_rows)}, at::TensorOptions(device).dtype(at::kLong));
+  flat_->all_to_all_v(
+      {{at::tensor(counts, at::kLong).to(device), send_rows, arrived, receive_rows}});
+
+  const auto on_host = arrived.cpu();
+  const int64_t* next = on_host.const_data_ptr<int64_t>();
+  std::vector<Forwarded> forwarded(transfers.size(), Forwarded(node().size()));
+  for (size_t i = 0; i < node().size(); ++i) {
+    for (auto& of_transfer : forwarded) {
+      of_transfer[i].assign(next, next + mine_.size());
+      next += mine_.size();
+    }
+  }
+  return forwarded;
+}
+
+/// To each rank of the node: the rows for all that it forwards to, by destination.
+Transfer TwoHops::first_hop(const Transfer& transfer, const Forwarded& forwarded) const {
+  const auto begin = offsets(transfer.send_rows);
+  Transfer hop;
+  hop.send_rows.resize(flat_->size());
+  hop.receive_rows.resize(flat_->size());
+  std::vector<torch::Tensor> pieces;
+  for (size_t i = 0; i < node().size(); ++i) {
+    for (const int destination : destinations_[i]) {
+      const int64_t rows = transfer.send_rows[destination];
+      pieces.push_back(transfer.send.narrow(0, begin[destination], rows));
+      hop.send_rows[node()[i]] += rows;
+    }
+    hop.receive_rows[node()[i]] = total(forwarded[i]);
+  }
+  hop.send = join(pieces, transfer.send);
+  hop.receive = empty_rows(total(hop.receive_rows), transfer.receive);
+  return hop;
+}
+
+/// To each destination on another node: the rows from all ranks of this node, by source.
+Transfer TwoHops::second_hop(const Transfer& transfer, const torch::Tensor& arrived,
+                             const Forwarded& forwarded) const {
+  const int here = layout_.node_of(flat_->rank());
+  Transfer hop;
+  hop.send_rows.resize(flat_->size());
+  hop.receive_rows.resize(flat_->size());
+  std::vector<torch::Tensor> pieces;
+  for (size_t d = 0; d < mine_.size(); ++d) {
+    if (layout_.node_of(mine_[d]) == here) {
+      continue;
+    }
+    int64_t begin = 0;
+    for (const Rows& from_member : forwarded) {
+      const auto within = offsets(from_member);
+      pieces.push_back(arrived.narrow(0, begin + within[d], from_member[d]));
+      hop.send_rows[mine_[d]] += from_member[d];
+      begin += within.back();
+    }
+  }
+  for (int other = 0; other < layout_.nodes(); ++other) {
+    if (other == here) {
+      continue;
+    }
+    int64_t& rows = hop.receive_rows[layout_.forwarder(other, flat_->rank())];
+    for (const int source : layout_.members(other)) {
+      rows += transfer.receive_rows[source];
+    }
+  }
+  hop.send = join(pieces, transfer.send);
+  hop.receive = empty_rows(total(hop.receive_rows), transfer.receive);
+  return hop;
+}
+
+/// What has come from this node in the first hop, and from the others in the second, by source.
+void TwoHops::put_in_order(const Transfer& transfer, const torch::Tensor& from_node,
+                           const Forwarded& forwarded, const Transfer& from_others) const {
+  std::vector<torch::Tensor> pieces(flat_->size());
+  const auto self = std::find(mine_.begin(), mine_.end(), flat_->rank()) - mine_.begin();
+  int64_t begin = 0;
+  for (size_t i = 0; i < node().size(); ++i) {
+    const auto within = offsets(forwarded[i]);
+    pieces[node()[i]] = from_node.narrow(0, begin + within[self], forwarded[i][self]);
+    begin += within.back();
+  }
+  const auto of_forwarder = offsets(from_others.receive_rows);
+  for (int other = 0; other < layout_.nodes(); ++other) {
+    if (other == layout_.node_of(flat_->rank())) {
+      continue;
+    }
+    int64_t next = of_forwarder[layout_.forwarder(other, flat_->rank())];
+    for (const int source : layout_.members(other)) {
+      pieces[source] = from_others.receive.narrow(0, next, transfer.receive_rows[source]);
+      next += transfer.receive_rows[source];
+    }
+  }
+  torch::Tensor receive = transfer.receive;
+  at::cat_out(receive, pieces);
+}
+
+void TwoHops::exchange(const std::vector<Transfer>& transfers) {
+  if (transfers.empty()) {
+    flat_->all_to_all_v(transfers);
+    return;
+  }
+  const auto forwarded = exchange_counts(transfers);
+  std::vector<Transfer> first, second;
+  for (size_t t = 0; t < transfers.size(); ++t) {
+    first.push_back(first_hop(transfers[t], forwarded[t]));
+  }
+  flat_->all_to_all_v(first);
+  for (size_t t = 0; t < transfers.size(); ++t) {
+    second.push_back(second_hop(transfers[t], first[t].receive, forwarded[t]));
+  }
+  flat_->all_to_all_v(second);
+  for (size_t t = 0; t < transfers.size(); ++t) {
+    put_in_order(transfers[t], first[t].receive, forwarded[t], second[t]);
+  }
+}
+
+}  // namespace anabranch

@@ -1,0 +1,110 @@
+#include "communicator/mpi/messages.h"
+
+#include <c10/util/StringUtil.h>
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+namespace anabranch {
+
+Messages::Messages(MpiRuntime& runtime, std::vector<at::Tensor> buffers, bool by_host)
+    : runtime_(runtime), buffers_(std::move(buffers)), by_host_(by_host) {}
+
+Messages::~Messages() {
+  if (outstanding_ > 0) {
+    runtime_.abandon(std::move(requests_), std::move(buffers_));
+  }
+}
+
+void Messages::post(const std::vector<Parcel>& parcels, int tag, int64_t piece_bytes) {
+  const std::lock_guard lock(runtime_.mutex());
+  for (const Direction direction : {Direction::kIncoming, Direction::kOutgoing}) {
+    for (const Parcel& parcel : parcels) {
+      if (parcel.peer != runtime_.rank() || !by_host_) {
+        start(parcel, direction, tag, piece_bytes);
+      }
+    }
+  }
+  for (const Parcel& parcel : parcels) {
+    if (parcel.peer == runtime_.rank() && by_host_ && parcel.send_bytes > 0) {
+      std::memcpy(parcel.receive, parcel.send, parcel.send_bytes);
+    }
+  }
+  indices_.resize(requests_.size());
+  statuses_.resize(requests_.size());
+}
+
+void Messages::start(const Parcel& parcel, Direction direction, int tag, int64_t piece_bytes) {
+  const bool incoming = direction == Direction::kIncoming;
+  const int64_t length = incoming ? parcel.receive_bytes : parcel.send_bytes;
+  for (int64_t offset = 0; offset < length; offset += piece_bytes) {
+    const auto bytes = static_cast<int>(std::min(piece_bytes, length - offset));
+    MPI_Request request = MPI_REQUEST_NULL;
+    try {
+      if (incoming) {
+        ANABRANCH_CHECK_MPI(MPI_Irecv(parcel.receive + offset, bytes, MPI_BYTE, parcel.peer, tag,
+                                      runtime_.comm(), &request));
+      } else {
+        ANABRANCH_CHECK_MPI(MPI_Isend(parcel.send + offset, bytes, MPI_BYTE, parcel.peer, tag,
+                                      runtime_.comm(), &request));
+      }
+    } catch (const MpiError& error) {
+      throw PeerError(parcel.peer, error.what());
+    }
+    pieces_.push_back({parcel.peer, bytes, direction});
+    requests_.push_back(request);
+    ++outstanding_;
+  }
+}
+
+bool Messages::poll() {
+  if (outstanding_ == 0) {
+    return true;
+  }
+  const std::lock_guard lock(runtime_.mutex());
+  int completed = 0;
+  const int code = MPI_Testsome(static_cast<int>(requests_.size()), requests_.data(), &completed,
+                                indices_.data(), statuses_.data());
+  const bool look = code == MPI_ERR_IN_STATUS;  // statuses hold errors only then
+  check_mpi(look ? MPI_SUCCESS : code, "MPI_Testsome", __FILE__, __LINE__);
+  for (int i = 0; i < completed; ++i) {
+    check_piece(pieces_[indices_[i]], look ? statuses_[i].MPI_ERROR : MPI_SUCCESS, statuses_[i]);
+  }
+  outstanding_ -= completed;
+  return outstanding_ == 0;
+}
+
+void Messages::check_piece(const Piece& piece, int result, const MPI_Status& status) const {
+  if (result == MPI_ERR_TRUNCATE) {
+    throw PeerError(piece.peer, c10::str("more than the expected ", piece.bytes,
+                                         " bytes came: the ranks' arguments do not fit"));
+  }
+  try {
+    check_mpi(result, "MPI_Testsome", __FILE__, __LINE__);
+  } catch (const MpiError& error) {
+    throw PeerError(piece.peer, error.what());
+  }
+  if (piece.direction == Direction::kIncoming) {
+    int bytes = 0;
+    ANABRANCH_CHECK_MPI(MPI_Get_count(&status, MPI_BYTE, &bytes));
+    if (bytes != piece.bytes) {
+      throw PeerError(piece.peer, c10::str(bytes, " bytes came where ", piece.bytes,
+                                           " were expected: the ranks' arguments do not fit"));
+    }
+  }
+}
+
+std::vector<int> Messages::pending() const {
+  std::vector<int> ranks;
+  for (size_t i = 0; i < requests_.size(); ++i) {
+    if (requests_[i] != MPI_REQUEST_NULL) {
+      ranks.push_back(pieces_[i].peer);
+    }
+  }
+  std::sort(ranks.begin(), ranks.end());
+  ranks.erase(std::unique(ranks.begin(), ranks.end()), ranks.end());
+  return ranks;
+}
+
+}  // namespace anabranch

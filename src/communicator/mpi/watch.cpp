@@ -1,0 +1,159 @@
+#include "communicator/mpi/watch.h"
+
+#include <anabranch/error.h>
+#include <c10/util/StringUtil.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <thread>
+
+#include "communicator/mpi/notice.h"
+
+namespace anabranch {
+namespace {
+
+using std::chrono::milliseconds;
+
+/// A rank that has waited for less does not look at notices: collectives usually end sooner.
+constexpr milliseconds kQuietTime(100);
+/// The longest time before the deadline at which a rank starts to ask.
+constexpr milliseconds kLongestInquiry(2000);
+
+const char* name_of(Call call) {
+  constexpr std::array names = {"all_to_all_v", "all_reduce", "all_gather", "broadcast",
+                                "barrier",      "split",      "exit"};
+  return names.at(static_cast<size_t>(call));
+}
+
+bool contains(const std::vector<int>& ranks, int rank) {
+  return std::find(ranks.begin(), ranks.end(), rank) != ranks.end();
+}
+
+}  // namespace
+
+void refuse_after(const Failure& failure, const Group& group, int rank, Call call) {
+  throw CommunicationError(
+      c10::str(group.describe({rank}), ": ", name_of(call), " given up: ", failure.text),
+      group.ranks_of(failure.culprits));
+}
+
+Watch::Watch(MpiRuntime& runtime, const Group& group, CallId call, milliseconds deadline)
+    : runtime_(runtime), group_(group), call_(call), deadline_(deadline) {
+  static std::atomic<int32_t> questions = 0;
+  question_ = ++questions;
+}
+
+void Watch::keep_waiting(const std::function<std::vector<int>()>& pending) {
+  const auto waited = waiting_.so_far();
+  if (waited >= std::min(kQuietTime, deadline_ / 4)) {
+    const std::vector<int> ranks = pending();
+    listen(ranks);
+    if (waited >= deadline_ - std::min(kLongestInquiry, deadline_ / 4)) {
+      ask(ranks);
+      for (const auto& [rank, answer] : answers_) {
+        ask(answer.waits_for);
+      }
+    }
+    if (waited >= deadline_) {
+      give_up(ranks);
+    }
+  }
+  std::this_thread::yield();
+}
+
+void Watch::listen(const std::vector<int>& pending) {
+  while (const auto received = receive_notice(runtime_)) {
+    const Notice& notice = received->notice;
+    if (notice.kind == Notice::Kind::kQuestion) {
+      answer(received->source, notice.question, pending);
+    } else if (notice.kind == Notice::Kind::kAnswer && notice.question == question_) {
+      const CallId call{notice.group, static_cast<Call>(notice.call), notice.sequence};
+      answers_[received->source] = {call, notice.get_ranks()};
+    } else if (notice.kind == Notice::Kind::kFailure) {
+      const Failure failure{notice.text.data(), notice.get_ranks()};
+      announce_failure(runtime_, failure);
+      refuse_after(failure, group_, runtime_.rank(), call_.call);
+    }
+  }
+}
+
+void Watch::answer(int rank, int32_t question, const std::vector<int>& pending) {
+  Notice notice;
+  notice.kind = Notice::Kind::kAnswer;
+  notice.question = question;
+  notice.group = call_.group;
+  notice.call = static_cast<int32_t>(call_.call);
+  notice.sequence = call_.sequence;
+  notice.set_ranks(pending);
+  send_notice(runtime_, rank, notice);
+}
+
+void Watch::ask(const std::vector<int>& ranks) {
+  Notice question;
+  question.question = question_;
+  for (const int rank : ranks) {
+    if (rank != runtime_.rank() && asked_.insert(rank).second) {
+      send_notice(runtime_, rank, question);
+    }
+  }
+}
+
+/// Those waited for, directly or by way of others that have answered.
+std::vector<int> Watch::reached_from(const std::vector<int>& pending) const {
+  std::vector<int> reached = pending;
+  for (size_t i = 0; i < reached.size(); ++i) {
+    const auto answer = answers_.find(reached[i]);
+    if (answer != answers_.end()) {
+      for (const int rank : answer->second.waits_for) {
+        if (rank != runtime_.rank() && !contains(reached, rank)) {
+          reached.push_back(rank);
+        }
+      }
+    }
+  }
+  return reached;
+}
+
+void Watch::give_up(const std::vector<int>& pending) {
+  std::vector<int> silent;
+  std::vector<int> elsewhere;
+  for (const int rank : reached_from(pending)) {
+    const auto answer = answers_.find(rank);
+    if (answer == answers_.end()) {
+      silent.push_back(rank);
+    } else if (answer->second.call != call_) {
+      elsewhere.push_back(rank);
+    }
+  }
+
+  const std::string waited =
+      c10::str("waited ", in_seconds(deadline_), " for ", group_.describe(pending));
+  if (silent == pending) {
+    fail(waited + " (dead or stalled)", silent);
+  } else if (!silent.empty()) {
+    fail(c10::str(waited, ", held up by ", group_.describe(silent), " (dead or stalled)"), silent);
+  } else if (!elsewhere.empty()) {
+    const CallId& other = answers_.at(elsewhere.front()).call;
+    if (other.call == Call::kExit) {
+      fail(c10::str(waited, ": ", group_.describe({elsewhere.front()}),
+                    " has come to the end of its program"),
+           {elsewhere.front()});
+    }
+    fail(
+        c10::str(waited, ": the ranks do not make the same calls, this is call ", call_.sequence,
+                 ", but ", group_.describe({elsewhere.front()}), " waits in call ", other.sequence,
+                 ", ", name_of(other.call), other.group == call_.group ? "" : ", of another group"),
+        elsewhere);
+  }
+  fail(waited + " (alive, but the messages do not come through)", pending);
+}
+
+void Watch::fail(const std::string& reason, const std::vector<int>& culprits) {
+  const std::string text =
+      c10::str(group_.describe({runtime_.rank()}), ": ", name_of(call_.call), " ", reason);
+  announce_failure(runtime_, {text, culprits});
+  throw CommunicationError(text, group_.ranks_of(culprits));
+}
+
+}  // namespace anabranch

@@ -1,0 +1,79 @@
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "communicator/mpi/group.h"
+#include "communicator/mpi/runtime.h"
+#include "communicator/waiting_time.h"
+
+namespace anabranch {
+
+enum class Call : int32_t {
+  kAllToAllV,
+  kAllReduce,
+  kAllGather,
+  kBroadcast,
+  kBarrier,
+  kSplit,
+  kExit,  ///< of the process, where it waits for all others
+};
+
+/// One collective call: the `sequence`th of a group.
+struct CallId {
+  int32_t group = 0;
+  Call call = Call::kBarrier;
+  int64_t sequence = 0;
+  bool operator==(const CallId&) const = default;
+};
+
+/// Throws what a call of `group` on `rank` (of MPI_COMM_WORLD) ends in after a failure elsewhere.
+[[noreturn]] void refuse_after(const Failure& failure, const Group& group, int rank, Call call);
+
+/// Finds out whom a waiting rank waits for in the end.
+///
+/// A rank may wait for a live one that itself waits for a dead one. So, shortly before its
+/// deadline, a rank asks those it waits for, and those they wait for. Whoever waits answers;
+/// whoever does not answer is to blame. A rank that gives up tells all others, which end at once
+/// and blame the same.
+class Watch {
+ public:
+  Watch(MpiRuntime& runtime, const Group& group, CallId call, std::chrono::milliseconds deadline);
+
+  const CallId& call() const noexcept { return call_; }
+
+  /// Called again and again while messages from or to the `pending` ranks are outstanding; throws
+  /// CommunicationError when waiting for them has become vain.
+  void keep_waiting(const std::function<std::vector<int>()>& pending);
+
+  /// Ends this and every later call, here and on the other ranks. `culprits`: of MPI_COMM_WORLD.
+  [[noreturn]] void fail(const std::string& reason, const std::vector<int>& culprits);
+
+ private:
+  struct Answer {
+    CallId call;
+    std::vector<int> waits_for;
+  };
+
+  void listen(const std::vector<int>& pending);
+  void answer(int rank, int32_t question, const std::vector<int>& pending);
+  void ask(const std::vector<int>& ranks);
+  std::vector<int> reached_from(const std::vector<int>& pending) const;
+  [[noreturn]] void give_up(const std::vector<int>& pending);
+
+  MpiRuntime& runtime_;
+  const Group& group_;
+  CallId call_;
+  std::chrono::milliseconds deadline_;
+  WaitingTime waiting_;
+  int32_t question_;
+  std::set<int> asked_;
+  std::map<int, Answer> answers_;
+};
+
+}  // namespace anabranch

@@ -1,0 +1,234 @@
+#include "communicator/nccl/watch.h"
+
+#include <anabranch/error.h>
+#include <c10/util/StringUtil.h>
+
+#include <algorithm>
+
+namespace anabranch {
+namespace {
+
+constexpr std::chrono::milliseconds kGlance{10};
+constexpr std::chrono::milliseconds kLongestHeartbeat{1000};
+
+bool has_ended(cudaEvent_t event) {
+  const cudaError_t status = cudaEventQuery(event);
+  if (status == cudaErrorNotReady) {
+    return false;
+  }
+  check_cuda(status, "cudaEventQuery");
+  return true;
+}
+
+CudaEvent recorded(cudaStream_t stream) {
+  CudaEvent event = make_cuda_event();
+  check_cuda(cudaEventRecord(event, stream), "cudaEventRecord");
+  return event;
+}
+
+}  // namespace
+
+std::chrono::milliseconds NcclWatch::heartbeat_for(std::chrono::milliseconds deadline) {
+  return std::min(kLongestHeartbeat, deadline / 16);
+}
+
+NcclWatch::NcclWatch(NcclGroup& group, NcclProgress& progress, int device,
+                     std::chrono::milliseconds deadline, std::function<void()> on_failure)
+    : group_(group),
+      progress_(progress),
+      deadline_(deadline),
+      heartbeat_(heartbeat_for(deadline)),
+      on_failure_(std::move(on_failure)),
+      looked_(Clock::now()),
+      follower_([this, device] { follow_streams(device); }),
+      watcher_([this] { watch(); }) {}
+
+NcclWatch::~NcclWatch() {
+  {
+    const std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  changed_.notify_all();
+  follower_.join();
+  watcher_.join();
+}
+
+void NcclWatch::check() {
+  const std::lock_guard lock(mutex_);
+  if (failure_.has_value()) {
+    throw CommunicationError(failure_->text, failure_->culprits);
+  }
+}
+
+void NcclWatch::run(const char* name, cudaStream_t stream,
+                    const std::function<void(ncclComm_t)>& calls) {
+  std::unique_lock group_lock(group_mutex_);
+  check();
+  CudaEvent begin = recorded(stream);
+  std::unique_lock lock(mutex_);
+  const int64_t sequence = ++started_;
+  launching_ = Launch{name, sequence, Clock::now()};
+  lock.unlock();
+  std::optional<CudaEvent> end;
+  std::string error;
+  try {
+    group_.launch(calls);
+    end.emplace(recorded(stream));
+  } catch (const std::runtime_error& failed) {
+    error = failed.what();
+  }
+  group_lock.unlock();
+  lock.lock();
+  launching_.reset();
+  if (end.has_value()) {
+    running_.push_back({name, sequence, std::move(begin), std::move(*end), std::nullopt});
+    return;
+  }
+  trouble_ = Trouble{c10::str(name, ": ", error), sequence};
+  changed_.wait(lock, [&] { return failure_.has_value(); });
+  lock.unlock();
+  check();
+}
+
+void NcclWatch::finish() {
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [&] { return running_.empty() || failure_.has_value(); });
+  lock.unlock();
+  check();
+  const std::lock_guard group_lock(group_mutex_);
+  group_.finalize();
+}
+
+bool NcclWatch::pause() {
+  std::unique_lock lock(mutex_);
+  return !changed_.wait_for(lock, kGlance, [&] { return stop_; });
+}
+
+void NcclWatch::follow_streams(int device) {
+  static_cast<void>(cudaSetDevice(device));  // its events' own calls will tell
+  while (pause()) {
+    try {
+      look_at_streams();
+    } catch (const std::runtime_error& error) {  // of this rank's own GPU
+      const std::lock_guard lock(mutex_);
+      trouble_ = Trouble{error.what(), started_};
+    }
+    const std::lock_guard lock(mutex_);
+    looked_ = Clock::now();
+  }
+}
+
+/// Nothing of CUDA's is called while the mutex is held. Only this thread takes collectives away.
+void NcclWatch::look_at_streams() {
+  std::unique_lock lock(mutex_);
+  while (!running_.empty() && !failure_.has_value()) {
+    Collective& oldest = running_.front();
+    lock.unlock();
+    const bool begun = oldest.begun.has_value() || has_ended(oldest.begin);
+    const bool ended = begun && has_ended(oldest.end);
+    lock.lock();
+    if (begun && !oldest.begun.has_value()) {
+      oldest.begun = Clock::now();
+    }
+    if (!ended) {
+      break;
+    }
+    {
+      const Collective done = std::move(oldest);
+      running_.pop_front();
+      changed_.notify_all();
+      lock.unlock();
+    }  // its events are destroyed
+    lock.lock();
+  }
+}
+
+void NcclWatch::watch() {
+  next_sign_ = Clock::now();
+  while (pause()) {
+    exchange_signs(Clock::now());
+    if (const auto trouble = look()) {
+      fail(*trouble);
+    }
+  }
+}
+
+void NcclWatch::exchange_signs(Clock::time_point now) {
+  std::unique_lock lock(mutex_);
+  const int64_t started = started_;
+  const bool failed = failure_.has_value();
+  lock.unlock();
+  if (now >= next_sign_) {
+    progress_.publish(started);
+    next_sign_ = now + heartbeat_;
+  }
+  progress_.listen();
+  if (progress_.announced().has_value() && !failed) {
+    end_with(*progress_.announced());
+  }
+}
+
+std::optional<NcclWatch::Trouble> NcclWatch::look() {
+  std::unique_lock lock(mutex_);
+  if (failure_.has_value()) {
+    return std::nullopt;
+  }
+  if (trouble_.has_value()) {
+    return trouble_;
+  }
+  const auto now = Clock::now();
+  if (launching_.has_value() && now - launching_->begun > deadline_) {
+    return Trouble{
+        c10::str(launching_->name, " was not launched within ", deadline_.count(), " ms"),
+        launching_->sequence};
+  }
+  if (running_.empty()) {
+    return std::nullopt;
+  }
+  const Collective& oldest = running_.front();
+  if (oldest.begun.has_value() && now - *oldest.begun > deadline_) {
+    return Trouble{c10::str(oldest.name, " did not end within ", deadline_.count(), " ms"),
+                   oldest.sequence};
+  }
+  if (now - looked_ > deadline_) {
+    return Trouble{c10::str("CUDA has not said for ", deadline_.count(), " ms whether ",
+                            oldest.name, " has ended"),
+                   oldest.sequence};
+  }
+  const int64_t sequence = oldest.sequence;
+  const std::string name = oldest.name;
+  lock.unlock();
+  // Not while another thread launches, which asks by itself.
+  if (const std::unique_lock group_lock(group_mutex_, std::try_to_lock); group_lock) {
+    const std::string error = group_.asynchronous_error();
+    if (!error.empty()) {
+      return Trouble{c10::str(name, " failed: ", error), sequence};
+    }
+  }
+  return std::nullopt;
+}
+
+void NcclWatch::fail(const Trouble& trouble) {
+  NcclProgress::Failure failure{c10::str("rank ", progress_.rank(), ": ", trouble.reason),
+                                progress_.missing(trouble.sequence, heartbeat_)};
+  failure.text += failure.culprits.empty()
+                      ? "; every rank is alive and has made the call"
+                      : c10::str("; no sign of rank ", c10::Join(", ", failure.culprits),
+                                 " (dead, stalled, or not making the call)");
+  progress_.announce(failure);
+  end_with(failure);
+}
+
+void NcclWatch::end_with(const NcclProgress::Failure& failure) {
+  {
+    const std::lock_guard lock(mutex_);
+    failure_ = failure;
+  }
+  on_failure_();
+  // Without the lock where a launch that waits for a peer holds it: aborting is what ends that launch.
+  const std::unique_lock group_lock(group_mutex_, heartbeat_);
+  group_.abort();
+  changed_.notify_all();
+}
+
+}  // namespace anabranch

@@ -1,0 +1,95 @@
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <thread>
+
+#include "communicator/nccl/group.h"
+#include "communicator/nccl/heartbeats.h"
+#include "support/cuda_handle.h"
+
+namespace anabranch {
+
+/// Watches a group's collectives: one that does not end within its deadline, or that NCCL reports as
+/// failed, ends all of them, here and on the other ranks, and is told by `check`: before streams go on,
+/// so that who has waited for a stream learns it there. The time of a collective begins when the
+/// stream has come to it.
+///
+/// One thread asks CUDA how far the streams are. Its calls may have to wait for another thread's, which
+/// may wait for a collective that never ends: so it is another thread, calling nothing of CUDA's, that
+/// tells the other ranks that this one lives, and gives up.
+class NcclWatch {
+ public:
+  /// How often a rank tells the others that it lives.
+  static std::chrono::milliseconds heartbeat_for(std::chrono::milliseconds deadline);
+
+  /// `on_failure` ends what the group does not know of. It is called by a thread of the watch's.
+  NcclWatch(NcclGroup& group, NcclProgress& progress, int device,
+            std::chrono::milliseconds deadline, std::function<void()> on_failure);
+  ~NcclWatch();
+  NcclWatch(const NcclWatch&) = delete;
+  NcclWatch& operator=(const NcclWatch&) = delete;
+
+  /// Throws CommunicationError if the group has failed.
+  void check();
+  /// Launches `calls` on `stream` as the group's next collective. Throws like `check`.
+  void run(const char* name, cudaStream_t stream, const std::function<void(ncclComm_t)>& calls);
+  /// Waits until all collectives have ended, then lets the group go. Throws like `check`.
+  void finish();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  struct Collective {
+    std::string name;
+    int64_t sequence;
+    CudaEvent begin;
+    CudaEvent end;
+    std::optional<Clock::time_point> begun;  ///< when the stream was seen to have come to it
+  };
+
+  /// A collective that the host is in.
+  struct Launch {
+    std::string name;
+    int64_t sequence;
+    Clock::time_point begun;
+  };
+
+  /// What makes the watch give up.
+  struct Trouble {
+    std::string reason;
+    int64_t sequence;
+  };
+
+  void follow_streams(int device);
+  void look_at_streams();
+  void watch();
+  void exchange_signs(Clock::time_point now);
+  std::optional<Trouble> look();
+  /// False when there is no more to do.
+  bool pause();
+  void fail(const Trouble& trouble);
+  void end_with(const NcclProgress::Failure& failure);
+
+  NcclGroup& group_;
+  NcclProgress& progress_;
+  std::chrono::milliseconds deadline_;
+  std::chrono::milliseconds heartbeat_;
+  std::function<void()> on_failure_;
+  Clock::time_point next_sign_;   ///< of the thread alone
+  std::timed_mutex group_mutex_;  ///< held by whoever calls the group
+  std::mutex mutex_;              ///< guards what follows
+  std::condition_variable changed_;
+  std::deque<Collective> running_;
+  int64_t started_ = 0;
+  std::optional<Launch> launching_;
+  Clock::time_point looked_;  ///< when CUDA last answered
+  std::optional<Trouble> trouble_;
+  std::optional<NcclProgress::Failure> failure_;
+  bool stop_ = false;
+  // The last members: they use all others.
+  std::thread follower_;
+  std::thread watcher_;
+};
+
+}  // namespace anabranch

@@ -1,0 +1,233 @@
+#include "communicator/peer_memory/exchange.h"
+
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/util/StringUtil.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+
+#include "communicator/agreement.h"
+#include "communicator/host_name.h"
+#include "communicator/row_bytes.h"
+
+namespace anabranch {
+namespace {
+
+/// As many rows as `counts` from each rank's first row on.
+void set_ranges(const std::vector<int64_t>& counts, int64_t* begins, int64_t* rows) {
+  int64_t begin = 0;
+  for (size_t rank = 0; rank < counts.size(); ++rank) {
+    begins[rank] = begin;
+    rows[rank] = counts[rank];
+    begin += counts[rank];
+  }
+}
+
+peer::Rows rows_of(const Transfer& transfer) {
+  peer::Rows rows = {};
+  rows.source = static_cast<const std::byte*>(transfer.send.const_data_ptr());
+  rows.index =
+      transfer.send_index.defined() ? transfer.send_index.const_data_ptr<int64_t>() : nullptr;
+  rows.target = static_cast<std::byte*>(transfer.receive.data_ptr());
+  rows.row_bytes = row_bytes(transfer.send);
+  set_ranges(transfer.send_rows, rows.send_begin, rows.send_rows);
+  set_ranges(transfer.receive_rows, rows.receive_begin, rows.receive_rows);
+  return rows;
+}
+
+}  // namespace
+
+/// Memory of this GPU that the other ranks map.
+struct PeerExchange::Mailbox {
+  Mailbox(const peer::Layout& layout, int rank)
+      : layout(layout), rank(rank), device(c10::cuda::current_device()) {
+    void* allocated = nullptr;
+    const auto bytes = static_cast<size_t>(layout.bytes());
+    check_cuda(cudaMalloc(&allocated, bytes), "cudaMalloc");
+    memory = static_cast<std::byte*>(allocated);
+    const CudaStream stream = make_cuda_stream();
+    check_cuda(cudaMemsetAsync(memory, 0, bytes, stream), "cudaMemsetAsync");
+    check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  }
+  Mailbox(const Mailbox&) = delete;
+  Mailbox& operator=(const Mailbox&) = delete;
+  ~Mailbox() { static_cast<void>(cudaFree(memory)); }
+
+  std::string handle() const {
+    cudaIpcMemHandle_t handle;
+    check_cuda(cudaIpcGetMemHandle(&handle, memory), "cudaIpcGetMemHandle");
+    return {handle.reserved, sizeof(handle.reserved)};
+  }
+
+  /// Whether all other ranks have said that they do not use it any more.
+  bool is_closed() const {
+    const c10::cuda::CUDAGuard guard(device);
+    const CudaStream stream = make_cuda_stream();
+    for (int other = 0; other < layout.size; ++other) {
+      peer::Queues queues = {};
+      if (other == rank) {
+        continue;
+      }
+      check_cuda(cudaMemcpyAsync(&queues, memory + layout.state(rank, other, 0), sizeof(queues),
+                                 cudaMemcpyDeviceToHost, stream),
+                 "cudaMemcpyAsync");
+      check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+      if (queues.closed == 0) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  /// Frees those that all others have closed, and keeps the rest for a later call. `mailbox` is the
+  /// newest of them, or null.
+  static void retire(std::shared_ptr<Mailbox> mailbox) {
+    static std::mutex mutex;
+    // Never destroyed: at exit CUDA may already be gone.
+    static auto* retired = new std::vector<std::shared_ptr<Mailbox>>;
+    const std::lock_guard lock(mutex);
+    if (mailbox != nullptr) {
+      retired->push_back(std::move(mailbox));
+    }
+    std::erase_if(*retired, [](const auto& one) { return one->is_closed(); });
+  }
+
+  peer::Layout layout;
+  int rank;
+  c10::DeviceIndex device;
+  std::byte* memory = nullptr;
+};
+
+bool PeerExchange::suits(Communicator& bootstrap) {
+  // Who keeps NCCL from mapping memory, because it does not work here, means us as well.
+  const char* disabled = std::getenv("NCCL_P2P_DISABLE");
+  const bool may = disabled == nullptr || std::string_view(disabled) == "0";
+  const std::vector<std::string> hosts =
+      all_gather_strings(bootstrap, may ? host_name() : std::string());
+  return !hosts[0].empty() && hosts.size() > 1 && hosts.size() <= peer::kMaxRanks &&
+         std::all_of(hosts.begin(), hosts.end(),
+                     [&](const auto& host) { return host == hosts[0]; });
+}
+
+std::unique_ptr<PeerExchange> PeerExchange::make(Communicator& bootstrap, std::string& obstacle) {
+  Mailbox::retire(nullptr);
+  std::unique_ptr<PeerExchange> exchange;
+  obstacle = first_failure(run_together(
+      bootstrap, [&] { exchange.reset(new PeerExchange(bootstrap)); }));  // a private constructor
+  if (obstacle.empty()) {
+    obstacle = exchange->map(bootstrap);
+  }
+  if (!obstacle.empty()) {
+    const auto mailbox = exchange == nullptr ? nullptr : exchange->own_;
+    exchange.reset();
+    bootstrap.barrier();  // all have closed the mailbox that is freed now
+    return nullptr;
+  }
+  exchange->mapped_by_all_ = true;
+  return exchange;
+}
+
+PeerExchange::PeerExchange(const Communicator& bootstrap) : last_(make_cuda_event()) {
+  arguments_.rank = bootstrap.rank();
+  arguments_.layout = {bootstrap.size(), peer::lanes_for(bootstrap.size())};
+  own_ = std::make_shared<Mailbox>(arguments_.layout, bootstrap.rank());
+  void* flag = nullptr;
+  check_cuda(cudaHostAlloc(&flag, sizeof(int), cudaHostAllocPortable | cudaHostAllocMapped),
+             "cudaHostAlloc");
+  aborted_ = static_cast<int*>(flag);
+  *aborted_ = 0;
+  arguments_.aborted = aborted_;
+}
+
+/// Maps all mailboxes into this process; the obstacle, if there is one on any rank.
+std::string PeerExchange::map(Communicator& bootstrap) {
+  std::string handle;
+  std::string obstacle = first_failure(run_together(bootstrap, [&] { handle = own_->handle(); }));
+  if (!obstacle.empty()) {
+    return obstacle;
+  }
+  const std::vector<std::string> handles = all_gather_strings(bootstrap, handle);
+  obstacle = first_failure(run_together(bootstrap, [&] {
+    for (int rank = 0; rank < bootstrap.size(); ++rank) {
+      if (rank == bootstrap.rank()) {
+        arguments_.mailboxes[rank] = own_->memory;
+        continue;
+      }
+      cudaIpcMemHandle_t other;
+      std::memcpy(other.reserved, handles[rank].data(), sizeof(other.reserved));
+      void* memory = nullptr;
+      const cudaError_t status =
+          cudaIpcOpenMemHandle(&memory, other, cudaIpcMemLazyEnablePeerAccess);
+      if (status != cudaSuccess) {
+        static_cast<void>(cudaGetLastError());  // told here, and nobody else's
+        throw std::runtime_error(
+            c10::str("cannot map the memory of rank ", rank, ": ", cudaGetErrorString(status)));
+      }
+      arguments_.mailboxes[rank] = static_cast<std::byte*>(memory);
+      mapped_.push_back(rank);
+    }
+  }));
+  return obstacle;
+}
+
+PeerExchange::~PeerExchange() {
+  if (*aborted_ != 0) {
+    // Other GPUs may still be writing, and kernels looking at the flag: all stays until the process
+    // ends, as it is about to.
+    static_cast<void>(new std::shared_ptr<Mailbox>(own_));
+    return;
+  }
+  try {
+    const c10::cuda::CUDAGuard guard(own_->device);
+    const CudaStream stream = make_cuda_stream();
+    const uint64_t closed = 1;
+    for (const int owner : mapped_) {
+      check_cuda(cudaMemcpyAsync(arguments_.mailboxes[owner] +
+                                     arguments_.layout.state(owner, arguments_.rank, 0) +
+                                     offsetof(peer::Queues, closed),
+                                 &closed, sizeof(closed), cudaMemcpyHostToDevice, stream),
+                 "cudaMemcpyAsync");
+    }
+    check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+    for (const int owner : mapped_) {
+      check_cuda(cudaIpcCloseMemHandle(arguments_.mailboxes[owner]), "cudaIpcCloseMemHandle");
+    }
+    check_cuda(cudaFreeHost(aborted_), "cudaFreeHost");
+    if (mapped_by_all_) {
+      Mailbox::retire(std::move(own_));
+    }
+  } catch (const std::runtime_error&) {
+    // The GPU has failed: its next user will be told.
+  }
+}
+
+void PeerExchange::all_to_all_v(const std::vector<Transfer>& transfers, cudaStream_t stream) {
+  check_cuda(cudaStreamWaitEvent(stream, last_), "cudaStreamWaitEvent");
+  const auto launch = [&] {
+    peer::launch_exchange(arguments_, stream);
+    arguments_.num_transfers = 0;
+  };
+  for (const Transfer& transfer : transfers) {
+    const peer::Rows rows = rows_of(transfer);
+    if (rows.row_bytes == 0) {
+      continue;
+    }
+    arguments_.transfers[arguments_.num_transfers++] = rows;
+    if (arguments_.num_transfers == peer::kMaxTransfers) {
+      launch();
+    }
+  }
+  if (arguments_.num_transfers > 0) {
+    launch();
+  }
+  check_cuda(cudaEventRecord(last_, stream), "cudaEventRecord");
+}
+
+void PeerExchange::abort() noexcept {
+  std::atomic_ref<int>(*aborted_).store(1, std::memory_order_relaxed);
+}
+
+}  // namespace anabranch
