@@ -6,14 +6,14 @@
 
 namespace anabranch {
 
-Group::Group(int32_t id, std::vector<int> members, int world_size)
+MpiGroup::MpiGroup(int32_t id, std::vector<int> members, int world_size)
     : id(id), members(std::move(members)) {
   std::vector<int> all(world_size);
   std::iota(all.begin(), all.end(), 0);
   is_world = this->members == all;
 }
 
-std::string Group::describe(const std::vector<int>& world_ranks) const {
+std::string MpiGroup::describe(const std::vector<int>& world_ranks) const {
   constexpr size_t kNamed = 16;
   std::string text = is_world ? "rank" : "world rank";
   text += world_ranks.size() == 1 ? " " : "s ";
@@ -26,7 +26,7 @@ std::string Group::describe(const std::vector<int>& world_ranks) const {
   return text;
 }
 
-std::vector<int> Group::ranks_of(const std::vector<int>& world_ranks) const {
+std::vector<int> MpiGroup::ranks_of(const std::vector<int>& world_ranks) const {
   std::vector<int> ranks;
   for (const int world_rank : world_ranks) {
     const auto member = std::find(members.begin(), members.end(), world_rank);

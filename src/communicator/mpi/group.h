@@ -7,8 +7,8 @@
 namespace anabranch {
 
 /// Ranks that communicate, by their number in MPI_COMM_WORLD: the "world rank" of messages.
-struct Group {
-  Group(int32_t id, std::vector<int> members, int world_size);
+struct MpiGroup {
+  MpiGroup(int32_t id, std::vector<int> members, int world_size);
 
   int32_t id;  ///< differs between groups that share a rank
   std::vector<int> members;

@@ -8,25 +8,25 @@
 
 namespace anabranch {
 
-Messages::Messages(MpiRuntime& runtime, std::vector<at::Tensor> buffers, bool by_host)
+MpiMessages::MpiMessages(MpiRuntime& runtime, std::vector<at::Tensor> buffers, bool by_host)
     : runtime_(runtime), buffers_(std::move(buffers)), by_host_(by_host) {}
 
-Messages::~Messages() {
+MpiMessages::~MpiMessages() {
   if (outstanding_ > 0) {
     runtime_.abandon(std::move(requests_), std::move(buffers_));
   }
 }
 
-void Messages::post(const std::vector<Parcel>& parcels, int tag, int64_t piece_bytes) {
+void MpiMessages::post(const std::vector<MpiParcel>& parcels, int tag, int64_t piece_bytes) {
   const std::lock_guard lock(runtime_.mutex());
   for (const Direction direction : {Direction::kIncoming, Direction::kOutgoing}) {
-    for (const Parcel& parcel : parcels) {
+    for (const MpiParcel& parcel : parcels) {
       if (parcel.peer != runtime_.rank() || !by_host_) {
         start(parcel, direction, tag, piece_bytes);
       }
     }
   }
-  for (const Parcel& parcel : parcels) {
+  for (const MpiParcel& parcel : parcels) {
     if (parcel.peer == runtime_.rank() && by_host_ && parcel.send_bytes > 0) {
       std::memcpy(parcel.receive, parcel.send, parcel.send_bytes);
     }
@@ -35,7 +35,8 @@ void Messages::post(const std::vector<Parcel>& parcels, int tag, int64_t piece_b
   statuses_.resize(requests_.size());
 }
 
-void Messages::start(const Parcel& parcel, Direction direction, int tag, int64_t piece_bytes) {
+void MpiMessages::start(const MpiParcel& parcel, Direction direction, int tag,
+                        int64_t piece_bytes) {
   const bool incoming = direction == Direction::kIncoming;
   const int64_t length = incoming ? parcel.receive_bytes : parcel.send_bytes;
   for (int64_t offset = 0; offset < length; offset += piece_bytes) {
@@ -50,7 +51,7 @@ void Messages::start(const Parcel& parcel, Direction direction, int tag, int64_t
                                       runtime_.comm(), &request));
       }
     } catch (const MpiError& error) {
-      throw PeerError(parcel.peer, error.what());
+      throw MpiPeerError(parcel.peer, error.what());
     }
     pieces_.push_back({parcel.peer, bytes, direction});
     requests_.push_back(request);
@@ -58,7 +59,7 @@ void Messages::start(const Parcel& parcel, Direction direction, int tag, int64_t
   }
 }
 
-bool Messages::poll() {
+bool MpiMessages::poll() {
   if (outstanding_ == 0) {
     return true;
   }
@@ -75,27 +76,27 @@ bool Messages::poll() {
   return outstanding_ == 0;
 }
 
-void Messages::check_piece(const Piece& piece, int result, const MPI_Status& status) const {
+void MpiMessages::check_piece(const Piece& piece, int result, const MPI_Status& status) const {
   if (result == MPI_ERR_TRUNCATE) {
-    throw PeerError(piece.peer, c10::str("more than the expected ", piece.bytes,
-                                         " bytes came: the ranks' arguments do not fit"));
+    throw MpiPeerError(piece.peer, c10::str("more than the expected ", piece.bytes,
+                                            " bytes came: the ranks' arguments do not fit"));
   }
   try {
     check_mpi(result, "MPI_Testsome", __FILE__, __LINE__);
   } catch (const MpiError& error) {
-    throw PeerError(piece.peer, error.what());
+    throw MpiPeerError(piece.peer, error.what());
   }
   if (piece.direction == Direction::kIncoming) {
     int bytes = 0;
     ANABRANCH_CHECK_MPI(MPI_Get_count(&status, MPI_BYTE, &bytes));
     if (bytes != piece.bytes) {
-      throw PeerError(piece.peer, c10::str(bytes, " bytes came where ", piece.bytes,
-                                           " were expected: the ranks' arguments do not fit"));
+      throw MpiPeerError(piece.peer, c10::str(bytes, " bytes came where ", piece.bytes,
+                                              " were expected: the ranks' arguments do not fit"));
     }
   }
 }
 
-std::vector<int> Messages::pending() const {
+std::vector<int> MpiMessages::pending() const {
   std::vector<int> ranks;
   for (size_t i = 0; i < requests_.size(); ++i) {
     if (requests_[i] != MPI_REQUEST_NULL) {

@@ -10,7 +10,7 @@
 namespace anabranch {
 
 /// What goes to and comes from one rank of MPI_COMM_WORLD, which may be this one; 0 bytes: nothing.
-struct Parcel {
+struct MpiParcel {
   int peer = 0;
   const std::byte* send = nullptr;
   int64_t send_bytes = 0;
@@ -23,17 +23,17 @@ struct Parcel {
 /// The memory that parcels point into belongs to `buffers`. If messages are still in flight when
 /// this is destroyed, which only happens after a failure, both are kept for good: MPI may write
 /// into them at any time.
-class Messages {
+class MpiMessages {
  public:
   /// `by_host`: the memory is the host's, and what is for this rank itself is copied without MPI.
-  Messages(MpiRuntime& runtime, std::vector<at::Tensor> buffers, bool by_host);
-  ~Messages();
-  Messages(const Messages&) = delete;
-  Messages& operator=(const Messages&) = delete;
+  MpiMessages(MpiRuntime& runtime, std::vector<at::Tensor> buffers, bool by_host);
+  ~MpiMessages();
+  MpiMessages(const MpiMessages&) = delete;
+  MpiMessages& operator=(const MpiMessages&) = delete;
 
-  /// Starts to receive and send. Throws PeerError.
-  void post(const std::vector<Parcel>& parcels, int tag, int64_t piece_bytes);
-  /// Whether all messages have come and gone. Throws PeerError.
+  /// Starts to receive and send. Throws MpiPeerError.
+  void post(const std::vector<MpiParcel>& parcels, int tag, int64_t piece_bytes);
+  /// Whether all messages have come and gone. Throws MpiPeerError.
   bool poll();
   /// Ranks whose messages are outstanding.
   std::vector<int> pending() const;
@@ -46,7 +46,7 @@ class Messages {
     Direction direction;
   };
 
-  void start(const Parcel& parcel, Direction direction, int tag, int64_t piece_bytes);
+  void start(const MpiParcel& parcel, Direction direction, int tag, int64_t piece_bytes);
   void check_piece(const Piece& piece, int result, const MPI_Status& status) const;
 
   MpiRuntime& runtime_;
@@ -60,9 +60,9 @@ class Messages {
 };
 
 /// A message to or from `peer` went wrong.
-class PeerError : public MpiError {
+class MpiPeerError : public MpiError {
  public:
-  PeerError(int peer, const std::string& message) : MpiError(message), peer_(peer) {}
+  MpiPeerError(int peer, const std::string& message) : MpiError(message), peer_(peer) {}
   int peer() const noexcept { return peer_; }
 
  private:

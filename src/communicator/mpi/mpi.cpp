@@ -29,7 +29,7 @@ constexpr int kCallNumbers = 16;
 constexpr int kTagsPerGroup = kCallKinds * kCallNumbers;
 constexpr int kWorldGroup = 1;
 
-int tag_of(const CallId& call) {
+int tag_of(const MpiCallId& call) {
   return call.group * kTagsPerGroup + static_cast<int>(call.sequence % kCallNumbers) * kCallKinds +
          static_cast<int>(call.call);
 }
@@ -77,7 +77,7 @@ void bring_back(const at::Tensor& reached, const at::Tensor& tensor) {
 /// every wait is for ranks that can be named.
 class MpiCommunicator final : public Communicator {
  public:
-  MpiCommunicator(MpiRuntime& runtime, Group group, int rank, CommunicatorOptions options,
+  MpiCommunicator(MpiRuntime& runtime, MpiGroup group, int rank, CommunicatorOptions options,
                   int64_t piece_bytes)
       : Communicator(rank, static_cast<int>(group.members.size())),
         runtime_(runtime),
@@ -101,44 +101,44 @@ class MpiCommunicator final : public Communicator {
   }
 
  private:
-  Watch begin(Call call);
+  MpiWatch begin(MpiCall call);
   void exchange_rows(const std::vector<Transfer>& transfers);
   void sum(torch::Tensor& tensor);
-  void exchange(Watch& watch, std::vector<Parcel> parcels, std::vector<at::Tensor> buffers);
-  void gather(Watch& watch, const at::Tensor& tensor, const at::Tensor& gathered);
+  void exchange(MpiWatch& watch, std::vector<MpiParcel> parcels, std::vector<at::Tensor> buffers);
+  void gather(MpiWatch& watch, const at::Tensor& tensor, const at::Tensor& gathered);
   /// The `i`th rank to send to, this one first: each rank sends to another at a time.
   int peer(int i) const { return (rank() + i) % size(); }
 
   MpiRuntime& runtime_;
-  Group group_;
+  MpiGroup group_;
   CommunicatorOptions options_;
   int64_t piece_bytes_;
   int64_t calls_ = 0;
 };
 
-Watch MpiCommunicator::begin(Call call) {
+MpiWatch MpiCommunicator::begin(MpiCall call) {
   if (const auto failure = runtime_.failure()) {
     refuse_after(*failure, group_, runtime_.rank(), call);
   }
-  return Watch(runtime_, group_, {group_.id, call, ++calls_}, options_.deadline);
+  return MpiWatch(runtime_, group_, {group_.id, call, ++calls_}, options_.deadline);
 }
 
 /// `parcels` name peers by their ranks here.
-void MpiCommunicator::exchange(Watch& watch, std::vector<Parcel> parcels,
+void MpiCommunicator::exchange(MpiWatch& watch, std::vector<MpiParcel> parcels,
                                std::vector<at::Tensor> buffers) {
-  for (Parcel& parcel : parcels) {
+  for (MpiParcel& parcel : parcels) {
     parcel.peer = group_.members[parcel.peer];
   }
   // MPI does not know streams.
   std::for_each(buffers.begin(), buffers.end(), wait_for_stream);
   const bool by_host = buffers.empty() || buffers.front().is_cpu();
-  Messages messages(runtime_, std::move(buffers), by_host);
+  MpiMessages messages(runtime_, std::move(buffers), by_host);
   try {
     messages.post(parcels, tag_of(watch.call()), piece_bytes_);
     while (!messages.poll()) {
       watch.keep_waiting([&] { return messages.pending(); });
     }
-  } catch (const PeerError& error) {
+  } catch (const MpiPeerError& error) {
     watch.fail(c10::str("failed with ", group_.describe({error.peer()}), ": ", error.what()),
                {error.peer()});
   } catch (const MpiError& error) {
@@ -159,8 +159,8 @@ void MpiCommunicator::do_all_to_all_v(const std::vector<Transfer>& transfers) {
 }
 
 void MpiCommunicator::exchange_rows(const std::vector<Transfer>& transfers) {
-  Watch watch = begin(Call::kAllToAllV);
-  std::vector<Parcel> parcels;
+  MpiWatch watch = begin(MpiCall::kAllToAllV);
+  std::vector<MpiParcel> parcels;
   std::vector<at::Tensor> buffers;
   for (const Transfer& transfer : transfers) {
     const std::vector<int64_t> from = byte_offsets(transfer.send, transfer.send_rows);
@@ -189,15 +189,15 @@ void MpiCommunicator::do_all_reduce(torch::Tensor& tensor) {
 /// Every rank sums one chunk of the tensor, in rank order, and sends the sum to all: each element
 /// crosses the wire twice, and is the same on every rank and in every run.
 void MpiCommunicator::sum(torch::Tensor& tensor) {
-  Watch watch = begin(Call::kAllReduce);
+  MpiWatch watch = begin(MpiCall::kAllReduce);
   const at::Tensor flat = tensor.view({-1});
   const auto item = static_cast<int64_t>(tensor.element_size());
   const int64_t own = chunk_length(flat.numel(), rank(), size());
   const at::Tensor terms = at::empty({size(), own}, tensor.options());
   const at::Tensor sum = flat.narrow(0, chunk_begin(flat.numel(), rank(), size()), own);
 
-  std::vector<Parcel> scatter;
-  std::vector<Parcel> gather;
+  std::vector<MpiParcel> scatter;
+  std::vector<MpiParcel> gather;
   for (int i = 1; i < size(); ++i) {
     const int p = peer(i);
     std::byte* chunk = mutable_bytes_of(flat) + chunk_begin(flat.numel(), p, size()) * item;
@@ -217,9 +217,10 @@ void MpiCommunicator::sum(torch::Tensor& tensor) {
   exchange(watch, std::move(gather), {flat});
 }
 
-void MpiCommunicator::gather(Watch& watch, const at::Tensor& tensor, const at::Tensor& gathered) {
+void MpiCommunicator::gather(MpiWatch& watch, const at::Tensor& tensor,
+                             const at::Tensor& gathered) {
   const auto bytes = static_cast<int64_t>(tensor.nbytes());
-  std::vector<Parcel> parcels;
+  std::vector<MpiParcel> parcels;
   for (int i = 0; i < size(); ++i) {
     const int p = peer(i);
     parcels.push_back({p, bytes_of(tensor), bytes, mutable_bytes_of(gathered) + p * bytes, bytes});
@@ -228,17 +229,17 @@ void MpiCommunicator::gather(Watch& watch, const at::Tensor& tensor, const at::T
 }
 
 void MpiCommunicator::do_all_gather(const torch::Tensor& tensor, torch::Tensor& gathered) {
-  Watch watch = begin(Call::kAllGather);
+  MpiWatch watch = begin(MpiCall::kAllGather);
   const at::Tensor reached = reachable(gathered);
   gather(watch, reachable_copy(tensor), reached);
   bring_back(reached, gathered);
 }
 
 void MpiCommunicator::do_broadcast(torch::Tensor& tensor, int root) {
-  Watch watch = begin(Call::kBroadcast);
+  MpiWatch watch = begin(MpiCall::kBroadcast);
   const at::Tensor reached = rank() == root ? reachable_copy(tensor) : reachable(tensor);
   const auto bytes = static_cast<int64_t>(tensor.nbytes());
-  std::vector<Parcel> parcels;
+  std::vector<MpiParcel> parcels;
   if (rank() == root) {
     for (int i = 1; i < size(); ++i) {
       parcels.push_back({peer(i), bytes_of(reached), bytes, nullptr, 0});
@@ -253,14 +254,14 @@ void MpiCommunicator::do_broadcast(torch::Tensor& tensor, int root) {
 }
 
 void MpiCommunicator::do_barrier() {
-  Watch watch = begin(Call::kBarrier);
+  MpiWatch watch = begin(MpiCall::kBarrier);
   const at::Tensor token = at::zeros({1}, at::kByte);
   gather(watch, token, at::empty({size(), 1}, at::kByte));
 }
 
 /// No MPI communicator is made: a group is a list of ranks and a range of tags.
 std::shared_ptr<Communicator> MpiCommunicator::split(int color, int key) {
-  Watch watch = begin(Call::kSplit);
+  MpiWatch watch = begin(MpiCall::kSplit);
   const at::Tensor mine = at::tensor({color, key, runtime_.next_group}, at::kInt);
   const at::Tensor all = at::empty({size(), 3}, at::kInt);
   gather(watch, mine, all);
@@ -287,7 +288,8 @@ std::shared_ptr<Communicator> MpiCommunicator::split(int color, int key) {
   for (const auto& [unused_key, r] : ordered) {
     members.push_back(group_.members[r]);
   }
-  return std::make_shared<MpiCommunicator>(runtime_, Group(id, std::move(members), runtime_.size()),
+  return std::make_shared<MpiCommunicator>(runtime_,
+                                           MpiGroup(id, std::move(members), runtime_.size()),
                                            rank_in_group, options_, piece_bytes_);
 }
 
@@ -328,8 +330,8 @@ std::shared_ptr<Communicator> make_mpi_communicator(const CommunicatorOptions& o
   MpiRuntime& runtime = MpiRuntime::get(options.deadline);
   std::vector<int> all(runtime.size());
   std::iota(all.begin(), all.end(), 0);
-  MpiCommunicator world(runtime, Group(kWorldGroup, std::move(all), runtime.size()), runtime.rank(),
-                        options, piece_bytes);
+  MpiCommunicator world(runtime, MpiGroup(kWorldGroup, std::move(all), runtime.size()),
+                        runtime.rank(), options, piece_bytes);
   check_launch(world);
   return world.split(/*color=*/0, /*key=*/0);
 }

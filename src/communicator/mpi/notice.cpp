@@ -15,7 +15,7 @@ constexpr int kNoticeTag = 0;
 constexpr std::chrono::milliseconds kLongestFarewell(200);
 
 struct Outgoing {
-  Notice notice;
+  MpiNotice notice;
   MPI_Request request = MPI_REQUEST_NULL;
 };
 
@@ -39,25 +39,25 @@ bool all_sent(MpiRuntime& runtime) {
 
 }  // namespace
 
-void Notice::set_ranks(const std::vector<int>& values) {
+void MpiNotice::set_ranks(const std::vector<int>& values) {
   num_ranks = static_cast<int32_t>(std::min(values.size(), kMaxRanks));
   std::copy_n(values.begin(), num_ranks, ranks.begin());
 }
 
-void Notice::set_text(const std::string& value) {
+void MpiNotice::set_text(const std::string& value) {
   text = {};
   std::copy_n(value.begin(), std::min(value.size(), text.size() - 1), text.begin());
 }
 
-void send_notice(MpiRuntime& runtime, int rank, const Notice& notice) {
+void send_mpi_notice(MpiRuntime& runtime, int rank, const MpiNotice& notice) {
   const std::lock_guard lock(runtime.mutex());
   outbox().push_back({notice});
   Outgoing& outgoing = outbox().back();
-  ANABRANCH_CHECK_MPI(MPI_Isend(&outgoing.notice, sizeof(Notice), MPI_BYTE, rank, kNoticeTag,
+  ANABRANCH_CHECK_MPI(MPI_Isend(&outgoing.notice, sizeof(MpiNotice), MPI_BYTE, rank, kNoticeTag,
                                 runtime.comm(), &outgoing.request));
 }
 
-std::optional<ReceivedNotice> receive_notice(MpiRuntime& runtime) {
+std::optional<ReceivedMpiNotice> receive_mpi_notice(MpiRuntime& runtime) {
   const std::lock_guard lock(runtime.mutex());
   int found = 0;
   MPI_Status status;
@@ -66,23 +66,23 @@ std::optional<ReceivedNotice> receive_notice(MpiRuntime& runtime) {
     return std::nullopt;
   }
   // Small enough to have come whole, so receiving does not wait.
-  ReceivedNotice received;
+  ReceivedMpiNotice received;
   received.source = status.MPI_SOURCE;
-  ANABRANCH_CHECK_MPI(MPI_Recv(&received.notice, sizeof(Notice), MPI_BYTE, status.MPI_SOURCE,
+  ANABRANCH_CHECK_MPI(MPI_Recv(&received.notice, sizeof(MpiNotice), MPI_BYTE, status.MPI_SOURCE,
                                kNoticeTag, runtime.comm(), MPI_STATUS_IGNORE));
   return received;
 }
 
-void announce_failure(MpiRuntime& runtime, const Failure& failure) {
+void announce_failure(MpiRuntime& runtime, const MpiFailure& failure) {
   runtime.set_failure(failure);
-  Notice notice;
-  notice.kind = Notice::Kind::kFailure;
+  MpiNotice notice;
+  notice.kind = MpiNotice::Kind::kFailure;
   notice.set_ranks(failure.culprits);
   notice.set_text(failure.text);
   for (int rank = 0; rank < runtime.size(); ++rank) {
     try {
       if (rank != runtime.rank()) {
-        send_notice(runtime, rank, notice);
+        send_mpi_notice(runtime, rank, notice);
       }
     } catch (const MpiError&) {
       // It is dead, or ends at its own deadline.

@@ -11,7 +11,7 @@
 namespace anabranch {
 
 /// A short message beside the data, which only ranks that have waited for long read or write.
-struct Notice {
+struct MpiNotice {
   enum class Kind : int32_t {
     kQuestion,  ///< whom do you wait for?
     kAnswer,    ///< for `ranks`, in the call described by `group`, `call`, `sequence`
@@ -35,17 +35,17 @@ struct Notice {
   void set_text(const std::string& value);
 };
 
-struct ReceivedNotice {
+struct ReceivedMpiNotice {
   int source = 0;
-  Notice notice;
+  MpiNotice notice;
 };
 
 /// Starts to send; completion is nobody's concern.
-void send_notice(MpiRuntime& runtime, int rank, const Notice& notice);
+void send_mpi_notice(MpiRuntime& runtime, int rank, const MpiNotice& notice);
 /// The next notice that has come, if any.
-std::optional<ReceivedNotice> receive_notice(MpiRuntime& runtime);
+std::optional<ReceivedMpiNotice> receive_mpi_notice(MpiRuntime& runtime);
 /// Marks the runtime as failed and tells every other rank, without waiting for those that do not
 /// listen.
-void announce_failure(MpiRuntime& runtime, const Failure& failure);
+void announce_failure(MpiRuntime& runtime, const MpiFailure& failure);
 
 }  // namespace anabranch

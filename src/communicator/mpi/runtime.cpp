@@ -42,16 +42,16 @@ bool all_leave(MpiRuntime& runtime) {
   WaitingTime waiting;
   int done = 0;
   while (done == 0 && waiting.so_far() < 2 * runtime.deadline()) {
-    while (const auto received = receive_notice(runtime)) {
-      if (received->notice.kind == Notice::Kind::kFailure) {
+    while (const auto received = receive_mpi_notice(runtime)) {
+      if (received->notice.kind == MpiNotice::Kind::kFailure) {
         return false;
       }
-      if (received->notice.kind == Notice::Kind::kQuestion) {
-        Notice answer;
-        answer.kind = Notice::Kind::kAnswer;
+      if (received->notice.kind == MpiNotice::Kind::kQuestion) {
+        MpiNotice answer;
+        answer.kind = MpiNotice::Kind::kAnswer;
         answer.question = received->notice.question;
-        answer.call = static_cast<int32_t>(Call::kExit);
-        send_notice(runtime, received->source, answer);
+        answer.call = static_cast<int32_t>(MpiCall::kExit);
+        send_mpi_notice(runtime, received->source, answer);
       }
     }
     {
@@ -196,12 +196,12 @@ void MpiRuntime::duplicate_world(std::chrono::milliseconds deadline) {
   comm_ = duplicate;
 }
 
-std::optional<Failure> MpiRuntime::failure() {
+std::optional<MpiFailure> MpiRuntime::failure() {
   const std::lock_guard lock(failure_mutex_);
   return failure_;
 }
 
-void MpiRuntime::set_failure(const Failure& failure) {
+void MpiRuntime::set_failure(const MpiFailure& failure) {
   const std::lock_guard lock(failure_mutex_);
   if (!failure_) {
     failure_ = failure;

@@ -26,7 +26,7 @@ void check_mpi(int code, const char* call, const char* file, int line);
 bool mpi_is_cuda_aware();
 
 /// Why communication has ended, and through whom (ranks of MPI_COMM_WORLD).
-struct Failure {
+struct MpiFailure {
   std::string text;
   std::vector<int> culprits;
 };
@@ -59,8 +59,8 @@ class MpiRuntime {
   int next_group = 2;
 
   /// After the first failure no communicator of this process can be used any more.
-  std::optional<Failure> failure();
-  void set_failure(const Failure& failure);
+  std::optional<MpiFailure> failure();
+  void set_failure(const MpiFailure& failure);
 
   /// Keeps what MPI may still read or write after a failure.
   void abandon(std::vector<MPI_Request> requests, std::vector<at::Tensor> buffers);
@@ -81,7 +81,7 @@ class MpiRuntime {
   int tag_limit_ = 0;
   std::mutex mutex_;
   std::mutex failure_mutex_;
-  std::optional<Failure> failure_;
+  std::optional<MpiFailure> failure_;
   std::vector<Abandoned> abandoned_;
 };
 

@@ -20,7 +20,7 @@ constexpr milliseconds kQuietTime(100);
 /// The longest time before the deadline at which a rank starts to ask.
 constexpr milliseconds kLongestInquiry(2000);
 
-const char* name_of(Call call) {
+const char* name_of(MpiCall call) {
   constexpr std::array names = {"all_to_all_v", "all_reduce", "all_gather", "broadcast",
                                 "barrier",      "split",      "exit"};
   return names.at(static_cast<size_t>(call));
@@ -32,19 +32,20 @@ bool contains(const std::vector<int>& ranks, int rank) {
 
 }  // namespace
 
-void refuse_after(const Failure& failure, const Group& group, int rank, Call call) {
+void refuse_after(const MpiFailure& failure, const MpiGroup& group, int rank, MpiCall call) {
   throw CommunicationError(
       c10::str(group.describe({rank}), ": ", name_of(call), " given up: ", failure.text),
       group.ranks_of(failure.culprits));
 }
 
-Watch::Watch(MpiRuntime& runtime, const Group& group, CallId call, milliseconds deadline)
+MpiWatch::MpiWatch(MpiRuntime& runtime, const MpiGroup& group, MpiCallId call,
+                   milliseconds deadline)
     : runtime_(runtime), group_(group), call_(call), deadline_(deadline) {
   static std::atomic<int32_t> questions = 0;
   question_ = ++questions;
 }
 
-void Watch::keep_waiting(const std::function<std::vector<int>()>& pending) {
+void MpiWatch::keep_waiting(const std::function<std::vector<int>()>& pending) {
   const auto waited = waiting_.so_far();
   if (waited >= std::min(kQuietTime, deadline_ / 4)) {
     const std::vector<int> ranks = pending();
@@ -62,45 +63,45 @@ void Watch::keep_waiting(const std::function<std::vector<int>()>& pending) {
   std::this_thread::yield();
 }
 
-void Watch::listen(const std::vector<int>& pending) {
-  while (const auto received = receive_notice(runtime_)) {
-    const Notice& notice = received->notice;
-    if (notice.kind == Notice::Kind::kQuestion) {
+void MpiWatch::listen(const std::vector<int>& pending) {
+  while (const auto received = receive_mpi_notice(runtime_)) {
+    const MpiNotice& notice = received->notice;
+    if (notice.kind == MpiNotice::Kind::kQuestion) {
       answer(received->source, notice.question, pending);
-    } else if (notice.kind == Notice::Kind::kAnswer && notice.question == question_) {
-      const CallId call{notice.group, static_cast<Call>(notice.call), notice.sequence};
+    } else if (notice.kind == MpiNotice::Kind::kAnswer && notice.question == question_) {
+      const MpiCallId call{notice.group, static_cast<MpiCall>(notice.call), notice.sequence};
       answers_[received->source] = {call, notice.get_ranks()};
-    } else if (notice.kind == Notice::Kind::kFailure) {
-      const Failure failure{notice.text.data(), notice.get_ranks()};
+    } else if (notice.kind == MpiNotice::Kind::kFailure) {
+      const MpiFailure failure{notice.text.data(), notice.get_ranks()};
       announce_failure(runtime_, failure);
       refuse_after(failure, group_, runtime_.rank(), call_.call);
     }
   }
 }
 
-void Watch::answer(int rank, int32_t question, const std::vector<int>& pending) {
-  Notice notice;
-  notice.kind = Notice::Kind::kAnswer;
+void MpiWatch::answer(int rank, int32_t question, const std::vector<int>& pending) {
+  MpiNotice notice;
+  notice.kind = MpiNotice::Kind::kAnswer;
   notice.question = question;
   notice.group = call_.group;
   notice.call = static_cast<int32_t>(call_.call);
   notice.sequence = call_.sequence;
   notice.set_ranks(pending);
-  send_notice(runtime_, rank, notice);
+  send_mpi_notice(runtime_, rank, notice);
 }
 
-void Watch::ask(const std::vector<int>& ranks) {
-  Notice question;
+void MpiWatch::ask(const std::vector<int>& ranks) {
+  MpiNotice question;
   question.question = question_;
   for (const int rank : ranks) {
     if (rank != runtime_.rank() && asked_.insert(rank).second) {
-      send_notice(runtime_, rank, question);
+      send_mpi_notice(runtime_, rank, question);
     }
   }
 }
 
 /// Those waited for, directly or by way of others that have answered.
-std::vector<int> Watch::reached_from(const std::vector<int>& pending) const {
+std::vector<int> MpiWatch::reached_from(const std::vector<int>& pending) const {
   std::vector<int> reached = pending;
   for (size_t i = 0; i < reached.size(); ++i) {
     const auto answer = answers_.find(reached[i]);
@@ -115,7 +116,7 @@ std::vector<int> Watch::reached_from(const std::vector<int>& pending) const {
   return reached;
 }
 
-void Watch::give_up(const std::vector<int>& pending) {
+void MpiWatch::give_up(const std::vector<int>& pending) {
   std::vector<int> silent;
   std::vector<int> elsewhere;
   for (const int rank : reached_from(pending)) {
@@ -134,8 +135,8 @@ void Watch::give_up(const std::vector<int>& pending) {
   } else if (!silent.empty()) {
     fail(c10::str(waited, ", held up by ", group_.describe(silent), " (dead or stalled)"), silent);
   } else if (!elsewhere.empty()) {
-    const CallId& other = answers_.at(elsewhere.front()).call;
-    if (other.call == Call::kExit) {
+    const MpiCallId& other = answers_.at(elsewhere.front()).call;
+    if (other.call == MpiCall::kExit) {
       fail(c10::str(waited, ": ", group_.describe({elsewhere.front()}),
                     " has come to the end of its program"),
            {elsewhere.front()});
@@ -149,7 +150,7 @@ void Watch::give_up(const std::vector<int>& pending) {
   fail(waited + " (alive, but the messages do not come through)", pending);
 }
 
-void Watch::fail(const std::string& reason, const std::vector<int>& culprits) {
+void MpiWatch::fail(const std::string& reason, const std::vector<int>& culprits) {
   const std::string text =
       c10::str(group_.describe({runtime_.rank()}), ": ", name_of(call_.call), " ", reason);
   announce_failure(runtime_, {text, culprits});

@@ -14,7 +14,7 @@
 
 namespace anabranch {
 
-enum class Call : int32_t {
+enum class MpiCall : int32_t {
   kAllToAllV,
   kAllReduce,
   kAllGather,
@@ -25,15 +25,16 @@ enum class Call : int32_t {
 };
 
 /// One collective call: the `sequence`th of a group.
-struct CallId {
+struct MpiCallId {
   int32_t group = 0;
-  Call call = Call::kBarrier;
+  MpiCall call = MpiCall::kBarrier;
   int64_t sequence = 0;
-  bool operator==(const CallId&) const = default;
+  bool operator==(const MpiCallId&) const = default;
 };
 
 /// Throws what a call of `group` on `rank` (of MPI_COMM_WORLD) ends in after a failure elsewhere.
-[[noreturn]] void refuse_after(const Failure& failure, const Group& group, int rank, Call call);
+[[noreturn]] void refuse_after(const MpiFailure& failure, const MpiGroup& group, int rank,
+                               MpiCall call);
 
 /// Finds out whom a waiting rank waits for in the end.
 ///
@@ -41,11 +42,12 @@ struct CallId {
 /// deadline, a rank asks those it waits for, and those they wait for. Whoever waits answers;
 /// whoever does not answer is to blame. A rank that gives up tells all others, which end at once
 /// and blame the same.
-class Watch {
+class MpiWatch {
  public:
-  Watch(MpiRuntime& runtime, const Group& group, CallId call, std::chrono::milliseconds deadline);
+  MpiWatch(MpiRuntime& runtime, const MpiGroup& group, MpiCallId call,
+           std::chrono::milliseconds deadline);
 
-  const CallId& call() const noexcept { return call_; }
+  const MpiCallId& call() const noexcept { return call_; }
 
   /// Called again and again while messages from or to the `pending` ranks are outstanding; throws
   /// CommunicationError when waiting for them has become vain.
@@ -56,7 +58,7 @@ class Watch {
 
  private:
   struct Answer {
-    CallId call;
+    MpiCallId call;
     std::vector<int> waits_for;
   };
 
@@ -67,8 +69,8 @@ class Watch {
   [[noreturn]] void give_up(const std::vector<int>& pending);
 
   MpiRuntime& runtime_;
-  const Group& group_;
-  CallId call_;
+  const MpiGroup& group_;
+  MpiCallId call_;
   std::chrono::milliseconds deadline_;
   WaitingTime waiting_;
   int32_t question_;

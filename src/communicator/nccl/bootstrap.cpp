@@ -34,22 +34,24 @@ ncclUniqueId id_of(const std::string& bytes) {
 /// Says that this rank lives, and ends when another has failed or has not come in time.
 class Joining {
  public:
-  Joining(NcclProgress& progress, std::chrono::milliseconds deadline)
-      : progress_(progress), deadline_(deadline), heartbeat_(NcclWatch::heartbeat_for(deadline)) {}
+  Joining(NcclHeartbeats& heartbeats, std::chrono::milliseconds deadline)
+      : heartbeats_(heartbeats),
+        deadline_(deadline),
+        heartbeat_(NcclWatch::heartbeat_for(deadline)) {}
 
   void keep_waiting() {
     std::this_thread::sleep_for(kGlance);
     const auto now = Clock::now();
     if (now >= next_sign_) {
-      progress_.publish(0);
+      heartbeats_.publish(0);
       next_sign_ = now + heartbeat_;
     }
-    progress_.listen();
-    if (const auto& failure = progress_.announced()) {
+    heartbeats_.listen();
+    if (const auto& failure = heartbeats_.announced()) {
       throw CommunicationError(failure->text, failure->culprits);
     }
     if (now - start_ > deadline_) {
-      const std::vector<int> missing = progress_.missing(0, heartbeat_);
+      const std::vector<int> missing = heartbeats_.missing(0, heartbeat_);
       fail(c10::str("NCCL's initialisation did not end within ", in_seconds(deadline_),
                     "; no sign of rank ", c10::Join(", ", missing)),
            missing);
@@ -57,14 +59,14 @@ class Joining {
   }
 
   [[noreturn]] void fail(const std::string& reason, const std::vector<int>& culprits) {
-    const std::string text = c10::str("rank ", progress_.rank(), ": ", reason);
-    progress_.announce({text, culprits});
+    const std::string text = c10::str("rank ", heartbeats_.rank(), ": ", reason);
+    heartbeats_.announce({text, culprits});
     throw CommunicationError(text, culprits);
   }
 
  private:
   using Clock = std::chrono::steady_clock;
-  NcclProgress& progress_;
+  NcclHeartbeats& heartbeats_;
   std::chrono::milliseconds deadline_;
   std::chrono::milliseconds heartbeat_;
   Clock::time_point start_ = Clock::now();
@@ -112,7 +114,7 @@ std::string make_nccl_unique_id() {
   return {id.internal, sizeof(id.internal)};
 }
 
-std::unique_ptr<NcclGroup> join_nccl_group(Communicator& bootstrap, NcclProgress& progress,
+std::unique_ptr<NcclGroup> join_nccl_group(Communicator& bootstrap, NcclHeartbeats& heartbeats,
                                            std::chrono::milliseconds deadline) {
   std::string id;
   succeed_together(bootstrap, [&] {
@@ -122,7 +124,7 @@ std::unique_ptr<NcclGroup> join_nccl_group(Communicator& bootstrap, NcclProgress
     }
   });
   id = all_gather_strings(bootstrap, id)[0];
-  Joining joining(progress, deadline);
+  Joining joining(heartbeats, deadline);
   try {
     return std::make_unique<NcclGroup>(
         id_of(id), bootstrap.rank(), bootstrap.size(), [&] { joining.keep_waiting(); },

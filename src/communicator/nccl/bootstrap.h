@@ -18,7 +18,7 @@ std::string nccl_version_name(int version);
 
 /// Makes the ranks of `bootstrap` an NCCL group, with the current device of each. A rank that fails,
 /// or does not come within `deadline`, is named by a CommunicationError on all. Collective.
-std::unique_ptr<NcclGroup> join_nccl_group(Communicator& bootstrap, NcclProgress& progress,
+std::unique_ptr<NcclGroup> join_nccl_group(Communicator& bootstrap, NcclHeartbeats& heartbeats,
                                            std::chrono::milliseconds deadline);
 
 /// A store for ranks that share no more than NCCL's id, on rank 0's host. Collective.

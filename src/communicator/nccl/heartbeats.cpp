@@ -70,7 +70,7 @@ uint64_t random_number() {
 
 }  // namespace
 
-struct NcclProgress::Datagram {
+struct NcclHeartbeats::Datagram {
   uint64_t group = 0;
   int64_t started = 0;
   int32_t rank = 0;
@@ -80,7 +80,7 @@ struct NcclProgress::Datagram {
   char text[768] = {};  ///< zero-terminated
 };
 
-NcclProgress::NcclProgress(Communicator& bootstrap)
+NcclHeartbeats::NcclHeartbeats(Communicator& bootstrap)
     : rank_(bootstrap.rank()), socket_(open_socket()), states_(bootstrap.size()) {
   const std::string host = host_name();
   const auto introductions =
@@ -97,9 +97,9 @@ NcclProgress::NcclProgress(Communicator& bootstrap)
   });
 }
 
-NcclProgress::~NcclProgress() { close(socket_); }
+NcclHeartbeats::~NcclHeartbeats() { close(socket_); }
 
-void NcclProgress::send_to_all(const Datagram& datagram) const {
+void NcclHeartbeats::send_to_all(const Datagram& datagram) const {
   for (size_t peer = 0; peer < addresses_.size(); ++peer) {
     if (static_cast<int>(peer) != rank_) {
       // A dead peer is no error of this rank's.
@@ -110,7 +110,7 @@ void NcclProgress::send_to_all(const Datagram& datagram) const {
   }
 }
 
-void NcclProgress::publish(int64_t started) {
+void NcclHeartbeats::publish(int64_t started) {
   Datagram datagram;
   datagram.group = group_;
   datagram.rank = rank_;
@@ -118,7 +118,7 @@ void NcclProgress::publish(int64_t started) {
   send_to_all(datagram);
 }
 
-void NcclProgress::listen() {
+void NcclHeartbeats::listen() {
   Datagram datagram;
   for (;;) {
     const ssize_t length = recv(socket_, &datagram, sizeof(datagram), 0);
@@ -139,7 +139,7 @@ void NcclProgress::listen() {
   }
 }
 
-std::vector<int> NcclProgress::missing(int64_t sequence, std::chrono::milliseconds heartbeat) {
+std::vector<int> NcclHeartbeats::missing(int64_t sequence, std::chrono::milliseconds heartbeat) {
   listen();
   const std::vector<State> before = states_;
   for (int i = 0; i < 6; ++i) {
@@ -159,7 +159,7 @@ std::vector<int> NcclProgress::missing(int64_t sequence, std::chrono::millisecon
   return silent.empty() ? behind : silent;
 }
 
-void NcclProgress::announce(const Failure& failure) {
+void NcclHeartbeats::announce(const Failure& failure) {
   Datagram datagram;
   datagram.group = group_;
   datagram.rank = rank_;

@@ -14,13 +14,13 @@ namespace anabranch {
 /// How far every rank of a group is, so that a rank that waits in vain can say for whom: NCCL itself
 /// does not know. The ranks tell each other by datagrams beside the data, which nobody waits for; a
 /// lost one is followed by the next. Used by one thread at a time.
-class NcclProgress {
+class NcclHeartbeats {
  public:
   /// Collective over `bootstrap`, whose ranks are the group's.
-  explicit NcclProgress(Communicator& bootstrap);
-  ~NcclProgress();
-  NcclProgress(const NcclProgress&) = delete;
-  NcclProgress& operator=(const NcclProgress&) = delete;
+  explicit NcclHeartbeats(Communicator& bootstrap);
+  ~NcclHeartbeats();
+  NcclHeartbeats(const NcclHeartbeats&) = delete;
+  NcclHeartbeats& operator=(const NcclHeartbeats&) = delete;
 
   int rank() const noexcept { return rank_; }
   /// Tells the others that this rank is alive and has begun its `started`th collective.

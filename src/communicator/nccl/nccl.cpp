@@ -40,10 +40,10 @@ class NcclCommunicator final : public Communicator {
         bootstrap_(std::move(bootstrap)),
         device_(device),
         options_(options),
-        progress_(*bootstrap_),
-        group_(join_nccl_group(*bootstrap_, progress_, options.deadline)),
+        heartbeats_(*bootstrap_),
+        group_(join_nccl_group(*bootstrap_, heartbeats_, options.deadline)),
         peers_(tie_peers(*bootstrap_, options)),
-        watch_(*group_, progress_, device.index(), options.deadline, [this] {
+        watch_(*group_, heartbeats_, device.index(), options.deadline, [this] {
           if (peers_ != nullptr) {
             peers_->abort();
           }
@@ -246,7 +246,7 @@ class NcclCommunicator final : public Communicator {
   std::shared_ptr<Communicator> bootstrap_;
   torch::Device device_;
   CommunicatorOptions options_;
-  NcclProgress progress_;
+  NcclHeartbeats heartbeats_;
   std::unique_ptr<NcclGroup> group_;
   std::unique_ptr<PeerExchange> peers_;  ///< null: rows go by NCCL
   NcclWatch watch_;

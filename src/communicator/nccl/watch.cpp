@@ -32,10 +32,10 @@ std::chrono::milliseconds NcclWatch::heartbeat_for(std::chrono::milliseconds dea
   return std::min(kLongestHeartbeat, deadline / 16);
 }
 
-NcclWatch::NcclWatch(NcclGroup& group, NcclProgress& progress, int device,
+NcclWatch::NcclWatch(NcclGroup& group, NcclHeartbeats& heartbeats, int device,
                      std::chrono::milliseconds deadline, std::function<void()> on_failure)
     : group_(group),
-      progress_(progress),
+      heartbeats_(heartbeats),
       deadline_(deadline),
       heartbeat_(heartbeat_for(deadline)),
       on_failure_(std::move(on_failure)),
@@ -159,12 +159,12 @@ void NcclWatch::exchange_signs(Clock::time_point now) {
   const bool failed = failure_.has_value();
   lock.unlock();
   if (now >= next_sign_) {
-    progress_.publish(started);
+    heartbeats_.publish(started);
     next_sign_ = now + heartbeat_;
   }
-  progress_.listen();
-  if (progress_.announced().has_value() && !failed) {
-    end_with(*progress_.announced());
+  heartbeats_.listen();
+  if (heartbeats_.announced().has_value() && !failed) {
+    end_with(*heartbeats_.announced());
   }
 }
 
@@ -209,17 +209,17 @@ std::optional<NcclWatch::Trouble> NcclWatch::look() {
 }
 
 void NcclWatch::fail(const Trouble& trouble) {
-  NcclProgress::Failure failure{c10::str("rank ", progress_.rank(), ": ", trouble.reason),
-                                progress_.missing(trouble.sequence, heartbeat_)};
+  NcclHeartbeats::Failure failure{c10::str("rank ", heartbeats_.rank(), ": ", trouble.reason),
+                                  heartbeats_.missing(trouble.sequence, heartbeat_)};
   failure.text += failure.culprits.empty()
                       ? "; every rank is alive and has made the call"
                       : c10::str("; no sign of rank ", c10::Join(", ", failure.culprits),
                                  " (dead, stalled, or not making the call)");
-  progress_.announce(failure);
+  heartbeats_.announce(failure);
   end_with(failure);
 }
 
-void NcclWatch::end_with(const NcclProgress::Failure& failure) {
+void NcclWatch::end_with(const NcclHeartbeats::Failure& failure) {
   {
     const std::lock_guard lock(mutex_);
     failure_ = failure;

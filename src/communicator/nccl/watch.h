@@ -25,7 +25,7 @@ class NcclWatch {
   static std::chrono::milliseconds heartbeat_for(std::chrono::milliseconds deadline);
 
   /// `on_failure` ends what the group does not know of. It is called by a thread of the watch's.
-  NcclWatch(NcclGroup& group, NcclProgress& progress, int device,
+  NcclWatch(NcclGroup& group, NcclHeartbeats& heartbeats, int device,
             std::chrono::milliseconds deadline, std::function<void()> on_failure);
   ~NcclWatch();
   NcclWatch(const NcclWatch&) = delete;
@@ -69,10 +69,10 @@ class NcclWatch {
   /// False when there is no more to do.
   bool pause();
   void fail(const Trouble& trouble);
-  void end_with(const NcclProgress::Failure& failure);
+  void end_with(const NcclHeartbeats::Failure& failure);
 
   NcclGroup& group_;
-  NcclProgress& progress_;
+  NcclHeartbeats& heartbeats_;
   std::chrono::milliseconds deadline_;
   std::chrono::milliseconds heartbeat_;
   std::function<void()> on_failure_;
@@ -85,7 +85,7 @@ class NcclWatch {
   std::optional<Launch> launching_;
   Clock::time_point looked_;  ///< when CUDA last answered
   std::optional<Trouble> trouble_;
-  std::optional<NcclProgress::Failure> failure_;
+  std::optional<NcclHeartbeats::Failure> failure_;
   bool stop_ = false;
   // The last members: they use all others.
   std::thread follower_;
