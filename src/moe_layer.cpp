@@ -129,7 +129,7 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
   const auto tokens = layer_tokens(x, options_);
   check_layer_routing(routing, tokens.size(0), options_);
   const FeedForward expert{engine_, options_.activation, options_.glu};
-  const auto step = c10::make_intrusive<Step>(exchange_, exchange_.plan(routing), expert,
+  const auto step = c10::make_intrusive<Step>(exchange_, exchange_.plan(routing, tokens), expert,
                                               parameters.main_grad, options_.recompute);
   const auto& [up, down] = parameters.experts;
   auto y = ThroughExperts::apply(tokens, routing.weights, up.weight, down.weight, given(up.bias),

@@ -78,11 +78,11 @@ TEST_F(TrafficTest, BytesAreTheDeduplicatedMinimum) {
         options.hidden_size * static_cast<int64_t>(c10::elementSize(options.dtype));
     const int64_t value_bytes = options.dtype == torch::kFloat64 ? 8 : 4;
 
-    // Announced before any row moves: to each other rank 3 numbers and one for each of its experts;
+    // Announced before any row moves: to each other rank 4 numbers and one for each of its experts;
     // then 4 bytes an assignment, the row it belongs to.
     const auto own_experts = placement.local_experts(rank_);
-    const int64_t announced_out = 8 * (3 * (size_ - 1) + options.num_experts - own_experts);
-    const int64_t announced_in = 8 * (3 + own_experts) * (size_ - 1);
+    const int64_t announced_out = 8 * (4 * (size_ - 1) + options.num_experts - own_experts);
+    const int64_t announced_in = 8 * (4 + own_experts) * (size_ - 1);
 
     auto layer = make_layer(layer_case, world_);
     world_->reset_traffic();

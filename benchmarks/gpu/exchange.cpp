@@ -21,6 +21,7 @@
 #include <iostream>
 
 #include "communicator/nccl/group.h"
+#include "communicator/nccl/nccl.h"
 #include "gpu/measure.h"
 #include "support/cuda_check.h"
 
@@ -130,7 +131,7 @@ class Bench {
     const auto times = milliseconds(*host_, calls);
     report(shape, "nccl", bytes, {times[0], times[1], times[2], times[3], times[4]});
     // Where GPUs cannot map each other's memory, it would be NCCL once more.
-    if (peers_->gathers_rows()) {
+    if (uses_peer_memory(*peers_)) {
       report(shape, "peer memory", bytes, {times[0], times[1], times[5], times[6], times[7]});
     }
   }

@@ -3,7 +3,9 @@
 #include <torch/types.h>
 
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -19,13 +21,14 @@ struct Transfer {
   std::vector<int64_t> send_rows;  ///< [size]
   torch::Tensor receive;
   std::vector<int64_t> receive_rows;  ///< [size]
-  /// Where the communicator `gathers_rows`: [Σ send_rows], int64, the row of `send` for each row sent,
-  /// of which `send` then has any number. Not read by the host, so not checked. Undefined: they are
-  /// the rows of `send` in order.
+  /// [Σ send_rows], int64: the row of `send` for each row sent, of which `send` then has any number.
+  /// On a GPU it is not read by the host, so not checked. Undefined: they are the rows of `send` in
+  /// order.
   torch::Tensor send_index = {};
 };
 
-/// What this rank has moved to and from *other* ranks since construction or `reset_traffic`.
+/// What this rank has moved to and from *other* ranks since construction or `reset_traffic`; in a
+/// collective of NCCL's own, which does not say how it goes, what goes straight from rank to rank.
 struct Traffic {
   int64_t bytes_sent = 0;
   int64_t bytes_received = 0;
@@ -40,6 +43,37 @@ struct CommunicatorOptions {
   /// Where the memory cannot be mapped, a warning says why, and they go by NCCL; as they do where
   /// NCCL_P2P_DISABLE is set.
   bool peer_memory = true;
+};
+
+/// What a rank is in, as errors name it.
+enum class Collective : int32_t {
+  kAllToAllV,
+  kAllReduce,
+  kAllGather,
+  kBroadcast,
+  kBarrier,
+  kSplit,
+};
+
+/// Some bytes of a tensor, at least one, for or from another rank.
+struct Message {
+  int peer;
+  torch::Tensor tensor;  ///< contiguous
+  int64_t begin;         ///< bytes from the tensor's first
+  int64_t bytes;
+
+  const std::byte* source() const {
+    return static_cast<const std::byte*>(tensor.const_data_ptr()) + begin;
+  }
+  std::byte* target() const { return static_cast<std::byte*>(tensor.mutable_data_ptr()) + begin; }
+};
+
+/// What a rank exchanges with others at once. Those between two ranks are matched in order, on both
+/// sides alike.
+struct Messages {
+  torch::Device device;  ///< of all tensors; the same on every rank, also where it has none
+  std::vector<Message> outgoing = {};
+  std::vector<Message> incoming = {};
 };
 
 /// A group of ranks that can exchange tensors.
@@ -70,33 +104,51 @@ class Communicator {
   void broadcast(torch::Tensor& tensor, int root);
   void barrier();
   /// Ranks with the same `color` form a new group, ordered by (`key`, rank). Collective.
-  virtual std::shared_ptr<Communicator> split(int color, int key) = 0;
+  std::shared_ptr<Communicator> split(int color, int key);
 
   /// Throws the CommunicationError of a collective that failed after its call had returned, on a
   /// stream. To be called when the host has waited for that stream, before it uses what came.
   virtual void check() {}
 
-  /// Whether a collective of tensors in GPU memory runs on the current stream while the host, and
-  /// other streams, go on.
-  virtual bool runs_on_stream() const { return false; }
-
-  /// Whether `all_to_all_v` takes a `send_index` for tensors in GPU memory.
-  virtual bool gathers_rows() const { return false; }
-
   const Traffic& traffic() const noexcept { return traffic_; }
   void reset_traffic() noexcept { traffic_ = {}; }
 
  protected:
-  /// Arguments are already checked. Implementations complete, or order on the current stream.
-  virtual void do_all_to_all_v(const std::vector<Transfer>& transfers) = 0;
-  virtual void do_all_reduce(torch::Tensor& tensor) = 0;
-  virtual void do_all_gather(const torch::Tensor& tensor, torch::Tensor& gathered) = 0;
-  virtual void do_broadcast(torch::Tensor& tensor, int root) = 0;
-  virtual void do_barrier() = 0;
+  /// The one thing that a transport does: sends and receives all messages at once. Calls `meanwhile`
+  /// when they are under way. Completes, or orders on the current stream.
+  virtual void exchange(Collective call, const Messages& messages,
+                        const std::function<void()>& meanwhile) = 0;
+  /// A group of `members`, of which this rank is number `rank`. Collective: every rank gives the
+  /// members of its own new group.
+  virtual std::shared_ptr<Communicator> regroup(const std::vector<int>& members, int rank) = 0;
   /// Throws InputError if this communicator cannot move tensors of `device`.
   virtual void check_device(torch::Device device) const = 0;
 
+  // The collectives, their arguments checked, made of exchanges. A transport that has something faster
+  // overrides them, and counts what it moves.
+  virtual void do_all_to_all_v(const std::vector<Transfer>& transfers);
+  virtual void do_all_reduce(torch::Tensor& tensor);
+  virtual void do_all_gather(const torch::Tensor& tensor, torch::Tensor& gathered);
+  virtual void do_broadcast(torch::Tensor& tensor, int root);
+  virtual void do_barrier();
+
+  /// `gathered[r]` becomes rank r's `tensor`.
+  void gather(Collective call, const torch::Tensor& tensor, const torch::Tensor& gathered);
+  void count(int64_t bytes_sent, int64_t bytes_received);
+  // What another communicator, which this one is over, does in its place.
+  static void exchange_by(Communicator& other, Collective call, const Messages& messages,
+                          const std::function<void()>& meanwhile) {
+    other.run(call, messages, meanwhile);
+  }
+  static std::shared_ptr<Communicator> regroup_by(Communicator& other,
+                                                  const std::vector<int>& members, int rank) {
+    return other.regroup(members, rank);
+  }
+
  private:
+  /// `exchange`, counted.
+  void run(Collective call, const Messages& messages, const std::function<void()>& meanwhile);
+
   int rank_;
   int size_;
   Traffic traffic_;

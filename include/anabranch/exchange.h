@@ -55,8 +55,10 @@ class Exchange {
   /// The one place where the host learns counts, and waits for the current stream. Collective.
   /// Invalid routing (expert ids out of range or twice in a token, a gate that is not finite) on any
   /// rank is an InputError on that rank and a CommunicationError naming it on the others; nothing
-  /// else has been exchanged by then.
-  ExchangePlan plan(const Routing& routing) const;
+  /// else has been exchanged by then. So is a rank whose routing is of another make than rank 0's, with or
+  /// without a gate's sums or with weights of another type, or whose `rows`, of which some may be given
+  /// that are like those to be dispatched, have another width or type.
+  ExchangePlan plan(const Routing& routing, const torch::Tensor& rows = {}) const;
 
   /// Source → experts. Collective.
   Payload dispatch(const Payload& tokens, const ExchangePlan& plan) const;
@@ -71,6 +73,9 @@ class Exchange {
   ExpertPlacement placement_;
   /// What of its counts a rank tells each other rank; on the device of the last plan.
   mutable torch::Tensor message_layout_;
+  /// How this rank takes part in a step, in one number; and on the device of the last plan.
+  mutable int64_t form_ = -1;
+  mutable torch::Tensor form_on_device_;
 };
 
 }  // namespace anabranch

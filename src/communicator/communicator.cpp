@@ -1,13 +1,14 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/aminmax.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
 #include <anabranch/communicator.h>
 
+#include <algorithm>
 #include <numeric>
 
-#include "communicator/chunks.h"
-#include "communicator/row_bytes.h"
 #include "support/check.h"
 
 namespace anabranch {
@@ -44,26 +45,30 @@ const torch::Tensor& sent_rows(const Transfer& transfer) {
   return transfer.send_index.defined() ? transfer.send_index : transfer.send;
 }
 
-void check_index(const Transfer& transfer, bool gathers_rows) {
+void check_index(const Transfer& transfer) {
   const torch::Tensor& index = transfer.send_index;
-  check_input(gathers_rows && transfer.send.is_cuda(),
-              "all_to_all_v: this communicator takes no send_index for tensors on ",
-              transfer.send.device());
   check_tensor("all_to_all_v", "send_index", index);
   check_input(index.dim() == 1 && index.scalar_type() == at::kLong &&
                   index.device() == transfer.send.device(),
               "all_to_all_v: send_index is ", index.scalar_type(), " of sizes ", index.sizes(),
               " on ", index.device(), ", expected one dimension of Long on ",
               transfer.send.device());
+  if (index.is_cpu() && index.numel() > 0) {
+    const auto [least, most] = at::aminmax(index);
+    check_input(transfer.send.dim() >= 1 && least.item<int64_t>() >= 0 &&
+                    most.item<int64_t>() < transfer.send.size(0),
+                "all_to_all_v: send_index goes from ", least.item<int64_t>(), " to ",
+                most.item<int64_t>(), ", but send is ", transfer.send.sizes());
+  }
 }
 
-void check_transfer(const Transfer& transfer, int rank, int size, bool gathers_rows) {
+void check_transfer(const Transfer& transfer, int rank, int size) {
   const torch::Tensor& send = transfer.send;
   const torch::Tensor& receive = transfer.receive;
   check_tensor("all_to_all_v", "send", send);
   check_tensor("all_to_all_v", "receive", receive);
   if (transfer.send_index.defined()) {
-    check_index(transfer, gathers_rows);
+    check_index(transfer);
   }
   check_input(send.scalar_type() == receive.scalar_type(), "all_to_all_v: send is ",
               send.scalar_type(), ", receive is ", receive.scalar_type());
@@ -80,20 +85,11 @@ void check_transfer(const Transfer& transfer, int rank, int size, bool gathers_r
               "all_to_all_v: send and receive overlap in memory");
 }
 
-/// Bytes of the rows for or from ranks other than `rank`.
-int64_t bytes_elsewhere(const torch::Tensor& rows, const std::vector<int64_t>& rows_per_peer,
-                        int rank) {
-  const int64_t all = std::accumulate(rows_per_peer.begin(), rows_per_peer.end(), int64_t{0});
-  return (all - rows_per_peer[rank]) * row_bytes(rows);
-}
-
-int64_t bytes_of(const torch::Tensor& tensor) { return static_cast<int64_t>(tensor.nbytes()); }
-
 }  // namespace
 
 void Communicator::all_to_all_v(const std::vector<Transfer>& transfers) {
   for (const Transfer& transfer : transfers) {
-    check_transfer(transfer, rank_, size_, gathers_rows());
+    check_transfer(transfer, rank_, size_);
     check_device(transfer.send.device());
     check_input(transfer.send.device() == transfers.front().send.device(),
                 "all_to_all_v: tensors on ", transfers.front().send.device(), " and on ",
@@ -101,10 +97,6 @@ void Communicator::all_to_all_v(const std::vector<Transfer>& transfers) {
   }
   const at::NoGradGuard no_grad;
   do_all_to_all_v(transfers);
-  for (const Transfer& transfer : transfers) {
-    traffic_.bytes_sent += bytes_elsewhere(transfer.send, transfer.send_rows, rank_);
-    traffic_.bytes_received += bytes_elsewhere(transfer.receive, transfer.receive_rows, rank_);
-  }
   ++traffic_.collectives;
 }
 
@@ -116,12 +108,6 @@ void Communicator::all_reduce(torch::Tensor& tensor) {
   check_device(tensor.device());
   const at::NoGradGuard no_grad;
   do_all_reduce(tensor);
-  // Every rank receives its chunk from all others and sends them the sum; and the reverse.
-  const int64_t own = chunk_length(tensor.numel(), rank_, size_);
-  const int64_t moved =
-      (tensor.numel() - own + (size_ - 1) * own) * static_cast<int64_t>(tensor.element_size());
-  traffic_.bytes_sent += moved;
-  traffic_.bytes_received += moved;
   ++traffic_.collectives;
 }
 
@@ -129,15 +115,14 @@ torch::Tensor Communicator::all_gather(const torch::Tensor& tensor) {
   check_tensor("all_gather", "tensor", tensor);
   check_device(tensor.device());
   int64_t gathered_bytes = 0;
-  check_input(!__builtin_mul_overflow(bytes_of(tensor), int64_t{size_}, &gathered_bytes),
+  check_input(!__builtin_mul_overflow(static_cast<int64_t>(tensor.nbytes()), int64_t{size_},
+                                      &gathered_bytes),
               "all_gather: ", size_, " times ", tensor.nbytes(), " bytes do not fit into 64 bits");
   std::vector<int64_t> sizes = tensor.sizes().vec();
   sizes.insert(sizes.begin(), size_);
   const at::NoGradGuard no_grad;
   torch::Tensor gathered = at::empty(sizes, tensor.options());
   do_all_gather(tensor, gathered);
-  traffic_.bytes_sent += gathered_bytes - bytes_of(tensor);
-  traffic_.bytes_received += gathered_bytes - bytes_of(tensor);
   ++traffic_.collectives;
   return gathered;
 }
@@ -149,17 +134,41 @@ void Communicator::broadcast(torch::Tensor& tensor, int root) {
   check_device(tensor.device());
   const at::NoGradGuard no_grad;
   do_broadcast(tensor, root);
-  if (rank_ == root) {
-    traffic_.bytes_sent += (size_ - 1) * bytes_of(tensor);
-  } else {
-    traffic_.bytes_received += bytes_of(tensor);
-  }
   ++traffic_.collectives;
 }
 
 void Communicator::barrier() {
   do_barrier();
   ++traffic_.collectives;
+}
+
+std::shared_ptr<Communicator> Communicator::split(int color, int key) {
+  const torch::Tensor all = at::empty({size_, 2}, at::kInt);
+  gather(Collective::kSplit, at::tensor({color, key}, at::kInt), all);
+  const auto asked = all.accessor<int, 2>();
+  std::vector<int> members;
+  for (int rank = 0; rank < size_; ++rank) {
+    if (asked[rank][0] == color) {
+      members.push_back(rank);
+    }
+  }
+  std::stable_sort(members.begin(), members.end(),
+                   [&](int left, int right) { return asked[left][1] < asked[right][1]; });
+  const auto self = std::find(members.begin(), members.end(), rank_);
+  return regroup(members, static_cast<int>(self - members.begin()));
+}
+
+void Communicator::count(int64_t bytes_sent, int64_t bytes_received) {
+  traffic_.bytes_sent += bytes_sent;
+  traffic_.bytes_received += bytes_received;
+}
+
+void Communicator::run(Collective call, const Messages& messages,
+                       const std::function<void()>& meanwhile) {
+  exchange(call, messages, meanwhile);
+  const auto add = [](int64_t bytes, const Message& message) { return bytes + message.bytes; };
+  count(std::accumulate(messages.outgoing.begin(), messages.outgoing.end(), int64_t{0}, add),
+        std::accumulate(messages.incoming.begin(), messages.incoming.end(), int64_t{0}, add));
 }
 
 }  // namespace anabranch

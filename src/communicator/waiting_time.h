@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <string>
 
@@ -16,6 +17,20 @@ class WaitingTime {
   using Clock = std::chrono::steady_clock;
   Clock::time_point last_ = Clock::now();
   std::chrono::nanoseconds waited_{0};
+};
+
+/// A clock of the time that this process has lived: it stands still while that is stopped.
+class LivedClock {
+ public:
+  using Time = std::chrono::nanoseconds;
+  /// Goes on; to be called often, by one thread.
+  void advance() { now_ = lived_.so_far().count(); }
+  /// When it was last advanced; for any thread.
+  Time now() const { return Time(now_.load()); }
+
+ private:
+  WaitingTime lived_;
+  std::atomic<Time::rep> now_ = 0;
 };
 
 /// "5.0 s"

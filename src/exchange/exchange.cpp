@@ -2,11 +2,8 @@
 #include <ATen/ops/zeros.h>
 #include <anabranch/exchange.h>
 
-#include <numeric>
-
 #include "kernels/rows.h"
 #include "support/check.h"
-#include "support/side_stream.h"
 
 // Each of the two is the other's adjoint: the same plan read from the other end.
 
@@ -25,91 +22,36 @@ void check_payload(const Payload& payload, int64_t rows, at::IntArrayRef values,
               payload.values.defined() ? payload.values.sizes() : at::IntArrayRef());
 }
 
-/// Rows of every other rank from `send` to `receive`, as one transfer for each distance between ranks:
-/// it goes to one rank and comes from one.
-std::vector<Transfer> transfers_of_others(int rank, const torch::Tensor& send,
-                                          const std::vector<int64_t>& send_rows,
-                                          const torch::Tensor& receive,
-                                          const std::vector<int64_t>& receive_rows) {
-  const auto ranks = static_cast<int>(send_rows.size());
-  const auto outgoing = send.split_with_sizes(send_rows);
-  const auto incoming = receive.split_with_sizes(receive_rows);
-  std::vector<Transfer> transfers;
-  for (int distance = 1; distance < ranks; ++distance) {
-    const int to = (rank + distance) % ranks;
-    const int from = (rank + ranks - distance) % ranks;
-    transfers.push_back({outgoing[to], std::vector<int64_t>(ranks, 0), incoming[from],
-                         std::vector<int64_t>(ranks, 0)});
-    transfers.back().send_rows[to] = send_rows[to];
-    transfers.back().receive_rows[from] = receive_rows[from];
-  }
-  return transfers;
-}
-
-/// With more ranks a rank's own part is small.
-constexpr int kFewRanks = 8;
-
-/// Dispatch of `tokens` [T, h] and of what `values` holds, where a collective runs on a stream: while
-/// others' rows travel, this rank's own are gathered to where they are to be. → [R, h]
-torch::Tensor dispatch_beside_own(Communicator& communicator, const torch::Tensor& tokens,
-                                  const ExchangePlan& plan, std::vector<Transfer> values) {
-  const int rank = communicator.rank();
-  const RowKernels& kernels = RowKernels::on(tokens.device());
-  const auto sent = at::empty({plan.send_tokens.size(0), tokens.size(1)}, tokens.options());
-  const auto received = at::empty({plan.rows(), tokens.size(1)}, tokens.options());
-  const auto& rows = plan.send_rows;
-  const int64_t own = std::accumulate(rows.begin(), rows.begin() + rank, int64_t{0});
-  const int64_t behind = own + rows[rank];
-  const auto gather = [&](const torch::Tensor& target, int64_t begin, int64_t end) {
-    kernels.gather_rows_into(target, tokens, plan.send_tokens.slice(0, begin, end));
-  };
-
-  SideStream beside(tokens.device());
-  gather(sent.slice(0, 0, own), 0, own);
-  gather(sent.slice(0, behind), behind, sent.size(0));
-  auto transfers = transfers_of_others(rank, sent, plan.send_rows, received, plan.receive_rows);
-  std::move(values.begin(), values.end(), std::back_inserter(transfers));
-  communicator.all_to_all_v(transfers);
-  beside.run([&] { gather(received.split_with_sizes(plan.receive_rows)[rank], own, behind); });
-  beside.join();
-  return received;
-}
-
 }  // namespace
 
 Payload Exchange::dispatch(const Payload& tokens, const ExchangePlan& plan) const {
   const torch::NoGradGuard no_grad;
   check_payload(tokens, plan.tokens, {plan.tokens, plan.top_k}, "dispatch");
   const RowKernels& kernels = RowKernels::on(tokens.rows.device());
-  torch::Tensor ordered_values;  // by (destination, expert, token)
-  if (tokens.values.defined()) {
-    ordered_values = kernels.gather_rows(tokens.values.contiguous().view(-1), plan.send_order);
-  }
+  const auto by_destination = [&](const torch::Tensor& values) {  // then by (expert, token)
+    return kernels.gather_rows(values.contiguous().view(-1), plan.send_order);
+  };
+  Payload received;
   if (communicator_->size() == 1) {
-    return {tokens.rows, ordered_values};
+    received.rows = tokens.rows;
+    if (tokens.values.defined()) {
+      received.values = by_destination(tokens.values);
+    }
+    return received;
   }
 
-  Payload received;
-  std::vector<Transfer> transfers;
-  torch::Tensor arrived_values;
-  if (ordered_values.defined()) {
-    arrived_values = at::empty({plan.assignments()}, ordered_values.options());
+  received.rows = at::empty({plan.rows(), tokens.rows.size(1)}, tokens.rows.options());
+  std::vector<Transfer> transfers = {
+      {tokens.rows, plan.send_rows, received.rows, plan.receive_rows, plan.send_tokens}};
+  torch::Tensor values;
+  if (tokens.values.defined()) {
+    values = at::empty({plan.assignments()}, tokens.values.options());
     transfers.push_back(
-        {ordered_values, plan.send_assignments, arrived_values, plan.receive_assignments});
+        {by_destination(tokens.values), plan.send_assignments, values, plan.receive_assignments});
   }
-  const bool gathers = communicator_->gathers_rows() && tokens.rows.is_cuda();
-  if (!gathers && communicator_->runs_on_stream() && tokens.rows.is_cuda() &&
-      communicator_->size() <= kFewRanks) {
-    received.rows = dispatch_beside_own(*communicator_, tokens.rows, plan, std::move(transfers));
-  } else {
-    received.rows = at::empty({plan.rows(), tokens.rows.size(1)}, tokens.rows.options());
-    transfers.push_back({gathers ? tokens.rows : kernels.gather_rows(tokens.rows, plan.send_tokens),
-                         plan.send_rows, received.rows, plan.receive_rows,
-                         gathers ? plan.send_tokens : torch::Tensor()});
-    communicator_->all_to_all_v(transfers);
-  }
-  if (arrived_values.defined()) {
-    received.values = kernels.gather_rows(arrived_values, plan.received_order);
+  communicator_->all_to_all_v(transfers);
+  if (values.defined()) {
+    received.values = kernels.gather_rows(values, plan.received_order);
   }
   return received;
 }

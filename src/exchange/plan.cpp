@@ -17,9 +17,10 @@
 namespace anabranch {
 namespace {
 
-// What every rank tells every other before any row moves: whether its routing is valid, the rows it
-// will send there, and the assignments among them of each of the receiver's experts.
-enum Header : int64_t { kNonfiniteToken, kInvalidToken, kRows, kHeader };
+// What every rank tells every other before any row moves: how it takes part in the step, whether its
+// routing is valid, the rows it will send there, and the assignments among them of each of the receiver's
+// experts. As long as it is whatever the ranks were given, so it comes through where they disagree.
+enum Header : int64_t { kNonfiniteToken, kInvalidToken, kForm, kRows, kHeader };
 
 int64_t sum(const std::vector<int64_t>& values) {
   return std::accumulate(values.begin(), values.end(), int64_t{0});
@@ -72,6 +73,58 @@ torch::Tensor first_nonfinite_token(const Routing& routing) {
                             num_experts - 1));
 }
 
+/// Of a step, what all ranks must have alike: with it, messages fit each other.
+struct Form {
+  int64_t width = 0;      ///< of a row that is to be dispatched; 0: none is known
+  int64_t type = 0;       ///< of such a row
+  int64_t weights = 0;    ///< their type
+  int64_t gate_sums = 0;  ///< what the routing brings for the batch's losses, a bit each
+
+  static Form of(const Routing& routing, const torch::Tensor& rows) {
+    Form form;
+    if (rows.defined()) {
+      form.width = rows.size(-1);
+      form.type = static_cast<int64_t>(rows.scalar_type());
+    }
+    form.weights = static_cast<int64_t>(routing.weights.scalar_type());
+    form.gate_sums = (routing.probability_sum.defined() ? 1 : 0) +
+                     (routing.first_counts.defined() ? 2 : 0) +
+                     (routing.importance.defined() ? 4 : 0);
+    return form;
+  }
+  int64_t number() const { return ((width * 256 + type) * 256 + weights) * 8 + gate_sums; }
+  static Form of_number(int64_t number) {
+    return {number >> 19, (number >> 11) & 255, (number >> 3) & 255, number & 7};
+  }
+
+  std::string describe() const {
+    const auto name = [](int64_t type) {
+      return c10::toString(static_cast<torch::ScalarType>(type));
+    };
+    return c10::str(width == 0 ? std::string("rows") : c10::str("rows of ", width, " ", name(type)),
+                    ", weights of ", name(weights), ", ",
+                    gate_sums == 0 ? "a routing from outside" : "a gate's routing");
+  }
+};
+
+/// Throws on every rank if the ranks do not take part in the same way.
+void check_forms(const std::vector<const int64_t*>& headers) {
+  std::vector<int> peers;
+  std::string text;
+  const Form expected = Form::of_number(headers[0][kForm]);
+  for (size_t rank = 1; rank < headers.size(); ++rank) {
+    if (headers[rank][kForm] != headers[0][kForm]) {
+      peers.push_back(static_cast<int>(rank));
+      text += c10::str(text.empty() ? "" : "; ", "rank ", rank, " has ",
+                       Form::of_number(headers[rank][kForm]).describe(), " where rank 0 has ",
+                       expected.describe());
+    }
+  }
+  if (!peers.empty()) {
+    throw CommunicationError("the ranks do not agree: " + text, peers);
+  }
+}
+
 /// Throws on every rank if any rank's header says that its routing is invalid.
 void check_peers(const std::vector<const int64_t*>& headers) {
   std::vector<int> peers;
@@ -91,12 +144,12 @@ void check_peers(const std::vector<const int64_t*>& headers) {
   }
 }
 
-/// Places, in [nonfinite, invalid, rows of each rank.., counts of each expert..], of what each rank
-/// is sent.
+/// Places, in [nonfinite, invalid, form, rows of each rank.., counts of each expert..], of what each
+/// rank is sent.
 torch::Tensor message_layout(const ExpertPlacement& placement) {
   std::vector<int64_t> layout;
   for (int64_t rank = 0; rank < placement.num_ranks; ++rank) {
-    layout.insert(layout.end(), {kNonfiniteToken, kInvalidToken, kRows + rank});
+    layout.insert(layout.end(), {kNonfiniteToken, kInvalidToken, kForm, kRows + rank});
     for (int64_t e = 0; e < placement.local_experts(rank); ++e) {
       layout.push_back(kRows + placement.num_ranks + placement.first_expert(rank) + e);
     }
@@ -193,7 +246,7 @@ ExchangePlan plan_alone(const Routing& routing, const torch::Tensor& ids,
   if (own[kNonfiniteToken] >= 0 || own[kInvalidToken] >= 0) {
     refuse(routing, num_experts, own[kNonfiniteToken], own[kInvalidToken]);
   }
-  const int64_t* counts = own + kRows;  // of rows there is nothing to tell
+  const int64_t* counts = own + kForm;  // of the rest there is nothing to tell
   ExchangePlan plan;
   plan.tokens = ids.size(0);
   plan.top_k = ids.size(1);
@@ -219,7 +272,7 @@ Exchange::Exchange(std::shared_ptr<Communicator> communicator, int64_t num_exper
   message_layout_ = message_layout(placement_);
 }
 
-ExchangePlan Exchange::plan(const Routing& routing) const {
+ExchangePlan Exchange::plan(const Routing& routing, const torch::Tensor& rows) const {
   const torch::NoGradGuard no_grad;
   const Stage named("anabranch.plan");
   check_routing(routing);
@@ -235,11 +288,17 @@ ExchangePlan Exchange::plan(const Routing& routing) const {
   if (message_layout_.device() != ids.device()) {
     message_layout_ = message_layout_.to(ids.device());
   }
-  const auto message =
-      at::cat({nonfinite.reshape(1), invalid.reshape(1), send.rank_rows, send.expert_counts})
-          .index_select(0, message_layout_);
+  const int64_t form = Form::of(routing, rows).number();
+  if (form != form_ || form_on_device_.device() != ids.device()) {
+    form_ = form;
+    form_on_device_ = at::full({1}, form, ids.options());
+  }
+  const auto message = at::cat({nonfinite.reshape(1), invalid.reshape(1), form_on_device_,
+                                send.rank_rows, send.expert_counts})
+                           .index_select(0, message_layout_);
   const auto received = tell(*communicator_, placement_, message);
   const auto announced = announced_on_host(*communicator_, placement_, message, received);
+  check_forms(announced.from);
   const int64_t* own = announced.to[0];
   if (own[kNonfiniteToken] >= 0 || own[kInvalidToken] >= 0) {
     refuse(routing, placement_.num_experts, own[kNonfiniteToken], own[kInvalidToken]);

@@ -92,14 +92,17 @@ TEST(Arguments, AllToAllVRefusesAnIndex) {
     return [values](Transfer& t) { t.send_index = on_device(values); };
   };
   const auto all = torch::arange(2 * world()->size());
-  if (!world()->gathers_rows()) {
-    expect_refused(index(all), "takes no send_index");
-    return;
-  }
   expect_refused(index(all.to(torch::kInt32)), "send_index is Int");
   expect_refused(index(all.unsqueeze(1)), "expected one dimension of Long");
-  expect_refused([&](Transfer& t) { t.send_index = all; }, "on cpu");
-  expect_refused(index(torch::arange(world()->size() * 100)), "send_rows sum to");
+  const auto elsewhere = all.to(device().is_cpu() ? torch::kMeta : torch::kCPU);
+  expect_refused([&](Transfer& t) { t.send_index = elsewhere; },
+                 c10::str("on ", elsewhere.device()));
+  expect_refused(index(torch::zeros({world()->size() * 100}, torch::kInt64)), "send_rows sum to");
+  if (device().is_cpu()) {
+    const auto size = world()->size();
+    expect_refused(index(torch::arange(size) + 1), c10::str("to ", size, ", but send is"));
+    expect_refused(index(-torch::arange(size) - 1), c10::str("goes from ", -size));
+  }
 }
 
 TEST(Arguments, OtherCollectivesRefuseTensors) {
@@ -204,8 +207,8 @@ TEST(Traffic, CountsTheOtherCollectives) {
   expect_traffic(*group, {moved, moved}, 1);
   group->reset_traffic();
 
-  group->barrier();
-  expect_traffic(*group, {0, 0}, 1);
+  group->barrier();  // a byte to everyone
+  expect_traffic(*group, {others, others}, 1);
 }
 
 TEST(Traffic, IsNotCountedForRefusedCalls) {

@@ -9,8 +9,8 @@
 #include <utility>
 
 #include "communicator/agreement.h"
-#include "communicator/row_bytes.h"
 #include "communicator/hierarchical/two_hops.h"
+#include "communicator/transfer_rows.h"
 #include "support/check.h"
 
 namespace anabranch {
@@ -40,25 +40,43 @@ class HierarchicalCommunicator final : public Communicator {
         two_hops_(std::move(flat), std::move(layout)) {}
 
   std::string name() const override { return flat_->name(); }
-  std::shared_ptr<Communicator> split(int color, int key) override {
-    return make_hierarchical_communicator(flat_->split(color, key), options_);
-  }
   void check() override { flat_->check(); }
   const std::vector<AllToAllChoice>& choices() const { return choices_; }
 
  protected:
   void do_all_to_all_v(const std::vector<Transfer>& transfers) override;
-  void do_all_reduce(torch::Tensor& tensor) override { flat_->all_reduce(tensor); }
-  void do_all_gather(const torch::Tensor& tensor, torch::Tensor& gathered) override {
-    gathered.copy_(flat_->all_gather(tensor));
+  void do_all_reduce(torch::Tensor& tensor) override {
+    by_flat([&] { flat_->all_reduce(tensor); });
   }
-  void do_broadcast(torch::Tensor& tensor, int root) override { flat_->broadcast(tensor, root); }
-  void do_barrier() override { flat_->barrier(); }
+  void do_all_gather(const torch::Tensor& tensor, torch::Tensor& gathered) override {
+    by_flat([&] { gathered.copy_(flat_->all_gather(tensor)); });
+  }
+  void do_broadcast(torch::Tensor& tensor, int root) override {
+    by_flat([&] { flat_->broadcast(tensor, root); });
+  }
+  void do_barrier() override {
+    by_flat([&] { flat_->barrier(); });
+  }
+  void exchange(Collective call, const Messages& messages,
+                const std::function<void()>& meanwhile) override {
+    exchange_by(*flat_, call, messages, meanwhile);
+  }
+  std::shared_ptr<Communicator> regroup(const std::vector<int>& members, int rank) override {
+    return make_hierarchical_communicator(regroup_by(*flat_, members, rank), options_);
+  }
   /// `flat_` checks when it is called.
   void check_device(torch::Device /*device*/) const override {}
 
  private:
-  void exchange(const std::vector<Transfer>& transfers, AllToAll way);
+  /// What `flat_` moves is moved by this one.
+  template <typename Work>
+  void by_flat(const Work& work) {
+    const Traffic before = flat_->traffic();
+    work();
+    count(flat_->traffic().bytes_sent - before.bytes_sent,
+          flat_->traffic().bytes_received - before.bytes_received);
+  }
+  void move(const std::vector<Transfer>& transfers, AllToAll way);
   void measure(const std::vector<Transfer>& transfers);
   void choose(const std::vector<int64_t>& kind, const std::vector<double>& seconds);
 
@@ -71,21 +89,23 @@ class HierarchicalCommunicator final : public Communicator {
   std::vector<AllToAllChoice> choices_;
 };
 
-void HierarchicalCommunicator::exchange(const std::vector<Transfer>& transfers, AllToAll way) {
-  if (way == AllToAll::kHierarchical) {
-    two_hops_.exchange(transfers);
-  } else {
-    flat_->all_to_all_v(transfers);
-  }
+void HierarchicalCommunicator::move(const std::vector<Transfer>& transfers, AllToAll way) {
+  by_flat([&] {
+    if (way == AllToAll::kHierarchical) {
+      two_hops_.exchange(transfers);
+    } else {
+      flat_->all_to_all_v(transfers);
+    }
+  });
 }
 
 void HierarchicalCommunicator::do_all_to_all_v(const std::vector<Transfer>& transfers) {
   if (options_.all_to_all != AllToAll::kAuto) {
-    exchange(transfers, options_.all_to_all);
+    move(transfers, options_.all_to_all);
   } else if (!two_hops_.layout().has_two_levels()) {
-    exchange(transfers, AllToAll::kFlat);
+    move(transfers, AllToAll::kFlat);
   } else if (const auto found = chosen_.find(kind_of(transfers)); found != chosen_.end()) {
-    exchange(transfers, found->second);
+    move(transfers, found->second);
   } else {
     measure(transfers);
   }
@@ -100,7 +120,7 @@ void HierarchicalCommunicator::measure(const std::vector<Transfer>& transfers) {
   const auto kind = kind_of(transfers);
   auto& seconds = measured_[kind];
   const auto begin = std::chrono::steady_clock::now();
-  exchange(transfers, seconds.size() % 2 == 0 ? AllToAll::kFlat : AllToAll::kHierarchical);
+  move(transfers, seconds.size() % 2 == 0 ? AllToAll::kFlat : AllToAll::kHierarchical);
   const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
   seconds.push_back(taken.count());
   if (static_cast<int64_t>(seconds.size()) == 2 * options_.trials) {
@@ -112,7 +132,9 @@ void HierarchicalCommunicator::measure(const std::vector<Transfer>& transfers) {
 /// The rank that came last waited for nobody: the least of the ranks' times is the exchange's own.
 void HierarchicalCommunicator::choose(const std::vector<int64_t>& kind,
                                       const std::vector<double>& seconds) {
-  const auto least = std::get<0>(flat_->all_gather(at::tensor(seconds, at::kDouble)).min(0));
+  torch::Tensor all;
+  by_flat([&] { all = flat_->all_gather(at::tensor(seconds, at::kDouble)); });
+  const auto least = std::get<0>(all.min(0));
   const double* times = least.const_data_ptr<double>();
   std::vector<double> flat, hierarchical;
   for (int64_t trial = 1; trial < options_.trials; ++trial) {

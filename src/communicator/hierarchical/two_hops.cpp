@@ -5,29 +5,26 @@
 #include <ATen/ops/tensor.h>
 
 #include <algorithm>
-#include <iterator>
 #include <numeric>
 #include <utility>
 
+#include "communicator/transfer_rows.h"
+
 namespace anabranch {
 namespace {
-
-/// Where the rows of each peer begin.
-std::vector<int64_t> offsets(const std::vector<int64_t>& rows) {
-  std::vector<int64_t> begin = {0};
-  std::partial_sum(rows.begin(), rows.end(), std::back_inserter(begin));
-  return begin;
-}
 
 int64_t total(const std::vector<int64_t>& rows) {
   return std::accumulate(rows.begin(), rows.end(), int64_t{0});
 }
 
-/// Uninitialised rows of `like`'s shape and type.
-torch::Tensor empty_rows(int64_t rows, const torch::Tensor& like) {
-  std::vector<int64_t> sizes = like.sizes().vec();
-  sizes[0] = rows;
-  return at::empty(sizes, like.options());
+/// The same with its rows in order, gathered from where the index says.
+Transfer in_order(const Transfer& transfer) {
+  if (!transfer.send_index.defined()) {
+    return transfer;
+  }
+  const torch::Tensor send = empty_rows(transfer.send_index.size(0), transfer.send);
+  take_sent_rows(transfer, 0, send);
+  return {send, transfer.send_rows, transfer.receive, transfer.receive_rows};
 }
 
 torch::Tensor join(const std::vector<torch::Tensor>& pieces, const torch::Tensor& like) {
@@ -78,7 +75,7 @@ std::vector<TwoHops::Forwarded> TwoHops::exchange_counts(const std::vector<Trans
 
 /// To each rank of the node: the rows for all that it forwards to, by destination.
 Transfer TwoHops::first_hop(const Transfer& transfer, const Forwarded& forwarded) const {
-  const auto begin = offsets(transfer.send_rows);
+  const auto begin = row_offsets(transfer.send_rows);
   Transfer hop;
   hop.send_rows.resize(flat_->size());
   hop.receive_rows.resize(flat_->size());
@@ -110,7 +107,7 @@ Transfer TwoHops::second_hop(const Transfer& transfer, const torch::Tensor& arri
     }
     int64_t begin = 0;
     for (const Rows& from_member : forwarded) {
-      const auto within = offsets(from_member);
+      const auto within = row_offsets(from_member);
       pieces.push_back(arrived.narrow(0, begin + within[d], from_member[d]));
       hop.send_rows[mine_[d]] += from_member[d];
       begin += within.back();
@@ -137,11 +134,11 @@ void TwoHops::put_in_order(const Transfer& transfer, const torch::Tensor& from_n
   const auto self = std::find(mine_.begin(), mine_.end(), flat_->rank()) - mine_.begin();
   int64_t begin = 0;
   for (size_t i = 0; i < node().size(); ++i) {
-    const auto within = offsets(forwarded[i]);
+    const auto within = row_offsets(forwarded[i]);
     pieces[node()[i]] = from_node.narrow(0, begin + within[self], forwarded[i][self]);
     begin += within.back();
   }
-  const auto of_forwarder = offsets(from_others.receive_rows);
+  const auto of_forwarder = row_offsets(from_others.receive_rows);
   for (int other = 0; other < layout_.nodes(); ++other) {
     if (other == layout_.node_of(flat_->rank())) {
       continue;
@@ -164,7 +161,7 @@ void TwoHops::exchange(const std::vector<Transfer>& transfers) {
   const auto forwarded = exchange_counts(transfers);
   std::vector<Transfer> first, second;
   for (size_t t = 0; t < transfers.size(); ++t) {
-    first.push_back(first_hop(transfers[t], forwarded[t]));
+    first.push_back(first_hop(in_order(transfers[t]), forwarded[t]));
   }
   flat_->all_to_all_v(first);
   for (size_t t = 0; t < transfers.size(); ++t) {

@@ -6,6 +6,9 @@
 
 namespace anabranch {
 
+/// What a rank is in that has come to the end of its program, in the place of a group's id.
+inline constexpr int32_t kNoMpiGroup = 0;
+
 /// Ranks that communicate, by their number in MPI_COMM_WORLD: the "world rank" of messages.
 struct MpiGroup {
   MpiGroup(int32_t id, std::vector<int> members, int world_size);

@@ -3,57 +3,47 @@
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 namespace anabranch {
 
-MpiMessages::MpiMessages(MpiRuntime& runtime, std::vector<at::Tensor> buffers, bool by_host)
-    : runtime_(runtime), buffers_(std::move(buffers)), by_host_(by_host) {}
+MpiMessages::MpiMessages(MpiRuntime& runtime, Messages messages)
+    : runtime_(runtime), messages_(std::move(messages)) {}
 
 MpiMessages::~MpiMessages() {
   if (outstanding_ > 0) {
-    runtime_.abandon(std::move(requests_), std::move(buffers_));
+    runtime_.abandon(std::move(requests_), std::move(messages_));
   }
 }
 
-void MpiMessages::post(const std::vector<MpiParcel>& parcels, int tag, int64_t piece_bytes) {
+void MpiMessages::post(int tag, int64_t piece_bytes) {
   const std::lock_guard lock(runtime_.mutex());
-  for (const Direction direction : {Direction::kIncoming, Direction::kOutgoing}) {
-    for (const MpiParcel& parcel : parcels) {
-      if (parcel.peer != runtime_.rank() || !by_host_) {
-        start(parcel, direction, tag, piece_bytes);
-      }
-    }
+  for (const Message& message : messages_.incoming) {
+    start(message, Direction::kIncoming, tag, piece_bytes);
   }
-  for (const MpiParcel& parcel : parcels) {
-    if (parcel.peer == runtime_.rank() && by_host_ && parcel.send_bytes > 0) {
-      std::memcpy(parcel.receive, parcel.send, parcel.send_bytes);
-    }
+  for (const Message& message : messages_.outgoing) {
+    start(message, Direction::kOutgoing, tag, piece_bytes);
   }
   indices_.resize(requests_.size());
   statuses_.resize(requests_.size());
 }
 
-void MpiMessages::start(const MpiParcel& parcel, Direction direction, int tag,
-                        int64_t piece_bytes) {
-  const bool incoming = direction == Direction::kIncoming;
-  const int64_t length = incoming ? parcel.receive_bytes : parcel.send_bytes;
-  for (int64_t offset = 0; offset < length; offset += piece_bytes) {
-    const auto bytes = static_cast<int>(std::min(piece_bytes, length - offset));
+void MpiMessages::start(const Message& message, Direction direction, int tag, int64_t piece_bytes) {
+  for (int64_t offset = 0; offset < message.bytes; offset += piece_bytes) {
+    const auto bytes = static_cast<int>(std::min(piece_bytes, message.bytes - offset));
     MPI_Request request = MPI_REQUEST_NULL;
     try {
-      if (incoming) {
-        ANABRANCH_CHECK_MPI(MPI_Irecv(parcel.receive + offset, bytes, MPI_BYTE, parcel.peer, tag,
+      if (direction == Direction::kIncoming) {
+        ANABRANCH_CHECK_MPI(MPI_Irecv(message.target() + offset, bytes, MPI_BYTE, message.peer, tag,
                                       runtime_.comm(), &request));
       } else {
-        ANABRANCH_CHECK_MPI(MPI_Isend(parcel.send + offset, bytes, MPI_BYTE, parcel.peer, tag,
+        ANABRANCH_CHECK_MPI(MPI_Isend(message.source() + offset, bytes, MPI_BYTE, message.peer, tag,
                                       runtime_.comm(), &request));
       }
     } catch (const MpiError& error) {
-      throw MpiPeerError(parcel.peer, error.what());
+      throw MpiPeerError(message.peer, error.what());
     }
-    pieces_.push_back({parcel.peer, bytes, direction});
+    pieces_.push_back({message.peer, bytes, direction});
     requests_.push_back(request);
     ++outstanding_;
   }

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "communicator/mpi/group.h"
 #include "communicator/mpi/runtime.h"
 
 namespace anabranch {
@@ -21,7 +22,7 @@ struct MpiNotice {
 
   Kind kind = Kind::kQuestion;
   int32_t question = 0;  ///< number of the question, repeated in the answer
-  int32_t group = 0;
+  int32_t group = kNoMpiGroup;
   int32_t call = 0;
   int64_t sequence = 0;
   int32_t num_ranks = 0;

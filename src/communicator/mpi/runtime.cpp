@@ -49,8 +49,7 @@ bool all_leave(MpiRuntime& runtime) {
       if (received->notice.kind == MpiNotice::Kind::kQuestion) {
         MpiNotice answer;
         answer.kind = MpiNotice::Kind::kAnswer;
-        answer.question = received->notice.question;
-        answer.call = static_cast<int32_t>(MpiCall::kExit);
+        answer.question = received->notice.question;  // of no group's call
         send_mpi_notice(runtime, received->source, answer);
       }
     }
@@ -208,9 +207,9 @@ void MpiRuntime::set_failure(const MpiFailure& failure) {
   }
 }
 
-void MpiRuntime::abandon(std::vector<MPI_Request> requests, std::vector<at::Tensor> buffers) {
+void MpiRuntime::abandon(std::vector<MPI_Request> requests, Messages messages) {
   const std::lock_guard lock(failure_mutex_);
-  abandoned_.push_back({std::move(requests), std::move(buffers)});
+  abandoned_.push_back({std::move(requests), std::move(messages)});
 }
 
 }  // namespace anabranch

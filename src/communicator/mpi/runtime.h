@@ -1,6 +1,6 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <anabranch/communicator.h>
 #include <mpi.h>
 
 #include <chrono>
@@ -63,7 +63,7 @@ class MpiRuntime {
   void set_failure(const MpiFailure& failure);
 
   /// Keeps what MPI may still read or write after a failure.
-  void abandon(std::vector<MPI_Request> requests, std::vector<at::Tensor> buffers);
+  void abandon(std::vector<MPI_Request> requests, Messages messages);
 
  private:
   explicit MpiRuntime(std::chrono::milliseconds deadline);
@@ -71,7 +71,7 @@ class MpiRuntime {
 
   struct Abandoned {
     std::vector<MPI_Request> requests;
-    std::vector<at::Tensor> buffers;
+    Messages messages;
   };
 
   std::chrono::milliseconds deadline_;

@@ -4,10 +4,10 @@
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <thread>
 
+#include "communicator/errors.h"
 #include "communicator/mpi/notice.h"
 
 namespace anabranch {
@@ -20,19 +20,13 @@ constexpr milliseconds kQuietTime(100);
 /// The longest time before the deadline at which a rank starts to ask.
 constexpr milliseconds kLongestInquiry(2000);
 
-const char* name_of(MpiCall call) {
-  constexpr std::array names = {"all_to_all_v", "all_reduce", "all_gather", "broadcast",
-                                "barrier",      "split",      "exit"};
-  return names.at(static_cast<size_t>(call));
-}
-
 bool contains(const std::vector<int>& ranks, int rank) {
   return std::find(ranks.begin(), ranks.end(), rank) != ranks.end();
 }
 
 }  // namespace
 
-void refuse_after(const MpiFailure& failure, const MpiGroup& group, int rank, MpiCall call) {
+void refuse_after(const MpiFailure& failure, const MpiGroup& group, int rank, Collective call) {
   throw CommunicationError(
       c10::str(group.describe({rank}), ": ", name_of(call), " given up: ", failure.text),
       group.ranks_of(failure.culprits));
@@ -69,12 +63,12 @@ void MpiWatch::listen(const std::vector<int>& pending) {
     if (notice.kind == MpiNotice::Kind::kQuestion) {
       answer(received->source, notice.question, pending);
     } else if (notice.kind == MpiNotice::Kind::kAnswer && notice.question == question_) {
-      const MpiCallId call{notice.group, static_cast<MpiCall>(notice.call), notice.sequence};
+      const MpiCallId call{notice.group, static_cast<Collective>(notice.call), notice.sequence};
       answers_[received->source] = {call, notice.get_ranks()};
     } else if (notice.kind == MpiNotice::Kind::kFailure) {
       const MpiFailure failure{notice.text.data(), notice.get_ranks()};
       announce_failure(runtime_, failure);
-      refuse_after(failure, group_, runtime_.rank(), call_.call);
+      refuse_after(failure, group_, runtime_.rank(), call_.collective);
     }
   }
 }
@@ -84,7 +78,7 @@ void MpiWatch::answer(int rank, int32_t question, const std::vector<int>& pendin
   notice.kind = MpiNotice::Kind::kAnswer;
   notice.question = question;
   notice.group = call_.group;
-  notice.call = static_cast<int32_t>(call_.call);
+  notice.call = static_cast<int32_t>(call_.collective);
   notice.sequence = call_.sequence;
   notice.set_ranks(pending);
   send_mpi_notice(runtime_, rank, notice);
@@ -136,23 +130,23 @@ void MpiWatch::give_up(const std::vector<int>& pending) {
     fail(c10::str(waited, ", held up by ", group_.describe(silent), " (dead or stalled)"), silent);
   } else if (!elsewhere.empty()) {
     const MpiCallId& other = answers_.at(elsewhere.front()).call;
-    if (other.call == MpiCall::kExit) {
+    if (other.group == kNoMpiGroup) {
       fail(c10::str(waited, ": ", group_.describe({elsewhere.front()}),
                     " has come to the end of its program"),
            {elsewhere.front()});
     }
-    fail(
-        c10::str(waited, ": the ranks do not make the same calls, this is call ", call_.sequence,
-                 ", but ", group_.describe({elsewhere.front()}), " waits in call ", other.sequence,
-                 ", ", name_of(other.call), other.group == call_.group ? "" : ", of another group"),
-        elsewhere);
+    fail(c10::str(waited, ": the ranks do not make the same calls, this is call ", call_.sequence,
+                  ", but ", group_.describe({elsewhere.front()}), " waits in call ", other.sequence,
+                  ", ", name_of(other.collective),
+                  other.group == call_.group ? "" : ", of another group"),
+         elsewhere);
   }
   fail(waited + " (alive, but the messages do not come through)", pending);
 }
 
 void MpiWatch::fail(const std::string& reason, const std::vector<int>& culprits) {
   const std::string text =
-      c10::str(group_.describe({runtime_.rank()}), ": ", name_of(call_.call), " ", reason);
+      c10::str(group_.describe({runtime_.rank()}), ": ", name_of(call_.collective), " ", reason);
   announce_failure(runtime_, {text, culprits});
   throw CommunicationError(text, group_.ranks_of(culprits));
 }

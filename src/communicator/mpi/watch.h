@@ -1,5 +1,7 @@
 #pragma once
 
+#include <anabranch/communicator.h>
+
 #include <chrono>
 #include <cstdint>
 #include <functional>
@@ -14,27 +16,17 @@
 
 namespace anabranch {
 
-enum class MpiCall : int32_t {
-  kAllToAllV,
-  kAllReduce,
-  kAllGather,
-  kBroadcast,
-  kBarrier,
-  kSplit,
-  kExit,  ///< of the process, where it waits for all others
-};
-
-/// One collective call: the `sequence`th of a group.
+/// One exchange of messages: the `sequence`th of a group.
 struct MpiCallId {
   int32_t group = 0;
-  MpiCall call = MpiCall::kBarrier;
+  Collective collective = Collective::kBarrier;
   int64_t sequence = 0;
   bool operator==(const MpiCallId&) const = default;
 };
 
 /// Throws what a call of `group` on `rank` (of MPI_COMM_WORLD) ends in after a failure elsewhere.
 [[noreturn]] void refuse_after(const MpiFailure& failure, const MpiGroup& group, int rank,
-                               MpiCall call);
+                               Collective call);
 
 /// Finds out whom a waiting rank waits for in the end.
 ///

@@ -10,7 +10,8 @@
 
 #include "communicator/agreement.h"
 #include "communicator/describe.h"
-#include "communicator/host_name.h"
+#include "communicator/host.h"
+#include "communicator/nccl/address.h"
 #include "communicator/nccl/watch.h"
 #include "communicator/store/store.h"
 #include "communicator/waiting_time.h"
@@ -50,10 +51,10 @@ class Joining {
     if (const auto& failure = heartbeats_.announced()) {
       throw CommunicationError(failure->text, failure->culprits);
     }
-    if (now - start_ > deadline_) {
+    if (waiting_.so_far() > deadline_) {
       const std::vector<int> missing = heartbeats_.missing(0, heartbeat_);
       fail(c10::str("NCCL's initialisation did not end within ", in_seconds(deadline_),
-                    "; no sign of rank ", c10::Join(", ", missing)),
+                    blame(missing, heartbeats_)),
            missing);
     }
   }
@@ -69,8 +70,8 @@ class Joining {
   NcclHeartbeats& heartbeats_;
   std::chrono::milliseconds deadline_;
   std::chrono::milliseconds heartbeat_;
-  Clock::time_point start_ = Clock::now();
-  Clock::time_point next_sign_ = start_;
+  WaitingTime waiting_;
+  Clock::time_point next_sign_ = Clock::now();
 };
 
 /// Waits for the stream, but not for good.
@@ -139,10 +140,10 @@ std::unique_ptr<NcclGroup> join_nccl_group(Communicator& bootstrap, NcclHeartbea
 std::shared_ptr<Communicator> meet_through_nccl(const std::string& unique_id, int rank, int size,
                                                 torch::Device device,
                                                 const CommunicatorOptions& options) {
-  const auto start = std::chrono::steady_clock::now();
+  WaitingTime waiting;
   const NcclGroup::KeepWaiting keep_waiting = [&] {
     std::this_thread::sleep_for(kGlance);
-    if (std::chrono::steady_clock::now() - start > options.deadline) {
+    if (waiting.so_far() > options.deadline) {
       throw CommunicationError(
           c10::str("rank ", rank, ": not all of the ", size,
                    " ranks with this id of NCCL's came within ", in_seconds(options.deadline)),
@@ -152,13 +153,15 @@ std::shared_ptr<Communicator> meet_through_nccl(const std::string& unique_id, in
   const OnDevice stream(device);
   NcclGroup group(id_of(unique_id), rank, size, keep_waiting, NcclGroup::Waiting::kCallsBack);
 
-  const std::string own_host = host_name();
+  const std::string loopback = loopback_address(network_interfaces());
   int port = 0;
   c10::intrusive_ptr<c10d::Store> store;
   torch::Tensor address = at::zeros({kAddressBytes}, at::kByte);
   if (rank == 0) {
-    store = open_tcp_store("127.0.0.1", port, /*serves=*/true, options.deadline);
-    const std::string text = c10::str(own_host, ' ', port);
+    store = open_tcp_store(loopback, port, /*serves=*/true, options.deadline);
+    auto host = own_address(/*ipv6=*/false);
+    host = host.has_value() ? host : own_address(/*ipv6=*/true);
+    const std::string text = c10::str(network_identity(), ' ', host.value_or(loopback), ' ', port);
     text.copy(static_cast<char*>(address.mutable_data_ptr()), text.size());
   }
   torch::Tensor shared = address.to(device);
@@ -170,10 +173,12 @@ std::shared_ptr<Communicator> meet_through_nccl(const std::string& unique_id, in
   wait_for(stream, keep_waiting);
   if (rank != 0) {
     address = shared.cpu();
+    std::string network;
     std::string host;
-    std::istringstream(static_cast<const char*>(address.const_data_ptr())) >> host >> port;
-    store =
-        open_tcp_store(reachable_name(host, own_host), port, /*serves=*/false, options.deadline);
+    std::istringstream(static_cast<const char*>(address.const_data_ptr())) >> network >> host >>
+        port;
+    store = open_tcp_store(network == network_identity() ? loopback : host, port,
+                           /*serves=*/false, options.deadline);
   }
   group.finalize();
   return make_store_communicator(std::move(store), rank, size, options);

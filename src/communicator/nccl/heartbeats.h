@@ -1,7 +1,6 @@
 #pragma once
 
 #include <anabranch/communicator.h>
-#include <netinet/in.h>
 
 #include <chrono>
 #include <cstdint>
@@ -9,52 +8,68 @@
 #include <string>
 #include <vector>
 
+#include "communicator/nccl/address.h"
+#include "communicator/nccl/datagram.h"
+
 namespace anabranch {
 
 /// How far every rank of a group is, so that a rank that waits in vain can say for whom: NCCL itself
 /// does not know. The ranks tell each other by datagrams beside the data, which nobody waits for; a
-/// lost one is followed by the next. Used by one thread at a time.
+/// lost one is followed by the next. They are signed with a key that the ranks get through their
+/// bootstrap, and count only from the address that their sender has named. Used by one thread at a time.
 class NcclHeartbeats {
  public:
-  /// Collective over `bootstrap`, whose ranks are the group's.
+  /// Collective over `bootstrap`, whose ranks are the group's. Where datagrams do not come through,
+  /// rank 0 warns, once in a process, that nobody can be named.
   explicit NcclHeartbeats(Communicator& bootstrap);
-  ~NcclHeartbeats();
-  NcclHeartbeats(const NcclHeartbeats&) = delete;
-  NcclHeartbeats& operator=(const NcclHeartbeats&) = delete;
 
   int rank() const noexcept { return rank_; }
+  /// Why nobody can be named, the same on every rank; empty where they can.
+  const std::string& obstacle() const noexcept { return obstacle_; }
+  /// Where this rank's come from, and the others' go to.
+  const SocketAddress& address() const { return addresses_.at(rank_); }
+
   /// Tells the others that this rank is alive and has begun its `started`th collective.
   void publish(int64_t started);
-  /// Takes in what the others have told.
+  /// Takes in what the others have told, at most so much as leaves the thread free.
   void listen();
   /// Ranks that are dead or stalled, or else, where all live, those that have not come to the
   /// `sequence`th collective: beside a dead rank these may be waiting for it, too. Takes three
   /// `heartbeat`s: who does not publish in that time is dead or stalled.
   std::vector<int> missing(int64_t sequence, std::chrono::milliseconds heartbeat);
-
-  struct Failure {
-    std::string text;
-    std::vector<int> culprits;
-  };
   /// Tells all ranks why this one has given up.
-  void announce(const Failure& failure);
+  void announce(const NcclFailure& failure);
   /// What another rank has announced, the first of them.
-  const std::optional<Failure>& announced() const { return announced_; }
+  const std::optional<NcclFailure>& announced() const { return announced_; }
 
  private:
-  struct Datagram;
+  struct Socket {
+    Socket() = default;
+    ~Socket();
+    Socket(const Socket&) = delete;
+    Socket& operator=(const Socket&) = delete;
+    int descriptor = -1;
+  };
   struct State {
-    int64_t beats = 0;  ///< datagrams that have come
+    uint64_t number = 0;  ///< of the last datagram that has come
     int64_t started = 0;
   };
-  void send_to_all(const Datagram& datagram) const;
+  std::string meet(Communicator& bootstrap);
+  std::string greet(Communicator& bootstrap);
+  void open_socket(const std::string& host);
+  void send_to_all(HeartbeatDatagram datagram);
 
   int rank_;
-  int socket_;
-  uint64_t group_ = 0;  ///< tells this group's datagrams from all others
-  std::vector<sockaddr_in> addresses_;
+  Socket socket_;  ///< none: nothing is told
+  SipHashKey key_ = {};
+  uint64_t sent_ = 0;
+  std::vector<SocketAddress> addresses_;
   std::vector<State> states_;
-  std::optional<Failure> announced_;
+  std::optional<NcclFailure> announced_;
+  std::string obstacle_;
 };
+
+/// How a failure names those whom it is laid to, behind what has failed.
+std::string blame(const std::vector<int>& culprits, const NcclHeartbeats& heartbeats);
 
 }  // namespace anabranch

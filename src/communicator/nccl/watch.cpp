@@ -39,7 +39,6 @@ NcclWatch::NcclWatch(NcclGroup& group, NcclHeartbeats& heartbeats, int device,
       deadline_(deadline),
       heartbeat_(heartbeat_for(deadline)),
       on_failure_(std::move(on_failure)),
-      looked_(Clock::now()),
       follower_([this, device] { follow_streams(device); }),
       watcher_([this] { watch(); }) {}
 
@@ -67,7 +66,7 @@ void NcclWatch::run(const char* name, cudaStream_t stream,
   CudaEvent begin = recorded(stream);
   std::unique_lock lock(mutex_);
   const int64_t sequence = ++started_;
-  launching_ = Launch{name, sequence, Clock::now()};
+  launching_ = Launch{name, sequence, lived_.now()};
   lock.unlock();
   std::optional<CudaEvent> end;
   std::string error;
@@ -114,7 +113,7 @@ void NcclWatch::follow_streams(int device) {
       trouble_ = Trouble{error.what(), started_};
     }
     const std::lock_guard lock(mutex_);
-    looked_ = Clock::now();
+    looked_ = lived_.now();
   }
 }
 
@@ -128,7 +127,7 @@ void NcclWatch::look_at_streams() {
     const bool ended = begun && has_ended(oldest.end);
     lock.lock();
     if (begun && !oldest.begun.has_value()) {
-      oldest.begun = Clock::now();
+      oldest.begun = lived_.now();
     }
     if (!ended) {
       break;
@@ -144,23 +143,23 @@ void NcclWatch::look_at_streams() {
 }
 
 void NcclWatch::watch() {
-  next_sign_ = Clock::now();
   while (pause()) {
-    exchange_signs(Clock::now());
+    lived_.advance();
+    exchange_signs();
     if (const auto trouble = look()) {
       fail(*trouble);
     }
   }
 }
 
-void NcclWatch::exchange_signs(Clock::time_point now) {
+void NcclWatch::exchange_signs() {
   std::unique_lock lock(mutex_);
   const int64_t started = started_;
   const bool failed = failure_.has_value();
   lock.unlock();
-  if (now >= next_sign_) {
+  if (lived_.now() >= next_sign_) {
     heartbeats_.publish(started);
-    next_sign_ = now + heartbeat_;
+    next_sign_ = lived_.now() + heartbeat_;
   }
   heartbeats_.listen();
   if (heartbeats_.announced().has_value() && !failed) {
@@ -176,7 +175,7 @@ std::optional<NcclWatch::Trouble> NcclWatch::look() {
   if (trouble_.has_value()) {
     return trouble_;
   }
-  const auto now = Clock::now();
+  const auto now = lived_.now();
   if (launching_.has_value() && now - launching_->begun > deadline_) {
     return Trouble{
         c10::str(launching_->name, " was not launched within ", deadline_.count(), " ms"),
@@ -209,17 +208,14 @@ std::optional<NcclWatch::Trouble> NcclWatch::look() {
 }
 
 void NcclWatch::fail(const Trouble& trouble) {
-  NcclHeartbeats::Failure failure{c10::str("rank ", heartbeats_.rank(), ": ", trouble.reason),
-                                  heartbeats_.missing(trouble.sequence, heartbeat_)};
-  failure.text += failure.culprits.empty()
-                      ? "; every rank is alive and has made the call"
-                      : c10::str("; no sign of rank ", c10::Join(", ", failure.culprits),
-                                 " (dead, stalled, or not making the call)");
+  NcclFailure failure{c10::str("rank ", heartbeats_.rank(), ": ", trouble.reason),
+                      heartbeats_.missing(trouble.sequence, heartbeat_)};
+  failure.text += blame(failure.culprits, heartbeats_);
   heartbeats_.announce(failure);
   end_with(failure);
 }
 
-void NcclWatch::end_with(const NcclHeartbeats::Failure& failure) {
+void NcclWatch::end_with(const NcclFailure& failure) {
   {
     const std::lock_guard lock(mutex_);
     failure_ = failure;

@@ -7,6 +7,7 @@
 
 #include "communicator/nccl/group.h"
 #include "communicator/nccl/heartbeats.h"
+#include "communicator/waiting_time.h"
 #include "support/cuda_handle.h"
 
 namespace anabranch {
@@ -14,7 +15,7 @@ namespace anabranch {
 /// Watches a group's collectives: one that does not end within its deadline, or that NCCL reports as
 /// failed, ends all of them, here and on the other ranks, and is told by `check`: before streams go on,
 /// so that who has waited for a stream learns it there. The time of a collective begins when the
-/// stream has come to it.
+/// stream has come to it, and is that which this process lives: ranks that were all stopped go on.
 ///
 /// One thread asks CUDA how far the streams are. Its calls may have to wait for another thread's, which
 /// may wait for a collective that never ends: so it is another thread, calling nothing of CUDA's, that
@@ -39,20 +40,19 @@ class NcclWatch {
   void finish();
 
  private:
-  using Clock = std::chrono::steady_clock;
   struct Collective {
     std::string name;
     int64_t sequence;
     CudaEvent begin;
     CudaEvent end;
-    std::optional<Clock::time_point> begun;  ///< when the stream was seen to have come to it
+    std::optional<LivedClock::Time> begun;  ///< when the stream was seen to have come to it
   };
 
   /// A collective that the host is in.
   struct Launch {
     std::string name;
     int64_t sequence;
-    Clock::time_point begun;
+    LivedClock::Time begun;
   };
 
   /// What makes the watch give up.
@@ -64,28 +64,29 @@ class NcclWatch {
   void follow_streams(int device);
   void look_at_streams();
   void watch();
-  void exchange_signs(Clock::time_point now);
+  void exchange_signs();
   std::optional<Trouble> look();
   /// False when there is no more to do.
   bool pause();
   void fail(const Trouble& trouble);
-  void end_with(const NcclHeartbeats::Failure& failure);
+  void end_with(const NcclFailure& failure);
 
   NcclGroup& group_;
   NcclHeartbeats& heartbeats_;
   std::chrono::milliseconds deadline_;
   std::chrono::milliseconds heartbeat_;
   std::function<void()> on_failure_;
-  Clock::time_point next_sign_;   ///< of the thread alone
+  LivedClock lived_;              ///< advanced by the watcher
+  LivedClock::Time next_sign_{};  ///< of the watcher alone
   std::timed_mutex group_mutex_;  ///< held by whoever calls the group
   std::mutex mutex_;              ///< guards what follows
   std::condition_variable changed_;
   std::deque<Collective> running_;
   int64_t started_ = 0;
   std::optional<Launch> launching_;
-  Clock::time_point looked_;  ///< when CUDA last answered
+  LivedClock::Time looked_{};  ///< when CUDA last answered
   std::optional<Trouble> trouble_;
-  std::optional<NcclHeartbeats::Failure> failure_;
+  std::optional<NcclFailure> failure_;
   bool stop_ = false;
   // The last members: they use all others.
   std::thread follower_;

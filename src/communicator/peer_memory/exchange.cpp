@@ -10,8 +10,9 @@
 #include <mutex>
 
 #include "communicator/agreement.h"
-#include "communicator/host_name.h"
-#include "communicator/row_bytes.h"
+#include "communicator/host.h"
+#include "communicator/peer_memory/goodbyes.h"
+#include "communicator/transfer_rows.h"
 
 namespace anabranch {
 namespace {
@@ -42,8 +43,8 @@ peer::Rows rows_of(const Transfer& transfer) {
 
 /// Memory of this GPU that the other ranks map.
 struct PeerExchange::Mailbox {
-  Mailbox(const peer::Layout& layout, int rank)
-      : layout(layout), rank(rank), device(c10::cuda::current_device()) {
+  Mailbox(const peer::Layout& layout, std::shared_ptr<const Goodbyes> goodbyes)
+      : goodbyes(std::move(goodbyes)), device(c10::cuda::current_device()) {
     void* allocated = nullptr;
     const auto bytes = static_cast<size_t>(layout.bytes());
     check_cuda(cudaMalloc(&allocated, bytes), "cudaMalloc");
@@ -62,27 +63,7 @@ struct PeerExchange::Mailbox {
     return {handle.reserved, sizeof(handle.reserved)};
   }
 
-  /// Whether all other ranks have said that they do not use it any more.
-  bool is_closed() const {
-    const c10::cuda::CUDAGuard guard(device);
-    const CudaStream stream = make_cuda_stream();
-    for (int other = 0; other < layout.size; ++other) {
-      peer::Queues queues = {};
-      if (other == rank) {
-        continue;
-      }
-      check_cuda(cudaMemcpyAsync(&queues, memory + layout.state(rank, other, 0), sizeof(queues),
-                                 cudaMemcpyDeviceToHost, stream),
-                 "cudaMemcpyAsync");
-      check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-      if (queues.closed == 0) {
-        return false;
-      }
-    }
-    return true;
-  }
-
-  /// Frees those that all others have closed, and keeps the rest for a later call. `mailbox` is the
+  /// Frees those that all others have unmapped, and keeps the rest for a later call. `mailbox` is the
   /// newest of them, or null.
   static void retire(std::shared_ptr<Mailbox> mailbox) {
     static std::mutex mutex;
@@ -92,11 +73,10 @@ struct PeerExchange::Mailbox {
     if (mailbox != nullptr) {
       retired->push_back(std::move(mailbox));
     }
-    std::erase_if(*retired, [](const auto& one) { return one->is_closed(); });
+    std::erase_if(*retired, [](const auto& one) { return one->goodbyes->all_have_left(); });
   }
 
-  peer::Layout layout;
-  int rank;
+  std::shared_ptr<const Goodbyes> goodbyes;
   c10::DeviceIndex device;
   std::byte* memory = nullptr;
 };
@@ -106,7 +86,7 @@ bool PeerExchange::suits(Communicator& bootstrap) {
   const char* disabled = std::getenv("NCCL_P2P_DISABLE");
   const bool may = disabled == nullptr || std::string_view(disabled) == "0";
   const std::vector<std::string> hosts =
-      all_gather_strings(bootstrap, may ? host_name() : std::string());
+      all_gather_strings(bootstrap, may ? host_identity() : std::string());
   return !hosts[0].empty() && hosts.size() > 1 && hosts.size() <= peer::kMaxRanks &&
          std::all_of(hosts.begin(), hosts.end(),
                      [&](const auto& host) { return host == hosts[0]; });
@@ -115,8 +95,16 @@ bool PeerExchange::suits(Communicator& bootstrap) {
 std::unique_ptr<PeerExchange> PeerExchange::make(Communicator& bootstrap, std::string& obstacle) {
   Mailbox::retire(nullptr);
   std::unique_ptr<PeerExchange> exchange;
-  obstacle = first_failure(run_together(
-      bootstrap, [&] { exchange.reset(new PeerExchange(bootstrap)); }));  // a private constructor
+  std::shared_ptr<const Goodbyes> goodbyes;
+  try {
+    goodbyes = std::make_shared<Goodbyes>(bootstrap);
+  } catch (const std::runtime_error& error) {  // on all ranks alike
+    obstacle = error.what();
+    return nullptr;
+  }
+  obstacle = first_failure(run_together(bootstrap, [&] {
+    exchange.reset(new PeerExchange(bootstrap, goodbyes));  // a private constructor
+  }));
   if (obstacle.empty()) {
     obstacle = exchange->map(bootstrap);
   }
@@ -130,10 +118,11 @@ std::unique_ptr<PeerExchange> PeerExchange::make(Communicator& bootstrap, std::s
   return exchange;
 }
 
-PeerExchange::PeerExchange(const Communicator& bootstrap) : last_(make_cuda_event()) {
+PeerExchange::PeerExchange(const Communicator& bootstrap, std::shared_ptr<const Goodbyes> goodbyes)
+    : last_(make_cuda_event()) {
   arguments_.rank = bootstrap.rank();
   arguments_.layout = {bootstrap.size(), peer::lanes_for(bootstrap.size())};
-  own_ = std::make_shared<Mailbox>(arguments_.layout, bootstrap.rank());
+  own_ = std::make_shared<Mailbox>(arguments_.layout, std::move(goodbyes));
   void* flag = nullptr;
   check_cuda(cudaHostAlloc(&flag, sizeof(int), cudaHostAllocPortable | cudaHostAllocMapped),
              "cudaHostAlloc");
@@ -182,18 +171,9 @@ PeerExchange::~PeerExchange() {
   }
   try {
     const c10::cuda::CUDAGuard guard(own_->device);
-    const CudaStream stream = make_cuda_stream();
-    const uint64_t closed = 1;
-    for (const int owner : mapped_) {
-      check_cuda(cudaMemcpyAsync(arguments_.mailboxes[owner] +
-                                     arguments_.layout.state(owner, arguments_.rank, 0) +
-                                     offsetof(peer::Queues, closed),
-                                 &closed, sizeof(closed), cudaMemcpyHostToDevice, stream),
-                 "cudaMemcpyAsync");
-    }
-    check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
     for (const int owner : mapped_) {
       check_cuda(cudaIpcCloseMemHandle(arguments_.mailboxes[owner]), "cudaIpcCloseMemHandle");
+      own_->goodbyes->leave(owner);
     }
     check_cuda(cudaFreeHost(aborted_), "cudaFreeHost");
     if (mapped_by_all_) {

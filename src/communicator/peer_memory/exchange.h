@@ -11,6 +11,8 @@
 
 namespace anabranch {
 
+class Goodbyes;
+
 /// All-to-all between the GPUs of one host through memory that they map from each other, by a kernel
 /// of this library's: rows are gathered where they are read, and cross once.
 class PeerExchange {
@@ -32,7 +34,7 @@ class PeerExchange {
 
  private:
   struct Mailbox;
-  explicit PeerExchange(const Communicator& bootstrap);
+  PeerExchange(const Communicator& bootstrap, std::shared_ptr<const Goodbyes> goodbyes);
   std::string map(Communicator& bootstrap);
 
   peer::Arguments arguments_ = {};

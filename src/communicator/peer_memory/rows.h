@@ -23,12 +23,11 @@ constexpr int kMaxTransfers = 4;
 constexpr int kSlots = 2;
 constexpr int64_t kSlotBytes = 256 << 10;
 
-/// Of the queues between the mailbox's owner and one other rank on one lane. The first three are
+/// Of the queues between the mailbox's owner and one other rank on one lane. The first two are
 /// written by that other rank, on its own GPU, the last two by the owner. They only grow.
 struct alignas(128) Queues {
   uint64_t filled;    ///< slots of the mailbox that the other has filled
   uint64_t emptied;   ///< slots of the other's mailbox, filled by the owner, that it has emptied
-  uint64_t closed;    ///< 1: the other does not use the mailbox any more
   uint64_t sent;      ///< slots that the owner has filled
   uint64_t received;  ///< slots that the owner has emptied
 };

@@ -1,7 +1,5 @@
-#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/tensor.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros.h>
 #include <anabranch/error.h>
 #include <anabranch/process_group.h>
@@ -14,11 +12,11 @@
 #include <numeric>
 #include <optional>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
-#include <tuple>
 #include <utility>
 
-#include "communicator/chunks.h"
-#include "communicator/waiting_time.h"
+#include "communicator/errors.h"
+#include "communicator/process_group/coalescing.h"
+#include "communicator/staged_messages.h"
 #include "support/check.h"
 
 namespace anabranch {
@@ -26,11 +24,25 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-/// Rows for or from one rank of a communicator.
-struct Message {
-  int peer;
-  torch::Tensor rows;
-};
+// Tags are shared with the program that has the group: these have a bit that it hardly uses. Behind it
+// stands which communicator's the messages are, then what they are: of ranks that make other calls, or
+// with other sizes, none is taken for what it is not, but for missing. (gloo ends the process where more
+// bytes come than are expected.)
+constexpr int kPrivateTags = 1 << 30;
+constexpr int kKindBits = 16;
+constexpr int kMostCommunicators = 1 << (30 - kKindBits);
+/// The one whose messages make all others known.
+constexpr int kMeeting = 0;
+
+/// Each communicator of this process over a process group has a number of its own, the same on all of its
+/// ranks.
+std::atomic<int> last_number = kMeeting;
+
+int tag_of(int number, Collective call, int64_t bytes) {
+  const auto kind = static_cast<uint64_t>(bytes) * 8 + static_cast<uint64_t>(call);
+  const uint64_t spread = kind * 0x9e3779b97f4a7c15 >> (64 - kKindBits);
+  return kPrivateTags + number * (1 << kKindBits) + static_cast<int>(spread);
+}
 
 /// A process group, and what all communicators over it share.
 struct Group {
@@ -47,7 +59,6 @@ struct Group {
   c10::intrusive_ptr<c10d::ProcessGroup> process_group;
   bool host = false;                 ///< a backend moves host memory
   std::optional<torch::Device> gpu;  ///< a backend moves this GPU's memory, on its streams
-  std::atomic<int> last_tag{0};      ///< each communicator's messages have a tag of their own
 };
 
 Group::Group(c10::intrusive_ptr<c10d::ProcessGroup> process_group_)
@@ -74,30 +85,20 @@ Group::Group(c10::intrusive_ptr<c10d::ProcessGroup> process_group_)
 class ProcessGroupCommunicator final : public Communicator {
  public:
   ProcessGroupCommunicator(std::shared_ptr<Group> group, std::vector<int> members, int rank,
-                           int tag, CommunicatorOptions options)
+                           int number, CommunicatorOptions options)
       : Communicator(rank, static_cast<int>(members.size())),
         group_(std::move(group)),
         members_(std::move(members)),
-        tag_(tag),
+        number_(number),
         options_(options) {}
 
   std::string name() const override { return "process_group"; }
-  std::shared_ptr<Communicator> split(int color, int key) override;
   void check() override;
 
  protected:
-  void do_all_to_all_v(const std::vector<Transfer>& transfers) override {
-    all_to_all_v("all_to_all_v", transfers);
-  }
-  void do_all_reduce(torch::Tensor& tensor) override;
-  void do_all_gather(const torch::Tensor& tensor, torch::Tensor& gathered) override {
-    gather("all_gather", tensor, gathered);
-  }
-  void do_broadcast(torch::Tensor& tensor, int root) override;
-  void do_barrier() override {
-    gather("barrier", at::zeros({1}, at::kByte), at::empty({size(), 1}, at::kByte));
-    check();
-  }
+  void exchange(Collective call, const Messages& messages,
+                const std::function<void()>& meanwhile) override;
+  std::shared_ptr<Communicator> regroup(const std::vector<int>& members, int rank) override;
   void check_device(torch::Device device) const override {
     check_input(device.is_cpu() || (device.is_cuda() && (!group_->gpu || device == *group_->gpu)),
                 "process_group: tensor on ", device, ", expected ",
@@ -105,167 +106,80 @@ class ProcessGroupCommunicator final : public Communicator {
   }
 
  private:
-  void all_to_all_v(const char* call, const std::vector<Transfer>& transfers);
-  void gather(const char* call, const torch::Tensor& tensor, const torch::Tensor& gathered);
-  void exchange(const char* call, const std::vector<Message>& outgoing,
-                const std::vector<Message>& incoming);
-  void exchange_on_gpu(const char* call, const std::vector<Message>& outgoing,
-                       const std::vector<Message>& incoming);
-  void exchange_on_host(const char* call, const std::vector<Message>& outgoing,
-                        const std::vector<Message>& incoming);
-  c10::intrusive_ptr<c10d::Work> send(const Message& message);
-  c10::intrusive_ptr<c10d::Work> receive(const Message& message);
-  /// The rank at distance `step`: every rank begins with another one.
-  int peer_at(int step) const { return (rank() + step) % size(); }
+  using Work = c10::intrusive_ptr<c10d::Work>;
+  void exchange_on_gpu(Collective call, const Messages& messages,
+                       const std::function<void()>& meanwhile);
+  void exchange_on_host(Collective call, const Messages& messages,
+                        const std::function<void()>& meanwhile);
+  Work send(Collective call, const Message& message);
+  Work receive(Collective call, const Message& message);
 
   std::shared_ptr<Group> group_;
   std::vector<int> members_;
-  int tag_;
+  int number_;
   CommunicatorOptions options_;
 };
 
-/// `tensor` in the memory of `device`: itself if it is there.
-torch::Tensor carried(const torch::Tensor& tensor, torch::Device device) {
-  return tensor.to(device).contiguous();
-}
-
-void ProcessGroupCommunicator::all_to_all_v(const char* call,
-                                            const std::vector<Transfer>& transfers) {
-  std::vector<Message> outgoing;
-  std::vector<Message> incoming;
-  std::vector<torch::Tensor> received;
-  for (const Transfer& transfer : transfers) {
-    const torch::Device carrier = group_->carrier(transfer.send.device());
-    const bool in_place = carrier == transfer.receive.device();
-    received.push_back(in_place ? transfer.receive
-                                : at::empty_like(transfer.receive, at::TensorOptions(carrier)));
-    const auto sent = carried(transfer.send, carrier).split_with_sizes(transfer.send_rows);
-    const auto places = received.back().split_with_sizes(transfer.receive_rows);
-    places[rank()].copy_(sent[rank()]);
-    for (int step = 1; step < size(); ++step) {
-      outgoing.push_back({peer_at(step), sent[peer_at(step)]});
-      incoming.push_back({peer_at(step), places[peer_at(step)]});
-    }
+void ProcessGroupCommunicator::exchange(Collective call, const Messages& messages,
+                                        const std::function<void()>& meanwhile) {
+  const torch::Device carrier = group_->carrier(messages.device);
+  std::optional<StagedMessages> staged;
+  if (carrier != messages.device) {
+    staged.emplace(messages, at::TensorOptions(carrier));
   }
-  exchange(call, outgoing, incoming);
-  for (size_t i = 0; i < transfers.size(); ++i) {
-    if (!received[i].is_same(transfers[i].receive)) {
-      transfers[i].receive.copy_(received[i]);
-    }
-  }
-}
-
-/// Every rank sums one chunk in rank order, in fp32 for 16-bit types, and hands it to all.
-void ProcessGroupCommunicator::do_all_reduce(torch::Tensor& tensor) {
-  std::vector<int64_t> lengths;
-  for (int peer = 0; peer < size(); ++peer) {
-    lengths.push_back(chunk_length(tensor.numel(), peer, size()));
-  }
-  const std::vector<int64_t> own(size(), lengths[rank()]);
-  const torch::Tensor flat = tensor.view({-1});
-  const torch::Tensor terms = at::empty({size() * own[0]}, tensor.options());
-  all_to_all_v("all_reduce", {{flat, lengths, terms, own}});
-  const auto parts = terms.split_with_sizes(own);
-  torch::Tensor sum = parts[0].to(at::toOpMathType(tensor.scalar_type()));
-  for (int peer = 1; peer < size(); ++peer) {
-    sum.add_(parts[peer]);
-  }
-  const torch::Tensor sums = sum.to(tensor.scalar_type()).repeat({size()});
-  all_to_all_v("all_reduce", {{sums, own, flat, lengths}});
-}
-
-void ProcessGroupCommunicator::gather(const char* call, const torch::Tensor& tensor,
-                                      const torch::Tensor& gathered) {
-  const torch::Device carrier = group_->carrier(tensor.device());
-  const torch::Tensor sent = carried(tensor, carrier);
-  const torch::Tensor places =
-      carrier == tensor.device() ? gathered : at::empty_like(gathered, at::TensorOptions(carrier));
-  std::vector<Message> outgoing;
-  std::vector<Message> incoming;
-  places[rank()].copy_(sent);
-  for (int step = 1; step < size(); ++step) {
-    outgoing.push_back({peer_at(step), sent});
-    incoming.push_back({peer_at(step), places[peer_at(step)]});
-  }
-  exchange(call, outgoing, incoming);
-  if (!places.is_same(gathered)) {
-    gathered.copy_(places);
-  }
-}
-
-void ProcessGroupCommunicator::do_broadcast(torch::Tensor& tensor, int root) {
-  const torch::Tensor place = carried(tensor, group_->carrier(tensor.device()));
-  std::vector<Message> outgoing;
-  for (int step = 1; rank() == root && step < size(); ++step) {
-    outgoing.push_back({peer_at(step), place});
-  }
-  if (rank() == root) {
-    exchange("broadcast", outgoing, {});
+  const Messages& reached = staged ? staged->messages() : messages;
+  if (reached.outgoing.empty() && reached.incoming.empty()) {
+    meanwhile();
+  } else if (carrier.is_cpu()) {
+    exchange_on_host(call, reached, meanwhile);
   } else {
-    exchange("broadcast", {}, {{root, place}});
+    exchange_on_gpu(call, reached, meanwhile);
   }
-  if (rank() != root && !place.is_same(tensor)) {
-    tensor.copy_(place);
-  }
-}
-
-/// Without the messages that hold nothing, on both sides alike; all of one memory.
-std::vector<Message> as_bytes(const std::vector<Message>& messages) {
-  std::vector<Message> filled;
-  for (const Message& message : messages) {
-    if (message.rows.nbytes() > 0) {
-      filled.push_back({message.peer, message.rows.view({-1}).view(at::kByte)});
-    }
-  }
-  return filled;
-}
-
-void ProcessGroupCommunicator::exchange(const char* call, const std::vector<Message>& outgoing,
-                                        const std::vector<Message>& incoming) {
-  const std::vector<Message> sent = as_bytes(outgoing);
-  const std::vector<Message> received = as_bytes(incoming);
-  if (sent.empty() && received.empty()) {
-    return;
-  }
-  const Message& any = sent.empty() ? received.front() : sent.front();
-  if (any.rows.is_cpu()) {
-    exchange_on_host(call, sent, received);
-  } else {
-    exchange_on_gpu(call, sent, received);
+  if (staged) {
+    staged->bring_back();
   }
 }
 
-c10::intrusive_ptr<c10d::Work> ProcessGroupCommunicator::send(const Message& message) {
-  std::vector<at::Tensor> tensors = {message.rows};
-  return group_->process_group->send(tensors, members_[message.peer], tag_);
+std::vector<at::Tensor> bytes_of(const Message& message) {
+  return {message.tensor.view({-1}).view(at::kByte).narrow(0, message.begin, message.bytes)};
 }
 
-c10::intrusive_ptr<c10d::Work> ProcessGroupCommunicator::receive(const Message& message) {
-  std::vector<at::Tensor> tensors = {message.rows};
-  return group_->process_group->recv(tensors, members_[message.peer], tag_);
+ProcessGroupCommunicator::Work ProcessGroupCommunicator::send(Collective call,
+                                                              const Message& message) {
+  auto bytes = bytes_of(message);
+  return group_->process_group->send(bytes, members_[message.peer],
+                                     tag_of(number_, call, message.bytes));
 }
 
-void ProcessGroupCommunicator::exchange_on_gpu(const char* call,
-                                               const std::vector<Message>& outgoing,
-                                               const std::vector<Message>& incoming) {
+ProcessGroupCommunicator::Work ProcessGroupCommunicator::receive(Collective call,
+                                                                 const Message& message) {
+  auto bytes = bytes_of(message);
+  return group_->process_group->recv(bytes, members_[message.peer],
+                                     tag_of(number_, call, message.bytes));
+}
+
+void ProcessGroupCommunicator::exchange_on_gpu(Collective call, const Messages& messages,
+                                               const std::function<void()>& meanwhile) {
   check();
   try {
-    group_->process_group->startCoalescing(torch::kCUDA);
-    for (const Message& message : incoming) {
-      receive(message);
+    Coalescing together(*group_->process_group, torch::kCUDA);
+    for (const Message& message : messages.incoming) {
+      receive(call, message);
     }
-    for (const Message& message : outgoing) {
-      send(message);
+    for (const Message& message : messages.outgoing) {
+      send(call, message);
     }
-    group_->process_group->endCoalescing(torch::kCUDA)->wait();  // orders the current stream
+    const Work work = together.end();
+    meanwhile();
+    work->wait();  // orders the current stream
   } catch (const std::exception& error) {
-    throw CommunicationError(c10::str("rank ", rank(), ": ", call, " failed: ", error.what()), {});
+    throw CommunicationError(
+        c10::str("rank ", rank(), ": ", name_of(call), " failed: ", error.what()), {});
   }
 }
 
-void ProcessGroupCommunicator::exchange_on_host(const char* call,
-                                                const std::vector<Message>& outgoing,
-                                                const std::vector<Message>& incoming) {
+void ProcessGroupCommunicator::exchange_on_host(Collective call, const Messages& messages,
+                                                const std::function<void()>& meanwhile) {
   const auto end = Clock::now() + options_.deadline;
   std::optional<CommunicationError> failure;
   // What fails with one rank is thrown when the others have what they wait for: else they would wait for
@@ -275,20 +189,18 @@ void ProcessGroupCommunicator::exchange_on_host(const char* call,
       action();
     } catch (const std::exception& error) {
       if (!failure) {
-        failure.emplace(c10::str("rank ", rank(), ": ", call, " waited up to ",
-                                 in_seconds(options_.deadline), " for rank ", peer,
-                                 " (dead, stalled, or not making the call): ", error.what()),
-                        std::vector<int>{peer});
+        failure.emplace(waited_in_vain(rank(), call, options_, peer, error.what()));
       }
     }
   };
-  std::vector<std::pair<int, c10::intrusive_ptr<c10d::Work>>> pending;
-  for (const Message& message : incoming) {
-    try_with(message.peer, [&] { pending.emplace_back(message.peer, receive(message)); });
+  std::vector<std::pair<int, Work>> pending;
+  for (const Message& message : messages.incoming) {
+    try_with(message.peer, [&] { pending.emplace_back(message.peer, receive(call, message)); });
   }
-  for (const Message& message : outgoing) {
-    try_with(message.peer, [&] { pending.emplace_back(message.peer, send(message)); });
+  for (const Message& message : messages.outgoing) {
+    try_with(message.peer, [&] { pending.emplace_back(message.peer, send(call, message)); });
   }
+  meanwhile();
   for (const auto& [peer, work] : pending) {
     try_with(peer, [&, &work = work] {
       const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(end - Clock::now());
@@ -324,27 +236,22 @@ void ProcessGroupCommunicator::check() {
   }
 }
 
-std::shared_ptr<Communicator> ProcessGroupCommunicator::split(int color, int key) {
-  const torch::Tensor all = at::empty({size(), 3}, at::kInt);
-  gather("split", at::tensor({color, key, group_->last_tag.load()}, at::kInt), all);
-  const auto ranks = all.accessor<int, 2>();
-  std::vector<std::tuple<int, int>> order;  // key, rank
-  int tag = 0;
-  for (int r = 0; r < size(); ++r) {
-    tag = std::max(tag, ranks[r][2] + 1);
-    if (ranks[r][0] == color) {
-      order.emplace_back(ranks[r][1], r);
-    }
+std::shared_ptr<Communicator> ProcessGroupCommunicator::regroup(const std::vector<int>& members,
+                                                                int rank) {
+  const torch::Tensor last = at::empty({size()}, at::kInt);
+  gather(Collective::kSplit, at::scalar_tensor(last_number.load(), at::kInt), last);
+  const int number = last.max().item<int>() + 1;
+  last_number = number;
+  if (number >= kMostCommunicators) {
+    throw std::runtime_error(c10::str("split: a process group's tags suffice for ",
+                                      kMostCommunicators - 1, " communicators"));
   }
-  std::sort(order.begin(), order.end());
-  std::vector<int> members;
-  int own = 0;
-  for (const auto& [unused, r] : order) {
-    own = r == rank() ? static_cast<int>(members.size()) : own;
-    members.push_back(members_[r]);
+  std::vector<int> of_group;
+  for (const int member : members) {
+    of_group.push_back(members_[member]);
   }
-  group_->last_tag = tag;
-  return std::make_shared<ProcessGroupCommunicator>(group_, std::move(members), own, tag, options_);
+  return std::make_shared<ProcessGroupCommunicator>(group_, std::move(of_group), rank, number,
+                                                    options_);
 }
 
 }  // namespace
@@ -352,13 +259,13 @@ std::shared_ptr<Communicator> ProcessGroupCommunicator::split(int color, int key
 std::shared_ptr<Communicator> make_process_group_communicator(
     c10::intrusive_ptr<c10d::ProcessGroup> group, const CommunicatorOptions& options) {
   check_input(group != nullptr, "make_process_group_communicator: no process group");
-  check_input(options.deadline.count() > 0, "make_process_group_communicator: the deadline is ",
-              options.deadline.count(), " ms, expected more than 0");
+  check_options("make_process_group_communicator", options);
   std::vector<int> members(group->getSize());
   std::iota(members.begin(), members.end(), 0);
   const int rank = group->getRank();
-  return std::make_shared<ProcessGroupCommunicator>(std::make_shared<Group>(std::move(group)),
-                                                    std::move(members), rank, /*tag=*/0, options);
+  ProcessGroupCommunicator meeting(std::make_shared<Group>(std::move(group)), std::move(members),
+                                   rank, kMeeting, options);
+  return meeting.split(/*color=*/0, /*key=*/0);
 }
 
 }  // namespace anabranch

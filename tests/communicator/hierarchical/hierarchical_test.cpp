@@ -106,6 +106,11 @@ TEST(Hierarchical, MovesTheSameBitsAsFlat) {
             {torch::kFloat32, torch::kBFloat16, torch::kFloat64, torch::kInt64, torch::kUInt8});
         const auto counts = random_counts(random, world()->size());
         transfers.push_back(random_transfer(random, counts, dtype));
+        const int64_t rows = transfers.back().send.size(0);
+        if (random.chance(0.5) && rows > 0) {
+          Random own(random.next() + static_cast<uint64_t>(world()->rank()));
+          transfers.back().send_index = (own.uniform({rows}) * rows).to(torch::kInt64);
+        }
       }
       expect_the_same(*communicator, std::move(transfers));
     }
@@ -116,32 +121,23 @@ TEST(Hierarchical, NoTransfersAreFine) {
   hierarchical("one", AllToAll::kHierarchical)->all_to_all_v({});
 }
 
-/// Flat, and remembers to whom rows went in each all-to-all.
+/// Flat, and remembers to whom messages went in each exchange.
 class Recording final : public Communicator {
  public:
   Recording() : Communicator(world()->rank(), world()->size()) {}
   std::string name() const override { return "recording"; }
-  std::shared_ptr<Communicator> split(int, int) override { return nullptr; }
   std::vector<std::set<int>> receivers;
 
  protected:
-  void do_all_to_all_v(const std::vector<Transfer>& transfers) override {
+  void exchange(Collective call, const Messages& messages,
+                const std::function<void()>& meanwhile) override {
     receivers.emplace_back();
-    for (const Transfer& transfer : transfers) {
-      for (int peer = 0; peer < size(); ++peer) {
-        if (transfer.send_rows[peer] > 0 && peer != rank()) {
-          receivers.back().insert(peer);
-        }
-      }
+    for (const Message& message : messages.outgoing) {
+      receivers.back().insert(message.peer);
     }
-    world()->all_to_all_v(transfers);
+    exchange_by(*world(), call, messages, meanwhile);
   }
-  void do_all_reduce(torch::Tensor& tensor) override { world()->all_reduce(tensor); }
-  void do_all_gather(const torch::Tensor& tensor, torch::Tensor& gathered) override {
-    gathered.copy_(world()->all_gather(tensor));
-  }
-  void do_broadcast(torch::Tensor& tensor, int root) override { world()->broadcast(tensor, root); }
-  void do_barrier() override { world()->barrier(); }
+  std::shared_ptr<Communicator> regroup(const std::vector<int>&, int) override { return nullptr; }
   void check_device(torch::Device) const override {}
 };
 
@@ -157,6 +153,7 @@ TEST(Hierarchical, SendsOneMessageToEachOtherNode) {
   const auto send = torch::full({world()->size(), 3}, rank, torch::kFloat32);
   const auto receive = torch::empty_like(send);
   flat->receivers.clear();
+  communicator->reset_traffic();
   communicator->all_to_all_v({{send, ones, receive, ones}});
 
   const std::set<int> neighbour = {rank ^ 1};
@@ -170,6 +167,10 @@ TEST(Hierarchical, SendsOneMessageToEachOtherNode) {
   EXPECT_EQ(flat->receivers[0], neighbour);
   EXPECT_EQ(flat->receivers[1], neighbour);
   EXPECT_EQ(flat->receivers[2], counterparts);
+  // To the neighbour counts and rows for itself and for one rank of the other node; there, two rows.
+  EXPECT_EQ(communicator->traffic().bytes_sent, 2 * 8 + 2 * 12 + 2 * 12);
+  EXPECT_EQ(communicator->traffic().bytes_received, 2 * 8 + 2 * 12 + 2 * 12);
+  EXPECT_EQ(communicator->traffic().collectives, 1);
 }
 
 TEST(Hierarchical, AutoSettlesOnOneWayForAllRanks) {

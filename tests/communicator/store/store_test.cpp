@@ -3,7 +3,13 @@
 
 #include <gtest/gtest.h>
 
+#include <functional>
+#include <map>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+
 #include "communicator/agreement.h"
+#include "support/process_group.h"
+#include "support/random.h"
 #include "support/thrown.h"
 #include "support/tolerance.h"
 #include "support/world.h"
@@ -55,6 +61,62 @@ TEST(Store, NamesTheRankThatDoesNotCome) {
     }
   }
   world()->barrier();
+}
+
+/// Counts the bytes of what is kept in it and taken from it.
+class CountingStore final : public c10d::PrefixStore {
+ public:
+  using PrefixStore::PrefixStore;
+  using PrefixStore::set;
+  void set(const std::string& key, const std::vector<uint8_t>& value) override {
+    kept += static_cast<int64_t>(value.size());
+    PrefixStore::set(key, value);
+  }
+  std::vector<uint8_t> get(const std::string& key) override {
+    auto value = PrefixStore::get(key);
+    taken += static_cast<int64_t>(value.size());
+    return value;
+  }
+  int64_t kept = 0;
+  int64_t taken = 0;
+};
+
+TEST(Store, TrafficIsWhatMoved) {
+  const auto deadline = std::chrono::seconds(60);
+  const auto counting =
+      c10::make_intrusive<CountingStore>("counting", open_shared_store(*world(), deadline));
+  const int size = world()->size();
+  const auto store = make_store_communicator(counting, world()->rank(), size, {deadline});
+  Random random(test_seed());
+  const int64_t elements = random.integer(1, 50);
+  const std::map<std::string, std::function<void()>> collectives = {
+      {"all_to_all_v",
+       [&] {
+         const std::vector<int64_t> rows(size, 2);
+         const auto send = torch::ones({2 * size, elements});
+         store->all_to_all_v({{send, rows, torch::empty_like(send), rows}});
+       }},
+      {"all_reduce",
+       [&] {
+         auto tensor = torch::ones({elements}, torch::kFloat64);
+         store->all_reduce(tensor);
+       }},
+      {"all_gather", [&] { store->all_gather(torch::ones({elements}, torch::kHalf)); }},
+      {"broadcast",
+       [&] {
+         auto tensor = torch::ones({elements});
+         store->broadcast(tensor, size - 1);
+       }},
+      {"barrier", [&] { store->barrier(); }},
+      {"split", [&] { store->split(0, 0); }},
+  };
+  for (const auto& [name, call] : collectives) {
+    store->reset_traffic();
+    counting->kept = counting->taken = 0;
+    call();
+    EXPECT_EQ(store->traffic().bytes_sent, counting->kept) << name;
+    EXPECT_EQ(store->traffic().bytes_received, counting->taken) << name;
+  }
 }
 
 TEST(Store, RefusesWrongArguments) {

@@ -1,0 +1,144 @@
+// Every collective by the exchange of messages alone, as all transports have them that know of nothing
+// faster.
+#include <ATen/OpMathType.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <anabranch/communicator.h>
+
+#include "communicator/chunks.h"
+#include "communicator/transfer_rows.h"
+#include "support/side_stream.h"
+
+namespace anabranch {
+namespace {
+
+const auto nothing = [] {};
+
+void add(std::vector<Message>& messages, int peer, const torch::Tensor& tensor, int64_t begin,
+         int64_t bytes) {
+  if (bytes > 0) {
+    messages.push_back({peer, tensor, begin, bytes});
+  }
+}
+
+int64_t bytes_of(const torch::Tensor& tensor) { return static_cast<int64_t>(tensor.nbytes()); }
+
+/// The `step`th rank to exchange with: every rank begins with another one.
+int peer_at(int step, const Communicator& communicator) {
+  return (communicator.rank() + step) % communicator.size();
+}
+
+/// The rows as they are sent, gathered from where the index says; but for this rank's own, whose places
+/// are left as they are.
+torch::Tensor rows_for_others(const Transfer& transfer, int rank) {
+  if (!transfer.send_index.defined()) {
+    return transfer.send;
+  }
+  const auto begin = row_offsets(transfer.send_rows);
+  const torch::Tensor rows = empty_rows(begin.back(), transfer.send);
+  take_sent_rows(transfer, 0, rows.narrow(0, 0, begin[rank]));
+  take_sent_rows(transfer, begin[rank + 1],
+                 rows.narrow(0, begin[rank + 1], begin.back() - begin[rank + 1]));
+  return rows;
+}
+
+void take_own_rows(const Transfer& transfer, int rank) {
+  const auto to = row_offsets(transfer.receive_rows);
+  take_sent_rows(transfer, row_offsets(transfer.send_rows)[rank],
+                 transfer.receive.narrow(0, to[rank], transfer.receive_rows[rank]));
+}
+
+}  // namespace
+
+void Communicator::do_all_to_all_v(const std::vector<Transfer>& transfers) {
+  Messages messages{transfers.empty() ? torch::kCPU : transfers.front().send.device()};
+  SideStream beside(messages.device);
+  for (const Transfer& transfer : transfers) {
+    const torch::Tensor sent = rows_for_others(transfer, rank());
+    const auto from = row_offsets(transfer.send_rows);
+    const auto to = row_offsets(transfer.receive_rows);
+    const int64_t bytes = row_bytes(transfer.send);
+    for (int step = 1; step < size(); ++step) {
+      const int peer = peer_at(step, *this);
+      add(messages.outgoing, peer, sent, from[peer] * bytes, transfer.send_rows[peer] * bytes);
+      add(messages.incoming, peer, transfer.receive, to[peer] * bytes,
+          transfer.receive_rows[peer] * bytes);
+    }
+  }
+  // Launched when the messages are under way, which then have the multiprocessors that they need.
+  run(Collective::kAllToAllV, messages, [&] {
+    beside.run([&] {
+      for (const Transfer& transfer : transfers) {
+        take_own_rows(transfer, rank());
+      }
+    });
+  });
+  beside.join();
+}
+
+/// Every rank sums one chunk of the tensor, in rank order, and sends the sum to all: each element
+/// crosses the wire twice, and is the same on every rank and in every run.
+void Communicator::do_all_reduce(torch::Tensor& tensor) {
+  if (size() == 1) {
+    return;
+  }
+  const torch::Tensor flat = tensor.view({-1});
+  const auto item = static_cast<int64_t>(tensor.element_size());
+  const auto begin = [&](int peer) { return chunk_begin(flat.numel(), peer, size()); };
+  const auto length = [&](int peer) { return chunk_length(flat.numel(), peer, size()); };
+  const int64_t own = length(rank());
+  const torch::Tensor terms = at::empty({size(), own}, tensor.options());
+  Messages scatter{tensor.device()};
+  Messages gather{tensor.device()};
+  for (int step = 1; step < size(); ++step) {
+    const int peer = peer_at(step, *this);
+    add(scatter.outgoing, peer, flat, begin(peer) * item, length(peer) * item);
+    add(scatter.incoming, peer, terms, peer * own * item, own * item);
+    add(gather.outgoing, peer, flat, begin(rank()) * item, own * item);
+    add(gather.incoming, peer, flat, begin(peer) * item, length(peer) * item);
+  }
+  const torch::Tensor sum = flat.narrow(0, begin(rank()), own);
+  run(Collective::kAllReduce, scatter, nothing);
+  const auto term = [&](int peer) { return peer == rank() ? sum : terms[peer]; };
+  torch::Tensor total = term(0).to(at::toOpMathType(tensor.scalar_type()), /*non_blocking=*/false,
+                                   /*copy=*/true);
+  for (int peer = 1; peer < size(); ++peer) {
+    total.add_(term(peer));
+  }
+  sum.copy_(total);
+  run(Collective::kAllReduce, gather, nothing);
+}
+
+void Communicator::gather(Collective call, const torch::Tensor& tensor,
+                          const torch::Tensor& gathered) {
+  Messages messages{tensor.device()};
+  for (int step = 1; step < size(); ++step) {
+    const int peer = peer_at(step, *this);
+    add(messages.outgoing, peer, tensor, 0, bytes_of(tensor));
+    add(messages.incoming, peer, gathered, peer * bytes_of(tensor), bytes_of(tensor));
+  }
+  run(call, messages, [&] { gathered[rank()].copy_(tensor); });
+}
+
+void Communicator::do_all_gather(const torch::Tensor& tensor, torch::Tensor& gathered) {
+  gather(Collective::kAllGather, tensor, gathered);
+}
+
+void Communicator::do_broadcast(torch::Tensor& tensor, int root) {
+  Messages messages{tensor.device()};
+  if (rank() != root) {
+    add(messages.incoming, root, tensor, 0, bytes_of(tensor));
+  }
+  for (int step = 1; rank() == root && step < size(); ++step) {
+    add(messages.outgoing, peer_at(step, *this), tensor, 0, bytes_of(tensor));
+  }
+  run(Collective::kBroadcast, messages, nothing);
+}
+
+void Communicator::do_barrier() {
+  gather(Collective::kBarrier, at::zeros({1}, at::kByte), at::empty({size(), 1}, at::kByte));
+  check();
+}
+
+}  // namespace anabranch
