@@ -85,9 +85,12 @@ def plan(expert_ids: Tensor, weights: Tensor, num_experts: int, group: object = 
     return Plan(PlanTensors(*tensors), expert_ids.shape[1], num_experts, name)
 
 
-@torch.compiler.assume_constant_result
 def _name_of(group: object, device: torch.device) -> str:
     return as_group(group).on(device).name
+
+
+# What torch.compiler.assume_constant_result sets. Its call imports the whole compiler, for a second.
+_name_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def dispatch(rows: Tensor, plan: Plan, values: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

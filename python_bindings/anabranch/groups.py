@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import collections
 import datetime
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from .discovery import discover_rank
-from .info import transports
+from .features import transports
 
 DEADLINE = datetime.timedelta(minutes=5)
 """How long one collective may wait for a peer before it ends in an error that names it."""
@@ -34,18 +36,24 @@ class Group:
         return self
 
     def __reduce__(self) -> Any:
-        raise TypeError("a group of running ranks cannot be pickled: save the state_dict instead")
+        if self.kind == "self":
+            return alone, ()
+        raise TypeError(
+            "a group of running ranks cannot be pickled, nor what is spread over it: save the state_dict instead, "
+            "or a converted model by its save_pretrained"
+        )
 
     def on(self, device: torch.device) -> Group:
         """The same ranks for tensors on `device`: on a GPU through the library's own communicator over NCCL, but
         for a process group that does not use NCCL itself. Collective where that takes another communicator."""
         if device.type != "cuda" or self._serves_gpus:
             return self
-        name = f"{self.name}@{device}"
-        if name not in _groups:
-            operators = torch.ops.anabranch
-            _groups[name] = Group(operators.nccl_group(name, self.name, device, DEADLINE.total_seconds()), self)
-        return _groups[name]
+        operators = torch.ops.anabranch
+        return _named(
+            f"{self.name}@{device}",
+            self,
+            lambda name: operators.nccl_group(name, self.name, device, DEADLINE.total_seconds()),
+        )
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Replaces `tensor` with the sum over ranks, 16-bit types summed in fp32. Collective; no gradient."""
@@ -62,14 +70,26 @@ def _by_nccl(source: object) -> bool:
 
 
 _groups: dict[str, Group] = {}
+"""By what each was asked for as, in the order they were made: one that is made of another comes behind it."""
+_times: collections.Counter[str] = collections.Counter()
+"""How often a group has been made for what was asked for."""
 
 
 @atexit.register
 def release_groups() -> None:
     """Leaves all groups: at exit, while what they are made of is still there."""
-    for name in reversed(list(_groups)):
-        torch.ops.anabranch.release_group(name)
+    for group in reversed(list(_groups.values())):
+        torch.ops.anabranch.release_group(group.name)
     _groups.clear()
+
+
+def _release(group: Group) -> None:
+    """Leaves that group, and first those made of it: layers over them say so."""
+    for made in [each for each in _groups.values() if each.source is group]:
+        _release(made)
+    torch.ops.anabranch.release_group(group.name)
+    for key in [key for key, each in _groups.items() if each is group]:
+        del _groups[key]
 
 
 def as_group(group: object = None) -> Group:
@@ -100,12 +120,22 @@ def as_group(group: object = None) -> Group:
     )
 
 
-def _named(name: str, source: object, make: Any) -> Group:
-    """The group of that name, made if there is none yet from `source`."""
-    known = _groups.get(name)
-    if known is None or known.source is not source:
-        _groups[name] = Group(make(name), source)
-    return _groups[name]
+def _named(what: str, source: object, make: Callable[[str], str]) -> Group:
+    """The group that is asked for as `what`, made if there is none yet from `source`.
+
+    Where there is one from another source, that one is gone and its name given out again, as by
+    destroy_process_group and init_process_group: it is left. A name is used once: layers over a group that was
+    left must not find another by it.
+    """
+    known = _groups.get(what)
+    if known is not None:
+        if known.source is source:
+            return known
+        _release(known)
+    _times[what] += 1
+    name = what if _times[what] == 1 else f"{what}#{_times[what]}"
+    _groups[what] = Group(make(name), source)
+    return _groups[what]
 
 
 def _of_process_group(group: dist.ProcessGroup) -> Group:

@@ -66,7 +66,9 @@ void release_group(const std::string& name) {
 
 std::shared_ptr<Communicator> group_named(const std::string& name) {
   return registry().groups.get(name, [&]() -> std::shared_ptr<Communicator> {
-    throw InputError("there is no group '" + name + "': was it released?");
+    throw InputError("there is no group '" + name +
+                     "': it was released, or its process group destroyed and another made in its "
+                     "place. Make the layer anew, over ranks that are there");
   });
 }
 

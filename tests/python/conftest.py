@@ -25,7 +25,7 @@ def device(request) -> torch.device:
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
-        from anabranch.info import with_cuda
+        from anabranch.features import with_cuda
 
         if not with_cuda():
             pytest.skip("anabranch was built without CUDA")

@@ -11,7 +11,7 @@ import anabranch
 import pytest
 import torch
 import transformers
-from anabranch.info import transports
+from anabranch.features import transports
 
 PROJECT = pathlib.Path(__file__).parents[2]
 TRAIN_LM_CPP = pathlib.Path(anabranch.__file__).parents[2] / "examples" / "train_lm"

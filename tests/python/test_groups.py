@@ -11,7 +11,7 @@ import anabranch
 import pytest
 import torch
 import torch.distributed as dist
-from anabranch.info import transports
+from anabranch.features import transports
 from ranks import backend_for, run_ranks
 from torch import nn
 
@@ -207,6 +207,58 @@ def test_groups_of_torch_distributed():
         assert found["none"] == found["world"] == (rank, 4, "process_group")
         assert found["mesh"] == found["part"] == (rank % 2, 2, "process_group")
         assert "2 dimensions" in errors[0] and "no member" in errors[1]
+
+
+def started_again(rank, size, folder, device):
+    """The process group is destroyed and made anew, with its ranks the other way round, under the same name."""
+    before = anabranch.MoE(**OPTIONS, device=device)
+    before(torch.randn(3, 8, device=device))
+    mesh_before = anabranch.as_group(dist.device_mesh.init_device_mesh("cpu", (size,)))
+    backend = dist.get_backend_config(dist.group.WORLD)
+    dist.destroy_process_group()
+    turned = size - 1 - rank
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=turned, world_size=size)
+
+    layer = anabranch.MoE(**OPTIONS, device=device)
+    assert (layer.group.rank, layer.group.size) == (turned, size)
+    out = layer(torch.randn(3 + turned, 8, device=device))
+    with pytest.raises((RuntimeError, ValueError), match="process group destroyed.*Make the layer anew"):
+        before(torch.randn(3, 8, device=device))
+    assert anabranch.as_group(dist.device_mesh.init_device_mesh("cpu", (size,))) is not mesh_before
+    assert anabranch.as_group() is layer.group
+    return out.expert_load.tolist()
+
+
+def test_a_process_group_destroyed_and_made_anew(device, tmp_path):
+    loads = run_ranks(2, started_again, str(tmp_path), device.type, backend=backend_for(device, 2))
+    assert loads[0] == loads[1] and sum(loads[0]) == 2 * (3 + 4)
+
+
+def test_gpu_groups_follow_the_process_group_they_were_made_of(monkeypatch):
+    """The library's own communicator over GPUs has a name made of the process group's, which repeats."""
+    made = []
+
+    def nccl_group(name, group, device, deadline):
+        made.append((name, group))
+        return torch.ops.anabranch.self_group(name)
+
+    monkeypatch.setattr(torch.ops.anabranch, "nccl_group", nccl_group)
+    monkeypatch.setattr(anabranch.groups, "_by_nccl", lambda source: True)
+    device = torch.device("cuda", 0)
+    store = dist.HashStore()
+    found = []
+    for _ in range(2):
+        dist.init_process_group("gloo", store=dist.PrefixStore(str(len(found)), store), rank=0, world_size=1)
+        source = dist.group.WORLD
+        group = anabranch.groups._named(f"process_group:{source.group_name}", source, torch.ops.anabranch.self_group)
+        group._serves_gpus = False  # as a group of several ranks
+        found.append(group.on(device))
+        assert group.on(device) is found[-1]
+        dist.destroy_process_group()
+    assert found[0] is not found[1] and len(set(made)) == 2
+    with pytest.raises((RuntimeError, ValueError), match="no group"):
+        torch.ops.anabranch.describe_group(found[0].name)
+    anabranch.groups.release_groups()
 
 
 def on_gpus(rank, size):

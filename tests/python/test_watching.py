@@ -138,7 +138,9 @@ def test_plot_load_of_what_has_none(source, error):
 
 
 def test_info():
-    shown = subprocess.run([sys.executable, "-m", "anabranch.info"], capture_output=True, text=True, check=True).stdout
+    result = subprocess.run([sys.executable, "-m", "anabranch.info"], capture_output=True, text=True, check=True)
+    shown = result.stdout
+    assert "Warning" not in result.stderr, result.stderr
     assert f"anabranch {anabranch.__version__}" in shown and f"torch {torch.__version__}" in shown
     assert "engines on cpu: auto, cpu" in shown
     assert "transports: self, process_group (gloo, nccl), store" in shown
