@@ -33,11 +33,17 @@ class MoEOutput(NamedTuple):
     """[] the same of their smooth load (arXiv:1701.06538, eq. 11); None but for the noisy gate."""
 
 
-class _Parameters(nn.Module):
-    """Parameters under one name; the layer reads them."""
+class _Part(nn.Module):
+    """Parameters under one name. The layer calls it to get them, so that what wraps the part, hooks or adapters,
+    takes effect."""
 
-    def forward(self, *_: Any) -> Any:
-        raise RuntimeError("this part of an anabranch.MoE only holds parameters: call the layer")
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def forward(self, x: Tensor | None = None) -> dict[str, Tensor]:
+        """By name; `x`, what the layer is given, is for what wraps this module."""
+        return {name: getattr(self, name) for name in self.names}
 
 
 class MoE(nn.Module):
@@ -89,6 +95,7 @@ class MoE(nn.Module):
         engine: grouped GEMM engine: "auto", or one of `grouped_gemm_engines(device)`.
         seed: of the parameters; the same seed gives the same layer at any number of ranks, and that of
             the C++ library. None: drawn from torch's generator, which is then to be the same on all ranks.
+        router: False: the layer has no router, and every forward is given its routing, of any top_k.
         group: the expert-parallel group, see `as_group`.
         device: of the parameters; "meta": none yet (`to_empty`, then `reset_parameters`).
         dtype: fp32, fp64, bf16 or fp16.
@@ -118,6 +125,7 @@ class MoE(nn.Module):
         recompute: bool = False,
         engine: str = "auto",
         seed: int | None = None,
+        router: bool = True,
         group: object = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -145,10 +153,15 @@ class MoE(nn.Module):
             "recompute": recompute,
             "engine": engine,
         }
+        if not router and (gate != "top_k" or expert_bias or jitter):
+            raise ValueError("router=False with gate, expert_bias or jitter, which are a router's")
         self.options = options
+        self.has_router = router
+        self._router_shape = (num_experts, hidden_size)
         self.seed = int(torch.randint(_SEEDS, ())) if seed is None else seed
         self.group = as_group(group)
         self._options = _to_json(options)
+        self._other_options = _to_json({name: value for name, value in options.items() if name != "top_k"})
         self._group = self.group.name
         self._probe = Probe()
         self._load: Tensor | None = None
@@ -160,29 +173,35 @@ class MoE(nn.Module):
         names = operators.parameter_names(options)
         values = operators.initial_parameters(options, self.group.rank, self.group.size, dtype, device)
         operators.agree(options, dtype, device, self.group.name)
-        self._places = [tuple(name.rpartition(".")[::2]) for name in names]
-        for (path, name), value in zip(self._places, values):
+        self._places: list[tuple[str, str]] = []
+        for each, value in zip(names, values):
+            path, _, name = each.rpartition(".")
+            if path == "router" and not self.has_router:
+                continue
+            self._places.append((path, name))
             if path and path not in self._modules:
-                self.add_module(path, _Parameters())
+                self.add_module(path, _Part())
+            part = self.get_submodule(path)
             if name == "expert_bias":
-                self.get_submodule(path).register_buffer(name, value)
+                part.register_buffer(name, value)
             else:
-                self.get_submodule(path).register_parameter(name, nn.Parameter(value))
+                part.register_parameter(name, nn.Parameter(value))
+            if isinstance(part, _Part):
+                part.names.append(name)
         self._join_device()
 
     def reset_parameters(self) -> None:
         """Fills the parameters as at first: what `to_empty` leaves empty, or training has changed."""
+        options = _to_json({**self.options, "seed": self.seed})
         weight = self._up_weight()
         values = torch.ops.anabranch.initial_parameters(
-            _to_json({**self.options, "seed": self.seed}),
-            self.group.rank,
-            self.group.size,
-            weight.dtype,
-            weight.device,
+            options, self.group.rank, self.group.size, weight.dtype, weight.device
         )
+        of_name = dict(zip(torch.ops.anabranch.parameter_names(options), values))
+        parts = self._parts(None)
         with torch.no_grad():
-            for parameter, value in zip(self._parameter_list(), values):
-                parameter.copy_(value)
+            for path, name in self._places:
+                parts[path][name].copy_(of_name[f"{path}.{name}".lstrip(".")])
 
     def forward(self, x: Tensor, routing: tuple[Tensor, Tensor] | None = None) -> MoEOutput:
         """Sends every token through its experts. Collective.
@@ -195,12 +214,18 @@ class MoE(nn.Module):
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x is a {type(x).__name__}, expected a Tensor [..., {self.options['hidden_size']}]")
-        device = self._up_weight().device
-        if x.device.type != device.type:
-            raise ValueError(f"x is on {x.device}, the layer on {device}")
-        expert_ids, weights = (None, None) if routing is None else _checked_routing(routing)
+        parameters = self._parameter_list(x)
+        if x.device.type != parameters[-1].device.type:
+            raise ValueError(f"x is on {x.device}, the layer on {parameters[-1].device}")
+        expert_ids, weights, options = None, None, self._options
+        if routing is not None:
+            expert_ids, weights = _checked_routing(routing)
+        if not self.has_router:
+            if expert_ids is None:
+                raise ValueError("routing is None, expected expert ids and weights: the layer has no router")
+            options = f'{{"top_k": {expert_ids.shape[-1]}, {self._other_options[1:]}'
         output, balance_loss, z_loss, importance_loss, load_loss, load = torch.ops.anabranch.moe(
-            x, self._parameter_list(), expert_ids, weights, self._options, self._group, self.training, self._probe.tensor
+            x, parameters, expert_ids, weights, options, self._group, self.training, self._probe.tensor
         )
         self._load = load
         if routing is not None:
@@ -215,7 +240,7 @@ class MoE(nn.Module):
         load is to be summed over the replicas of the experts. No communication."""
         if not self.options["expert_bias"]:
             raise ValueError("update_expert_bias: the layer has no bias of its experts (expert_bias=True)")
-        torch.ops.anabranch.update_expert_bias(self.get_submodule("router").expert_bias, expert_load, rate)
+        torch.ops.anabranch.update_expert_bias(self._parts(None)["router"]["expert_bias"], expert_load, rate)
 
     def stats(self) -> LayerStats:
         """What this rank's layer has done since `reset_stats`. Waits for the device; no communication."""
@@ -226,11 +251,27 @@ class MoE(nn.Module):
         self._probe.reset(timed)
 
     def _up_weight(self) -> Tensor:
-        return next(parameter for parameter in self._parameter_list() if parameter.dim() == 3)
+        """Where the parameters are, and of which type."""
+        return next(parameter for parameter in self.get_submodule("experts").parameters() if parameter.dim() == 3)
 
-    def _parameter_list(self) -> list[Tensor]:
+    def _parts(self, x: Tensor | None) -> dict[str, dict[str, Tensor]]:
+        """The layer's tensors, by part and name; those of no part under ""."""
+        parts: dict[str, dict[str, Tensor]] = {"": {}}
+        for path, name in self._places:
+            if not path:
+                parts[path][name] = getattr(self, name)
+            elif path not in parts:
+                parts[path] = self._modules[path](x)  # type: ignore[misc]
+        return parts
+
+    def _parameter_list(self, x: Tensor) -> list[Tensor]:
         """In the order of the operators."""
-        return [getattr(self._modules[path] if path else self, name) for path, name in self._places]
+        parts = self._parts(x)
+        found = [parts[path][name] for path, name in self._places]
+        if self.has_router:
+            return found
+        nothing = found[0].new_zeros((), dtype=torch.float64 if found[0].dtype == torch.float64 else torch.float32)
+        return [nothing.expand(self._router_shape), *found]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
         super()._apply(fn, recurse)
@@ -248,6 +289,8 @@ class MoE(nn.Module):
 def _checked_routing(routing: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     if not isinstance(routing, (tuple, list)) or len(routing) != 2 or not all(isinstance(r, Tensor) for r in routing):
         raise TypeError(f"routing is {routing!r:.80}, expected a pair of tensors, expert ids and weights [T, top_k]")
+    if routing[0].dim() != 2:
+        raise ValueError(f"routing: expert ids are {tuple(routing[0].shape)}, expected [T, top_k]")
     return routing[0], routing[1]
 
 

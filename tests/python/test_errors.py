@@ -92,9 +92,18 @@ def test_routing_of_another_kind(routing):
         make()(torch.randn(1, 8), routing=routing)
 
 
-def test_parts_are_not_to_be_called():
-    with pytest.raises(RuntimeError, match="call the layer"):
-        make().experts(torch.randn(3, 8))
+@pytest.mark.parametrize("options", [{"gate": "noisy_top_k"}, {"expert_bias": True}, {"jitter": 0.1}], ids=str)
+def test_options_of_a_router_that_there_is_not(options):
+    with pytest.raises(ValueError, match="router=False"):
+        make(router=False, **options)
+
+
+def test_routing_that_is_not_given():
+    layer = make(router=False)
+    with pytest.raises(ValueError, match="the layer has no router"):
+        layer(torch.randn(3, 8))
+    with pytest.raises(ValueError, match=r"expert ids are \(3,\)"):
+        layer(torch.randn(3, 8), routing=(torch.zeros(3, dtype=torch.int64), torch.ones(3, 1)))
 
 
 def test_copied_state_is_refused():

@@ -227,6 +227,42 @@ def test_hooks(device):
     assert sorted(seen) == sorted([(5, 8), (5, 8), (4, 24, 8)])
 
 
+def test_parts_are_called(device):
+    """So hooks on them run, and what wraps them takes effect."""
+    layer = make(device)
+    seen = []
+    for name in ("router", "experts", "shared_expert"):
+        layer.get_submodule(name).register_forward_hook(lambda module, x, found, name=name: seen.append((name, x[0].shape)))
+    layer.experts.register_forward_hook(lambda module, x, found: {**found, "up_weight": 2 * found["up_weight"]})
+    doubled = make(device)
+    with torch.no_grad():
+        doubled.experts.up_weight.mul_(2)
+    x = torch.randn(5, 8, device=device)
+    assert torch.equal(layer(x).output, doubled(x).output)
+    assert seen == [(name, (5, 8)) for name in ("router", "experts", "shared_expert")]
+
+
+def test_without_a_router(device):
+    """Its routing is given, of any top_k; what it has are experts."""
+    whole = make(device)
+    layer = make(device, router=False)
+    assert [name for name, _ in layer.named_parameters()] == [n for n, _ in whole.named_parameters() if "router" not in n]
+    layer.load_state_dict({name: value for name, value in whole.state_dict().items() if "router" not in name})
+    for top_k in (1, 3):
+        ids = torch.rand(9, 4, device=device).argsort(-1)[:, :top_k]
+        x, weights = torch.randn(9, 8, device=device, requires_grad=True), torch.rand(9, top_k, device=device)
+        found = layer(x, routing=(ids, weights.requires_grad_())).output
+        gradients = torch.autograd.grad(found.sum(), [x, weights, *layer.experts.parameters()])
+        again = make(device, top_k=top_k)
+        expected = again(x, routing=(ids, weights)).output
+        assert_same(gradients, torch.autograd.grad(expected.sum(), [x, weights, *again.experts.parameters()]))
+        assert torch.equal(found, expected)
+    layer.reset_parameters()
+    assert_same(list(layer.parameters()), [value for name, value in whole.named_parameters() if "router" not in name])
+    compiled = torch.compile(lambda *given: layer(x, routing=given).output, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids, weights), layer(x, routing=(ids, weights)).output)
+
+
 def test_deepcopy(device):
     layer = make(device)
     twin = copy.deepcopy(layer)
