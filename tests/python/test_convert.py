@@ -1,6 +1,9 @@
 """anabranch.convert: models of transformers over anabranch layers, and back. The oracle is plain transformers."""
 
 import copy
+import gc
+import pickle
+import weakref
 
 import anabranch
 import pytest
@@ -21,22 +24,12 @@ def step(model, batch, **options):
 
 
 def family_gradients(model):
-    """A converted model's gradients too by the family's names, and cut as there."""
-    found = {plain_name(name): parameter.grad for name, parameter in model.named_parameters()}
-    for name in [name for name in found if "moe.shared_expert." in name]:
-        prefix, _, projection = name.rpartition("moe.shared_expert.")
-        names = ["gate_proj", "up_proj"] if projection == "up_weight" else ["down_proj"]
-        for part, gradient in zip(names, found.pop(name)[0].chunk(len(names))):
-            found[f"{prefix}shared_experts.{part}.weight"] = gradient
-    return found
+    """A converted model's gradients too by the family's names."""
+    return {plain_name(name): parameter.grad for name, parameter in model.named_parameters()}
 
 
 def plain_name(name):
-    for ours, theirs in (
-        ("moe.router.weight", "gate.weight"),
-        ("moe.experts.up_weight", "experts.gate_up_proj"),
-        ("moe.experts.down_weight", "experts.down_proj"),
-    ):
+    for ours, theirs in (("moe.experts.up_weight", "gate_up_proj"), ("moe.experts.down_weight", "down_proj")):
         name = name.replace(ours, theirs)
     return name
 
@@ -218,17 +211,90 @@ def test_generation_copies_and_checkpointing(seed):
         assert_close(gradient, expected[name], batch, name)
 
 
+def test_hooks_stay(seed):
+    """Of the user's: on the block, its router and its experts; and their handles still remove them."""
+    model = make_model("olmoe", seed)
+    batch = make_batch(model, seed)
+    block = model.model.layers[0].mlp
+    seen, handles = [], []
+    for part in (block, block.gate, block.experts):
+        handles.append(part.register_forward_hook(lambda module, inputs, output: seen.append("forward")))
+        handles.append(part.register_forward_pre_hook(lambda module, inputs: seen.append("before")))
+        handles.append(part.register_full_backward_hook(lambda module, dinput, doutput: seen.append("backward")))
+    block.register_forward_hook(lambda module, inputs, output: 2 * output)
+    expected, _ = step(model, batch)
+    assert len(seen) == 9
+    model.zero_grad()
+    converted = anabranch.convert(model)
+    actual, _ = step(converted, batch)
+    assert_close(actual.logits, expected.logits, batch, "logits")
+    assert len(seen) == 18
+    for handle in handles:
+        handle.remove()
+    step(converted, batch)
+    assert len(seen) == 18
+
+
+def test_copied_and_pickled(seed):
+    plain = make_model("olmoe", seed)
+    batch = make_batch(plain, seed)
+    converted = anabranch.convert(make_model("olmoe", seed))  # no forward yet, in which transformers adds hooks that no pickle takes
+    assert type(converted) is type(plain)
+    twins = [copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))]
+    expected = converted(batch).logits
+    for twin in twins:
+        assert type(twin) is type(plain) and torch.equal(twin(batch).logits, expected)
+        for parameter in twin.parameters():
+            torch.nn.init.zeros_(parameter)
+        assert torch.equal(converted(batch).logits, expected)
+
+
+def test_a_copy_saves_itself(seed, tmp_path):
+    plain = make_model("olmoe", seed)
+    converted = anabranch.convert(copy.deepcopy(plain))
+    for how, twin in (("copied", copy.deepcopy(converted)), ("pickled", pickle.loads(pickle.dumps(converted)))):
+        changed = copy.deepcopy(plain)
+        with torch.no_grad():
+            for model in (twin, changed):
+                model.lm_head.weight.add_(1)
+        twin.save_pretrained(tmp_path / how)
+        assert_same_weights(changed, tmp_path / how)
+    converted.save_pretrained(tmp_path / "first")
+    assert_same_weights(plain, tmp_path / "first")
+
+
+def test_a_converted_model_is_freed_when_it_is_dropped(seed):
+    converted = anabranch.convert(make_model("olmoe", seed))
+    weight = weakref.ref(converted.model.layers[0].mlp.experts.moe.experts.up_weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del converted
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def pickled(rank, size, seed):
+    with pytest.raises(TypeError, match="save_pretrained"):
+        pickle.dumps(anabranch.convert(make_model("olmoe", seed)))
+
+
+def test_a_model_over_ranks_is_not_pickled(seed):
+    run_ranks(2, pickled, seed)
+
+
 def test_other_models_are_refused(seed):
     with pytest.raises(TypeError, match="Linear"):
         anabranch.convert(torch.nn.Linear(2, 2))
     small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small))
-    with pytest.raises(ValueError, match="'llama'.*'mixtral', 'olmoe', 'qwen3_moe', 'deepseek_v3'"):
+    with pytest.raises(ValueError, match="'llama', has no stacked experts"):
         anabranch.convert(llama)
     converted = anabranch.convert(make_model("olmoe", seed))
-    with pytest.raises(ValueError, match="no OlmoeSparseMoeBlock"):
+    with pytest.raises(ValueError, match="has been converted"):
         anabranch.convert(converted)
-    with pytest.raises(ValueError, match="hidden_act is 'mish'"):
+    with pytest.raises(ValueError, match="MixtralExperts, have the activation .*Mish"):
         anabranch.convert(make_model("mixtral", seed, hidden_act="mish"))
     quantized = make_model("olmoe", seed)
     experts = quantized.model.layers[1].mlp.experts
@@ -238,6 +304,10 @@ def test_other_models_are_refused(seed):
     with pytest.raises(ValueError, match="model.layers.1.mlp.experts.down_proj is a Tensor"):
         anabranch.convert(quantized)
     assert not layers_of(quantized)
+    hooked = make_model("olmoe", seed)
+    hooked.model.layers[1].mlp.experts.gate_up_proj.register_hook(lambda gradient: 2 * gradient)
+    with pytest.raises(ValueError, match="model.layers.1.mlp.experts.gate_up_proj has hooks"):
+        anabranch.convert(hooked)
     older = make_model("olmoe", seed)
     older.model.layers[0].mlp.experts = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
     with pytest.raises(ValueError, match="model.layers.0.mlp.experts is a list.*transformers 5"):

@@ -1,0 +1,105 @@
+"""Stacked experts of transformers' models: what they compute and how their weights lie, in the layer's words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a family's weights lie. The layer's are [E, out, in], rows of the gate before those of up."""
+
+    glu: bool
+    bias: bool
+    transposed: bool
+    """[E, in, out]."""
+    interleaved: bool
+    """Rows of gate and up alternate."""
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Of the family's tensors, and of the layer's for those of this rank."""
+        weights = {"gate_up_proj" if self.glu else "up_proj": "up", "down_proj": "down"}
+        found = {theirs: f"{ours}_weight" for theirs, ours in weights.items()}
+        if self.bias:
+            found |= {f"{theirs}_bias": f"{ours}_bias" for theirs, ours in weights.items()}
+        return found
+
+    def to_layer(self, name: str, values: Tensor) -> Tensor:
+        """A tensor of the family's, by its name there, as the layer has it."""
+        if self.transposed and values.dim() == 3:
+            values = values.transpose(1, 2)
+        if self.interleaved and name.startswith("gate_up"):
+            values = torch.cat([values[:, ::2], values[:, 1::2]], dim=1)
+        return values
+
+    def to_family(self, name: str, values: Tensor) -> Tensor:
+        """The way back."""
+        if self.interleaved and name.startswith("gate_up"):
+            values = torch.stack(values.chunk(2, dim=1), dim=2).flatten(1, 2)
+        if self.transposed and values.dim() == 3:
+            values = values.transpose(1, 2)
+        return values.contiguous()
+
+
+def recognised(name: str, experts: Any) -> tuple[Layout, str]:
+    """The layout of a module of stacked experts, and its activation.
+
+    Known by transformers' interface for them, use_experts_implementation: down(activation(gate) · up), or
+    down(activation(up)), weighted by the routing in the end. ValueError, with the module's name and the reason,
+    for experts that compute something else, or whose weights are no plain parameters.
+    """
+    from transformers.integrations import moe
+
+    def refuse(reason: str) -> NoReturn:
+        raise ValueError(f"{name}: the experts, {type(experts).__name__}, {reason}; convert cannot swap them")
+
+    gating = getattr(type(experts), "_apply_gate", None)
+    glu = bool(getattr(experts, "has_gate", hasattr(experts, "gate_up_proj")))
+    if gating is None or not hasattr(experts, "is_transposed"):
+        refuse("do not follow transformers' interface for experts (use_experts_implementation)")
+    if glu and gating is not moe._default_apply_gate:
+        refuse("have a gating of their own (_apply_gate) instead of activation(gate) · up")
+    if getattr(experts, "has_post_expert_norm", False):
+        refuse("have a norm behind each expert")
+    activation = _activation(experts.act_fn)
+    if activation is None:
+        refuse(f"have the activation {experts.act_fn!r}, expected one of {', '.join(_ACTIVATIONS)}")
+    layout = Layout(
+        glu, bool(experts.has_bias), bool(experts.is_transposed), glu and not getattr(experts, "is_concatenated", True)
+    )
+    for weight in layout.names:
+        _check_parameter(f"{name}.{weight}", getattr(experts, weight, None))
+    return layout, activation
+
+
+def _activation(function: Any) -> str | None:
+    """Its name here, by its values: families call the same functions by different names."""
+    at = torch.linspace(-6, 6, 97, dtype=torch.float64)
+    with torch.no_grad():
+        values = function(at)
+    equal = (name for name, ours in _ACTIVATIONS.items() if torch.allclose(values, ours(at), rtol=0, atol=1e-6))
+    return next(equal, None)
+
+
+def _check_parameter(name: str, weight: Any) -> None:
+    if type(weight) is not nn.Parameter:
+        raise ValueError(
+            f"{name} is a {type(weight).__name__}, expected a plain parameter: quantized, adapted or sharded models "
+            "cannot be converted. Convert first, then adapt"
+        )
+    if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+        raise ValueError(f"{name} has hooks, which are for all experts. Convert first, then hook the layer's parameters")
