@@ -128,7 +128,7 @@ TEST_P(FeedForwardTest, EqualsOneExpertAfterAnother) {
                      tolerance(torch::kFloat64, 8 * (rows + h + m + n), 1 + size));
       };
       EXPECT_TRUE(near(y, exact.y));
-      EXPECT_TRUE(near(actual.dvalues, exact.values));
+      EXPECT_TRUE(near(actual.drouting_weights, exact.values));
       EXPECT_TRUE(near(actual.dx, exact.x));
       EXPECT_TRUE(near(actual.parameters.down.weight, exact.down.weight));
       EXPECT_TRUE(near(actual.parameters.up.weight, exact.up.weight));
@@ -152,7 +152,7 @@ TEST_P(FeedForwardTest, RankWithoutExperts) {
   EXPECT_EQ(hidden.sizes(), (std::vector<int64_t>{0, 5}));
   const auto gradient = feed_forward_backward(expert, none, none, hidden, {}, parameters, {});
   EXPECT_EQ(gradient.dx.sizes(), (std::vector<int64_t>{0, 6}));
-  EXPECT_EQ(gradient.dvalues.sizes(), (std::vector<int64_t>{0}));
+  EXPECT_EQ(gradient.drouting_weights.sizes(), (std::vector<int64_t>{0}));
   EXPECT_EQ(gradient.parameters.up.weight.sizes(), parameters.up.weight.sizes());
   EXPECT_EQ(gradient.parameters.down.bias.sizes(), parameters.down.bias.sizes());
 }
