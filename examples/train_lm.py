@@ -42,7 +42,9 @@ class Block(nn.Module):
         glu = {"glu": True, "activation": "silu"} if options.glu else {}
         seed = seed_of(options.seed, "experts", layer)
         kind = {"device": options.device, "dtype": getattr(torch, options.dtype)}
-        self.moe = anabranch.MoE(hidden, options.expert_hidden, options.experts, options.top_k, seed=seed, **glu, **kind)
+        weights = {"renormalize": options.top_k > 1}  # of a single expert the weight itself, which trains the router
+        sizes = (hidden, options.expert_hidden, options.experts, options.top_k)
+        self.moe = anabranch.MoE(*sizes, seed=seed, **weights, **glu, **kind)
         self.attention_norm = nn.LayerNorm(hidden, bias=False, **kind)
         self.moe_norm = nn.LayerNorm(hidden, bias=False, **kind)
 

@@ -10,6 +10,7 @@
 #include "routing/auxiliary_losses.h"
 #include "support/check.h"
 #include "support/given.h"
+#include "support/single_backward.h"
 #include "support/stage.h"
 #include "support/tensor_list.h"
 
@@ -78,6 +79,7 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    refuse_double_backward("MoELayer");
     const torch::NoGradGuard no_grad;
     const auto [rows, routing_weights, hidden, experts] =
         unpack<Saved>(context->get_saved_variables());
@@ -117,6 +119,18 @@ MoEFunction::MoEFunction(const MoEOptions& options, std::shared_ptr<Communicator
     : options_(checked(options)),
       exchange_(std::move(communicator), options.num_experts),
       engine_(make_grouped_gemm_engine(options.device, options.engine)) {}
+
+MoEFunction::MoEFunction(const MoEOptions& options, const Exchange& exchange)
+    : options_(checked(options)),
+      exchange_(exchange),
+      engine_(make_grouped_gemm_engine(options.device, options.engine)) {}
+
+MoEFunction MoEFunction::with(torch::Dtype dtype, torch::Device device) const {
+  MoEOptions options = options_;
+  options.dtype = dtype;
+  options.device = device;
+  return {options, exchange_};
+}
 
 MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Tensor& x,
                                bool training) const {
@@ -165,6 +179,24 @@ MoEParameters MoELayerImpl::parameters_of_modules() const {
   return {router_->router_parameters(), experts_->projections(), experts_->main_grad,
           shared_expert_ ? shared_expert_->projections() : ExpertProjections(),
           shared_expert_gate_};
+}
+
+void MoELayerImpl::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
+  auto moved = function_.with(dtype, device);
+  Module::to(device, dtype, non_blocking);
+  function_ = std::move(moved);
+}
+
+void MoELayerImpl::to(torch::Dtype dtype, bool non_blocking) {
+  auto moved = function_.with(dtype, options().device);
+  Module::to(dtype, non_blocking);
+  function_ = std::move(moved);
+}
+
+void MoELayerImpl::to(torch::Device device, bool non_blocking) {
+  auto moved = function_.with(options().dtype, device);
+  Module::to(device, non_blocking);
+  function_ = std::move(moved);
 }
 
 MoEOutput MoELayerImpl::forward(const torch::Tensor& x) {

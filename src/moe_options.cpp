@@ -26,6 +26,14 @@ void check_addressable(int64_t experts, int64_t inner, int64_t hidden) {
               " overflow 64-bit sizes");
 }
 
+/// A weight that is always 1 teaches the router nothing.
+void check_router_learns(const MoEOptions& options) {
+  check_input(
+      options.top_k > 1 || options.num_experts == 1 || !options.renormalize,
+      "MoEOptions: top_k = 1 with renormalize gives every token the weight 1 and the router no "
+      "gradient, expected renormalize = false (as in Switch Transformer) or top_k of 2 or more");
+}
+
 /// Gates of their own rules go with no others.
 void check_gate(const MoEOptions& options) {
   if (options.gate == Gate::kTopK) {
@@ -50,6 +58,7 @@ const MoEOptions& checked(const MoEOptions& options) {
   check_positive(options.num_experts, "num_experts");
   check_rule(routing_rule(options), options.num_experts, "MoEOptions");
   check_gate(options);
+  check_router_learns(options);
   check_input(options.shared_expert_hidden_size >= 0,
               "MoEOptions: shared_expert_hidden_size = ", options.shared_expert_hidden_size,
               ", expected 0 (none) or more");

@@ -138,6 +138,37 @@ TEST_F(InputErrorsTest, GatesThatGoWithNoOtherRules) {
       "renormalize");
 }
 
+TEST_F(InputErrorsTest, ARouterThatWouldNotLearn) {
+  expect_refused([](MoEOptions& o) { o.top_k = 1; }, "renormalize = false");
+  auto options = good_options();
+  options.top_k = 1;
+  options.renormalize = false;
+  MoELayer layer(options, world_);
+  const auto x = on_device(random_.normal({9, 8}, torch::kFloat32));
+  layer->forward(x).output.square().sum().backward();
+  const auto gradient = layer->named_parameters()["router.weight"].grad();
+  EXPECT_GT(gradient.abs().max().item<double>(), 0);
+  options.num_experts = 1;  // there is nothing to learn
+  options.renormalize = true;
+  MoELayer(options, world_);
+}
+
+// The sizes alone make a layer.
+TEST_F(InputErrorsTest, DefaultsTrainTheRouter) {
+  MoEOptions options;
+  options.hidden_size = 8;
+  options.expert_hidden_size = 6;
+  options.num_experts = 5;
+  options.device = device();
+  MoELayer layer(options, world_);
+  layer->forward(on_device(random_.normal({9, 8}, torch::kFloat32)))
+      .output.square()
+      .sum()
+      .backward();
+  const auto gradient = layer->named_parameters()["router.weight"].grad();
+  EXPECT_GT(gradient.abs().max().item<double>(), 0);
+}
+
 // Products of sizes that no 64-bit number holds are refused as such, not wrapped into small ones.
 TEST_F(InputErrorsTest, SizesThatOverflow) {
   constexpr int64_t kHuge = int64_t{1} << 32;

@@ -141,6 +141,7 @@ TEST_F(MoELayerTest, EqualsOneRankThatHoldsEverything) {
     auto options = small_options();
     options.num_experts = random_.pick<int64_t>({1, 2, 3, 5, 8, 16});
     options.top_k = random_.integer(1, options.num_experts);
+    options.renormalize = options.top_k > 1;
     options.seed = random_.next();
     options.dtype = random_.pick<torch::Dtype>({torch::kFloat32, torch::kFloat64});
     auto layer_case = draw_layer_case(random_, world_->size(), options, random_.integer(0, 50),

@@ -50,6 +50,7 @@ MoEOptions layer_options(const Arguments& arguments, torch::Device device) {
   layer.expert_hidden_size = arguments.expert_hidden;
   layer.num_experts = arguments.experts;
   layer.top_k = arguments.top_k;
+  layer.renormalize = arguments.top_k > 1;
   layer.seed = arguments.seed;
   layer.dtype = tensor_options(arguments, device).dtype().toScalarType();
   layer.device = device;

@@ -40,6 +40,8 @@ anabranch::MoEOptions moe_options_of(const Options& options, int64_t layer) {
   moe.expert_hidden_size = model.expert_hidden;
   moe.num_experts = model.experts;
   moe.top_k = model.top_k;
+  // Of a single expert the weight itself, which trains the router.
+  moe.renormalize = model.top_k > 1;
   moe.glu = model.glu;
   moe.activation = model.glu ? anabranch::Activation::kSilu : anabranch::Activation::kGeluTanh;
   moe.recompute = options.recompute;

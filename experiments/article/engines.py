@@ -23,14 +23,17 @@ class Engine(Method):
         case = problem.case
         self.problem, self.engine, self.tunes = problem, engine, engine == "auto"
         sizes = (case.hidden, case.expert_hidden, case.experts, case.top_k)
-        self.layer = anabranch.MoE(*sizes, engine=engine, seed=0, device="meta", dtype=problem.dtype)
+        several = case.top_k > 1  # a single weight that is always 1 is no router's of ours: the plain gate gives it
+        self.layer = anabranch.MoE(
+            *sizes, renormalize=several, engine=engine, seed=0, device="meta", dtype=problem.dtype
+        )
         self.layer.to_empty(device=problem.device)
         self.leaves = [
             adopt(self.layer.experts, "up_weight", problem.up),
             adopt(self.layer.experts, "down_weight", problem.down),
         ]
         self.gate = None
-        if problem.gate is None:
+        if problem.gate is None or not several:
             self.gate = Gate(problem)
             self.leaves.append(self.gate.leaf)
         else:
@@ -45,7 +48,7 @@ class Engine(Method):
     def gradients(self, units):
         dup, ddown, routing = (parameter.grad for parameter in self.leaves)
         ddown = ddown if units is None else ddown[:, :, units]
-        name = "dgate" if self.gate is None else "dlogits"
+        name = "dlogits" if self.problem.gate is None else "dgate"
         return {"dup": experts_of(dup, units), "ddown": ddown, name: routing}
 
     def padding(self):

@@ -33,6 +33,11 @@ class ExpertsImpl : public torch::nn::Module {
   ExpertsImpl(const MoEOptions& options, const ExpertPlacement& placement, int64_t rank,
               bool sharded = true);
 
+  /// As of any module; sums in `main_grad` move along, in fp32 (fp64 with fp64).
+  void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Device device, bool non_blocking = false) override;
+
   /// Global number of this rank's first expert.
   int64_t first_expert() const { return first_expert_; }
   /// Experts over all ranks.
@@ -51,6 +56,9 @@ class ExpertsImpl : public torch::nn::Module {
   WeightSums main_grad;
 
  private:
+  /// To where the weights are.
+  void move_main_grad(bool non_blocking);
+
   int64_t first_expert_;
   int64_t num_experts_;
   bool sharded_;

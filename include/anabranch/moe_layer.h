@@ -51,10 +51,15 @@ class MoEFunction {
   MoEOutput forward(const MoEParameters& parameters, const torch::Tensor& x,
                     const Routing& routing) const;
 
+  /// The same for rows of that type on that device.
+  MoEFunction with(torch::Dtype dtype, torch::Device device) const;
+
   const MoEOptions& options() const { return options_; }
   const Exchange& exchange() const { return exchange_; }
 
  private:
+  MoEFunction(const MoEOptions& options, const Exchange& exchange);
+
   MoEOptions options_;
   Exchange exchange_;
   std::shared_ptr<GroupedGemmEngine> engine_;
@@ -78,6 +83,13 @@ class MoELayerImpl : public torch::nn::Module {
   MoEOutput forward(const torch::Tensor& x);
   /// The same with routing from outside, for the tokens of `x` in row-major order.
   MoEOutput forward(const torch::Tensor& x, const Routing& routing);
+
+  /// Moves the parameters, as of any module; the layer then takes rows of that type and device. The
+  /// router's stay in fp32 (fp64 with fp64). Refuses what a layer cannot be of and is then unchanged. No
+  /// communication: every rank is to do the same.
+  void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Device device, bool non_blocking = false) override;
 
   /// The router's, for the `expert_load` of a step; in data parallelism summed over
   /// `ParallelGroups::expert_replicas` by the caller. No communication.

@@ -34,7 +34,7 @@ struct MoEOptions {
   int64_t hidden_size = 0;         ///< h, width of a token
   int64_t expert_hidden_size = 0;  ///< n, inner width of an expert
   int64_t num_experts = 0;         ///< E, over all ranks
-  int64_t top_k = 1;               ///< experts a token goes to, 1 ≤ top_k ≤ E
+  int64_t top_k = 2;               ///< experts a token goes to, 1 ≤ top_k ≤ E
 
   Activation activation = Activation::kGeluTanh;
   bool glu = false;   ///< activation(gate) · up instead of activation(up)
@@ -46,7 +46,8 @@ struct MoEOptions {
   Gate gate = Gate::kTopK;
   RouterScore router_score = RouterScore::kSoftmax;
   /// Weights of a token's top_k experts sum to 1. Of softmax scores that is the softmax of the chosen
-  /// logits alone: the softmax after top-k instead of before.
+  /// logits alone: the softmax after top-k instead of before. Not with top_k = 1 of several experts:
+  /// every weight would be 1, and the router without a gradient.
   bool renormalize = true;
   double routing_scale = 1.0;  ///< the weights are multiplied by it in the end
   /// A bias of each expert, a buffer, is added to its score where experts are chosen, not in the

@@ -23,6 +23,11 @@ class RouterImpl : public torch::nn::Module {
   /// `x`: [T, h] of any floating type; the gate computes in fp32 (fp64 for fp64 input).
   Routing forward(const torch::Tensor& x);
 
+  /// As of any module, but for the type: fp64 with fp64, fp32 with any other.
+  void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Dtype dtype, bool non_blocking = false) override;
+  using Module::to;
+
   /// Adds `rate` to the bias of every expert with less than the mean of `expert_load` [E], takes it
   /// from those with more (arXiv:2408.15664, algorithm 1; DeepSeek-V3 trains with 0.001). The load is
   /// that of all ranks which hold this router, so that the bias stays the same on each.

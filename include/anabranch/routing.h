@@ -24,8 +24,8 @@ struct Routing {
   torch::Tensor smooth_load;
   /// kGShard: [E] int64, tokens whose best expert is e; the balance loss counts these alone.
   torch::Tensor first_counts;
-  /// [] int64: first token whose logits hold NaN or Inf, or -1. Such a token is never routed: the
-  /// exchange refuses the step on every rank.
+  /// [] int64: first token whose logits hold NaN or Inf, or -1. Such a token is never routed: its
+  /// weights are NaN, and the exchange refuses the step on every rank.
   torch::Tensor first_nonfinite_token;
 };
 

@@ -15,8 +15,17 @@ def _gate_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _on_one_device(**tensors: Tensor | None) -> None:
+    """Meta tensors among others would have results made up that nothing fills."""
+    kinds = {name: tensor.device.type for name, tensor in tensors.items() if tensor is not None}
+    if len(set(kinds.values())) > 1:
+        raise ValueError(f"tensors must be on one device: {', '.join(f'{n} on {k}' for n, k in kinds.items())}")
+
+
 @torch.library.register_fake("anabranch::moe")
 def _moe(x: Tensor, parameters: list[Tensor], expert_ids, weights, options, group, training, probe):
+    _on_one_device(x=x, parameters=parameters[-1], expert_ids=expert_ids, weights=weights)
+
     def loss(exists: bool) -> Tensor:
         return x.new_empty(() if exists else (0,), dtype=_gate_type(parameters[-1].dtype))
 
@@ -39,7 +48,7 @@ def _moe_forward(x, parameters, expert_ids, weights, options, group, training, p
 
 
 @torch.library.register_fake("anabranch::moe_backward")
-def _moe_backward(gradients, state, probe, inputs):
+def _moe_backward(gradients, state, probe, inputs, read):
     return [each.new_empty(each.shape) for each in inputs]
 
 
@@ -64,6 +73,7 @@ def _route_backward(gradients, state, logits):
 @torch.library.register_fake("anabranch::plan")
 def _plan(expert_ids, weights, num_experts, group):
     """What reaches this rank is known when the ranks have told each other."""
+    _on_one_device(expert_ids=expert_ids, weights=weights)
     rank, ranks, _ = torch.ops.anabranch.describe_group(group)
     local = num_experts // ranks + (rank < num_experts % ranks)
     tokens, top_k = expert_ids.shape
@@ -105,12 +115,14 @@ def _assignments(plan: list[Tensor]) -> int:
 
 @torch.library.register_fake("anabranch::dispatch")
 def _dispatch(rows, values, plan, top_k, num_experts, group):
+    _on_one_device(rows=rows, values=values, plan=PlanTensors(*plan).send_tokens)
     found = rows.new_empty((_rows(plan), rows.shape[1]))
     return found, rows.new_empty((0,)) if values is None else values.new_empty((_assignments(plan),))
 
 
 @torch.library.register_fake("anabranch::combine")
 def _combine(rows, values, plan, top_k, num_experts, group):
+    _on_one_device(rows=rows, values=values, plan=PlanTensors(*plan).send_tokens)
     tokens = PlanTensors(*plan).token_offsets.shape[0] - 1
     found = rows.new_empty((tokens, rows.shape[1]))
     return found, rows.new_empty((0,)) if values is None else values.new_empty((tokens, top_k))
@@ -118,16 +130,19 @@ def _combine(rows, values, plan, top_k, num_experts, group):
 
 @torch.library.register_fake("anabranch::permute")
 def _permute(rows, plan):
+    _on_one_device(rows=rows, plan=PlanTensors(*plan).send_tokens)
     return rows.new_empty((_assignments(plan), rows.shape[1]))
 
 
 @torch.library.register_fake("anabranch::unpermute")
 def _unpermute(assignments, weights, plan):
+    _on_one_device(assignments=assignments, weights=weights, plan=PlanTensors(*plan).send_tokens)
     return assignments.new_empty((_rows(plan), assignments.shape[1]))
 
 
 @torch.library.register_fake("anabranch::grouped_gemm")
 def _grouped_gemm(x, weight, counts, engine):
+    _on_one_device(x=x, weight=weight)
     return x.new_empty((x.shape[0], weight.shape[1]))
 
 

@@ -138,7 +138,13 @@ def _route_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[3:])
 
 
+def _refuse_double_backward(name):
+    if torch.is_grad_enabled():
+        raise NotImplementedError(f"{name}: the gradient cannot be differentiated again (create_graph=True)")
+
+
 def _route_backward(ctx, dweights, dprobability_sum, dsquared_logsumexp_sum, *_):
+    _refuse_double_backward("route")
     state, logits = ctx.saved_tensors
     gradients = [dweights, dprobability_sum, dsquared_logsumexp_sum]
     return torch.ops.anabranch.route_backward(gradients, state, logits), None, None, None
@@ -192,6 +198,7 @@ def _gemm_setup(ctx, inputs, output):
 
 
 def _gemm_backward(ctx, dy):
+    _refuse_double_backward("grouped_gemm")
     x, weight, counts = ctx.saved_tensors
     operators = torch.ops.anabranch
     dx = operators.grouped_gemm_dgrad(dy, weight, counts, ctx.engine) if ctx.needs_input_grad[0] else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -83,7 +84,8 @@ class MoE(nn.Module):
         gate: "top_k"; "noisy_top_k" (arXiv:1701.06538); "gshard", the second expert by chance
             (arXiv:2006.16668).
         router_score: "softmax" or "sigmoid" of the logits.
-        renormalize: the weights of a token's top_k experts sum to 1.
+        renormalize: the weights of a token's top_k experts sum to 1; not with top_k = 1, whose router
+            would have no gradient.
         routing_scale: the weights are multiplied by it in the end.
         expert_bias: a bias of each expert is added to its score where experts are chosen, not in the
             weights: `update_expert_bias` balances the load by it (arXiv:2408.15664).
@@ -106,7 +108,7 @@ class MoE(nn.Module):
         hidden_size: int,
         expert_hidden_size: int,
         num_experts: int,
-        top_k: int = 1,
+        top_k: int = 2,
         *,
         activation: str = "gelu_tanh",
         glu: bool = False,
@@ -164,7 +166,6 @@ class MoE(nn.Module):
         self._other_options = _to_json({name: value for name, value in options.items() if name != "top_k"})
         self._group = self.group.name
         self._probe = Probe()
-        self._load: Tensor | None = None
         self._make_parameters(dtype or torch.get_default_dtype(), torch.device(device or torch.get_default_device()))
 
     def _make_parameters(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -227,7 +228,6 @@ class MoE(nn.Module):
         output, balance_loss, z_loss, importance_loss, load_loss, load = torch.ops.anabranch.moe(
             x, parameters, expert_ids, weights, options, self._group, self.training, self._probe.tensor
         )
-        self._load = load
         if routing is not None:
             return MoEOutput(output, None, None, load)
         if self.options["gate"] != "noisy_top_k":
@@ -244,7 +244,7 @@ class MoE(nn.Module):
 
     def stats(self) -> LayerStats:
         """What this rank's layer has done since `reset_stats`. Waits for the device; no communication."""
-        return self._probe.stats(self._load)
+        return self._probe.stats()
 
     def reset_stats(self, timed: bool = False) -> None:
         """Begins to count anew; `timed`: stages are measured too, which costs a few microseconds each."""
@@ -295,6 +295,9 @@ def _checked_routing(routing: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _to_json(options: dict[str, Any]) -> str:
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):  # JSON has no such numbers
+            raise ValueError(f"options: {name} = {value}, expected a finite number")
     try:
         return json.dumps(options, sort_keys=True)
     except TypeError as error:

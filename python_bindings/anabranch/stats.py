@@ -48,9 +48,9 @@ class Probe:
     def reset(self, timed: bool) -> None:
         torch.ops.anabranch.reset_probe(self.tensor, timed)
 
-    def stats(self, load: Tensor | None) -> LayerStats:
-        forwards, sent, received, stages, seconds = torch.ops.anabranch.read_probe(self.tensor)
-        load = None if load is None else load.detach().cpu()
+    def stats(self) -> LayerStats:
+        forwards, sent, received, stages, seconds, last_load = torch.ops.anabranch.read_probe(self.tensor)
+        load = last_load.cpu() if len(last_load) else None
         return LayerStats(
             expert_load=load,
             imbalance=None if load is None else imbalance(load),

@@ -75,20 +75,47 @@ std::tuple<at::Tensor, at::Tensor> apart(const Payload& payload, const at::Tenso
           payload.values.defined() ? payload.values : at::empty({0}, input.options())};
 }
 
+/// The plan, for rows on that device. `top_k` as for unpack_plan.
+ExchangePlan plan_for(const at::Tensor& rows, at::TensorList list, int64_t top_k = 0) {
+  auto plan = unpack_plan(list, top_k);
+  check_input(plan.send_tokens.device() == rows.device(), "plan: rows are on ", rows.device(),
+              ", its indices on ", plan.send_tokens.device());
+  return plan;
+}
+
+/// The plan, for an exchange of such rows.
+ExchangePlan plan_for(const Exchange& exchange, const at::Tensor& rows, at::TensorList list,
+                      int64_t top_k) {
+  check_input(top_k >= 1, "plan: top_k = ", top_k, ", expected at least 1");
+  auto plan = plan_for(rows, list, top_k);
+  const auto ranks = static_cast<size_t>(exchange.placement().num_ranks);
+  for (const auto* counts :
+       {&plan.send_rows, &plan.receive_rows, &plan.send_assignments, &plan.receive_assignments}) {
+    check_input(counts->size() == ranks, "plan: it is of ", counts->size(),
+                " ranks, and the group has ", ranks);
+  }
+  const auto experts = exchange.placement().local_experts(exchange.communicator().rank());
+  check_input(static_cast<int64_t>(plan.expert_counts.size()) == experts, "plan: it is of ",
+              plan.expert_counts.size(), " experts on this rank, expected ", experts);
+  return plan;
+}
+
 std::tuple<at::Tensor, at::Tensor> dispatch(const at::Tensor& rows,
                                             const std::optional<at::Tensor>& values,
                                             at::TensorList plan, int64_t top_k, int64_t num_experts,
                                             std::string group) {
+  const auto exchange = exchange_for(group, num_experts);
   const Payload tokens = {rows.contiguous(), contiguous(values).value_or(at::Tensor())};
-  return apart(exchange_for(group, num_experts)->dispatch(tokens, unpack_plan(plan, top_k)), rows);
+  return apart(exchange->dispatch(tokens, plan_for(*exchange, rows, plan, top_k)), rows);
 }
 
 std::tuple<at::Tensor, at::Tensor> combine(const at::Tensor& rows,
                                            const std::optional<at::Tensor>& values,
                                            at::TensorList plan, int64_t top_k, int64_t num_experts,
                                            std::string group) {
+  const auto exchange = exchange_for(group, num_experts);
   const Payload results = {rows.contiguous(), contiguous(values).value_or(at::Tensor())};
-  return apart(exchange_for(group, num_experts)->combine(results, unpack_plan(plan, top_k)), rows);
+  return apart(exchange->combine(results, plan_for(*exchange, rows, plan, top_k)), rows);
 }
 
 void check_rows(const at::Tensor& rows, int64_t expected, const char* call) {
@@ -97,14 +124,14 @@ void check_rows(const at::Tensor& rows, int64_t expected, const char* call) {
 }
 
 at::Tensor permute_rows(const at::Tensor& rows, at::TensorList list) {
-  const auto plan = unpack_plan(list, 1);
+  const auto plan = plan_for(rows, list);
   check_rows(rows, plan.rows(), "permute");
   return permute(rows.contiguous(), plan);
 }
 
 at::Tensor unpermute_rows(const at::Tensor& assignments, const std::optional<at::Tensor>& weights,
                           at::TensorList list) {
-  const auto plan = unpack_plan(list, 1);
+  const auto plan = plan_for(assignments, list);
   check_rows(assignments, plan.assignments(), "unpermute");
   check_input(!weights.has_value() || weights->sizes() == at::IntArrayRef({plan.assignments()}),
               "unpermute: weights are ", weights.has_value() ? weights->sizes() : at::IntArrayRef(),

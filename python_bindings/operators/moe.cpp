@@ -10,6 +10,7 @@
 #include "probe.h"
 #include "registry.h"
 #include "support/check.h"
+#include "support/single_backward.h"
 #include "support/tensor_list.h"
 
 namespace anabranch::operators {
@@ -127,6 +128,10 @@ OutputAndStateTuple moe_forward(const at::Tensor& x, at::TensorList parameters,
                                                            function->options().dtype))
                           : function->forward(all, inputs[0], training);
 
+  if (const auto counted = probe_of(probe)) {
+    const std::scoped_lock lock(counted->mutex);
+    counted->expert_load = output.expert_load.clone();  // what an operator returns is its caller's
+  }
   graph.function = function;
   for (const auto& tensor : {output.output, output.balance_loss, output.z_loss,
                              output.importance_loss, output.load_loss}) {
@@ -148,8 +153,10 @@ OutputAndStateTuple moe_forward(const at::Tensor& x, at::TensorList parameters,
 
 /// The gradients of `inputs`: those that moe_forward was told of, in its order. `gradients` are of
 /// its differentiable outputs: output and the losses that there are, which come first of them all.
+/// `read`: other tensors that the state reads; whoever plans memory must see that they are.
 std::vector<at::Tensor> moe_backward(at::TensorList gradients, const at::Tensor& state,
-                                     const at::Tensor& probe, at::TensorList inputs) {
+                                     const at::Tensor& probe, at::TensorList inputs,
+                                     at::TensorList /*read*/) {
   const RecordedGraph& graph = recorded_graph(state);
   TORCH_CHECK_VALUE(graph.inputs.size() == inputs.size(), "moe_backward: ", inputs.size(),
                     " inputs, expected the ", graph.inputs.size(), " of the forward");
@@ -179,11 +186,12 @@ OutputsAndState call_forward(const at::Tensor& x, at::TensorList parameters,
 }
 
 std::vector<at::Tensor> call_backward(at::TensorList gradients, const at::Tensor& state,
-                                      const at::Tensor& probe, at::TensorList inputs) {
+                                      const at::Tensor& probe, at::TensorList inputs,
+                                      at::TensorList read) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("anabranch::moe_backward", "")
                              .typed<decltype(moe_backward)>();
-  return op.call(gradients, state, probe, inputs);
+  return op.call(gradients, state, probe, inputs, read);
 }
 
 struct MoE : torch::autograd::Function<MoE> {
@@ -194,34 +202,40 @@ struct MoE : torch::autograd::Function<MoE> {
                                const at::Tensor& probe) {
     c10::List<bool> needs_gradient;
     variable_list inputs;
-    std::vector<int64_t> places;  // of those inputs' gradients among all that backward returns
+    variable_list read;           // without a gradient: saved, so that changes of them are noticed
+    std::vector<int64_t> places;  // of the inputs' gradients among all that backward returns
     int64_t place = 0;
-    const auto add = [&](const at::Tensor& input, bool used) {
+    const auto add = [&](const at::Tensor& input, bool used, bool is_read) {
       const bool needed = used && input.requires_grad();
       needs_gradient.push_back(needed);
       if (needed) {
         inputs.push_back(input);
         places.push_back(place);
+      } else if (used && is_read) {
+        read.push_back(input);
       }
       ++place;
     };
-    add(x, true);
+    add(x, true, true);
     if (weights.has_value()) {
-      add(*weights, true);
+      add(*weights, true, false);  // they travel, and what has arrived is read
     } else {
       ++place;
     }
     const size_t routers = num_router_tensors(parameters);
     for (size_t i = 0; i < parameters.size(); ++i) {
-      add(parameters[i], i >= routers || !weights.has_value());
+      const bool of_router = i < routers;
+      const bool is_bias = of_router && parameters[i].dim() == 1;  // the choice alone reads it
+      add(parameters[i], !of_router || !weights.has_value(), !is_bias);
     }
 
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [outputs, state] = call_forward(x, parameters, expert_ids, weights, options, group,
                                                training, probe, needs_gradient);
-    inputs.push_back(state);
-    inputs.push_back(probe);
-    context->save_for_backward(inputs);
+    variable_list saved = {state, probe};
+    saved.insert(saved.end(), inputs.begin(), inputs.end());
+    saved.insert(saved.end(), read.begin(), read.end());
+    context->save_for_backward(std::move(saved));
     context->saved_data["places"] = places;
     context->saved_data["arguments"] = place + 5;
     context->mark_non_differentiable({outputs.expert_load});
@@ -229,14 +243,15 @@ struct MoE : torch::autograd::Function<MoE> {
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    auto inputs = context->get_saved_variables();
-    const auto probe = inputs.back();
-    inputs.pop_back();
-    const auto state = inputs.back();
-    inputs.pop_back();
-    const auto found =
-        call_backward(at::TensorList(gradients).slice(0, kDifferentiable), state, probe, inputs);
+    refuse_double_backward("MoE");
     const auto places = context->saved_data["places"].toIntVector();
+    const auto saved = context->get_saved_variables();
+    const at::Tensor& state = saved[0];
+    const at::Tensor& probe = saved[1];
+    const auto tensors = at::TensorList(saved).slice(2);
+    const auto found =
+        call_backward(at::TensorList(gradients).slice(0, kDifferentiable), state, probe,
+                      tensors.slice(0, places.size()), tensors.slice(places.size()));
     variable_list result(context->saved_data["arguments"].toInt());
     for (size_t i = 0; i < places.size(); ++i) result[places[i]] = found[i];
     return result;
@@ -292,17 +307,23 @@ OutputTuple moe_autocast(const at::Tensor& x, at::TensorList parameters,
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(anabranch, library) {
+  // Jitter, noise and chance: who runs them again must give them the same generator.
+  const std::vector<at::Tag> draws = {at::Tag::nondeterministic_seeded};
   library.def(
       "moe(Tensor x, Tensor[] parameters, Tensor? expert_ids, Tensor? weights, str options, "
       "str group, bool training, Tensor probe) -> (Tensor output, Tensor balance_loss, Tensor "
-      "z_loss, Tensor importance_loss, Tensor load_loss, Tensor expert_load)");
+      "z_loss, Tensor importance_loss, Tensor load_loss, Tensor expert_load)",
+      draws);
   library.def(
       "moe_forward(Tensor x, Tensor[] parameters, Tensor? expert_ids, Tensor? weights, "
       "str options, str group, bool training, Tensor probe, bool[] needs_gradient) -> (Tensor "
       "output, Tensor balance_loss, Tensor z_loss, Tensor importance_loss, Tensor load_loss, "
-      "Tensor expert_load, Tensor state)");
+      "Tensor expert_load, Tensor state)",
+      draws);
   library.def(
-      "moe_backward(Tensor[] gradients, Tensor state, Tensor probe, Tensor[] inputs) -> Tensor[]");
+      "moe_backward(Tensor[] gradients, Tensor state, Tensor probe, Tensor[] inputs, Tensor[] "
+      "read) "
+      "-> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(anabranch, CPU, library) {

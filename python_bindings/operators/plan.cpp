@@ -4,6 +4,7 @@
 #include <concepts>
 #include <tuple>
 
+#include "plan_check.h"
 #include "support/check.h"
 
 namespace anabranch::operators {
@@ -58,6 +59,7 @@ std::vector<torch::Tensor> pack_plan(const ExchangePlan& plan) {
       list.push_back(at::tensor(member, at::TensorOptions(at::kLong)));
     }
   });
+  remember_plan(list, plan.top_k);
   return list;
 }
 
@@ -68,13 +70,16 @@ ExchangePlan unpack_plan(at::TensorList list, int64_t top_k) {
   size_t place = 0;
   for_each_field(plan, [&](const char*, auto& member) {
     if constexpr (std::same_as<std::remove_cvref_t<decltype(member)>, torch::Tensor>) {
-      member = list[place++];
+      member = list[place++].contiguous();
     } else {
       member = counts_from(list[place++]);
     }
   });
+  check_input(plan.token_offsets.numel() > 0 && plan.row_offsets.numel() > 0,
+              "plan: token_offsets and row_offsets begin with a 0, and are empty");
   plan.tokens = plan.token_offsets.size(0) - 1;
   plan.top_k = top_k;
+  check_plan(plan, list);
   return plan;
 }
 

@@ -16,6 +16,7 @@ std::vector<std::string> plan_fields();
 
 /// Tensors that share no memory, as what an operator returns must not.
 std::vector<torch::Tensor> pack_plan(const ExchangePlan& plan);
+/// InputError unless it is one. `top_k` of 0: not known, and of no use to the caller.
 ExchangePlan unpack_plan(at::TensorList list, int64_t top_k);
 
 /// Counts, int64 [n] in host memory.

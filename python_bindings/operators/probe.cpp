@@ -46,9 +46,10 @@ void reset_probe(const torch::Tensor& probe, bool timed) {
   found->times.reset();
 }
 
-/// Forwards, bytes sent, bytes received; stages and their seconds.
-std::tuple<int64_t, int64_t, int64_t, std::vector<std::string>, std::vector<double>> read_probe(
-    const torch::Tensor& probe) {
+/// Forwards, bytes sent, bytes received; stages and their seconds; the experts' load in the last
+/// forward, [0] before it.
+std::tuple<int64_t, int64_t, int64_t, std::vector<std::string>, std::vector<double>, torch::Tensor>
+read_probe(const torch::Tensor& probe) {
   const auto found = probe_of(probe);
   check_input(found != nullptr, "read_probe: there is no probe ", number_of(probe));
   std::vector<std::string> stages;
@@ -58,7 +59,13 @@ std::tuple<int64_t, int64_t, int64_t, std::vector<std::string>, std::vector<doub
     seconds.push_back(taken);
   }
   const std::scoped_lock lock(found->mutex);
-  return {found->forwards, found->bytes_sent, found->bytes_received, stages, seconds};
+  return {
+      found->forwards,
+      found->bytes_sent,
+      found->bytes_received,
+      stages,
+      seconds,
+      found->expert_load.defined() ? found->expert_load.clone() : torch::empty({0}, torch::kInt64)};
 }
 
 }  // namespace
@@ -74,7 +81,7 @@ TORCH_LIBRARY_FRAGMENT(anabranch, library) {
   library.def("new_probe() -> int", new_probe);
   library.def("release_probe(int number) -> ()", release_probe);
   library.def("reset_probe(Tensor probe, bool timed) -> ()", reset_probe);
-  library.def("read_probe(Tensor probe) -> (int, int, int, str[], float[])", read_probe);
+  library.def("read_probe(Tensor probe) -> (int, int, int, str[], float[], Tensor)", read_probe);
 }
 
 }  // namespace anabranch::operators

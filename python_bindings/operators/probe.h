@@ -14,6 +14,7 @@ struct Probe {
   int64_t bytes_received = 0;  ///< from other ranks
   bool timed = false;          ///< whether stages are measured
   StageTimes times;
+  torch::Tensor expert_load;  ///< [E] int64 of the last forward; undefined before it
 };
 
 /// The probe of that number: `probe` is int64 [1] in host memory, as new_probe makes it. A tensor, so

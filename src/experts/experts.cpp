@@ -1,3 +1,4 @@
+#include <ATen/OpMathType.h>
 #include <anabranch/experts.h>
 
 #include "support/initialize.h"
@@ -31,6 +32,30 @@ ExpertsImpl::ExpertsImpl(const MoEOptions& options, const ExpertPlacement& place
   if (options.bias) {
     up_bias = add("up_bias", {local, up}, hidden, kUpBias);
     down_bias = add("down_bias", {local, hidden}, inner, kDownBias);
+  }
+}
+
+void ExpertsImpl::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
+  Module::to(device, dtype, non_blocking);
+  move_main_grad(non_blocking);
+}
+
+void ExpertsImpl::to(torch::Dtype dtype, bool non_blocking) {
+  Module::to(dtype, non_blocking);
+  move_main_grad(non_blocking);
+}
+
+void ExpertsImpl::to(torch::Device device, bool non_blocking) {
+  Module::to(device, non_blocking);
+  move_main_grad(non_blocking);
+}
+
+void ExpertsImpl::move_main_grad(bool non_blocking) {
+  const auto type = at::toOpMathType(up_weight.scalar_type());
+  for (auto* sum : {&main_grad.up, &main_grad.down}) {
+    if (sum->defined()) {
+      *sum = sum->to(up_weight.device(), type, non_blocking);
+    }
   }
 }
 

@@ -8,6 +8,7 @@
 
 #include "support/given.h"
 #include "support/initialize.h"
+#include "support/single_backward.h"
 #include "support/tensor_list.h"
 
 namespace anabranch {
@@ -47,6 +48,7 @@ struct ThroughSharedExpert : torch::autograd::Function<ThroughSharedExpert> {
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    refuse_double_backward("shared expert");
     const torch::NoGradGuard no_grad;
     const auto [x, hidden, shared] = unpack<Saved>(context->get_saved_variables());
     const auto holder =

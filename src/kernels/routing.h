@@ -11,7 +11,7 @@ namespace anabranch {
 
 struct RouteResult {
   torch::Tensor expert_ids;             ///< [T, k] int64, best choice first
-  torch::Tensor weights;                ///< [T, k]
+  torch::Tensor weights;                ///< [T, k], NaN for a token that is not routed
   torch::Tensor probabilities;          ///< [T, E] softmax, or sigmoids over their sum
   torch::Tensor logsumexp;              ///< [T]
   torch::Tensor counts;                 ///< [E] int64

@@ -5,6 +5,7 @@
 
 #include "kernels/routing.h"
 #include "support/given.h"
+#include "support/single_backward.h"
 
 namespace anabranch {
 namespace {
@@ -121,6 +122,7 @@ struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    refuse_double_backward("auxiliary losses");
     const torch::NoGradGuard no_grad;
     const auto slopes = context->get_saved_variables();
     const int64_t ranks = context->saved_data["ranks"].toInt();

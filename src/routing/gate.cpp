@@ -4,6 +4,7 @@
 #include <torch/nn/functional/linear.h>
 
 #include "kernels/gate.h"
+#include "support/single_backward.h"
 #include "support/tensor_list.h"
 
 namespace anabranch {
@@ -55,6 +56,7 @@ struct SplitGate : torch::autograd::Function<SplitGate> {
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    refuse_double_backward("router");
     const torch::NoGradGuard no_grad;
     const auto [x, weight] = unpack<Saved>(context->get_saved_variables());
     const auto& dlogits = gradients[0];

@@ -4,6 +4,7 @@
 #include "kernels/routing.h"
 #include "routing/rule.h"
 #include "support/check.h"
+#include "support/single_backward.h"
 #include "support/stage.h"
 #include "support/tensor_list.h"
 
@@ -66,6 +67,7 @@ struct Route : torch::autograd::Function<Route> {
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    refuse_double_backward("route");
     const torch::NoGradGuard no_grad;
     const Stage named("anabranch.route.backward");
     const auto gradient = unpack<Routed>(gradients);

@@ -73,6 +73,14 @@ RouterImpl::RouterImpl(const MoEOptions& options) : options_(options) {
   }
 }
 
+void RouterImpl::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
+  Module::to(device, gate_type(dtype), non_blocking);
+}
+
+void RouterImpl::to(torch::Dtype dtype, bool non_blocking) {
+  Module::to(gate_type(dtype), non_blocking);
+}
+
 Routing RouterImpl::forward(const torch::Tensor& x) {
   return route_tokens(x, router_parameters(), options_, is_training());
 }

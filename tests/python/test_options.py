@@ -6,14 +6,14 @@ import json
 import anabranch
 import torch
 
-NEITHER_HAS = {"self", "group"}  # a communicator is no option
+NOT_OPTIONS = {"self", "group", "router"}  # a communicator, and whether there is a router, are not the core's
 OWN_DEFAULTS = {"seed", "dtype", "device"}  # torch's generator, type and device
 
 
 def test_signature_has_every_option_with_its_default():
     options = json.loads(torch.ops.anabranch.default_options())
     signature = inspect.signature(anabranch.MoE.__init__).parameters
-    assert set(signature) - NEITHER_HAS == set(options)
+    assert set(signature) - NOT_OPTIONS == set(options)
     for name in set(options) - OWN_DEFAULTS:
         default = signature[name].default
         if default is inspect.Parameter.empty:

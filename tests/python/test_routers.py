@@ -68,7 +68,7 @@ def test_equals_plain_pytorch(options, device):
 
 
 def test_expert_bias_follows_the_load(device):
-    layer = anabranch.MoE(6, 5, 4, 1, expert_bias=True, device=device)
+    layer = anabranch.MoE(6, 5, 4, expert_bias=True, device=device)
     layer.update_expert_bias(torch.tensor([9, 3, 4, 0], device=device), 0.5)
     torch.testing.assert_close(layer.router.expert_bias.cpu(), torch.tensor([-0.5, 0.5, 0.0, 0.5]))
     with pytest.raises(ValueError, match="load"):

@@ -149,6 +149,7 @@ std::vector<LayerCase> layer_cases(Random& random, int ranks, int64_t sample) {
   all.num_experts = all.top_k = 5;
   auto single = everything;
   single.top_k = 1;
+  single.renormalize = false;
   auto recomputed = everything;
   recomputed.recompute = true;
   add(plain, 0, Skew::kUniform, Split::kEven);  // nobody has anything
@@ -178,7 +179,7 @@ std::vector<LayerCase> layer_cases(Random& random, int ranks, int64_t sample) {
     options.bias = random.chance();
     options.shared_expert_hidden_size = random.chance() ? random.integer(1, 20) : 0;
     options.shared_expert_gate = options.shared_expert_hidden_size > 0 && random.chance();
-    options.renormalize = random.chance();
+    options.renormalize = random.chance() && (options.top_k > 1 || options.num_experts == 1);
     options.router_score = random.pick<RouterScore>({RouterScore::kSoftmax, RouterScore::kSigmoid});
     options.routing_scale = random.pick<double>({1, 2.5});
     options.expert_bias = random.chance(0.3);

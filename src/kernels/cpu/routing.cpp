@@ -80,7 +80,7 @@ class TokenRouter {
     }
     if (!std::isfinite(logsumexp)) [[unlikely]] {
       std::iota(ids, ids + rule_.top_k, 0);
-      std::fill_n(weights, rule_.top_k, scalar_t{0});
+      std::fill_n(weights, rule_.top_k, std::numeric_limits<scalar_t>::quiet_NaN());
       return logsumexp;
     }
     select(choices, experts_, rule_.top_k, order_, ids);

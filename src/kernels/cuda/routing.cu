@@ -1,5 +1,4 @@
 #include "kernels/cuda/routing.cuh"
-#include "kernels/cuda/routing.h"
 
 namespace anabranch::cuda {
 namespace {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/routing.h"
 #include "kernels/score_sum.h"
 
 // A group of 8 or 32 neighbouring lanes takes one token. Lane l holds experts l, l + lanes, ...
@@ -71,7 +72,7 @@ struct RouteOutput {
                          unsigned* histogram) const {
     for (int slot = lanes.lane; slot < top_k; slot += kLanes) {
       expert_ids[token * top_k + slot] = slot;
-      weights[token * top_k + slot] = 0;
+      weights[token * top_k + slot] = value_t(NAN);
       atomicAdd(&histogram[slot], 1u);
     }
     if (lanes.lane == 0) {

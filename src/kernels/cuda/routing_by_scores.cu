@@ -1,5 +1,4 @@
 #include "kernels/cuda/routing.cuh"
-#include "kernels/cuda/routing.h"
 
 // Routing by any scores, as kernels/cpu/routing.cpp says: one pass over the logits up to 1024 experts.
 
