@@ -31,6 +31,14 @@ class GroupedGemmEngine {
   virtual bool supports(torch::Dtype dtype, int64_t n, int64_t k) const;
   /// What it chose so far, and why, where it chooses; its name otherwise.
   virtual std::string explain() const;
+  /// Whether its choices depend on no clock any more: of all engines but auto, and of auto once it has
+  /// settled.
+  virtual bool is_settled() const;
+  /// What an engine that chooses has chosen, as text for another process; empty of others.
+  virtual std::string choices() const;
+  /// Takes the choices of such a text alone from now on: it measures no more, and what they lack is chosen
+  /// as they choose what is nearest to it, or by its shape where nothing is near.
+  virtual void settle_on(const std::string& choices);
   /// Rows of padding that it multiplies besides those of the experts' tokens.
   virtual int64_t padding_rows(const std::vector<int64_t>& counts) const;
 

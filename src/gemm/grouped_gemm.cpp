@@ -108,6 +108,12 @@ bool GroupedGemmEngine::supports(torch::Dtype /*dtype*/, int64_t /*n*/, int64_t 
 
 std::string GroupedGemmEngine::explain() const { return name(); }
 
+bool GroupedGemmEngine::is_settled() const { return true; }
+
+std::string GroupedGemmEngine::choices() const { return {}; }
+
+void GroupedGemmEngine::settle_on(const std::string& /*choices*/) {}
+
 int64_t GroupedGemmEngine::padding_rows(const std::vector<int64_t>& /*counts*/) const { return 0; }
 
 void GroupedGemmEngine::forward(const torch::Tensor& x, const torch::Tensor& weight,

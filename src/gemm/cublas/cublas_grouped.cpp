@@ -95,6 +95,8 @@ class CublasGrouped final : public GroupedGemmEngine {
 
 }  // namespace
 
+bool runs_cublas(torch::Device device) { return device.is_cuda(); }
+
 std::shared_ptr<GroupedGemmEngine> make_cublas_grouped_engine(torch::Device device) {
   const c10::cuda::CUDAGuard guard(device);
   return std::make_shared<CublasGrouped>();
