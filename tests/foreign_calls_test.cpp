@@ -5,7 +5,7 @@
 #include <functional>
 #include <string>
 
-#include "communicator/nccl_group.h"
+#include "communicator/nccl/group.h"
 #include "support/cuda_handle.h"
 
 namespace anabranch::test {
