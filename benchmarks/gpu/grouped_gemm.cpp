@@ -1,6 +1,7 @@
 // Grouped GEMM engines on a GPU beside one dense GEMM of the same FLOPs and torch._grouped_mm: those
 // that auto chooses from; with --engine all also those that are here to be compared with, and what
 // building the topology of block_sparse costs; with --engine NAME that one alone.
+#include <anabranch/grouped_gemm.h>
 #include <ATen/ops/_grouped_mm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>

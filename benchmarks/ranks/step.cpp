@@ -107,7 +107,7 @@ class Step {
       const auto gradient = feed_forward_backward(expert_, permuted(dy_arrived.rows, plan_),
                                                   permuted(arrived.rows, plan_), output.hidden,
                                                   arrived.values, parameters_, counts);
-      dvalues = gradient.dvalues;
+      dvalues = gradient.drouting_weights;
       dx = unpermute(gradient.dx, {}, plan_);
     });
     timed([&] { layer_->exchange().combine({dx, dvalues}, plan_); });
