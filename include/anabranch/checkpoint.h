@@ -18,7 +18,8 @@ using CheckpointMetadata = std::map<std::string, std::string>;
 /// parameters are stored per expert under the expert's global number, so that any number of ranks
 /// can load them. `directory` must be visible to every rank; metadata is rank 0's. Collective over
 /// the world. Throws CheckpointError on every rank if any rank fails, and CommunicationError if the
-/// ranks' models or optimizer steps differ; the former checkpoint then stands.
+/// ranks' models or optimizer steps differ; the former checkpoint then stands, unless the message says
+/// that the new one has taken its place and only its durability is in doubt.
 void save_checkpoint(const std::filesystem::path& directory, const torch::nn::Module& model,
                      const torch::optim::Optimizer* optimizer, const CheckpointMetadata& metadata,
                      const ParallelGroups& groups);

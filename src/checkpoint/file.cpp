@@ -27,7 +27,8 @@ File::File(std::filesystem::path path, int flags)
   if (descriptor_ < 0) fail("open", path_);
 }
 
-File File::open(const std::filesystem::path& path) { return File(path, O_RDONLY); }
+// Without O_NONBLOCK the name of a pipe would wait for a writer; files and directories do not mind it.
+File File::open(const std::filesystem::path& path) { return File(path, O_RDONLY | O_NONBLOCK); }
 
 File File::create(const std::filesystem::path& path) {
   return File(path, O_WRONLY | O_CREAT | O_EXCL);
@@ -78,6 +79,18 @@ void File::sync() {
 }
 
 void sync_directory(const std::filesystem::path& directory) { File::open(directory).sync(); }
+
+void make_directories(const std::filesystem::path& directory) {
+  std::filesystem::path made;
+  std::filesystem::path parent;
+  for (const auto& part : std::filesystem::absolute(directory)) {
+    if (part.empty()) continue;  // behind a trailing slash
+    parent = made;
+    made /= part;
+    if (std::filesystem::create_directory(made)) sync_directory(parent);
+  }
+  sync_directory(parent);  // an earlier save may have ended before it came to this
+}
 
 void rename_file(const std::filesystem::path& from, const std::filesystem::path& to) {
   if (std::rename(from.c_str(), to.c_str()) != 0) fail("rename", from);

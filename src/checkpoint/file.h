@@ -34,6 +34,10 @@ class File {
 /// Makes the names in a directory survive a crash of the machine.
 void sync_directory(const std::filesystem::path& directory);
 
+/// Makes the directory and those above it that are missing; all of them then survive a crash of the
+/// machine.
+void make_directories(const std::filesystem::path& directory);
+
 /// Atomically gives `from` the name `to`, replacing what had it.
 void rename_file(const std::filesystem::path& from, const std::filesystem::path& to);
 

@@ -4,7 +4,12 @@
 #include <c10/util/StringUtil.h>
 #include <zlib.h>
 
+#include <algorithm>
+#include <cctype>
+#include <limits>
 #include <nlohmann/json.hpp>
+
+#include "support/json.h"
 
 namespace anabranch {
 namespace {
@@ -28,8 +33,14 @@ uint32_t index_checksum(Json json) {
 
 /// A name in the checkpoint's own directory: an index must not lead anywhere else.
 void check_file_name(const std::string& name) {
-  require(!name.empty() && name.find('/') == std::string::npos && name.front() != '.', "'", name,
-          "' cannot be a checkpoint's file");
+  const bool printable =
+      std::none_of(name.begin(), name.end(), [](unsigned char byte) { return std::iscntrl(byte); });
+  require(!name.empty() && printable && name.find('/') == std::string::npos && name.front() != '.',
+          Json(name).dump(), " cannot be a checkpoint's file");
+}
+
+uint32_t checksum_from(const Json& json) {
+  return static_cast<uint32_t>(json_size(json, std::numeric_limits<uint32_t>::max()));
 }
 
 CheckpointIndex from_json(const Json& json) {
@@ -38,15 +49,15 @@ CheckpointIndex from_json(const Json& json) {
   index.optimizer = json.at("optimizer").get<std::string>();
   for (const auto& [name, file] : json.at("files").items()) {
     check_file_name(name);
-    index.files.emplace(name, CheckpointIndex::StoredFile{file.at("bytes").get<int64_t>(),
-                                                          file.at("header_crc32").get<uint32_t>()});
+    index.files.emplace(name, CheckpointIndex::StoredFile{json_size(file.at("bytes")),
+                                                          checksum_from(file.at("header_crc32"))});
   }
   const auto& checksums = json.at("crc32");
   for (const auto& [name, file] : json.at("weight_map").items()) {
     require(index.files.contains(file.get<std::string>()), "tensor '", name,
             "' lies in a file that is not listed");
     index.tensors.emplace(name,
-                          CheckpointIndex::StoredTensor{file, checksums.at(name).get<uint32_t>()});
+                          CheckpointIndex::StoredTensor{file, checksum_from(checksums.at(name))});
   }
   require(checksums.size() == index.tensors.size(), "there are checksums of unknown tensors");
   return index;
@@ -78,7 +89,7 @@ std::string to_json(const CheckpointIndex& index) {
 
 CheckpointIndex parse_index(const std::string& text) {
   try {
-    const Json json = Json::parse(text);
+    const Json json = parse_json(text);
     require(json.is_object() && json.value("format", Json()) == kFormat, "its format is not '",
             kFormat, "'");
     require(json.at("version") == kVersion, "its version is ", json.at("version").dump(),

@@ -21,9 +21,14 @@ void require(bool condition, const auto&... parts) {
   if (!condition) throw CheckpointError(c10::str(parts...));
 }
 
+// A model of a million tensors needs about a quarter of it.
+constexpr int64_t kMaxIndexBytes = int64_t{1} << 30;
+
 std::string read_text(const fs::path& path) {
   const File file = File::open(path);
-  std::string text(file.size(), '\0');
+  const int64_t bytes = file.size();
+  require(bytes <= kMaxIndexBytes, path.string(), " has ", bytes, " bytes: too large for an index");
+  std::string text(bytes, '\0');
   file.read(text.data(), static_cast<int64_t>(text.size()), 0);
   return text;
 }

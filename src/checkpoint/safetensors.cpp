@@ -10,6 +10,8 @@
 #include <nlohmann/json.hpp>
 #include <utility>
 
+#include "support/json.h"
+
 namespace anabranch {
 namespace {
 
@@ -49,25 +51,23 @@ at::ScalarType parse_dtype(const std::string& text) {
   throw CheckpointError("unsupported dtype '" + text + "'");
 }
 
-int64_t parse_size(const Json& value) {
-  require(value.is_number_unsigned() && value.get<uint64_t>() <= INT64_MAX,
-          "expected a size, found ", value.dump());
-  return value.get<int64_t>();
-}
-
 Entry parse_entry(const Json& json, int64_t buffer_start) {
   require(json.is_object() && json.size() == 3, "expected dtype, shape and data_offsets");
   Entry entry{parse_dtype(json.at("dtype").get<std::string>()), {}, 0, 0};
   auto bytes = static_cast<int64_t>(c10::elementSize(entry.dtype));
+  int64_t strides = bytes;  // as those of a tensor without elements, too
   require(json.at("shape").is_array(), "shape must be an array");
-  for (const auto& size : json.at("shape")) {
-    entry.shape.push_back(parse_size(size));
-    require(!__builtin_mul_overflow(bytes, entry.shape.back(), &bytes), "shape overflows");
+  for (const auto& value : json.at("shape")) {
+    const int64_t size = json_size(value);
+    entry.shape.push_back(size);
+    require(!__builtin_mul_overflow(strides, std::max<int64_t>(size, 1), &strides),
+            "shape overflows");
+    bytes *= size;
   }
   const auto& offsets = json.at("data_offsets");
   require(offsets.is_array() && offsets.size() == 2, "data_offsets must be two numbers");
-  const int64_t begin = parse_size(offsets[0]);
-  const int64_t end = parse_size(offsets[1]);
+  const int64_t begin = json_size(offsets[0]);
+  const int64_t end = json_size(offsets[1]);
   require(begin <= end && end - begin == bytes, "data_offsets [", begin, ", ", end,
           "] are not the ", bytes, " bytes of its shape and dtype");
   require(!__builtin_add_overflow(begin, buffer_start, &entry.offset), "data_offsets overflow");
@@ -110,7 +110,7 @@ std::string read_header(const File& file, int64_t file_bytes) {
 }
 
 std::map<std::string, Entry> parse_header(const std::string& text, int64_t file_bytes) {
-  const Json header = Json::parse(text);
+  const Json header = parse_json(text);
   require(header.is_object(), "the header is not a JSON object");
   const int64_t start = kPrefixBytes + static_cast<int64_t>(text.size());
   std::map<std::string, Entry> entries;

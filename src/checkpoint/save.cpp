@@ -141,8 +141,9 @@ void remove_stale_files(const fs::path& directory, const CheckpointIndex& index)
   }
   for (const auto& path : stale) {
     std::error_code error;
-    if (!fs::remove(path, error) && error)
+    if (!fs::remove(path, error) && error) {
       TORCH_WARN("remove ", path.string(), ": ", error.message());
+    }
   }
 }
 
@@ -158,11 +159,6 @@ void check_files_visible(const fs::path& directory, const CheckpointIndex& index
   }
 }
 
-void make_directory(const fs::path& directory) {
-  fs::create_directories(directory);
-  sync_directory(fs::absolute(directory).lexically_normal().parent_path());
-}
-
 }  // namespace
 
 CheckpointIndex write_files(const fs::path& directory, const std::string& tag,
@@ -174,7 +170,7 @@ CheckpointIndex write_files(const fs::path& directory, const std::string& tag,
   std::vector<ParallelParameter> tensors;
   do_together(world, [&] {
     tensors = tensors_to_save(model, optimizer, groups);
-    if (world.rank() == 0) make_directory(directory);
+    if (world.rank() == 0) make_directories(directory);
   });
   check_same_tensors(tensors, world);
 
@@ -209,7 +205,15 @@ void commit(const fs::path& directory, const std::string& tag, const CheckpointI
     for (const auto& [name, written] : index.files) fs::remove(directory / name, ignored);
     throw;
   }
-  sync_directory(directory);
+  try {
+    sync_directory(directory);
+  } catch (const CheckpointError& error) {
+    // The former one's files stay: a crash of the machine may bring its index back.
+    throw CheckpointError(c10::str("the new checkpoint in ", directory.string(),
+                                   " has taken the former one's place, but a crash of the machine "
+                                   "may undo that: ",
+                                   error.what()));
+  }
   remove_stale_files(directory, index);
 }
 

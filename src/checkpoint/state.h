@@ -17,7 +17,7 @@ std::vector<ParallelParameter> model_tensors(const torch::nn::Module& model,
 /// A parameter of the model that the optimizer updates.
 struct OptimizedParameter {
   ParallelParameter parameter;
-  const torch::optim::OptimizerOptions* options;  ///< of its group; never null
+  const torch::optim::OptimizerOptions* options = nullptr;  ///< of its group; never null
 };
 
 /// In the optimizer's order. Throws if one is not the model's, or is there twice.

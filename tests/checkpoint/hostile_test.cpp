@@ -1,0 +1,283 @@
+// Files that someone made in order to break the reader. Each ends in a CheckpointError or is sound after
+// all: no crash, no other exception, no wait, no memory beyond the file's own size.
+#include <anabranch/checkpoint.h>
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+
+#include <array>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "checkpoint/checkpoint_case.h"
+#include "checkpoint/index.h"
+#include "checkpoint/safetensors.h"
+#include "support/mutations.h"
+#include "support/random.h"
+#include "support/shared_directory.h"
+#include "support/world.h"
+
+namespace anabranch::test {
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::json;
+
+const std::vector<std::string> kJsonWords{"{",
+                                          "}",
+                                          "[",
+                                          "]",
+                                          ":",
+                                          ",",
+                                          "\"",
+                                          "\\u0000",
+                                          "null",
+                                          "true",
+                                          "-1",
+                                          "0",
+                                          "1.5",
+                                          "1e300",
+                                          "9223372036854775807",
+                                          "9223372036854775808",
+                                          "18446744073709551616",
+                                          "\"\":",
+                                          "[[",
+                                          "{\"a\":"};
+
+std::vector<std::string> with(std::vector<std::string> words,
+                              const std::vector<std::string>& more) {
+  words.insert(words.end(), more.begin(), more.end());
+  return words;
+}
+
+std::string read_file(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+void write_file(const fs::path& path, const std::string& bytes) {
+  std::ofstream(path, std::ios::binary | std::ios::trunc).write(bytes.data(), std::ssize(bytes));
+}
+
+/// A safetensors file with this header and so many bytes behind it.
+std::string safetensors_with(const std::string& header, size_t bytes = 0) {
+  std::string text(8, '\0');
+  const uint64_t length = header.size();
+  std::memcpy(text.data(), &length, sizeof(length));
+  return text + header + std::string(bytes, 'x');
+}
+
+/// CRC-32 from its definition, bit by bit.
+uint32_t crc32_of(const std::string& text) {
+  uint32_t state = 0xffffffffu;
+  for (const unsigned char byte : text) {
+    state ^= byte;
+    for (int bit = 0; bit < 8; ++bit) state = (state >> 1) ^ (state & 1 ? 0xedb88320u : 0);
+  }
+  return ~state;
+}
+
+std::string repeat(const std::string& word, int64_t times) {
+  std::string text;
+  for (int64_t i = 0; i < times; ++i) text += word;
+  return text;
+}
+
+/// The index with the checksum that belongs to it, where it is JSON of a depth that this can handle.
+std::string seal(const std::string& text) {
+  if (std::count(text.begin(), text.end(), '{') + std::count(text.begin(), text.end(), '[') >
+      1000) {
+    return text;
+  }
+  auto json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!json.is_object()) return text;
+  json.erase("index_crc32");
+  json["index_crc32"] = crc32_of(json.dump());
+  return json.dump();
+}
+
+class HostileFile : public ::testing::Test {
+ protected:
+  HostileFile() : path_(directory_.path() / "hostile") {}
+
+  SafetensorsReader reader_of(const std::string& bytes) {
+    write_file(path_, bytes);
+    return SafetensorsReader(path_);
+  }
+
+  const SharedDirectory directory_;
+  const fs::path path_;
+};
+
+TEST_F(HostileFile, AMillionBrackets) {
+  constexpr int64_t kDepth = 1'000'000;
+  for (const auto& [open, close] : std::map<std::string, std::string>{{"[", "]"}, {"{\"a\":", "}"}}) {
+    const std::string deep = repeat(open, kDepth) + "1" + repeat(close, kDepth);
+    const std::string shape = "{\"t\":{\"dtype\":\"F32\",\"shape\":[" + deep +
+                              "],\"data_offsets\":[0,0]}}";
+    expect_checkpoint_error([&] { reader_of(safetensors_with(deep)); }, "deeper");
+    expect_checkpoint_error([&] { reader_of(safetensors_with(shape)); }, "deeper");
+    expect_checkpoint_error([&] { parse_index("{\"version\":" + deep + "}"); }, "deeper");
+    expect_checkpoint_error(
+        [&] { parse_index("{\"format\":\"anabranch checkpoint\",\"version\":" + deep + "}"); },
+        "deeper");
+  }
+}
+
+TEST_F(HostileFile, SizesWhoseProductOverflowsAreRefusedWhereOneOfThemIsZero) {
+  for (const std::string shape : {"[0,4611686018427387904,4611686018427387904]",
+                                  "[4611686018427387904,4611686018427387904,0]"}) {
+    expect_checkpoint_error(
+        [&] {
+          reader_of(safetensors_with("{\"t\":{\"dtype\":\"F32\",\"shape\":" + shape +
+                                     ",\"data_offsets\":[0,0]}}"));
+        },
+        "overflows");
+  }
+}
+
+TEST_F(HostileFile, APipeIsNoFileAndNobodyWaitsForItsWriter) {
+  ASSERT_EQ(mkfifo(path_.c_str(), 0600), 0);
+  expect_checkpoint_error([&] { SafetensorsReader reader(path_); }, "not a regular file");
+}
+
+TEST_F(HostileFile, FuzzedSafetensors) {
+  Random random(test_seed());
+  std::vector<std::string> samples;
+  for (int64_t count = 0; count < 4; ++count) {
+    std::vector<NamedTensor> tensors;
+    for (int64_t i = 0; i < count; ++i) {
+      tensors.push_back(
+          {"t" + std::to_string(i), random.normal({random.integer(0, 3), random.integer(0, 3)})
+                                        .to(random.chance() ? torch::kBFloat16 : torch::kInt64)});
+    }
+    fs::remove(path_);
+    write_safetensors(path_, tensors);
+    samples.push_back(read_file(path_));
+  }
+  const auto words = with(kJsonWords, {"\"dtype\"", "\"F32\"", "\"BF16\"", "\"BOOL\"", "\"shape\"",
+                                       "\"data_offsets\"", "\"__metadata__\"", "[0,0]", "[]"});
+  int64_t sound = 0;
+  const int64_t count =
+      fuzz("safetensors", Mutator(random.next(), samples, words), [&](const std::string& bytes) {
+        try {
+          const auto reader = reader_of(bytes);
+          int64_t total = 0;
+          for (const auto& [name, entry] : reader.entries()) {
+            const auto tensor = reader.read(name);
+            // Its bytes, as they lie in the file.
+            ASSERT_EQ(static_cast<int64_t>(tensor.nbytes()), entry.bytes);
+            ASSERT_EQ(tensor.sizes(), torch::IntArrayRef(entry.shape));
+            ASSERT_LE(entry.offset + entry.bytes, std::ssize(bytes));
+            const auto* data = static_cast<const char*>(tensor.const_data_ptr());
+            ASSERT_TRUE(std::equal(data, data + entry.bytes, bytes.data() + entry.offset));
+            total += entry.bytes;
+          }
+          ASSERT_LE(total, std::ssize(bytes) - 8);
+          ++sound;
+        } catch (const CheckpointError&) {
+        }
+      });
+  RecordProperty("inputs", std::to_string(count));
+  EXPECT_GT(sound, 0);
+  EXPECT_LT(sound, count);
+}
+
+class HostileIndex : public ::testing::Test {
+ protected:
+  HostileIndex()
+      : saved_(make_training({}, *groups_.expert_parallel, 1)),
+        training_(make_training({}, *groups_.expert_parallel, 2)) {
+    train(saved_, 3, 1);
+    save_checkpoint(directory_.path(), *saved_.model, saved_.optimizer.get(), {{"step", "1"}},
+                    groups_);
+    sound_ = read_file(directory_.path() / kIndexName);
+  }
+
+  void load(const std::string& index) {
+    write_file(directory_.path() / kIndexName, index);
+    load_checkpoint(directory_.path(), *training_.model, training_.optimizer.get(), groups_);
+  }
+
+  const SharedDirectory directory_;
+  const ParallelGroups groups_ = make_parallel_groups(make_self_communicator());
+  Training saved_;
+  Training training_;
+  std::string sound_;
+};
+
+TEST_F(HostileIndex, OtherNumbersThanSizes) {
+  const Snapshot before(training_);
+  for (const std::string number : {"-1", "1.5", "1e300", "18446744073709551615", "null", "true"}) {
+    for (const std::string field : {"bytes", "header_crc32"}) {
+      auto json = Json::parse(sound_);
+      json["files"].front()[field] = Json::parse(number);
+      expect_checkpoint_error([&] { load(seal(json.dump())); }, "expected a whole number");
+    }
+    auto json = Json::parse(sound_);
+    json["crc32"].front() = Json::parse(number);
+    expect_checkpoint_error([&] { load(seal(json.dump())); }, "expected a whole number");
+  }
+  before.expect_unchanged();
+}
+
+TEST_F(HostileIndex, NamesThatLeadElsewhere) {
+  for (const std::string name : {"../x", "/etc/passwd", ".hidden", "", "a\nb", "a\tb"}) {
+    auto json = Json::parse(sound_);
+    json["files"][name] = json["files"].front();
+    expect_checkpoint_error([&] { load(seal(json.dump())); }, "cannot be a checkpoint's file");
+  }
+  auto json = Json::parse(sound_);
+  json["files"][std::string("a\0b", 3)] = json["files"].front();
+  expect_checkpoint_error([&] { load(seal(json.dump())); }, "cannot be a checkpoint's file");
+}
+
+TEST_F(HostileIndex, ATerabyteOfNothing) {
+  const auto index = directory_.path() / kIndexName;
+  ASSERT_EQ(truncate(index.c_str(), int64_t{1} << 40), 0);
+  expect_checkpoint_error(
+      [&] {
+        load_checkpoint(directory_.path(), *training_.model, training_.optimizer.get(), groups_);
+      },
+      "too large for an index");
+}
+
+TEST_F(HostileIndex, APipe) {
+  for (const auto& file : files_in(directory_.path())) {
+    const auto bytes = read_file(directory_.path() / file);
+    fs::remove(directory_.path() / file);
+    ASSERT_EQ(mkfifo((directory_.path() / file).c_str(), 0600), 0);
+    expect_checkpoint_error(
+        [&] {
+          load_checkpoint(directory_.path(), *training_.model, training_.optimizer.get(), groups_);
+        },
+        "not a regular file");
+    fs::remove(directory_.path() / file);
+    write_file(directory_.path() / file, bytes);
+  }
+}
+
+TEST_F(HostileIndex, Fuzzed) {
+  Random random(test_seed());
+  const auto words = with(kJsonWords, {"\"format\"", "\"version\"", "\"metadata\"", "\"optimizer\"",
+                                       "\"files\"", "\"weight_map\"", "\"crc32\"", "\"bytes\""});
+  auto snapshot = std::make_unique<Snapshot>(training_);
+  int64_t loaded = 0;
+  const int64_t count =
+      fuzz("index", Mutator(random.next(), {sound_}, words), [&](const std::string& text) {
+        try {
+          load(seal(text));
+          ++loaded;
+          expect_part_of(training_, saved_);
+          snapshot = std::make_unique<Snapshot>(training_);
+        } catch (const CheckpointError&) {
+          snapshot->expect_unchanged();
+        }
+        ASSERT_FALSE(HasFailure());
+      });
+  RecordProperty("inputs", std::to_string(count));
+  EXPECT_GT(loaded, 0);
+  EXPECT_LT(loaded, count);
+}
+
+}  // namespace
+}  // namespace anabranch::test
