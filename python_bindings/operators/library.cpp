@@ -8,8 +8,8 @@
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
-#include <numeric>
 
 #include "communicator/agreement.h"
 #include "moe_options.h"
@@ -102,24 +102,39 @@ double norm(at::TensorList experts, at::TensorList replicated, std::string world
 
 void all_reduce(at::Tensor tensor, std::string group) { group_named(group)->all_reduce(tensor); }
 
+/// Of what rank 0 gathers, so much is in its device's memory at a time, or one row where that is more.
+constexpr int64_t kGatheredBytes = int64_t{64} << 20;
+
 /// The rows of all ranks in their order, in host memory, on rank 0; no rows elsewhere. Collective.
 at::Tensor gather_rows(const at::Tensor& rows, std::string group) {
   const auto communicator = group_named(group);
-  const auto size = static_cast<size_t>(communicator->size());
+  const int rank = communicator->rank();
+  const at::Tensor mine = rows.contiguous();
   const at::Tensor count = at::full({1}, rows.size(0), rows.options().dtype(at::kLong));
   const at::Tensor counts = communicator->all_gather(count).cpu();
-  std::vector<int64_t> to(size, 0), from(size, 0);
-  to[0] = rows.size(0);
-  if (communicator->rank() == 0) {
-    from.assign(counts.const_data_ptr<int64_t>(), counts.const_data_ptr<int64_t>() + size);
-  }
+  const auto* rows_of = counts.const_data_ptr<int64_t>();
+
   auto sizes = rows.sizes().vec();
-  sizes[0] = std::accumulate(from.begin(), from.end(), int64_t{0});
-  const at::Tensor gathered = at::empty(sizes, rows.options());
-  communicator->all_to_all_v({{rows.contiguous(), to, gathered, from}});
-  at::Tensor on_host = gathered.cpu();
+  sizes[0] = rank == 0 ? counts.sum().item<int64_t>() : 0;
+  const at::Tensor gathered = at::empty(sizes, rows.options().device(at::kCPU));
+  const int64_t row_bytes = c10::multiply_integers(rows.sizes().slice(1)) * rows.element_size();
+  const int64_t chunk = std::max<int64_t>(1, kGatheredBytes / std::max<int64_t>(1, row_bytes));
+  int64_t place = 0;
+  for (int source = 0; source < communicator->size(); ++source) {
+    for (int64_t begin = 0; begin < rows_of[source]; begin += chunk) {
+      const int64_t size = std::min(chunk, rows_of[source] - begin);
+      std::vector<int64_t> to(communicator->size(), 0), from(communicator->size(), 0);
+      to[0] = rank == source ? size : 0;
+      from[source] = rank == 0 ? size : 0;
+      sizes[0] = from[source];
+      const at::Tensor part = at::empty(sizes, rows.options());
+      communicator->all_to_all_v({{mine.narrow(0, to[0] > 0 ? begin : 0, to[0]), to, part, from}});
+      gathered.narrow(0, rank == 0 ? place : 0, sizes[0]).copy_(part);
+      place += size;
+    }
+  }
   communicator->check();
-  return on_host;
+  return gathered;
 }
 
 /// A RankInfo as a JSON object.
