@@ -74,7 +74,7 @@ foreach(_pair IN ITEMS CPU_LIBRARY:torch_cpu C10_LIBRARY:c10 CUDA_LIBRARY:torch_
 endforeach()
 mark_as_advanced(LibTorch_INCLUDE_DIR)
 
-# The version: the header moved in 2.9.
+# The version: the header moved in 2.10.
 set(LibTorch_VERSION "")
 if(LibTorch_INCLUDE_DIR)
   foreach(_header torch/headeronly/version.h torch/csrc/api/include/torch/version.h)

@@ -1,6 +1,7 @@
 # What the library is built on: LibTorch, MPI, CUDA. Sets ANABRANCH_WITH_CUDA.
 
-set(ANABRANCH_MINIMAL_LIBTORCH 2.6)
+# The first whose headers all of the project compiles with; launch/setup.sh and pyproject.toml name it too.
+set(ANABRANCH_MINIMAL_LIBTORCH 2.8)
 
 # pip builds with the Python that it installs into: its torch is the one.
 if(DEFINED SKBUILD AND NOT LibTorch_PYTHON AND NOT LibTorch_ROOT)

@@ -15,14 +15,14 @@
 #
 # Environment:
 #   ANABRANCH_PYTHON   the Python to build .venv on (default: python3). When it already has a torch
-#                      of at least version 2.6, that torch is used and none is downloaded.
+#                      of at least version 2.8, that torch is used and none is downloaded.
 #   CXX                the C++ compiler (default: c++)
 #   CMAKE_PREFIX_PATH  further places of libraries, separated by colons
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-readonly minimal_torch=2.6
+readonly minimal_torch=2.8
 readonly stamp=$venv/anabranch-setup.txt
 readonly requirements=$project_root/launch/requirements.txt
 

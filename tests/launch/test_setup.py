@@ -183,7 +183,7 @@ def test_an_existing_torch_is_not_replaced_by_an_update(whole):
 
 @pytest.mark.parametrize(
     ("version", "message"),
-    [("2.7.1+cpu", "torch: existing 2.7.1"), ("1.13.1", "at least 2.6 is needed"), (None, "torch: wheel")],
+    [("2.8.1+cpu", "torch: existing 2.8.1"), ("2.7.1", "at least 2.8 is needed"), (None, "torch: wheel")],
 )
 def test_an_existing_python_with_torch(bare, tmp_path, version, message):
     folder, commands = bare

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import sysconfig
@@ -96,6 +97,42 @@ def test_building_without_torch(tmp_path):
         *("-D", f"Python_EXECUTABLE={tmp_path / 'empty' / 'bin' / 'python'}"),
     )
     assert result.returncode != 0 and "pip install torch scikit-build-core" in " ".join(result.stderr.split())
+
+
+def configured_with(version, folder):
+    """CMake's words about a LibTorch of that version, of which there is no more than what tells it."""
+    torch = folder / "torch"
+    header = torch / "include/torch/csrc/api/include/torch"
+    header.mkdir(parents=True)
+    (torch / "lib").mkdir()
+    for name in ("libtorch_cpu.so", "libc10.so"):
+        (torch / "lib" / name).touch()
+    (header / "torch.h").touch()
+    parts = zip(("MAJOR", "MINOR", "PATCH"), version.split("."), strict=True)
+    (header / "version.h").write_text("".join(f"#define TORCH_VERSION_{name} {part}\n" for name, part in parts))
+    result = run(
+        *("cmake", "-S", PROJECT, "-B", folder / "build", "-G", "Ninja", "-D", f"LibTorch_ROOT={torch}"),
+        *("-D", "ANABRANCH_MPI=OFF", "-D", "ANABRANCH_CUDA=OFF", "-D", "ANABRANCH_PYTHON=OFF"),
+        *("-D", "ANABRANCH_TESTS=OFF", "-D", "ANABRANCH_EXAMPLES=OFF"),
+    )
+    return result.returncode, " ".join((result.stdout + result.stderr).split())
+
+
+def test_the_oldest_torch_is_the_same_everywhere_and_an_older_one_is_refused(tmp_path):
+    named = {
+        re.search(pattern, (PROJECT / path).read_text()).group(1)
+        for path, pattern in {
+            "cmake/dependencies.cmake": r"ANABRANCH_MINIMAL_LIBTORCH ([0-9.]+)\)",
+            "pyproject.toml": r'"torch>=([0-9.]+)"',
+            "launch/setup.sh": r"minimal_torch=([0-9.]+)",
+        }.items()
+    }
+    (oldest,) = named
+    major, minor = map(int, oldest.split("."))
+    returncode, words = configured_with(f"{oldest}.0", tmp_path / "oldest")
+    assert returncode == 0 and f"LibTorch {oldest}.0" in words, words
+    returncode, words = configured_with(f"{major}.{minor - 1}.1", tmp_path / "older")
+    assert returncode != 0 and f'required is at least "{oldest}"' in words, words
 
 
 def test_a_compiler_that_links_a_c_plus_plus_library_of_its_own(tmp_path):
