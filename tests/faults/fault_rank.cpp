@@ -6,6 +6,7 @@
 #include <anabranch/error.h>
 #include <anabranch/moe_layer.h>
 #include <mpi.h>
+#include <sys/wait.h>
 #include <torch/types.h>
 #include <unistd.h>
 
@@ -20,6 +21,8 @@
 #include <string>
 #include <thread>
 #include <vector>
+
+#include "support/failing_allocator.h"
 
 namespace {
 
@@ -148,6 +151,75 @@ void other_shapes(Communicator& communicator) {
   communicator.all_gather(at::ones({communicator.rank() == culprit ? 5 : 4}));
 }
 
+/// The culprit leaves a group that the others go on to use, and lives on.
+void destroyed(Communicator& communicator) {
+  std::shared_ptr<Communicator> group = communicator.split(0, communicator.rank());
+  exchange_once(*group);
+  if (communicator.rank() == culprit) {
+    group.reset();
+    std::this_thread::sleep_for(2 * deadline);
+    return;
+  }
+  exchange_for_ever(*group);
+}
+
+/// Every rank has a child that ends by itself, as a helper process of a program's does; then all go on.
+void forks(Communicator& communicator) {
+  exchange_once(communicator);
+  const pid_t child = fork();
+  if (child == 0) {
+    std::exit(0);
+  }
+  int status = 0;
+  if (child < 0 || waitpid(child, &status, 0) != child || status != 0) {
+    throw std::runtime_error(c10::str("the child ended with status ", status));
+  }
+  for (int i = 0; i < 3; ++i) {
+    exchange_once(communicator);
+  }
+  communicator.barrier();
+}
+
+/// The culprit is refused memory in the middle of backward, and ends by the exception.
+void out_of_memory(Communicator& communicator) {
+  anabranch::MoELayer layer(layer_options(), share(communicator));
+  anabranch::test::FailingAllocator memory;
+  for (int step = 0;; ++step) {
+    const auto x = torch::randn({200, 64}).requires_grad_();
+    const auto loss = layer->forward(x).output.sum();
+    if (communicator.rank() == culprit && step == 3) {
+      memory.fail_after(10);
+    }
+    loss.backward();
+  }
+}
+
+/// The culprit dies before the first collective of all, which is `collective`.
+void first(Communicator& communicator, const std::function<void(Communicator&)>& collective) {
+  if (communicator.rank() == culprit) {
+    raise(SIGKILL);
+  }
+  collective(communicator);
+  communicator.barrier();  // a broadcast may have had no need of it
+}
+
+const std::map<std::string, std::function<void(Communicator&)>> collectives = {
+    {"first_all_gather", [](Communicator& c) { c.all_gather(at::ones({3}, device)); }},
+    {"first_all_reduce",
+     [](Communicator& c) {
+       at::Tensor sum = at::ones({3}, device);
+       c.all_reduce(sum);
+     }},
+    {"first_all_to_all_v", exchange_once},
+    {"first_barrier", [](Communicator& c) { c.barrier(); }},
+    {"first_broadcast",
+     [](Communicator& c) {
+       at::Tensor token = at::ones({3}, device);
+       c.broadcast(token, 0);
+     }},
+    {"first_split", [](Communicator& c) { c.split(0, c.rank()); }},
+};
+
 /// Rank 3 waits for 0, in the world, 0 for 1, in a group of two, 1 for 2, in another, and 2 is dead.
 void chain(Communicator& communicator) {
   const int rank = communicator.rank();
@@ -200,6 +272,9 @@ const std::map<std::string, std::function<void(Communicator&)>> scenarios = {
     {"killed_in_a_training_step", killed_in_a_training_step},
     {"stalled", stalled},
     {"late", late},
+    {"destroyed", destroyed},
+    {"forks", forks},
+    {"out_of_memory", out_of_memory},
     {"slow_together", slow_together},
     {"leaves", leaves},
     {"throws", throws},
@@ -246,7 +321,11 @@ int main(int argc, char** argv) {
       communicator->barrier();
       began = Clock::now();
     }
-    scenarios.at(scenario)(*communicator);
+    if (collectives.contains(scenario)) {
+      first(*communicator, collectives.at(scenario));
+    } else {
+      scenarios.at(scenario)(*communicator);
+    }
   } catch (const anabranch::CommunicationError& error) {
     report(error.peers(), error.what());
     return 1;

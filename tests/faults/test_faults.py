@@ -231,11 +231,41 @@ def test_leaves_without_an_error(start):
     assert outcome.statuses[CULPRIT] == 0
 
 
+def test_group_destroyed_on_one_rank_only(start):
+    outcome = start("destroyed").outcome(2 * DEADLINE + MARGIN)
+    check_survivors(outcome)
+    assert all(ending.peers == [CULPRIT] for ending in outcome.survivors), outcome.output
+    assert outcome.endings[CULPRIT].what == "nothing"
+
+
+def test_a_child_that_ends_by_itself_takes_nothing_along(start):
+    outcome = start("forks").outcome(MARGIN)
+    assert outcome.returncode == 0, outcome.output
+    assert {ending.what for ending in outcome.endings.values()} == {"nothing"}
+    assert sorted(outcome.endings) == list(range(RANKS))
+
+
+COLLECTIVES = ["all_gather", "all_reduce", "all_to_all_v", "barrier", "broadcast", "split"]
+
+
+@pytest.mark.parametrize("collective", COLLECTIVES)
+def test_first_collective_beside_a_dead_rank(start, collective):
+    outcome = where_mpi_survives(lambda: start(f"first_{collective}"))
+    check_survivors(outcome)
+    assert all(ending.peers == [CULPRIT] for ending in outcome.survivors), outcome.output
+
+
 def test_ends_by_an_exception(start):
     deadline = 60.0  # which nobody has to wait for
     outcome = start("throws", deadline=deadline).outcome(MARGIN)
     check_survivors(outcome, deadline=0, says=f"rank {CULPRIT} has exited with status 1")
     assert outcome.endings[CULPRIT].what == "no more data"
+
+
+def test_out_of_memory_inside_backward(start):
+    outcome = start("out_of_memory", deadline=60.0).outcome(MARGIN)
+    check_survivors(outcome, deadline=10, says=f"rank {CULPRIT} has exited with status 1")
+    assert "bad_alloc" in outcome.endings[CULPRIT].what
 
 
 def test_blame_travels_along_a_chain_of_waiting_ranks(start):
@@ -310,6 +340,25 @@ def test_nccl_killed(start, scenario, culprit, communicator):
     check_survivors(outcome, NCCL_DEADLINE, says=f"rank {culprit}", culprit=culprit)
     for ending in outcome.endings.values():
         assert ending.peers == [culprit], outcome.output
+
+
+@needs_nccl
+@pytest.mark.parametrize("collective", COLLECTIVES)
+def test_nccl_first_collective_beside_a_dead_rank(start, collective):
+    outcome = start(f"first_{collective}", NCCL_DEADLINE, communicator="nccl").outcome(
+        NCCL_DEADLINE + NCCL_MARGIN
+    )
+    check_survivors(outcome, NCCL_DEADLINE)
+    assert all(ending.peers == [CULPRIT] for ending in outcome.survivors), outcome.output
+
+
+@needs_nccl
+@on_both_ways
+def test_nccl_group_destroyed_on_one_rank_only(start, communicator):
+    outcome = start("destroyed", NCCL_DEADLINE, communicator=communicator).outcome(
+        3 * NCCL_DEADLINE + NCCL_MARGIN
+    )
+    check_survivors(outcome, NCCL_DEADLINE)
 
 
 @needs_nccl
