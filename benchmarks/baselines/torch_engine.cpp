@@ -3,22 +3,13 @@
 #include <ATen/ops/_grouped_mm.h>
 #include <ATen/ops/empty.h>
 
-#include <algorithm>
+#include <limits>
+#include <numeric>
+
+#include "support/check.h"
 
 namespace anabranch {
 namespace {
-
-/// Where each expert's rows end, as the operator wants them; on a GPU in the order of its current stream,
-/// without waiting for it.
-torch::Tensor ends_of(const std::vector<int64_t>& counts, torch::Device device) {
-  const auto experts = static_cast<int64_t>(counts.size());
-  torch::Tensor host =
-      at::empty({experts}, at::TensorOptions(torch::kInt32).pinned_memory(device.is_cuda()));
-  int64_t end = 0;
-  std::transform(counts.begin(), counts.end(), host.data_ptr<int32_t>(),
-                 [&](int64_t count) { return static_cast<int32_t>(end += count); });
-  return host.to(device, /*non_blocking=*/true);
-}
 
 class TorchEngine final : public GroupedGemmEngine {
  public:
@@ -61,7 +52,7 @@ class TorchEngine final : public GroupedGemmEngine {
                        const std::vector<int64_t>& counts, torch::Tensor& c) {
     if (c.numel() > 0) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      c.copy_(at::_grouped_mm(a, b, ends_of(counts, a.device())));
+      c.copy_(at::_grouped_mm(a, b, row_ends(counts, a.device())));
     }
   }
 
@@ -69,6 +60,18 @@ class TorchEngine final : public GroupedGemmEngine {
 };
 
 }  // namespace
+
+torch::Tensor row_ends(const std::vector<int64_t>& counts, torch::Device device) {
+  const int64_t rows = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  check_input(rows <= std::numeric_limits<int32_t>::max(),
+              "grouped GEMM: torch_grouped_mm takes fewer than 2^31 rows, got ", rows);
+  const auto experts = static_cast<int64_t>(counts.size());
+  torch::Tensor host =
+      at::empty({experts}, at::TensorOptions(torch::kInt32).pinned_memory(device.is_cuda()));
+  std::partial_sum(counts.begin(), counts.end(), host.data_ptr<int32_t>());
+  // In the order of the GPU's current stream, without waiting for it.
+  return host.to(device, /*non_blocking=*/true);
+}
 
 std::shared_ptr<GroupedGemmEngine> make_torch_engine(torch::Device device) {
   return std::make_shared<TorchEngine>(device);
