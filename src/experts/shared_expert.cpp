@@ -2,10 +2,10 @@
 
 #include <ATen/OpMathType.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/nn/functional/linear.h>
 
 #include <limits>
 
+#include "routing/gate.h"
 #include "support/given.h"
 #include "support/initialize.h"
 #include "support/single_backward.h"
@@ -94,8 +94,9 @@ torch::Tensor gated(const torch::Tensor& y, const torch::Tensor& x, const torch:
   if (!gate.defined()) {
     return y;
   }
-  const auto logits = torch::linear(x, gate);
-  return y * torch::sigmoid(logits.to(at::toOpMathType(x.scalar_type()))).to(y.scalar_type());
+  // Not a product in 16 bits: the gate's gradient is a sum over all tokens, of which cuBLAS may lose some.
+  const auto logits = gate_logits(x, gate.to(at::toOpMathType(x.scalar_type())));
+  return y * torch::sigmoid(logits).to(y.scalar_type());
 }
 
 }  // namespace anabranch
