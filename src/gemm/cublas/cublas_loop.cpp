@@ -12,6 +12,7 @@
 #include <thread>
 
 #include "gemm/cublas/cublas_lt.h"
+#include "gemm/cublas/fork.h"
 #include "gemm/cublas/sum_parts.h"
 #include "support/check.h"
 #include "support/cuda_device.h"
@@ -79,9 +80,7 @@ class Lane {
   Lane(const Lane&) = delete;
   Lane& operator=(const Lane&) = delete;
 
-  void wait_for(cudaEvent_t event) {
-    check_cuda(cudaStreamWaitEvent(stream_, event), "cudaStreamWaitEvent");
-  }
+  SideBranch branch() const { return {stream_, done_}; }
   /// `sums`: where the parts of a sum are kept.
   void multiply(const CublasForm& form, const Job& job, void* sums) {
     if (job.parts == 1) {
@@ -91,10 +90,6 @@ class Lane {
     const CublasProduct& product = job.product;
     launch_sum_parts(scalar_of(form.c_type), sums, job.parts, product.m * product.n,
                      form.accumulate, product.c, stream_);
-  }
-  void let_wait(cudaStream_t stream) {
-    check_cuda(cudaEventRecord(done_, stream_), "cudaEventRecord");
-    check_cuda(cudaStreamWaitEvent(stream, done_), "cudaStreamWaitEvent");
   }
 
  private:
@@ -132,7 +127,7 @@ class Lane {
 /// The lanes of one device, made as they are first needed. One call at a time.
 class Lanes {
  public:
-  explicit Lanes(torch::Device device) : device_(device), fork_(make_cuda_event()) {}
+  explicit Lanes(torch::Device device) : device_(device), begun_(make_cuda_event()) {}
 
   void run(const CublasProducts& products, int streams, cudaStream_t stream) {
     const std::lock_guard lock(mutex_);
@@ -143,14 +138,12 @@ class Lanes {
     }
     // Of the caller's stream, which waits for the lanes before it can give the memory to others.
     const auto sums = sums_for(products, jobs, used);
-    check_cuda(cudaEventRecord(fork_, stream), "cudaEventRecord");
+    Fork fork(stream, begun_);
     for (size_t lane = 0; lane < used; ++lane) {
-      lanes_[lane]->wait_for(fork_);
+      fork.to(lanes_[lane]->branch());
     }
     launch(products, jobs, sums);
-    for (size_t lane = 0; lane < used; ++lane) {
-      lanes_[lane]->let_wait(stream);
-    }
+    fork.join();
   }
 
  private:
@@ -229,7 +222,7 @@ class Lanes {
 
   torch::Device device_;
   std::mutex mutex_;
-  CudaEvent fork_;
+  CudaEvent begun_;
   std::vector<std::unique_ptr<Lane>> lanes_;
   std::optional<ThreadTeam> threads_;
 };
