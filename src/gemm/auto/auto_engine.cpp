@@ -1,41 +1,30 @@
 #include "gemm/auto/auto_engine.h"
 
+#include <ATen/Context.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
-#include <bit>
 #include <map>
 #include <mutex>
-#include <numeric>
 
 #include "gemm/auto/engine_choices.h"
 #include "gemm/auto/measuring.h"
+#include "gemm/auto/rule.h"
 #include "gemm/auto/trials.h"
 #include "gemm/engines.h"
 
 namespace anabranch {
 namespace {
 
+using Able = EngineChoices::Able;
 using Counts = std::vector<int64_t>;
 
-/// `size` by its first two binary digits.
-int64_t bucket(int64_t size) {
-  if (size < 2) {
-    return size;
-  }
-  const int shift = std::bit_width(static_cast<uint64_t>(size)) - 2;
-  return size >> shift << shift;
-}
-
-/// Times that the fullest expert's rows are those of the mean, as a power of two.
-int skew(const Counts& counts) {
-  const int64_t rows = std::accumulate(counts.begin(), counts.end(), int64_t{0});
-  const int64_t largest = *std::max_element(counts.begin(), counts.end());
-  const int64_t ratio = 2 * largest * static_cast<int64_t>(counts.size()) / (3 * rows);
-  return std::bit_width(static_cast<uint64_t>(ratio));
-}
+/// Milliseconds that measuring a product may take, once each engine had a turn; and where the choice for
+/// another of its kind is known: other ranks may be waiting.
+constexpr double kMostSpent = 2000;
+constexpr double kMostSpentOnSimilar = 50;
 
 class AutoEngine final : public GroupedGemmEngine {
  public:
@@ -43,7 +32,16 @@ class AutoEngine final : public GroupedGemmEngine {
       : device_(device), entries_(std::move(considered)), choices_(shared_choices(device)) {}
 
   std::string name() const override { return "auto"; }
-  std::string explain() const override { return choices_->explain(); }
+  std::string explain() const override {
+    return settled_ ? "choices settled on\n" + settled_->explain() : choices_->explain();
+  }
+  bool is_settled() const override { return settled_ != nullptr; }
+  std::string choices() const override { return (settled_ ? settled_ : choices_)->text(); }
+  void settle_on(const std::string& choices) override {
+    auto settled = std::make_shared<EngineChoices>();
+    settled->add(choices);
+    settled_ = std::move(settled);
+  }
 
  private:
   void do_forward(const torch::Tensor& x, const torch::Tensor& weight, const Counts& counts,
@@ -110,28 +108,33 @@ class AutoEngine final : public GroupedGemmEngine {
     return choices;
   }
 
-  /// All that can multiply rows of that type with `weight`.
-  Engines able_engines(torch::Dtype dtype, const torch::Tensor& weight) const {
-    Engines able;
+  /// Those that can multiply weights [experts, n, k] of that type, less those that were much slower than
+  /// the best where products are nearly the same.
+  Engines candidates(torch::Dtype dtype, int64_t n, int64_t k, const Product& product) const {
+    constexpr double kNear = 3;
+    constexpr double kHopeless = 1.5;
+    const auto slowness = choices_->slowness(product, kNear);
+    Engines engines;
     for (const EngineEntry& entry : entries_) {
+      const auto known = slowness.find(entry.name);
+      if (known != slowness.end() && known->second > kHopeless) continue;
       auto engine = entry.make(device_);
-      if (engine->supports(dtype, weight.size(1), weight.size(2))) {
-        able.push_back(std::move(engine));
+      if (engine->supports(dtype, n, k)) {
+        engines.push_back(std::move(engine));
       }
     }
-    return able;
+    return engines;
   }
 
-  /// Where nothing is measured: the first that can, but of the loops that of four streams.
-  GroupedGemmEngine& best_guess(torch::Dtype dtype, const torch::Tensor& weight) {
-    for (const char* name : {"hopper", "cublas_loop_4"}) {
-      const bool there = std::any_of(entries_.begin(), entries_.end(),
-                                     [&](const auto& entry) { return entry.name == name; });
-      if (there && engine(name).supports(dtype, weight.size(1), weight.size(2))) {
-        return engine(name);
-      }
+  /// Where nothing is measured.
+  GroupedGemmEngine& by_rule(const Product& product, const Able& able) {
+    for (const std::string& name : engines_by_rule(product)) {
+      if (able(name)) return engine(name);
     }
-    return engine(entries_.front().name);
+    for (const EngineEntry& entry : entries_) {
+      if (able(entry.name)) return engine(entry.name);
+    }
+    return engine(entries_.front().name);  // says what it does not take
   }
 
   /// The engine of that name, made once. Others are alive while they are measured only: they hold
@@ -145,35 +148,47 @@ class AutoEngine final : public GroupedGemmEngine {
     return *kept;
   }
 
-  /// The fastest engine for a product with `weight`; measured with `run` where it is not known.
+  /// The engine for a product with `weight`; measured with `run` where it is not known and may be.
   GroupedGemmEngine& best(const char* operation, const torch::Tensor& weight, const Counts& counts,
                           const torch::Tensor& rows, const Run& run) {
     const auto dtype = rows.scalar_type();  // a weight's gradient may be of another
-    if (rows.size(0) == 0 || weight.numel() == 0) {
-      return best_guess(dtype, weight);
+    const int64_t n = weight.size(1);
+    const int64_t k = weight.size(2);
+    const Product product = product_of(operation, dtype, n, k, counts);
+    const Able able = [&](const std::string& name) {
+      return is_considered(name) && engine(name).supports(dtype, n, k);
+    };
+    if (product.rows == 0 || weight.numel() == 0 || at::globalContext().deterministicAlgorithms()) {
+      return by_rule(product, able);
     }
-    const auto product =
-        c10::str(operation, " ", dtype, " ", weight.size(0), " experts ", weight.size(1), " x ",
-                 weight.size(2), ", from ", bucket(rows.size(0)), " rows, skew ", skew(counts));
-    auto choice = choices_->find(product);
+    const EngineChoices& known = settled_ ? *settled_ : *choices_;
+    auto choice = known.find(product, able);
     if (!choice) {
+      const auto similar = known.nearest(product, able);
       const c10::DeviceGuard guard(rows.device());
       // Nothing may be waited for while a graph is recorded.
-      if (device_.is_cuda() && is_captured()) {
-        return best_guess(dtype, weight);
+      if (settled_ || (device_.is_cuda() && is_captured())) {
+        return similar ? engine(similar->engine) : by_rule(product, able);
       }
-      choice = fastest(able_engines(dtype, weight), run, rows.device());
+      choice = fastest(candidates(dtype, n, k, product), run, rows.device(),
+                       similar ? kMostSpentOnSimilar : kMostSpent);
       if (choice->engine.empty()) {
-        choice->engine = best_guess(dtype, weight).name();
+        choice->engine = by_rule(product, able).name();
       }
-      choices_->keep(product, *choice);
+      choice = choices_->keep(product, *choice, able);
     }
     return engine(choice->engine);
+  }
+
+  bool is_considered(const std::string& name) const {
+    return std::any_of(entries_.begin(), entries_.end(),
+                       [&](const EngineEntry& entry) { return entry.name == name; });
   }
 
   torch::Device device_;
   std::vector<EngineEntry> entries_;  // those considered
   std::shared_ptr<EngineChoices> choices_;
+  std::shared_ptr<EngineChoices> settled_;  // these alone, where there are any
   std::mutex mutex_;
   std::map<std::string, std::shared_ptr<GroupedGemmEngine>> engines_;  // those chosen so far
 };

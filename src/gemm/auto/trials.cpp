@@ -26,8 +26,10 @@ double host_milliseconds(const std::function<void()>& call) {
 /// Engines that take turns at one product. Those that find too little memory drop out.
 class Trials {
  public:
-  Trials(const Run& run, torch::Device device)
-      : run_(run), time_(device.is_cuda() ? gpu_milliseconds : host_milliseconds) {}
+  Trials(const Run& run, torch::Device device, double most_milliseconds)
+      : run_(run),
+        time_(device.is_cuda() ? gpu_milliseconds : host_milliseconds),
+        most_milliseconds_(most_milliseconds) {}
 
   /// The first calls, which set up. Those that take long count: setting up is lost in them.
   void warm_up(Engines& engines) {
@@ -41,7 +43,7 @@ class Trials {
       Engines order = engines;
       std::shuffle(order.begin(), order.end(), generator_);
       for (const auto& engine : order) {
-        if (spent_ > kMostSpent && !times_[engine->name()].empty()) continue;
+        if (spent_ > most_milliseconds_ && !times_[engine->name()].empty()) continue;
         if (!has_memory_for(*engine, kLaterTurn)) std::erase(engines, engine);
       }
     }
@@ -72,8 +74,7 @@ class Trials {
 
  private:
   enum Turn { kFirstTurn, kLaterTurn };
-  static constexpr double kLong = 1000;       // milliseconds of a call
-  static constexpr double kMostSpent = 2000;  // milliseconds of all turns, once each had one
+  static constexpr double kLong = 1000;  // milliseconds of a call
 
   bool has_memory_for(GroupedGemmEngine& engine, Turn turn) {
     const auto call = [&] { run_(engine); };
@@ -98,17 +99,22 @@ class Trials {
   double (*time_)(const std::function<void()>&);
   std::map<std::string, std::vector<double>> times_;
   std::mt19937 generator_{1};
+  double most_milliseconds_;
   double spent_ = 0;
   bool complete_ = true;
 };
 
 }  // namespace
 
-EngineChoices::Choice fastest(Engines engines, const Run& run, torch::Device device) {
+EngineChoices::Choice fastest(Engines engines, const Run& run, torch::Device device,
+                              double most_milliseconds) {
+  if (engines.size() == 1) {
+    return {engines.front()->name(), {}};
+  }
   constexpr int kRounds = 4;
   constexpr int kFinalRounds = 20;
   constexpr double kNear = 1.1;
-  Trials trials(run, device);
+  Trials trials(run, device, most_milliseconds);
   trials.warm_up(engines);
   trials.take_turns(engines, kRounds);
   const double best = trials.least_milliseconds();

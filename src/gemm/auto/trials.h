@@ -16,8 +16,9 @@ using Engines = std::vector<std::shared_ptr<GroupedGemmEngine>>;
 using Run = std::function<void(GroupedGemmEngine&)>;
 
 /// The first engine that none is clearly faster than, by measuring; engines come best guess first.
-/// Those that come near the best are timed for longer. None is chosen where none finds the memory
-/// it needs.
-EngineChoices::Choice fastest(Engines engines, const Run& run, torch::Device device);
+/// Those that come near the best are timed for longer, up to `most_milliseconds` in all, once each had a
+/// turn. None is chosen where none finds the memory it needs.
+EngineChoices::Choice fastest(Engines engines, const Run& run, torch::Device device,
+                              double most_milliseconds);
 
 }  // namespace anabranch

@@ -1,0 +1,81 @@
+#include "experts/engine_agreement.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <numeric>
+
+#include "communicator/agreement.h"
+#include "gemm/auto/measuring.h"
+
+namespace anabranch {
+namespace {
+
+int64_t rows_of(const ExpertCounts& counts) {
+  return std::accumulate(counts.begin(), counts.end(), int64_t{0});
+}
+
+/// `counts`, or where they are of no rows `rows` spread evenly.
+ExpertCounts or_evenly(const ExpertCounts& counts, int64_t rows) {
+  if (rows_of(counts) > 0) {
+    return counts;
+  }
+  const auto experts = static_cast<int64_t>(counts.size());
+  ExpertCounts even(counts.size(), rows / experts);
+  even.front() += rows % experts;
+  return even;
+}
+
+/// Rows [P, h] of numbers as they are met: a GPU is faster with zeros.
+torch::Tensor some_rows(const torch::Tensor& weight, int64_t rows) {
+  const auto all = weight.flatten(0, 1);
+  return all.index_select(0, at::arange(rows, all.options().dtype(torch::kLong)) % all.size(0));
+}
+
+void try_out(const FeedForward& expert, const Trial& trial, bool recompute, bool backward) {
+  const IndexedRows rows = {some_rows(trial.parameters.up.weight, rows_of(trial.counts)), {}};
+  const auto output = feed_forward(expert, rows, trial.parameters, trial.counts, !recompute);
+  if (backward) {
+    WantedGradients wanted;
+    const auto& [up, down] = trial.main_grad;
+    wanted.sums = {up.defined() ? at::zeros_like(up) : up,
+                   down.defined() ? at::zeros_like(down) : down};
+    feed_forward_backward(expert, rows, rows, output.hidden, /*values=*/{}, trial.parameters,
+                          trial.counts, /*overwrite_hidden=*/true, wanted);
+  }
+}
+
+}  // namespace
+
+void settle_engine(const FeedForward& expert, const std::vector<Trial>& trials, bool recompute,
+                   Communicator& communicator) {
+  GroupedGemmEngine& engine = *expert.engine;
+  const auto& weight = trials.front().parameters.up.weight;
+  if (engine.is_settled() || communicator.size() == 1 || (weight.is_cuda() && is_captured())) {
+    return;
+  }
+  const auto rows =
+      communicator.all_gather(at::empty({}, torch::kLong).fill_(rows_of(trials.front().counts)));
+  const int64_t mean = (rows.sum().item<int64_t>() + communicator.size() - 1) / communicator.size();
+  if (mean == 0) {
+    return;
+  }
+  const bool backward = at::GradMode::is_enabled() || weight.requires_grad();
+  succeed_together(communicator, [&] {
+    if (communicator.rank() > 0) return;
+    const torch::NoGradGuard no_grad;
+    try {
+      for (const Trial& trial : trials) {
+        try_out(expert, {trial.parameters, trial.main_grad, or_evenly(trial.counts, mean)},
+                recompute, backward);
+      }
+    } catch (const c10::OutOfMemoryError&) {
+      // What has not been tried is chosen by rule.
+    }
+  });
+  engine.settle_on(all_gather_strings(communicator, engine.choices()).front());
+}
+
+}  // namespace anabranch
