@@ -30,6 +30,8 @@ struct Table {
       cublas_loop(4),
       cublas_loop(8),
       {"cublas_grouped", runs_cublas, make_cublas_grouped_engine, true},
+      // Not before it has been measured beside the others.
+      {"cublaslt_grouped", runs_cublaslt_grouped, make_cublaslt_grouped_engine, false},
   };
 };
 

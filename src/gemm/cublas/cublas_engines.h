@@ -17,4 +17,12 @@ std::shared_ptr<GroupedGemmEngine> make_cublas_loop_engine(torch::Device device,
 /// cublasGemmGroupedBatchedEx: all experts in one call, for many small ones.
 std::shared_ptr<GroupedGemmEngine> make_cublas_grouped_engine(torch::Device device);
 
+/// Whether there is cublaslt_grouped for the device: on compute capability 9.0, where the loaded cuBLAS is
+/// new enough.
+bool runs_cublaslt_grouped(torch::Device device);
+
+/// cuBLASLt's grouped batch mode: all experts in one call, their sizes and addresses read from GPU memory,
+/// so that a graph can record it. bf16 and fp16, sizes that are multiples of 8.
+std::shared_ptr<GroupedGemmEngine> make_cublaslt_grouped_engine(torch::Device device);
+
 }  // namespace anabranch

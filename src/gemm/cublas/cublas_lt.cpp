@@ -1,24 +1,9 @@
 #include "gemm/cublas/cublas_lt.h"
 
-#include <algorithm>
 #include <bit>
 
 namespace anabranch {
 namespace {
-
-cublasLtHandle_t make_lt_handle() {
-  cublasLtHandle_t handle = nullptr;
-  check_cublas(cublasLtCreate(&handle), "cublasLtCreate");
-  return handle;
-}
-
-/// `size` rounded up to three significant bits: at most a seventh more.
-int64_t bucket(int64_t size) {
-  const int low_bits =
-      std::max(0, static_cast<int>(std::bit_width(static_cast<uint64_t>(size))) - 3);
-  const int64_t step = int64_t{1} << low_bits;
-  return (size + step - 1) / step * step;
-}
 
 /// The largest power of two up to 256 that divides the address of every row.
 int64_t alignment(const void* address, int64_t row_bytes) {
@@ -35,19 +20,6 @@ cublasLtMatrixLayoutOpaque_t layout(cudaDataType_t type, cublasOperation_t opera
   check_cublas(cublasLtMatrixLayoutInit(&result, type, rows, columns, leading),
                "cublasLtMatrixLayoutInit");
   return result;
-}
-
-template <typename value_t>
-void set(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_t attribute, value_t value) {
-  check_cublas(cublasLtMatmulDescSetAttribute(operation, attribute, &value, sizeof(value)),
-               "cublasLtMatmulDescSetAttribute");
-}
-
-template <typename value_t>
-void set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t attribute,
-         value_t value) {
-  check_cublas(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof(value)),
-               "cublasLtMatmulPreferenceSetAttribute");
 }
 
 /// `count` matrices, each `stride` elements after the last.
@@ -115,8 +87,8 @@ CublasLt::Key CublasLt::key_of(const CublasForm& form, const CublasProduct& prod
           form.a_operation,
           form.b_operation,
           product.m,
-          form.ragged == Ragged::kN ? bucket(product.n) : product.n,
-          form.ragged == Ragged::kK ? bucket(product.k) : product.k,
+          form.ragged == Ragged::kN ? algorithm_bucket(product.n) : product.n,
+          form.ragged == Ragged::kK ? algorithm_bucket(product.k) : product.k,
           form.lda,
           form.ldb,
           form.ldc,
@@ -135,8 +107,9 @@ cublasLtMatmulAlgo_t CublasLt::choose(const Key& key, Problem& problem) const {
   set<uint32_t>(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, key[kAlignB]);
   set<uint32_t>(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, key[kAlignC]);
   set<uint32_t>(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, key[kAlignC]);
-  // No sum over k is split: cuBLAS 13.1's algorithms that do lose rows at some k above 8192, such as
-  // 8193 at m = n = 512, and sums of parts in 16 bits would lose what fp32 accumulation has gained.
+  // No sum over k is split: the algorithms that do lose rows at some k above 8192, such as 8193 at
+  // m = n = 512 (issue 6580689 of cuBLAS's release notes: from 12.6.3 on, mended after CUDA 13.4), and sums
+  // of parts in 16 bits would lose what fp32 accumulation has gained.
   set<uint32_t>(&preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
                 CUBLASLT_REDUCTION_SCHEME_NONE);
   cublasLtMatmulHeuristicResult_t found;

@@ -1,12 +1,10 @@
 #pragma once
 
-#include <cublasLt.h>
-
 #include <array>
 #include <map>
 
 #include "gemm/cublas/cublas_products.h"
-#include "support/cuda_handle.h"
+#include "gemm/cublas/lt_attributes.h"
 
 namespace anabranch {
 
@@ -34,7 +32,7 @@ class CublasLt {
   static Key key_of(const CublasForm& form, const CublasProduct& product, size_t workspace_bytes);
   cublasLtMatmulAlgo_t choose(const Key& key, Problem& problem) const;
 
-  UniqueHandle<cublasLtHandle_t, cublasLtDestroy> handle_;
+  CublasLtHandle handle_;
   std::map<Key, cublasLtMatmulAlgo_t> algorithms_;
 };
 

@@ -21,4 +21,10 @@ std::shared_ptr<GroupedGemmEngine> make_cublas_grouped_engine(torch::Device /*de
   refuse();
 }
 
+bool runs_cublaslt_grouped(torch::Device /*device*/) { return false; }
+
+std::shared_ptr<GroupedGemmEngine> make_cublaslt_grouped_engine(torch::Device /*device*/) {
+  refuse();
+}
+
 }  // namespace anabranch
