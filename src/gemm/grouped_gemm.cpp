@@ -250,12 +250,16 @@ std::shared_ptr<GroupedGemmEngine> make_grouped_gemm_engine(torch::Device device
     throw NotBuiltError(
         "grouped GEMM on a GPU needs a build of anabranch with CUDA (ANABRANCH_CUDA=ON)");
   }
-  if (name == "auto") {
-    return make_auto_engine(device);
+  if (name == "auto" || name == "deterministic") {
+    auto engine = make_auto_engine(device);
+    if (name == "deterministic") {
+      engine->settle_on({});
+    }
+    return engine;
   }
   const auto known = std::find(names.begin(), names.end(), name);
   check_input(known != names.end(), "grouped GEMM engine \"", name, "\" is unknown on ", device,
-              ": choose auto or ", c10::Join(", ", names));
+              ": choose auto, deterministic or ", c10::Join(", ", names));
   return engines_on(device)[known - names.begin()].make(device);
 }
 

@@ -125,7 +125,7 @@ TEST_F(EngineAgreementTest, RanksTakeWhatRank0Chose) {
 TEST_F(EngineAgreementTest, ADeterministicLayerMeasuresNothing) {
   (rank_ == 0 ? hare : tortoise).delay = std::chrono::milliseconds(2);
   auto moe = options(40);
-  moe.deterministic = true;
+  moe.engine = "deterministic";
   MoELayer layer(moe, world_);
   for (const int64_t tokens : {3, 90}) {
     const auto x = random_.normal({tokens, moe.hidden_size}, torch::kFloat32).requires_grad_();
