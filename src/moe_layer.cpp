@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 
+#include "engine_agreement.h"
 #include "experts/feed_forward.h"
 #include "experts/permute.h"
 #include "experts/shared_expert.h"
@@ -113,6 +114,16 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
   }
 };
 
+/// All experts of a layer on this rank, with the rows of a step.
+std::vector<Trial> trials_of(const MoEParameters& parameters, const ExchangePlan& plan,
+                             int64_t tokens) {
+  std::vector<Trial> trials = {{parameters.experts, parameters.main_grad, plan.expert_counts}};
+  if (parameters.shared_expert.up.weight.defined()) {
+    trials.push_back({parameters.shared_expert, {}, {tokens}});
+  }
+  return trials;
+}
+
 }  // namespace
 
 MoEFunction::MoEFunction(const MoEOptions& options, std::shared_ptr<Communicator> communicator)
@@ -145,6 +156,10 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
   const FeedForward expert{engine_, options_.activation, options_.glu};
   const auto step = c10::make_intrusive<Step>(exchange_, exchange_.plan(routing, tokens), expert,
                                               parameters.main_grad, options_.recompute);
+  if (exchange_.communicator().size() > 1 && !engine_->is_settled()) {
+    settle_engine(expert, trials_of(parameters, step->plan, tokens.size(0)), options_.recompute,
+                  exchange_.communicator());
+  }
   const auto& [up, down] = parameters.experts;
   auto y = ThroughExperts::apply(tokens, routing.weights, up.weight, down.weight, given(up.bias),
                                  given(down.bias), step);

@@ -1,9 +1,10 @@
-#include "experts/engine_agreement.h"
+#include "engine_agreement.h"
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros_like.h>
+#include <anabranch/agreement.h>
 
 #include <numeric>
 
