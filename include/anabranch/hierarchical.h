@@ -24,12 +24,15 @@ struct HierarchicalOptions {
   int64_t trials = 4;
 };
 
-/// The ranks of `flat`, with rows that take the way of `options`. Results are the same bit for bit.
+/// The ranks of `flat`, with rows that take the way of `options`: the same bit for bit.
 ///
 /// Hierarchical (the two-dimensional all-to-all of Tutel, arXiv:2206.03382, section 4.3, for any
 /// counts): with L ranks on each of N nodes a rank sends L − 1 messages within its node and N − 1 to
 /// other nodes, instead of N·L − 1. It pays for them with a second copy of the rows and one small
 /// message more: good for many short messages over a slow network, bad for few long ones.
+/// Sums of 1 MiB and more go within the nodes first, too, but for kFlat, where all nodes have as many
+/// ranks: then 1/L of what is else crosses between nodes, and the terms are added within each node first.
+/// On a GPU the host waits for the calls that kAuto measures.
 /// Nodes may have different numbers of ranks, and ranks may lie on them in any order. Collective:
 /// all ranks give the same options, but for the node.
 std::shared_ptr<Communicator> make_hierarchical_communicator(

@@ -2,6 +2,7 @@
 
 #include <anabranch/build.h>
 #include <anabranch/gradients.h>
+#include <anabranch/hierarchical.h>
 #include <anabranch/moe_layer.h>
 #include <anabranch/process_group.h>
 #include <anabranch/rank_discovery.h>
@@ -9,6 +10,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "communicator/agreement.h"
@@ -83,6 +85,21 @@ std::string process_group(std::string name, std::string group, double seconds) {
 std::string split_group(std::string name, std::string group, int64_t color, int64_t key) {
   return register_group(name,
                         group_named(group)->split(static_cast<int>(color), static_cast<int>(key)));
+}
+
+/// The ranks of `group`, whose rows go by `all_to_all`: "flat", "hierarchical" or "auto"; `node` names this
+/// rank's, "" by its host's name.
+std::string hierarchical_group(std::string name, std::string group, std::string all_to_all,
+                               std::string node) {
+  const std::map<std::string, AllToAll> ways = {{"flat", AllToAll::kFlat},
+                                                {"hierarchical", AllToAll::kHierarchical},
+                                                {"auto", AllToAll::kAuto}};
+  const auto way = ways.find(all_to_all);
+  TORCH_CHECK_VALUE(way != ways.end(), "all_to_all = '", all_to_all,
+                    "', expected 'flat', 'hierarchical' or 'auto'");
+  return register_group(
+      name, make_hierarchical_communicator(group_named(group),
+                                           {.all_to_all = way->second, .node = std::move(node)}));
 }
 
 /// Rank, ranks, kind.
@@ -176,6 +193,8 @@ TORCH_LIBRARY(anabranch, library) {
   library.def("nccl_group(str name, str group, Device device, float deadline) -> str", nccl_group);
   library.def("process_group(str name, str group, float deadline) -> str", process_group);
   library.def("split_group(str name, str group, int color, int key) -> str", split_group);
+  library.def("hierarchical_group(str name, str group, str all_to_all, str node) -> str",
+              hierarchical_group);
   library.def("release_group(str name) -> ()", release_group);
   library.def("describe_group(str group) -> (int, int, str)", describe_group);
   library.def("average_gradients(Tensor(a!)[] gradients, str group, int divisor) -> ()", average);

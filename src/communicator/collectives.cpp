@@ -1,12 +1,12 @@
 // Every collective by the exchange of messages alone, as all transports have them that know of nothing
 // faster.
-#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <anabranch/communicator.h>
 
-#include "communicator/chunks.h"
+#include <numeric>
+
+#include "communicator/sum.h"
 #include "communicator/transfer_rows.h"
 #include "support/side_stream.h"
 
@@ -77,37 +77,14 @@ void Communicator::do_all_to_all_v(const std::vector<Transfer>& transfers) {
   beside.join();
 }
 
-/// Every rank sums one chunk of the tensor, in rank order, and sends the sum to all: each element
-/// crosses the wire twice, and is the same on every rank and in every run.
 void Communicator::do_all_reduce(torch::Tensor& tensor) {
   if (size() == 1) {
     return;
   }
-  const torch::Tensor flat = tensor.view({-1});
-  const auto item = static_cast<int64_t>(tensor.element_size());
-  const auto begin = [&](int peer) { return chunk_begin(flat.numel(), peer, size()); };
-  const auto length = [&](int peer) { return chunk_length(flat.numel(), peer, size()); };
-  const int64_t own = length(rank());
-  const torch::Tensor terms = at::empty({size(), own}, tensor.options());
-  Messages scatter{tensor.device()};
-  Messages gather{tensor.device()};
-  for (int step = 1; step < size(); ++step) {
-    const int peer = peer_at(step, *this);
-    add(scatter.outgoing, peer, flat, begin(peer) * item, length(peer) * item);
-    add(scatter.incoming, peer, terms, peer * own * item, own * item);
-    add(gather.outgoing, peer, flat, begin(rank()) * item, own * item);
-    add(gather.incoming, peer, flat, begin(peer) * item, length(peer) * item);
-  }
-  const torch::Tensor sum = flat.narrow(0, begin(rank()), own);
-  run(Collective::kAllReduce, scatter, nothing);
-  const auto term = [&](int peer) { return peer == rank() ? sum : terms[peer]; };
-  torch::Tensor total = term(0).to(at::toOpMathType(tensor.scalar_type()), /*non_blocking=*/false,
-                                   /*copy=*/true);
-  for (int peer = 1; peer < size(); ++peer) {
-    total.add_(term(peer));
-  }
-  sum.copy_(total);
-  run(Collective::kAllReduce, gather, nothing);
+  std::vector<int> all(size());
+  std::iota(all.begin(), all.end(), 0);
+  sum_in_levels(tensor, rank(), {all},
+                [&](const Messages& messages) { run(Collective::kAllReduce, messages, nothing); });
 }
 
 void Communicator::gather(Collective call, const torch::Tensor& tensor,

@@ -21,7 +21,7 @@ std::string host_identity() {
 
 std::string network_identity() {
   struct stat space = {};
-  static_cast<void>(stat("/proc/self/ns/net", &space));  // 0 where there are no such spaces
+  static_cast<void>(stat("/proc/thread-self/ns/net", &space));  // 0 where there are no such spaces
   return c10::str(host_identity(), '/', space.st_ino);
 }
 

@@ -7,16 +7,23 @@
 namespace anabranch {
 namespace {
 
-/// Room for all of them in one buffer, one after another.
+/// The same bytes, for another rank.
+bool is_again(const Message& message, const Message& former) {
+  return message.tensor.is_same(former.tensor) && message.begin == former.begin &&
+         message.bytes == former.bytes;
+}
+
+/// Room for all of them in one buffer, one after another; what goes to several ranks is there once.
 std::vector<Message> with_room_for(const std::vector<Message>& messages,
                                    const at::TensorOptions& memory) {
   std::vector<Message> staged = messages;
-  int64_t bytes = 0;
-  for (Message& message : staged) {
-    message.begin = bytes;
-    bytes += message.bytes;
+  int64_t end = 0;
+  for (size_t i = 0; i < messages.size(); ++i) {
+    const bool again = i > 0 && is_again(messages[i], messages[i - 1]);
+    staged[i].begin = again ? staged[i - 1].begin : end;
+    end = staged[i].begin + staged[i].bytes;
   }
-  const torch::Tensor buffer = at::empty({bytes}, memory.dtype(at::kByte));
+  const torch::Tensor buffer = at::empty({end}, memory.dtype(at::kByte));
   for (Message& message : staged) {
     message.tensor = buffer;
   }
@@ -35,6 +42,10 @@ void copy(const std::vector<Message>& from, const std::vector<Message>& to, bool
   };
   for (size_t begin = 0; begin < from.size();) {
     size_t end = begin + 1;
+    if (begin > 0 && is_again(from[begin], from[begin - 1])) {
+      begin = end;
+      continue;
+    }
     int64_t bytes = from[begin].bytes;
     for (; end < from.size() && goes_on(from, end) && goes_on(to, end); ++end) {
       bytes += from[end].bytes;

@@ -1,4 +1,5 @@
 #include <anabranch/exchange.h>
+#include <anabranch/moe_layer.h>
 #include <gtest/gtest.h>
 
 #include "support/collectives.h"
@@ -249,6 +250,68 @@ TEST_F(ExchangeTest, RefusesPayloadsThatDoNotFitThePlan) {
                        plan),
       std::to_string(plan.assignments()));
   EXPECT_EQ(world_->traffic().collectives, before);
+}
+
+// Ranks that were given different things are all told who and what, also where a message of another
+// size would end the process; and go on.
+TEST_F(ExchangeTest, RanksThatDisagreeAreAllTold) {
+  ANABRANCH_NEEDS_RANKS(2);
+  const int culprit = world_->size() - 1;
+  const Exchange exchange(world_, 4);
+  Routing good;
+  good.expert_ids = on_device(torch::tensor({{0}, {3}}));
+  good.weights = on_device(torch::ones({2, 1}));
+  const auto rows = on_device(torch::ones({2, 6}));
+  const auto expect_told = [&](const Routing& routing, const torch::Tensor& other,
+                               const std::string& text) {
+    const bool differs = rank_ == culprit;
+    const auto thrown = thrown_by([&] {
+      const auto plan = exchange.plan(differs ? routing : good, differs ? other : rows);
+      exchange.dispatch({differs ? other : rows, {}}, plan);
+    });
+    EXPECT_EQ(thrown.kind, Thrown::Kind::kCommunication) << thrown;
+    EXPECT_EQ(thrown.peers, std::vector<int>{culprit}) << thrown;
+    EXPECT_TRUE(thrown.says(c10::str("rank ", culprit, " has ", text))) << thrown;
+    EXPECT_EQ(exchange.plan(good, rows).tokens, 2);
+  };
+  expect_told(
+      good, rows.to(torch::kBFloat16),
+      "rows of 6 BFloat16, weights of Float, a routing from outside where rank 0 has rows of "
+      "6 Float, weights of Float");
+  expect_told(good, on_device(torch::ones({2, 9})), "rows of 9 Float");
+  Routing of_gate = good;
+  of_gate.probability_sum = on_device(torch::ones({4}));
+  of_gate.squared_logsumexp_sum = on_device(torch::ones({}));
+  expect_told(of_gate, rows, "rows of 6 Float, weights of Float, a gate's routing");
+  Routing in_double = good;
+  in_double.weights = good.weights.to(torch::kDouble);
+  expect_told(in_double, rows, "rows of 6 Float, weights of Double");
+}
+
+TEST_F(ExchangeTest, ARankOfALayerThatAloneIsGivenARoutingIsNamedOnAll) {
+  ANABRANCH_NEEDS_RANKS(2);
+  const int culprit = world_->size() - 1;
+  MoEOptions options;
+  options.hidden_size = options.expert_hidden_size = 8;
+  options.num_experts = 4;
+  options.top_k = 1;
+  options.device = device();
+  MoELayer layer(options, world_);
+  const auto x = on_device(random_.normal({3, 8}, torch::kFloat32));
+  Routing outside;
+  outside.expert_ids = on_device(torch::zeros({3, 1}, torch::kInt64));
+  outside.weights = on_device(torch::ones({3, 1}));
+  const auto thrown = thrown_by([&] {
+    if (rank_ == culprit) {
+      layer->forward(x, outside);
+    } else {
+      layer->forward(x);
+    }
+  });
+  EXPECT_EQ(thrown.kind, Thrown::Kind::kCommunication) << thrown;
+  EXPECT_EQ(thrown.peers, std::vector<int>{culprit}) << thrown;
+  EXPECT_TRUE(thrown.says("a routing from outside where rank 0 has")) << thrown;
+  EXPECT_EQ(layer->forward(x).output.sizes(), x.sizes());
 }
 
 }  // namespace

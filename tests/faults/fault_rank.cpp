@@ -118,6 +118,17 @@ void slow_together(Communicator& communicator) {
   communicator.barrier();
 }
 
+/// For some seconds, and then it is done. Whoever stops the ranks meanwhile waits for the line.
+void exchange_for_a_while(Communicator& communicator) {
+  for (int i = 0; i < 200; ++i) {
+    exchange_once(communicator);
+    std::this_thread::sleep_for(milliseconds(10));
+    if (i == 0) {
+      std::fprintf(stderr, "exchanging\n");
+    }
+  }
+}
+
 void leaves(Communicator& communicator) {
   if (communicator.rank() != culprit) {
     communicator.barrier();
@@ -276,6 +287,7 @@ const std::map<std::string, std::function<void(Communicator&)>> scenarios = {
     {"forks", forks},
     {"out_of_memory", out_of_memory},
     {"slow_together", slow_together},
+    {"exchange_for_a_while", exchange_for_a_while},
     {"leaves", leaves},
     {"throws", throws},
     {"other_options", other_options},

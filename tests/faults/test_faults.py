@@ -105,6 +105,15 @@ class Job:
                 found.append(int(process.name))
         return found
 
+    def ranks(self):
+        """The processes of the ranks themselves."""
+        name = pathlib.Path(PROGRAM).name
+        return [
+            pid
+            for pid in self.pids()
+            if pathlib.Path(f"/proc/{pid}/comm").read_text().strip() == name[:15]
+        ]
+
     def endings(self):
         pattern = r"^ended rank=(\d+) seconds=(\S+) peers=(\S*) what=(.*)$"
         return {
@@ -296,6 +305,24 @@ def test_long_computations_are_no_reason_for_alarm(start):
     assert sorted(outcome.statuses.items()) == [(rank, 0) for rank in range(RANKS)]
 
 
+def stop_all_for(job, seconds):
+    """As a batch system stops a whole job, or a machine sleeps."""
+    job.wait_until(lambda: job.log.read_text().count("exchanging") == RANKS, MARGIN + NCCL_MARGIN)
+    ranks = job.ranks()
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in ranks:
+            os.kill(pid, number)
+        time.sleep(seconds if number == signal.SIGSTOP else 0)
+
+
+def test_ranks_that_are_all_stopped_go_on(start):
+    job = start("exchange_for_a_while", deadline=1.0)
+    stop_all_for(job, 2.5)
+    outcome = job.outcome(MARGIN)
+    assert outcome.returncode == 0, outcome.output
+    assert sorted(outcome.statuses.items()) == [(rank, 0) for rank in range(RANKS)]
+
+
 @pytest.mark.parametrize("scenario", ["killed", "stalled", "leaves"])
 def test_plain_mpirun_ends_the_job_within_the_deadline(start, scenario):
     outcome = start(scenario, recovery=False).outcome(DEADLINE + MARGIN)
@@ -374,6 +401,15 @@ def test_nccl_stalled_and_woken_too_late(start, communicator):
     check_survivors(outcome, NCCL_DEADLINE, says=f"rank {culprit}", culprit=culprit)
     assert all(outcome.endings[rank].peers == [culprit] for rank in survivors), outcome.output
     assert outcome.statuses[culprit] == 1
+
+
+@needs_nccl
+@on_both_ways
+def test_nccl_ranks_that_are_all_stopped_go_on(start, communicator):
+    job = start("exchange_for_a_while", NCCL_DEADLINE, communicator=communicator)
+    stop_all_for(job, 2 * NCCL_DEADLINE)
+    outcome = job.outcome(NCCL_DEADLINE + NCCL_MARGIN)
+    assert outcome.returncode == 0, outcome.output
 
 
 @needs_nccl

@@ -10,8 +10,10 @@
 
 #include "communicator/agreement.h"
 #include "communicator/hierarchical/two_hops.h"
+#include "communicator/sum.h"
 #include "communicator/transfer_rows.h"
 #include "support/check.h"
+#include "support/stream.h"
 
 namespace anabranch {
 namespace {
@@ -46,7 +48,16 @@ class HierarchicalCommunicator final : public Communicator {
  protected:
   void do_all_to_all_v(const std::vector<Transfer>& transfers) override;
   void do_all_reduce(torch::Tensor& tensor) override {
-    by_flat([&] { flat_->all_reduce(tensor); });
+    const auto levels = two_hops_.layout().levels_of_sum(rank(), tensor.nbytes());
+    by_flat([&] {
+      if (options_.all_to_all == AllToAll::kFlat || levels.size() == 1) {
+        flat_->all_reduce(tensor);
+        return;
+      }
+      sum_in_levels(tensor, rank(), levels, [&](const Messages& messages) {
+        exchange_by(*flat_, Collective::kAllReduce, messages, [] {});
+      });
+    });
   }
   void do_all_gather(const torch::Tensor& tensor, torch::Tensor& gathered) override {
     by_flat([&] { gathered.copy_(flat_->all_gather(tensor)); });
@@ -113,15 +124,15 @@ void HierarchicalCommunicator::do_all_to_all_v(const std::vector<Transfer>& tran
 
 /// Every rank makes the same calls in the same order, so all take the same way without a word.
 void HierarchicalCommunicator::measure(const std::vector<Transfer>& transfers) {
-  for (const Transfer& transfer : transfers) {
-    check_input(transfer.send.is_cpu(), "all_to_all_v: auto measures on the host; for tensors on ",
-                transfer.send.device(), " choose flat or hierarchical");
-  }
+  const auto device = transfers.empty() ? torch::kCPU : transfers.front().send.device();
   const auto kind = kind_of(transfers);
   auto& seconds = measured_[kind];
+  wait_for_stream(device);  // what was launched before is not this call's
   const auto begin = std::chrono::steady_clock::now();
   move(transfers, seconds.size() % 2 == 0 ? AllToAll::kFlat : AllToAll::kHierarchical);
+  wait_for_stream(device);
   const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
+  check();
   seconds.push_back(taken.count());
   if (static_cast<int64_t>(seconds.size()) == 2 * options_.trials) {
     choose(kind, seconds);

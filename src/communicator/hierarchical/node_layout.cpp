@@ -1,8 +1,17 @@
 #include "communicator/hierarchical/node_layout.h"
 
+#include <algorithm>
+#include <iterator>
 #include <map>
+#include <numeric>
 
 namespace anabranch {
+namespace {
+
+/// Of fewer bytes it is the number of messages that counts, not what crosses between nodes.
+constexpr size_t kLargeSum = 1 << 20;
+
+}  // namespace
 
 NodeLayout::NodeLayout(const std::vector<std::string>& names) {
   std::map<std::string, int> numbers;
@@ -20,6 +29,21 @@ NodeLayout::NodeLayout(const std::vector<std::string>& names) {
 
 bool NodeLayout::has_two_levels() const {
   return members_.size() > 1 && members_.size() < node_of_.size();
+}
+
+std::vector<std::vector<int>> NodeLayout::levels_of_sum(int rank, size_t bytes) const {
+  std::vector<int> all(node_of_.size());
+  std::iota(all.begin(), all.end(), 0);
+  const bool equal = std::all_of(members_.begin(), members_.end(), [&](const auto& node) {
+    return node.size() == members_.front().size();
+  });
+  if (!has_two_levels() || !equal || bytes < kLargeSum) {
+    return {all};
+  }
+  std::vector<int> counterparts;
+  std::copy_if(all.begin(), all.end(), std::back_inserter(counterparts),
+               [&](int other) { return place_[other] == place_[rank]; });
+  return {members_[node_of_[rank]], counterparts};
 }
 
 int NodeLayout::forwarder(int node, int destination) const {

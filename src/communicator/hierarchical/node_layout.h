@@ -18,6 +18,10 @@ class NodeLayout {
   /// Some node has several ranks, and there are several nodes.
   bool has_two_levels() const;
 
+  /// The levels of sum_in_levels for `rank` and a tensor of so many bytes: the ranks of its node, then those
+  /// that have its place on the others, where all nodes have as many and the tensor is large; else all.
+  std::vector<std::vector<int>> levels_of_sum(int rank, size_t bytes) const;
+
   /// The rank of `node` that takes what its members send to `destination`: itself where it is one of
   /// them, else the one with the destination's place in its node (modulo the node's ranks).
   int forwarder(int node, int destination) const;

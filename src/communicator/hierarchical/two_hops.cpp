@@ -42,7 +42,8 @@ TwoHops::TwoHops(std::shared_ptr<Communicator> flat, NodeLayout layout)
   }
 }
 
-/// Only the forwarders do not know how much they will get: their node's ranks tell them.
+/// Only the forwarders do not know how much they will get: their node's ranks tell them. Host to host,
+/// who know these numbers: no stream is waited for.
 std::vector<TwoHops::Forwarded> TwoHops::exchange_counts(const std::vector<Transfer>& transfers) {
   const auto kinds = static_cast<int64_t>(transfers.size());
   std::vector<int64_t> counts;
@@ -56,13 +57,9 @@ std::vector<TwoHops::Forwarded> TwoHops::exchange_counts(const std::vector<Trans
     send_rows[node()[i]] = kinds * static_cast<int64_t>(destinations_[i].size());
     receive_rows[node()[i]] = kinds * static_cast<int64_t>(mine_.size());
   }
-  const auto device = transfers.front().send.device();
-  const auto arrived = at::empty({total(receive_rows)}, at::TensorOptions(device).dtype(at::kLong));
-  flat_->all_to_all_v(
-      {{at::tensor(counts, at::kLong).to(device), send_rows, arrived, receive_rows}});
-
-  const auto on_host = arrived.cpu();
-  const int64_t* next = on_host.const_data_ptr<int64_t>();
+  const auto arrived = at::empty({total(receive_rows)}, at::kLong);
+  flat_->all_to_all_v({{at::tensor(counts, at::kLong), send_rows, arrived, receive_rows}});
+  const int64_t* next = arrived.const_data_ptr<int64_t>();
   std::vector<Forwarded> forwarded(transfers.size(), Forwarded(node().size()));
   for (size_t i = 0; i < node().size(); ++i) {
     for (auto& of_transfer : forwarded) {

@@ -6,9 +6,12 @@
 
 #include "communicator/agreement.h"
 #include "communicator/errors.h"
+#include "communicator/hierarchical/node_layout.h"
+#include "communicator/host.h"
 #include "communicator/nccl/bootstrap.h"
 #include "communicator/nccl/watch.h"
 #include "communicator/peer_memory/exchange.h"
+#include "communicator/sum.h"
 #include "communicator/transfer_rows.h"
 #include "support/check.h"
 #include "support/cuda_device.h"
@@ -40,6 +43,7 @@ class NcclCommunicator final : public Communicator {
         bootstrap_(std::move(bootstrap)),
         device_(device),
         options_(options),
+        layout_(all_gather_strings(*bootstrap_, host_identity())),
         heartbeats_(*bootstrap_),
         group_(join_nccl_group(*bootstrap_, heartbeats_, options.deadline)),
         peers_(tie_peers(*bootstrap_, options)),
@@ -104,6 +108,14 @@ class NcclCommunicator final : public Communicator {
       const int64_t bytes = row_bytes(transfer.send);
       count(elsewhere(transfer.send_rows) * bytes, elsewhere(transfer.receive_rows) * bytes);
     }
+  }
+
+  /// Not by ncclAllReduce, which in a switch of NVLink's may give other bits in another run.
+  void do_all_reduce(torch::Tensor& tensor) override {
+    sum_in_levels(tensor, rank(), layout_.levels_of_sum(rank(), tensor.nbytes()),
+                  [&](const Messages& messages) {
+                    exchange_by(*this, Collective::kAllReduce, messages, [] {});
+                  });
   }
 
   void do_all_gather(const torch::Tensor& tensor, torch::Tensor& gathered) override {
@@ -178,6 +190,7 @@ class NcclCommunicator final : public Communicator {
   std::shared_ptr<Communicator> bootstrap_;
   torch::Device device_;
   CommunicatorOptions options_;
+  NodeLayout layout_;
   NcclHeartbeats heartbeats_;
   std::unique_ptr<NcclGroup> group_;
   std::unique_ptr<PeerExchange> peers_;  ///< null: rows go by NCCL

@@ -3,12 +3,16 @@
 #include <anabranch/moe_layer.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <map>
 #include <numeric>
 #include <set>
 
 #include "communicator/hierarchical/node_layout.h"
+#include "support/devices.h"
 #include "support/random.h"
 #include "support/thrown.h"
+#include "support/tolerance.h"
 #include "support/world.h"
 
 namespace anabranch::test {
@@ -74,12 +78,14 @@ Transfer random_transfer(Random& random, const std::vector<Rows>& counts, torch:
   for (size_t i = 0; i < transfer.send.nbytes(); ++i) {
     bytes[i] = static_cast<uint8_t>(own.integer(0, 255));
   }
-  transfer.receive = torch::empty(sized(sum(transfer.receive_rows)), dtype);
+  transfer.send = on_device(transfer.send);
+  transfer.receive = on_device(torch::empty(sized(sum(transfer.receive_rows)), dtype));
   return transfer;
 }
 
 std::string bytes_of(const torch::Tensor& tensor) {
-  return {static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes()};
+  const auto on_host = tensor.cpu();
+  return {static_cast<const char*>(on_host.const_data_ptr()), on_host.nbytes()};
 }
 
 /// Exchanges the same rows through `communicator` and flat, and compares every bit.
@@ -109,7 +115,7 @@ TEST(Hierarchical, MovesTheSameBitsAsFlat) {
         const int64_t rows = transfers.back().send.size(0);
         if (random.chance(0.5) && rows > 0) {
           Random own(random.next() + static_cast<uint64_t>(world()->rank()));
-          transfers.back().send_index = (own.uniform({rows}) * rows).to(torch::kInt64);
+          transfers.back().send_index = on_device((own.uniform({rows}) * rows).to(torch::kInt64));
         }
       }
       expect_the_same(*communicator, std::move(transfers));
@@ -127,6 +133,7 @@ class Recording final : public Communicator {
   Recording() : Communicator(world()->rank(), world()->size()) {}
   std::string name() const override { return "recording"; }
   std::vector<std::set<int>> receivers;
+  std::map<int, int64_t> bytes_to;
 
  protected:
   void exchange(Collective call, const Messages& messages,
@@ -134,6 +141,7 @@ class Recording final : public Communicator {
     receivers.emplace_back();
     for (const Message& message : messages.outgoing) {
       receivers.back().insert(message.peer);
+      bytes_to[message.peer] += message.bytes;
     }
     exchange_by(*world(), call, messages, meanwhile);
   }
@@ -173,6 +181,71 @@ TEST(Hierarchical, SendsOneMessageToEachOtherNode) {
   EXPECT_EQ(communicator->traffic().collectives, 1);
 }
 
+/// The terms of each node in rank order, then the nodes' sums in the order of their first ranks.
+torch::Tensor sum_by_nodes(const torch::Tensor& terms, const std::vector<std::string>& names) {
+  const auto type = terms.scalar_type();
+  const auto wide = torch::isIntegralType(type, false) ? type : accumulation_type(type);
+  std::vector<std::string> seen;
+  torch::Tensor total;
+  for (const auto& name : names) {
+    if (std::find(seen.begin(), seen.end(), name) != seen.end()) {
+      continue;
+    }
+    seen.push_back(name);
+    torch::Tensor of_node;
+    for (size_t rank = 0; rank < names.size(); ++rank) {
+      if (names[rank] == name) {
+        const auto term = terms[static_cast<int64_t>(rank)].to(wide);
+        of_node = of_node.defined() ? of_node + term : term;
+      }
+    }
+    total = total.defined() ? total + of_node : of_node;
+  }
+  return total.to(type);
+}
+
+TEST(Hierarchical, LargeSumsAreTakenWithinNodesFirst) {
+  Random random(test_seed() + static_cast<uint64_t>(world()->rank()));
+  for (const auto& names : arrangements(world()->size())) {
+    const auto communicator = hierarchical(names[world()->rank()], AllToAll::kHierarchical);
+    const std::set<std::string> nodes(names.begin(), names.end());
+    const bool equal = std::all_of(names.begin(), names.end(), [&](const auto& name) {
+      return std::count(names.begin(), names.end(), name) * nodes.size() == names.size();
+    });
+    for (const auto dtype : {torch::kFloat32, torch::kBFloat16, torch::kInt64}) {
+      const auto term = on_device((random.normal({3, 180'001}, torch::kFloat32) * 1000).to(dtype));
+      auto sum = term.clone();
+      communicator->all_reduce(sum);
+      const bool in_levels = equal && nodes.size() > 1 && nodes.size() < names.size();
+      const auto order = in_levels ? names : std::vector<std::string>(names.size(), "one");
+      EXPECT_TRUE(identical(sum, sum_by_nodes(world()->all_gather(term), order)));
+    }
+  }
+}
+
+TEST(Hierarchical, LargeSumsCrossBetweenNodesOnce) {
+  ANABRANCH_NEEDS_RANKS(4);
+  const auto flat = std::make_shared<Recording>();
+  HierarchicalOptions options;
+  options.node = std::to_string(world()->rank() / 2);
+  const auto communicator = make_hierarchical_communicator(flat, options);
+  constexpr int64_t kElements = 1 << 18;
+  auto sum = torch::ones({kElements});
+  flat->bytes_to.clear();
+  communicator->reset_traffic();
+  communicator->all_reduce(sum);
+  EXPECT_TRUE(sum.eq(4).all().item<bool>());
+  int64_t between = 0;
+  int64_t all = 0;
+  for (const auto& [peer, bytes] : flat->bytes_to) {
+    between += peer / 2 == world()->rank() / 2 ? 0 : bytes;
+    all += bytes;
+  }
+  // Half of a half there, and as much back, of which each of the two ranks would send as much to both.
+  EXPECT_EQ(between, 2 * kElements / 4 * 4);
+  EXPECT_EQ(all, communicator->traffic().bytes_sent);
+}
+
 TEST(Hierarchical, AutoSettlesOnOneWayForAllRanks) {
   ANABRANCH_NEEDS_RANKS(3);
   Random random(test_seed());
@@ -182,7 +255,7 @@ TEST(Hierarchical, AutoSettlesOnOneWayForAllRanks) {
     EXPECT_EQ(all_to_all_choices(*communicator).size(), dtype == torch::kFloat32 ? 0U : 1U);
     for (int64_t call = 0; call < calls + 2; ++call) {
       const Rows rows(world()->size(), random.integer(0, 20));
-      const auto send = random.normal({world()->size() * rows[0], 5}, dtype);
+      const auto send = on_device(random.normal({world()->size() * rows[0], 5}, dtype));
       expect_the_same(*communicator, {{send, rows, torch::empty_like(send), rows}});
     }
   }
@@ -204,7 +277,7 @@ TEST(Hierarchical, AutoHasNothingToMeasureOnOneNode) {
   const auto communicator = hierarchical("one", AllToAll::kAuto);
   const Rows rows(world()->size(), 1);
   for (int64_t call = 0; call < 20; ++call) {
-    const auto send = torch::ones({world()->size(), 2});
+    const auto send = on_device(torch::ones({world()->size(), 2}));
     expect_the_same(*communicator, {{send, rows, torch::empty_like(send), rows}});
   }
   EXPECT_TRUE(all_to_all_choices(*communicator).empty());
@@ -236,11 +309,12 @@ TEST(Hierarchical, OtherCollectivesAndGroupsAreThoseOfFlat) {
 }
 
 TEST(Hierarchical, ALayerComputesTheSameBits) {
-  const MoEOptions options{
+  MoEOptions options{
       .hidden_size = 12, .expert_hidden_size = 20, .num_experts = 6, .top_k = 2, .seed = 5};
+  options.device = device();
   Random random(test_seed() + static_cast<uint64_t>(world()->rank()));
-  const auto x = random.normal({11 * world()->rank(), 12}, torch::kFloat32);
-  const auto dy = random.normal({11 * world()->rank(), 12}, torch::kFloat32);
+  const auto x = on_device(random.normal({11 * world()->rank(), 12}, torch::kFloat32));
+  const auto dy = on_device(random.normal({11 * world()->rank(), 12}, torch::kFloat32));
   const auto run = [&](const std::shared_ptr<Communicator>& communicator) {
     MoELayer layer(options, communicator);
     auto input = x.clone().requires_grad_();

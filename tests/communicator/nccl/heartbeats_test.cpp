@@ -1,11 +1,24 @@
 // Who is missing, as the ranks find out beside NCCL: by datagrams, without a GPU.
 #include "communicator/nccl/heartbeats.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <net/if.h>
+#include <sched.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <sstream>
 #include <thread>
 
+#include "communicator/agreement.h"
 #include "support/collectives.h"
+#include "support/random.h"
 #include "support/world.h"
 
 namespace anabranch::test {
@@ -96,6 +109,148 @@ TEST_F(HeartbeatsTest, AnAnnouncedFailureReachesAll) {
     EXPECT_EQ(heartbeats.announced()->culprits, std::vector<int>{1});
   }
   world_->barrier();
+}
+
+// Whoever is not of the group: other addresses, no key.
+TEST_F(HeartbeatsTest, StrangersAreNotHeard) {
+  ANABRANCH_NEEDS_RANKS(2);
+  NcclHeartbeats heartbeats(*world_);
+  ASSERT_EQ(heartbeats.obstacle(), "");
+  const auto& own = heartbeats.address();
+  const auto ends = all_gather_strings(*world_, c10::str(own.host(), ' ', own.port()));
+  if (world_->rank() == 0) {
+    Random random(test_seed());
+    const int stranger = socket(own.family(), SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    for (size_t peer = 1; peer < ends.size(); ++peer) {
+      std::string host;
+      int port = 0;
+      std::istringstream(ends[peer]) >> host >> port;
+      const SocketAddress target(host, port);
+      for (int64_t i = 0; i < 300; ++i) {
+        std::string bytes(static_cast<size_t>(random.integer(0, 3000)), '\0');
+        for (char& byte : bytes) {
+          byte = static_cast<char>(random.integer(0, 255));
+        }
+        static_cast<void>(
+            sendto(stranger, bytes.data(), bytes.size(), 0, target.get(), target.length()));
+      }
+      HeartbeatDatagram forged;  // of another key
+      forged.number = std::numeric_limits<uint64_t>::max();
+      forged.failure = NcclFailure{"rank 0: forged", {1}};
+      const std::string bytes = encode(forged, {1, 2});
+      sendto(stranger, bytes.data(), bytes.size(), 0, target.get(), target.length());
+    }
+    close(stranger);
+  }
+  world_->barrier();
+  heartbeats.listen();
+  EXPECT_FALSE(heartbeats.announced().has_value());
+  world_->barrier();
+  if (world_->rank() == 0) {
+    heartbeats.announce({"rank 0: no more", {0}});
+  }
+  world_->barrier();
+  for (int i = 0; i < 400 && world_->rank() != 0 && !heartbeats.announced().has_value(); ++i) {
+    heartbeats.listen();
+    std::this_thread::sleep_for(milliseconds(5));
+  }
+  EXPECT_EQ(heartbeats.announced().has_value(), world_->rank() != 0);
+  world_->barrier();
+}
+
+TEST_F(HeartbeatsTest, AFloodHoldsNobodyForLong) {
+  ANABRANCH_NEEDS_RANKS(2);
+  NcclHeartbeats heartbeats(*world_);
+  const auto& own = heartbeats.address();
+  std::atomic<bool> stop = false;
+  std::thread flood([&] {
+    const int stranger = socket(own.family(), SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    while (!stop) {
+      sendto(stranger, "x", 1, 0, own.get(), own.length());
+    }
+    close(stranger);
+  });
+  const auto begin = std::chrono::steady_clock::now();
+  for (int i = 0; i < 20; ++i) {
+    heartbeats.listen();
+  }
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(10));
+  stop = true;
+  flood.join();
+  world_->barrier();
+}
+
+/// While this lives, this thread, and no other rank's, is in a network of its own that has nothing but
+/// the loop device.
+class NetworkOfItsOwn {
+ public:
+  NetworkOfItsOwn() : former_(open("/proc/thread-self/ns/net", O_RDONLY | O_CLOEXEC)) {
+    made_ = former_ >= 0 && unshare(CLONE_NEWNET) == 0;
+  }
+  ~NetworkOfItsOwn() {
+    if (made_) {
+      EXPECT_EQ(setns(former_, CLONE_NEWNET), 0);
+    }
+    close(former_);
+  }
+  NetworkOfItsOwn(const NetworkOfItsOwn&) = delete;
+  NetworkOfItsOwn& operator=(const NetworkOfItsOwn&) = delete;
+
+  bool is_made() const { return made_; }
+  static void use_loop_device() {
+    const int any = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    ifreq request = {};
+    std::strcpy(request.ifr_name, "lo");
+    request.ifr_flags = IFF_UP | IFF_RUNNING;
+    EXPECT_EQ(ioctl(any, SIOCSIFFLAGS, &request), 0);
+    close(any);
+  }
+
+ private:
+  int former_;
+  bool made_ = false;
+};
+
+/// Sets a variable of the environment, and what it was at the end.
+class Variable {
+ public:
+  Variable(const char* name, const char* value) : name_(name) {
+    const char* former = std::getenv(name);
+    former_ = former == nullptr ? std::nullopt : std::optional<std::string>(former);
+    setenv(name, value, 1);
+  }
+  ~Variable() { former_ ? setenv(name_, former_->c_str(), 1) : unsetenv(name_); }
+  Variable(const Variable&) = delete;
+  Variable& operator=(const Variable&) = delete;
+
+ private:
+  const char* name_;
+  std::optional<std::string> former_;
+};
+
+// NCCL may do without what these need; then it works, but nobody can be named.
+TEST_F(HeartbeatsTest, WhereDatagramsDoNotComeThroughNobodyIsNamed) {
+  ANABRANCH_NEEDS_RANKS(2);
+  const NetworkOfItsOwn network;
+  const auto made = world_->all_gather(torch::tensor(network.is_made()));
+  if (!made.all().item<bool>()) {
+    GTEST_SKIP() << "needs the right to make networks";
+  }
+  const auto expect_nobody = [&](const std::string& obstacle) {
+    NcclHeartbeats heartbeats(*world_);
+    EXPECT_NE(heartbeats.obstacle().find(obstacle), std::string::npos) << heartbeats.obstacle();
+    EXPECT_EQ(all_gather_strings(*world_, heartbeats.obstacle()),
+              std::vector<std::string>(world_->size(), heartbeats.obstacle()));
+    heartbeats.publish(1);
+    heartbeats.listen();
+    EXPECT_TRUE(heartbeats.missing(7, kHeartbeat).empty());
+    EXPECT_NE(blame({}, heartbeats).find("cannot be named"), std::string::npos);
+  };
+  expect_nobody("no kind of address in common");
+  // Every rank hears itself alone, as behind a wall.
+  NetworkOfItsOwn::use_loop_device();
+  const Variable device("NCCL_SOCKET_IFNAME", "lo");
+  expect_nobody("no datagram has come from rank");
 }
 
 }  // namespace

@@ -2,8 +2,11 @@
 #include <anabranch/process_group.h>
 #include <gtest/gtest.h>
 
+#include <stdexcept>
 #include <thread>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
+#include "communicator/process_group/coalescing.h"
 #include "support/devices.h"
 #include "support/process_group.h"
 #include "support/thrown.h"
@@ -60,6 +63,96 @@ TEST(ProcessGroup, NamesTheRankThatIsGone) {
     EXPECT_EQ(thrown.peers, std::vector<int>{culprit}) << thrown;
   }
   world()->barrier();
+}
+
+TEST(ProcessGroup, LeavesTheProgramsOwnMessagesAlone) {
+  ANABRANCH_NEEDS_RANKS(2);
+  const auto group = make_process_group(*world(), kLong);
+  const auto communicator = make_process_group_communicator(group, {kLong});
+  for (const int tag : {0, 1, 7}) {
+    std::vector<torch::Tensor> own = {torch::full({5}, 77 + tag, torch::kInt64)};
+    if (world()->rank() == 0) {  // on its way before the communicator's, and received behind them
+      group->send(own, 1, tag)->wait();
+    }
+    const auto gathered = communicator->all_gather(torch::full({5}, world()->rank()));
+    for (int rank = 0; rank < world()->size(); ++rank) {
+      EXPECT_TRUE(gathered[rank].eq(rank).all().item<bool>()) << tag;
+    }
+    if (world()->rank() == 1) {
+      own[0].zero_();
+      group->recv(own, 0, tag)->wait();
+      EXPECT_TRUE(own[0].eq(77 + tag).all().item<bool>()) << tag;
+    }
+  }
+}
+
+TEST(ProcessGroup, TwoCommunicatorsOfOneGroupDoNotMixTheirMessages) {
+  const auto group = make_process_group(*world(), kLong);
+  const auto left = make_process_group_communicator(group, {kLong});
+  const auto right = make_process_group_communicator(group, {kLong});
+  const auto work = [](const std::shared_ptr<Communicator>& communicator, int64_t value) {
+    for (int64_t i = 0; i < 50; ++i) {
+      auto sum = torch::full({3}, value + i, torch::kInt64);
+      communicator->all_reduce(sum);
+      ASSERT_TRUE(sum.eq(communicator->size() * (value + i)).all().item<bool>());
+    }
+  };
+  std::thread other(work, right, 1'000'000);
+  work(left, 0);
+  other.join();
+}
+
+// gloo would end the process, of whoever gets more bytes than it expects.
+TEST(ProcessGroup, RanksWhoseSizesDoNotFitEndInAnError) {
+  ANABRANCH_NEEDS_RANKS(2);
+  const int culprit = world()->size() - 1;
+  const auto communicator = make_process_group_communicator(make_process_group(*world(), kLong),
+                                                            {std::chrono::milliseconds(500)});
+  const auto thrown = thrown_by(
+      [&] { communicator->all_gather(torch::ones({world()->rank() == culprit ? 5 : 4})); });
+  EXPECT_EQ(thrown.kind, Thrown::Kind::kCommunication) << thrown;
+  EXPECT_TRUE(thrown.says("not making the call")) << thrown;
+  world()->barrier();
+}
+
+/// Knows whether it is being coalesced.
+class CountingBackend final : public c10d::Backend {
+ public:
+  CountingBackend() : Backend(0, 1) {}
+  const std::string getBackendName() const override { return "counting"; }
+  bool supportsCoalescing() const override { return true; }
+  void startCoalescing() override { ++begun; }
+  c10::intrusive_ptr<c10d::Work> endCoalescing() override {
+    ++ended;
+    if (fails) throw std::runtime_error("the end fails as well");
+    return {};
+  }
+  int begun = 0;
+  int ended = 0;
+  bool fails = false;
+};
+
+TEST(ProcessGroup, IsNotLeftCoalescingByWhatThrows) {
+  const auto backend = c10::make_intrusive<CountingBackend>();
+  const auto group = c10::make_intrusive<c10d::ProcessGroup>(0, 1);
+  group->setBackend(torch::kCPU, c10d::ProcessGroup::BackendType::CUSTOM, {backend});
+  for (const bool fails : {false, true}) {
+    backend->fails = fails;
+    EXPECT_THROW(
+        {
+          const Coalescing together(*group, torch::kCPU);
+          throw std::logic_error("a send is refused");
+        },
+        std::logic_error);
+    EXPECT_EQ(backend->begun, fails ? 2 : 1);
+    EXPECT_EQ(backend->ended, backend->begun);
+  }
+  backend->fails = false;
+  {
+    Coalescing together(*group, torch::kCPU);
+    together.end();
+  }
+  EXPECT_EQ(backend->ended, 3);
 }
 
 TEST(ProcessGroup, RefusesWrongArguments) {
