@@ -19,7 +19,7 @@ from .gradients import (
     ignore_expert_parameters,
     make_parallel_groups,
 )
-from .groups import Group, as_group
+from .groups import Group, as_group, hierarchical
 from .huggingface import convert
 from .moe import MoE, MoEOutput
 from .plots import plot_load
@@ -41,6 +41,7 @@ __all__ = [
     "finish_gradients",
     "functional",
     "grouped_gemm_engines",
+    "hierarchical",
     "ignore_expert_parameters",
     "imbalance",
     "make_parallel_groups",
