@@ -120,44 +120,7 @@ def as_group(group: object = None) -> Group:
     )
 
 
-class HierarchicalGroup(Group):
-    """Ranks whose rows go within each host first. Made by `hierarchical`."""
-
-    def __init__(self, name: str, flat: Group, all_to_all: str, node: str) -> None:
-        super().__init__(name, flat)
-        self.flat = flat
-        self.all_to_all = all_to_all
-        self.node = node
-
-    def on(self, device: torch.device) -> Group:
-        flat = self.flat.on(device)
-        return self if flat is self.flat else hierarchical(flat, self.all_to_all, self.node)
-
-
-def hierarchical(group: object = None, all_to_all: str = "auto", node: str = "") -> Group:
-    """The ranks of `group`, as `as_group` takes it, with rows that go within each host first, then between
-    hosts, those of a host in one message: for many short messages over a slow network. The same rows, bit for bit.
-
-    Args:
-        all_to_all: "hierarchical"; "flat", straight from rank to rank; or "auto", the faster of both as measured in the
-            first calls of each kind.
-        node: ranks with the same one are on one host; "": the host's name.
-
-    Collective. ValueError for another `all_to_all`.
-    """
-    flat = as_group(group)
-    operators = torch.ops.anabranch
-    return _named(
-        f"{flat.name}+{all_to_all}",
-        flat,
-        lambda name: operators.hierarchical_group(name, flat.name, all_to_all, node),
-        lambda name: HierarchicalGroup(name, flat, all_to_all, node),
-    )
-
-
-def _named(
-    what: str, source: object, make: Callable[[str], str], wrap: Callable[[str], Group] | None = None
-) -> Group:
+def _named(what: str, source: object, make: Callable[[str], str], kind: type[Group] = Group) -> Group:
     """The group that is asked for as `what`, made if there is none yet from `source`.
 
     Where there is one from another source, that one is gone and its name given out again, as by
@@ -171,8 +134,7 @@ def _named(
         _release(known)
     _times[what] += 1
     name = what if _times[what] == 1 else f"{what}#{_times[what]}"
-    made = make(name)
-    _groups[what] = Group(made, source) if wrap is None else wrap(made)
+    _groups[what] = kind(make(name), source)
     return _groups[what]
 
 
@@ -225,6 +187,45 @@ def split_group(group: Group, what: str, color: int, key: int | None = None) -> 
     name = f"{group.name}/{what}.{color}"
     place = group.rank if key is None else key
     return _named(name, group, lambda name: torch.ops.anabranch.split_group(name, group.name, color, place))
+
+
+class HierarchicalGroup(Group):
+    """Of `hierarchical`: on a GPU too."""
+
+    all_to_all: str
+    node: str
+
+    def on(self, device: torch.device) -> Group:
+        flat = self.source.on(device)  # type: ignore[attr-defined]
+        return self if flat is self.source else hierarchical(flat, self.all_to_all, self.node)
+
+
+def hierarchical(group: object = None, all_to_all: str = "auto", node: str = "") -> Group:
+    """The ranks of `group`, whose rows go to ranks of the same node first, and then in one message from node to node;
+    results are the same bit for bit. For many short messages over a slow network.
+
+    Args:
+        group: see `as_group`.
+        all_to_all: "hierarchical"; "flat", from each rank straight to each other; "auto", what is faster, as measured
+            on the first exchanges of each kind.
+        node: ranks with the same name are on one node; empty: the host's name.
+
+    Collective, with the same `all_to_all` on every rank. For expert parallelism inside data parallelism give it the
+    group of the experts: `hierarchical(groups.expert_parallel)`.
+    """
+    flat = as_group(group)
+    if flat.size == 1:
+        return flat
+    operators = torch.ops.anabranch
+    found = _named(
+        f"{flat.name}/{all_to_all} {node}",
+        flat,
+        lambda name: operators.hierarchical_group(name, flat.name, all_to_all, node),
+        HierarchicalGroup,
+    )
+    assert isinstance(found, HierarchicalGroup)
+    found.all_to_all, found.node = all_to_all, node
+    return found
 
 
 def alone() -> Group:

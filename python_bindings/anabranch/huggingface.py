@@ -56,7 +56,7 @@ def _stacked_experts(model: Any) -> list[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, ConvertedExperts):
             raise ValueError(f"the model has been converted: {name} is a layer of anabranch")
-        if name.endswith("experts") and isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        if name.rpartition(".")[2] == "experts" and isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             import transformers
 
             raise ValueError(
@@ -86,6 +86,7 @@ class ConvertedExperts(nn.Module):
             hidden_size,
             expert_hidden_size,
             num_experts,
+            top_k=1,
             activation=activation,
             glu=layout.glu,
             bias=layout.bias,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _fakes  # noqa: F401
+from .dialects import options_from
 from .groups import as_group
 from .stats import LayerStats, Probe
 
@@ -145,7 +146,7 @@ class MoE(nn.Module):
             "shared_expert_gate": shared_expert_gate,
             "gate": gate,
             "router_score": router_score,
-            "renormalize": renormalize,
+            "renormalize": renormalize and router,
             "routing_scale": routing_scale,
             "expert_bias": expert_bias,
             "expert_groups": expert_groups,
@@ -167,6 +168,20 @@ class MoE(nn.Module):
         self._group = self.group.name
         self._probe = Probe()
         self._make_parameters(dtype or torch.get_default_dtype(), torch.device(device or torch.get_default_device()))
+
+    @classmethod
+    def from_config(cls, config: Any, dialect: str, **more: Any) -> MoE:
+        """A layer by another library's configuration.
+
+        Args:
+            config: a mapping, or the library's own class; a whole model's will do.
+            dialect: "megatron" (TransformerConfig), "megablocks" (Arguments), "torchtitan" (MoE.Config, MoEArgs), or
+                "hf" (transformers); docs/python.md has the tables.
+            more: arguments of this class, which hold against those of `config`: group, device, dtype, engine, …
+
+        ValueError with the key and the reason for what no layer here computes.
+        """
+        return cls(**{**options_from(config, dialect), **more})
 
     def _make_parameters(self, dtype: torch.dtype, device: torch.device) -> None:
         operators = torch.ops.anabranch

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
-
+from .activations import ACTIVATIONS, activation_name
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -75,24 +67,15 @@ def recognised(name: str, experts: Any) -> tuple[Layout, str]:
         refuse("have a gating of their own (_apply_gate) instead of activation(gate) · up")
     if getattr(experts, "has_post_expert_norm", False):
         refuse("have a norm behind each expert")
-    activation = _activation(experts.act_fn)
+    activation = activation_name(experts.act_fn)
     if activation is None:
-        refuse(f"have the activation {experts.act_fn!r}, expected one of {', '.join(_ACTIVATIONS)}")
+        refuse(f"have the activation {experts.act_fn!r}, expected one of {', '.join(ACTIVATIONS)}")
     layout = Layout(
         glu, bool(experts.has_bias), bool(experts.is_transposed), glu and not getattr(experts, "is_concatenated", True)
     )
     for weight in layout.names:
         _check_parameter(f"{name}.{weight}", getattr(experts, weight, None))
     return layout, activation
-
-
-def _activation(function: Any) -> str | None:
-    """Its name here, by its values: families call the same functions by different names."""
-    at = torch.linspace(-6, 6, 97, dtype=torch.float64)
-    with torch.no_grad():
-        values = function(at)
-    equal = (name for name, ours in _ACTIVATIONS.items() if torch.allclose(values, ours(at), rtol=0, atol=1e-6))
-    return next(equal, None)
 
 
 def _check_parameter(name: str, weight: Any) -> None:

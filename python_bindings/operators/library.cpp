@@ -9,7 +9,6 @@
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <map>
 #include <nlohmann/json.hpp>
 
@@ -87,16 +86,15 @@ std::string split_group(std::string name, std::string group, int64_t color, int6
                         group_named(group)->split(static_cast<int>(color), static_cast<int>(key)));
 }
 
-/// The ranks of `group`, whose rows go by `all_to_all`: "flat", "hierarchical" or "auto"; `node` names this
-/// rank's, "" by its host's name.
+/// The ranks of `group`, with rows that go within a node first; see hierarchical.h.
 std::string hierarchical_group(std::string name, std::string group, std::string all_to_all,
                                std::string node) {
-  const std::map<std::string, AllToAll> ways = {{"flat", AllToAll::kFlat},
-                                                {"hierarchical", AllToAll::kHierarchical},
-                                                {"auto", AllToAll::kAuto}};
+  static const std::map<std::string, AllToAll> ways = {{"auto", AllToAll::kAuto},
+                                                       {"flat", AllToAll::kFlat},
+                                                       {"hierarchical", AllToAll::kHierarchical}};
   const auto way = ways.find(all_to_all);
   TORCH_CHECK_VALUE(way != ways.end(), "all_to_all = '", all_to_all,
-                    "', expected 'flat', 'hierarchical' or 'auto'");
+                    "', expected auto, flat or hierarchical");
   return register_group(
       name, make_hierarchical_communicator(group_named(group),
                                            {.all_to_all = way->second, .node = std::move(node)}));

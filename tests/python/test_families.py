@@ -1,5 +1,6 @@
 """Experts of every family in the installed transformers: converted and equal, or refused with the reason."""
 
+import copy
 import importlib
 import inspect
 import pathlib
@@ -9,6 +10,8 @@ import anabranch
 import pytest
 import torch
 import transformers
+from models import MORE, assert_close, make_more, make_settled_batch
+from test_convert import assert_same_weights, family_gradients, layers_of
 
 HIDDEN, INNER, EXPERTS, TOP_K = 16, 12, 6, 3
 SIZES = {
@@ -111,6 +114,28 @@ def test_every_family(family, cls, module):
     for theirs, ours in layout.names.items():
         gradient = layout.to_family(theirs, getattr(model.experts.moe.experts, ours).grad)
         torch.testing.assert_close(gradient, gradients[f"experts.{theirs}"], **close)
+
+
+@pytest.mark.parametrize("family", MORE)
+def test_whole_models(family, seed, tmp_path):
+    plain = make_more(family, seed)
+    batch = make_settled_batch(plain, seed)
+    converted = anabranch.convert(copy.deepcopy(plain))
+    assert layers_of(converted)
+    results = []
+    for model in (converted, plain):
+        out = model(batch, labels=batch)
+        out.loss.backward()
+        results.append((out.logits, family_gradients(model)))
+    (logits, gradients), (expected, expected_gradients) = results
+    assert_close(logits, expected, batch, "logits")
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        assert (gradient is None) == (expected_gradients[name] is None), name
+        if gradient is not None:
+            assert_close(gradient, expected_gradients[name], batch, name)
+    converted.save_pretrained(tmp_path)
+    assert_same_weights(plain, tmp_path)
 
 
 def test_the_list_is_of_this_transformers():

@@ -1,0 +1,101 @@
+"""Megatron-Core's options in the words of `MoE`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .configuration import Configuration
+
+_HOW = (
+    *("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate", "moe_router_quantile_balancing_ema"),
+    *("moe_layer_freq", "moe_layer_recompute", "moe_per_layer_logging", "moe_grad_scale_func"),
+    *("expert_model_parallel_size", "expert_tensor_parallel_size", "moe_token_dispatcher_type", "moe_enable_deepep"),
+    *("moe_grouped_gemm", "moe_use_legacy_grouped_gemm", "moe_single_grouped_weight", "moe_single_grouped_bias"),
+    *("moe_shared_expert_overlap", "overlap_moe_expert_parallel_comm", "moe_router_fusion", "moe_token_drop_policy"),
+    *("moe_router_padding_for_fp8", "moe_router_padding_for_quantization", "moe_enable_routing_replay"),
+    "moe_pad_experts_for_cuda_graph_inference",
+)
+"""How they compute or train, not what a layer computes."""
+_HOW_BEGINS = ("moe_deepep_", "moe_hybridep_", "moe_ncclep_", "moe_flex_", "moe_permute_", "moe_paged_", "inference_moe_")
+
+
+def megatron(of: Configuration) -> dict[str, Any]:
+    """Megatron-Core's TransformerConfig, or its command line's names."""
+    top_k = of.get("moe_router_topk", default=2)
+    swiglu = of.get("swiglu", default=False)
+    options = {
+        "hidden_size": of.get("hidden_size"),
+        "expert_hidden_size": of.get("moe_ffn_hidden_size", "ffn_hidden_size"),
+        "num_experts": of.get("num_moe_experts", "num_experts"),
+        "top_k": top_k,
+        "glu": swiglu or of.get("gated_linear_unit", default=False),
+        "activation": of.activation("activation_func", default="silu" if swiglu else "gelu"),
+        "bias": of.get("add_bias_linear", default=not of.get("disable_bias_linear", default=False)),
+        "shared_expert_hidden_size": of.get("moe_shared_expert_intermediate_size", default=0),
+        "shared_expert_gate": of.get("moe_shared_expert_gate", default=False),
+        "routing_scale": of.get("moe_router_topk_scaling_factor", default=1.0),
+        "expert_bias": of.get("moe_router_enable_expert_bias", default=False),
+        "jitter": of.get("moe_input_jitter_eps", default=0.0),
+    }
+    if options["activation"] == "gelu" and not options["glu"] and of.get("bias_activation_fusion", default=False):
+        options["activation"] = "gelu_tanh"  # what their fused kernel computes
+    _refuse(of)
+    options |= _scores(of, top_k) | _groups(of, top_k)
+    of.elsewhere(*_HOW, *(key for key in of.values if key.startswith(_HOW_BEGINS)))
+    of.check_known("moe", "expert")
+    return options
+
+
+def _refuse(of: Configuration) -> None:
+    """What no layer here computes."""
+    why = "nothing is dropped or padded here"
+    of.only("moe_expert_capacity_factor", why=why)
+    of.only("moe_expert_rank_capacity_factor", why=why)
+    of.only("moe_pad_expert_input_to_capacity", False, why=why)
+    of.only("moe_token_dropping", False, why=why)
+    of.only("moe_apply_probs_on_input", False, why="the routing weights are applied to the experts' results")
+    of.only("moe_latent_size", why="there is no projection around the experts")
+    of.only("moe_router_dtype", "fp32", why="the router computes in fp32")
+    of.only("moe_router_force_load_balancing", False, why="the router's choices are not forced")
+    of.only("moe_router_force_biased", why="the router's choices are not forced")
+    of.only("moe_router_topk_limited_devices", why="deprecated there: give moe_router_num_groups and _group_topk")
+    of.only("activation_func_clamp_value", why="no kernel clamps")
+    of.only("glu_linear_offset", 0.0, why="no kernel adds an offset")
+    of.only("moe_mlp_glu_interleave_size", why="rows of the gate lie before those of up")
+    of.only("moe_shared_expert_glu_interleave_size", why="rows of the gate lie before those of up")
+    losses = ("none", "aux_loss", "global_aux_loss")
+    of.only("moe_router_load_balancing_type", *losses, why=f"expected one of {', '.join(losses)}, by out.balance_loss")
+
+
+def _scores(of: Configuration, top_k: int) -> dict[str, Any]:
+    score = of.get("moe_router_score_function", default="softmax")
+    before = of.get("moe_router_pre_softmax", default=False)
+    of.only("moe_router_score_function", "softmax", "sigmoid", why="expected softmax or sigmoid")
+    if score == "sigmoid":
+        return {"router_score": "sigmoid", "renormalize": top_k > 1}
+    if top_k == 1 and not before:
+        of.refuse("moe_router_pre_softmax", "softmax over one expert has no gradient, and is refused there too")
+    return {"router_score": "softmax", "renormalize": not before}
+
+
+def _groups(of: Configuration, top_k: int) -> dict[str, Any]:
+    """Theirs scores a group by the sum of its best top_k / group_topk experts."""
+    groups, taken = of.get("moe_router_num_groups", default=1), of.get("moe_router_group_topk", default=0)
+    if not taken:
+        return {}
+    summed = top_k // taken
+    if summed not in (1, 2):
+        of.refuse(
+            "moe_router_group_topk",
+            f"a group is scored there by the sum of its best {summed} experts (moe_router_topk = {top_k} over it), here "
+            "by that of its best 1 or 2",
+        )
+    softmax = of.get("moe_router_score_function", default="softmax") == "softmax"
+    if softmax and not of.get("moe_router_pre_softmax", default=False) and summed == 2:
+        of.refuse(
+            "moe_router_group_topk",
+            "with the softmax after top-k a group is scored there by a sum of logits, here by one of probabilities: set "
+            "moe_router_pre_softmax, or give the layer your own routing",
+        )
+    score = {1: "maximum", 2: "top_two_sum"}[summed]
+    return {"expert_groups": groups, "top_groups": taken, "group_score": score}
