@@ -185,12 +185,13 @@ see_packages_of() {
     >"$site/existing-torch.pth"
 }
 
-# Installs what launch/requirements.txt pins; beside an existing torch, all but torch.
+# Installs what launch/requirements.txt pins; beside an existing torch, all but torch. pip says what it downloads,
+# on a terminal with a bar: of torch and what it needs these are gigabytes.
 install_requirements() {
   local skip='^$'
   if compgen -G "$venv/lib/python*/site-packages/existing-torch.pth" >/dev/null; then skip='^torch=='; fi
   grep -v -e "$skip" "$requirements" |
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --requirement /dev/stdin
+    "$venv/bin/python" -m pip install --disable-pip-version-check --requirement /dev/stdin
 }
 
 describe_result() {

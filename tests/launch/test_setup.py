@@ -144,7 +144,9 @@ def whole(bare):
         folder / ".venv/bin/python",
         "#!/bin/bash\n"
         'case "$*" in\n'
-        f'  "-m pip"*) cat > "{folder}/installed"; exit "${{PIP_EXIT:-0}}" ;;\n'
+        f'  "-m pip"*) cat > "{folder}/installed"\n'
+        '    [[ "$*" == *quiet* ]] || echo "Downloading torch-2.11.0.whl (530.7 MB)"\n'
+        '    exit "${PIP_EXIT:-0}" ;;\n'
         "  *torch*) echo 2.11.0 ;;\n"
         "esac\n",
     )
@@ -155,7 +157,8 @@ def whole(bare):
 
 def test_another_pin_updates_the_environment_in_place(whole):
     folder, commands = whole
-    assert "updating .venv" in run(folder, path=commands)
+    output = run(folder, path=commands)
+    assert "updating .venv" in output and "Downloading torch-2.11.0.whl (530.7 MB)" in output
     requirements = (folder / "launch/requirements.txt").read_text()
     assert (folder / "installed").read_text() == requirements
     assert (folder / ".venv/anabranch-setup.txt").read_text() == f"/some/python\n{requirements}"
