@@ -9,6 +9,7 @@
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <map>
 #include <nlohmann/json.hpp>
 
