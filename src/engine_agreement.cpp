@@ -6,25 +6,19 @@
 #include <ATen/ops/zeros_like.h>
 #include <anabranch/agreement.h>
 
-#include <numeric>
-
 #include "communicator/agreement.h"
-#include "gemm/auto/measuring.h"
+#include "support/capture.h"
 
 namespace anabranch {
 namespace {
 
-int64_t rows_of(const ExpertCounts& counts) {
-  return std::accumulate(counts.begin(), counts.end(), int64_t{0});
-}
-
 /// `counts`, or where they are of no rows `rows` spread evenly.
 ExpertCounts or_evenly(const ExpertCounts& counts, int64_t rows) {
-  if (rows_of(counts) > 0) {
+  if (counts.rows() > 0) {
     return counts;
   }
-  const auto experts = static_cast<int64_t>(counts.size());
-  ExpertCounts even(counts.size(), rows / experts);
+  const int64_t experts = counts.experts();
+  std::vector<int64_t> even(experts, rows / experts);
   even.front() += rows % experts;
   return even;
 }
@@ -36,7 +30,7 @@ torch::Tensor some_rows(const torch::Tensor& weight, int64_t rows) {
 }
 
 void try_out(const FeedForward& expert, const Trial& trial, bool recompute, bool backward) {
-  const IndexedRows rows = {some_rows(trial.parameters.up.weight, rows_of(trial.counts)), {}};
+  const IndexedRows rows = {some_rows(trial.parameters.up.weight, trial.counts.rows()), {}};
   const auto output = feed_forward(expert, rows, trial.parameters, trial.counts, !recompute);
   if (backward) {
     WantedGradients wanted;
@@ -54,11 +48,11 @@ void settle_engine(const FeedForward& expert, const std::vector<Trial>& trials, 
                    Communicator& communicator) {
   GroupedGemmEngine& engine = *expert.engine;
   const auto& weight = trials.front().parameters.up.weight;
-  if (engine.is_settled() || communicator.size() == 1 || (weight.is_cuda() && is_captured())) {
+  if (engine.is_settled() || communicator.size() == 1 || is_captured(weight.device())) {
     return;
   }
   const auto rows =
-      communicator.all_gather(at::empty({}, torch::kLong).fill_(rows_of(trials.front().counts)));
+      communicator.all_gather(at::empty({}, torch::kLong).fill_(trials.front().counts.rows()));
   const int64_t mean = (rows.sum().item<int64_t>() + communicator.size() - 1) / communicator.size();
   if (mean == 0) {
     return;

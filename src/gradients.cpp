@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "exchange/late_refusals.h"
 #include "support/check.h"
 
 namespace anabranch {
@@ -115,6 +116,7 @@ double gradient_norm(const std::vector<torch::Tensor>& experts,
 
 void finish_gradients(torch::nn::Module& model, const ParallelGroups& groups,
                       int64_t bucket_bytes) {
+  check_late_refusals();
   const at::NoGradGuard no_grad;
   std::vector<torch::Tensor> replicated;
   std::vector<torch::Tensor> experts;

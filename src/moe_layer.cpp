@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 
 #include "engine_agreement.h"
+#include "exchange/late_refusals.h"
 #include "experts/feed_forward.h"
 #include "experts/permute.h"
 #include "experts/shared_expert.h"
@@ -64,7 +65,8 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
                                     projection(down_weight, down_bias)};
 
     const auto [rows, routing_weights] = stage("anabranch.dispatch", [&] {
-      return step->exchange.dispatch({x, weights}, plan);
+      return step->exchange.dispatch(
+          {x, plan.checked_weights.defined() ? plan.checked_weights : weights}, plan);
     });
     const auto [results, hidden] = feed_forward(step->expert, permuted(rows, plan), experts,
                                                 plan.expert_counts, !step->recompute);
@@ -154,7 +156,8 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
   const auto tokens = layer_tokens(x, options_);
   check_layer_routing(routing, tokens.size(0), options_);
   const FeedForward expert{engine_, options_.activation, options_.glu};
-  const auto step = c10::make_intrusive<Step>(exchange_, exchange_.plan(routing, tokens), expert,
+  auto plan = exchange_.plan(routing, tokens, options_.errors);
+  const auto step = c10::make_intrusive<Step>(exchange_, std::move(plan), expert,
                                               parameters.main_grad, options_.recompute);
   if (exchange_.communicator().size() > 1 && !engine_->is_settled()) {
     settle_engine(expert, trials_of(parameters, step->plan, tokens.size(0)), options_.recompute,
@@ -221,6 +224,8 @@ MoEOutput MoELayerImpl::forward(const torch::Tensor& x) {
 MoEOutput MoELayerImpl::forward(const torch::Tensor& x, const Routing& routing) {
   return function_.forward(parameters_of_modules(), x, routing);
 }
+
+void check() { check_late_refusals(); }
 
 double imbalance(const torch::Tensor& expert_load) {
   check_input(expert_load.defined() && expert_load.dim() == 1 && expert_load.numel() > 0,

@@ -40,6 +40,7 @@ inline constexpr std::tuple kOptionFields = {
     OptionField{"jitter", &MoEOptions::jitter},
     OptionField{"recompute", &MoEOptions::recompute},
     OptionField{"engine", &MoEOptions::engine},
+    OptionField{"errors", &MoEOptions::errors},
     OptionField{"dtype", &MoEOptions::dtype},
     OptionField{"device", &MoEOptions::device},
     OptionField{"seed", &MoEOptions::seed},
@@ -74,6 +75,11 @@ constexpr auto names_of(RouterScore) {
 constexpr auto names_of(GroupScore) {
   return std::array{EnumNames<GroupScore>{"top_two_sum", GroupScore::kTopTwoSum},
                     EnumNames<GroupScore>{"maximum", GroupScore::kMaximum}};
+}
+
+constexpr auto names_of(Errors) {
+  return std::array{EnumNames<Errors>{"late", Errors::kLate},
+                    EnumNames<Errors>{"at_call", Errors::kAtCall}};
 }
 
 /// The types that have such names.

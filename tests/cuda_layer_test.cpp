@@ -1,12 +1,15 @@
 // What the host does while a layer runs on a GPU, from the profiler's trace of CUDA's calls.
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/profiler_kineto.h>
+#include <torch/cuda.h>
 
 #include <iomanip>
+#include <limits>
 #include <set>
 
 #include "support/devices.h"
 #include "support/layer_case.h"
+#include "support/thrown.h"
 #include "support/world.h"
 
 namespace anabranch::test {
@@ -75,7 +78,10 @@ LayerCase large_case(Random& random) {
                          false);
 }
 
-TEST(CudaLayer, TheHostWaitsOnceAStep) {
+// Nothing is waited for where the products read their counts themselves and no other rank has any.
+TEST(CudaLayer, TheHostWaitsOnceAStepOrNever) {
+  const auto engines = grouped_gemm_engines(device());
+  const bool alone = world()->size() == 1 && std::count(engines.begin(), engines.end(), "hopper") > 0;
   Random random(test_seed());
   for (const bool recompute : {false, true}) {
     auto layer_case = large_case(random);
@@ -95,7 +101,47 @@ TEST(CudaLayer, TheHostWaitsOnceAStep) {
       }
     }
     EXPECT_GT(calls.size(), 0U) << "the profiler has seen no call";
-    EXPECT_EQ(waits(calls), 1);
+    EXPECT_EQ(waits(calls), alone ? 0 : 1);
+  }
+}
+
+// A routing that is refused on a GPU that nobody waits for: NaN at once, the error at the next call that
+// may know, and then all is well again.
+TEST(CudaLayer, RefusalsOfARankAloneAreLate) {
+  if (world()->size() > 1) {
+    GTEST_SKIP() << "several ranks wait for counts";
+  }
+  Random random(test_seed());
+  auto layer_case = large_case(random);
+  auto layer = make_layer(layer_case, world());
+  const auto x = layer_case.x.to(device());
+  const auto expect_late = [&](const auto& bad_step, const auto& hear, const char* text) {
+    const auto output = bad_step();
+    EXPECT_INPUT_ERROR(hear(), text);
+    EXPECT_TRUE(output[7].isnan().all().template item<bool>());
+    EXPECT_EQ(output.isnan().any(1).sum().template item<int64_t>(), 1);
+    EXPECT_FALSE(layer->forward(x).output.isnan().any().template item<bool>());
+    EXPECT_NO_THROW(check());
+  };
+  const auto nan_gate = [&] {
+    auto bad = x.clone();
+    bad[7][3] = std::numeric_limits<float>::quiet_NaN();
+    return layer->forward(bad).output;
+  };
+  expect_late(nan_gate, [] { check(); }, "token 7");
+  expect_late(
+      nan_gate,
+      [&] {
+        torch::cuda::synchronize();
+        layer->forward(x);
+      },
+      "token 7");
+  for (const int64_t id : {int64_t{8}, int64_t{-1}}) {
+    Routing routing;
+    routing.expert_ids = torch::tensor({0, 1}, torch::kInt64).repeat({x.size(0), 1}).to(device());
+    routing.weights = torch::ones({x.size(0), 2}).to(device());
+    routing.expert_ids[7][1] = id;
+    expect_late([&] { return layer->forward(x, routing).output; }, [] { check(); }, "token 7");
   }
 }
 

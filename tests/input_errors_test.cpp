@@ -25,6 +25,7 @@ MoEOptions good_options() {
   options.num_experts = 5;
   options.top_k = 2;
   options.device = device();
+  options.errors = Errors::kAtCall;
   return options;
 }
 

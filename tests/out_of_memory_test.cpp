@@ -37,7 +37,7 @@ struct Repeated {
 
   void forget_gradients() {
     layer->zero_grad();
-    x.mutable_grad() = {};
+    x.mutable_grad() = torch::Tensor();
   }
 
   std::map<std::string, torch::Tensor> gradients() {

@@ -18,9 +18,9 @@ class BlockSparse final : public GroupedGemmEngine {
   }
 
   /// Tokens that the last block of each expert lacks.
-  int64_t padding_rows(const std::vector<int64_t>& counts) const override {
+  int64_t padding_rows(const ExpertCounts& counts) const override {
     int64_t padding = 0;
-    for (const int64_t count : counts) {
+    for (const int64_t count : counts.on_host()) {
       padding += (count + block_ - 1) / block_ * block_ - count;
     }
     return padding;
@@ -28,18 +28,18 @@ class BlockSparse final : public GroupedGemmEngine {
 
  private:
   void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
-                  const std::vector<int64_t>& counts, torch::Tensor& y) override {
-    multiply(build_topology(counts, weight.size(1), block_, x.device()), Product::kSdd,
+                  const ExpertCounts& counts, torch::Tensor& y) override {
+    multiply(build_topology(counts.on_host(), weight.size(1), block_, x.device()), Product::kSdd,
              {y, x, weight});
   }
   void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-                const std::vector<int64_t>& counts, torch::Tensor& dx) override {
-    multiply(build_topology(counts, weight.size(1), block_, dy.device()), Product::kDsd,
+                const ExpertCounts& counts, torch::Tensor& dx) override {
+    multiply(build_topology(counts.on_host(), weight.size(1), block_, dy.device()), Product::kDsd,
              {dy, dx, weight});
   }
-  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
+  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,
                 torch::Tensor& dweight) override {
-    multiply(build_topology(counts, dweight.size(1), block_, dy.device()), Product::kDds,
+    multiply(build_topology(counts.on_host(), dweight.size(1), block_, dy.device()), Product::kDds,
              {dy, x, dweight});
   }
 

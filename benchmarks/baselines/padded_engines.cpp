@@ -62,28 +62,27 @@ class PaddedEngine : public GroupedGemmEngine {
  public:
   explicit PaddedEngine(int64_t multiple) : multiple_(multiple) {}
 
-  int64_t padding_rows(const std::vector<int64_t>& counts) const override {
-    const int64_t rows = std::accumulate(counts.begin(), counts.end(), int64_t{0});
-    return static_cast<int64_t>(counts.size()) * padded_height(counts, multiple_) - rows;
+  int64_t padding_rows(const ExpertCounts& counts) const override {
+    return counts.experts() * padded_height(counts.on_host(), multiple_) - counts.rows();
   }
 
  protected:
   void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
-                  const std::vector<int64_t>& counts, torch::Tensor& y) override {
+                  const ExpertCounts& counts, torch::Tensor& y) override {
     multiply_rows(x, weight.transpose(1, 2), counts, y);
   }
   void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-                const std::vector<int64_t>& counts, torch::Tensor& dx) override {
+                const ExpertCounts& counts, torch::Tensor& dx) override {
     multiply_rows(dy, weight, counts, dx);
   }
-  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
+  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,
                 torch::Tensor& dweight) override {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     if (dy.size(0) == 0) {
       dweight.zero_();
       return;
     }
-    const Padding padding(counts, multiple_);
+    const Padding padding(counts.on_host(), multiple_);
     multiply(padding.pad(dy).transpose(1, 2), padding.pad(x), dweight);
   }
 
@@ -92,12 +91,12 @@ class PaddedEngine : public GroupedGemmEngine {
 
  private:
   void multiply_rows(const torch::Tensor& rows, const torch::Tensor& weight,
-                     const std::vector<int64_t>& counts, torch::Tensor& out) const {
+                     const ExpertCounts& counts, torch::Tensor& out) const {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     if (rows.size(0) == 0) {
       return;
     }
-    const Padding padding(counts, multiple_);
+    const Padding padding(counts.on_host(), multiple_);
     torch::Tensor padded = padding.empty(rows, out.size(1));
     multiply(padding.pad(rows), weight, padded);
     padding.unpad(padded, out);

@@ -29,30 +29,30 @@ class TorchEngine final : public GroupedGemmEngine {
 
  private:
   void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
-                  const std::vector<int64_t>& counts, torch::Tensor& y) override {
+                  const ExpertCounts& counts, torch::Tensor& y) override {
     multiply(x, weight.transpose(1, 2), counts, y);
   }
   void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-                const std::vector<int64_t>& counts, torch::Tensor& dx) override {
+                const ExpertCounts& counts, torch::Tensor& dx) override {
     multiply(dy, weight, counts, dx);
   }
-  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
+  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,
                 torch::Tensor& dweight) override {
     if (dy.size(0) == 0) {
       dweight.zero_();
       return;
     }
     multiply(dy.t(), x, counts, dweight);
-    for (size_t e = 0; e < counts.size(); ++e) {  // sums of nothing, of which it says nothing
-      if (counts[e] == 0) dweight.select(0, static_cast<int64_t>(e)).zero_();
+    for (size_t e = 0; e < counts.on_host().size(); ++e) {  // sums of nothing, of which it says nothing
+      if (counts.on_host()[e] == 0) dweight.select(0, static_cast<int64_t>(e)).zero_();
     }
   }
 
   static void multiply(const torch::Tensor& a, const torch::Tensor& b,
-                       const std::vector<int64_t>& counts, torch::Tensor& c) {
+                       const ExpertCounts& counts, torch::Tensor& c) {
     if (c.numel() > 0) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      c.copy_(at::_grouped_mm(a, b, row_ends(counts, a.device())));
+      c.copy_(at::_grouped_mm(a, b, row_ends(counts.on_host(), a.device())));
     }
   }
 

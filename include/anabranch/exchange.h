@@ -1,6 +1,7 @@
 #pragma once
 
 #include <anabranch/communicator.h>
+#include <anabranch/expert_counts.h>
 #include <anabranch/expert_placement.h>
 #include <anabranch/routing.h>
 
@@ -20,7 +21,11 @@ struct ExchangePlan {
   std::vector<int64_t> receive_rows;         ///< [W] rows from each rank, Σ = R
   std::vector<int64_t> send_assignments;     ///< [W], Σ = A: T·top_k less those that are none
   std::vector<int64_t> receive_assignments;  ///< [W], Σ = P
-  std::vector<int64_t> expert_counts;        ///< [local experts] assignments of each, Σ = P
+  ExpertCounts expert_counts;                ///< of the local experts' assignments, Σ = P
+
+  /// [T, top_k] of a routing from outside: its weights, NaN in tokens that are refused. Undefined
+  /// otherwise.
+  torch::Tensor checked_weights;
 
   // Source side. Sent rows are ordered by (destination, token).
   torch::Tensor source_counts;  ///< [E] assignments of each expert; of no use to Exchange
@@ -40,6 +45,8 @@ struct ExchangePlan {
   int64_t assignments() const { return assignment_rows.size(0); }  ///< P
 };
 
+class LateRefusals;
+
 /// What travels: rows and, where wanted, one value per assignment.
 struct Payload {
   torch::Tensor rows;    ///< [T, h] at the source, [R, h] at the experts
@@ -52,13 +59,15 @@ class Exchange {
  public:
   Exchange(std::shared_ptr<Communicator> communicator, int64_t num_experts);
 
-  /// The one place where the host learns counts, and waits for the current stream. Collective.
+  /// The one place where the host learns counts, and waits for the current stream; unless this rank is
+  /// alone, its routing on a GPU and `errors` late. Collective.
   /// Invalid routing (expert ids out of range or twice in a token, a gate that is not finite) on any
   /// rank is an InputError on that rank and a CommunicationError naming it on the others; nothing
   /// else has been exchanged by then. So is a rank whose routing is of another make than rank 0's, with or
   /// without a gate's sums or with weights of another type, or whose `rows`, of which some may be given
   /// that are like those to be dispatched, have another width or type.
-  ExchangePlan plan(const Routing& routing, const torch::Tensor& rows = {}) const;
+  ExchangePlan plan(const Routing& routing, const torch::Tensor& rows = {},
+                    Errors errors = Errors::kAtCall) const;
 
   /// Source → experts. Collective.
   Payload dispatch(const Payload& tokens, const ExchangePlan& plan) const;
@@ -76,6 +85,7 @@ class Exchange {
   /// How this rank takes part in a step, in one number; and on the device of the last plan.
   mutable int64_t form_ = -1;
   mutable torch::Tensor form_on_device_;
+  mutable std::shared_ptr<LateRefusals> late_refusals_;  // made by the first late plan
 };
 
 }  // namespace anabranch

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <anabranch/expert_counts.h>
 #include <anabranch/options.h>
 #include <torch/types.h>
 
@@ -18,8 +19,7 @@ struct HiddenActivation {
 
 /// One way to multiply each expert's own rows by its own weight.
 ///
-/// Rows lie expert-major: expert e owns the `counts[e]` rows after those of experts 0..e−1. Counts
-/// are exact and may be zero. Tensors are contiguous, of one type and device; outputs are
+/// Rows lie expert-major, see ExpertCounts. Counts are exact and may be zero. Tensors are contiguous, of one type and device; outputs are
 /// preallocated and every element is written. Accumulation in fp32 (fp64 for fp64). No autograd.
 ///
 /// The public calls check their arguments and throw InputError before anything is computed.
@@ -40,24 +40,24 @@ class GroupedGemmEngine {
   /// as they choose what is nearest to it, or by its shape where nothing is near.
   virtual void settle_on(const std::string& choices);
   /// Rows of padding that it multiplies besides those of the experts' tokens.
-  virtual int64_t padding_rows(const std::vector<int64_t>& counts) const;
+  virtual int64_t padding_rows(const ExpertCounts& counts) const;
 
   /// y[P, n] = x[P, k] · weight[e]ᵀ, weight [experts, n, k].
   void forward(const torch::Tensor& x, const torch::Tensor& weight,
-               const std::vector<int64_t>& counts, torch::Tensor& y);
+               const ExpertCounts& counts, torch::Tensor& y);
   /// dx[P, k] = dy[P, n] · weight[e].
   void dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-             const std::vector<int64_t>& counts, torch::Tensor& dx);
+             const ExpertCounts& counts, torch::Tensor& dx);
   /// dweight[e] = dy_eᵀ · x_e, [experts, n, k]; zero for an expert without rows.
-  void wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
+  void wgrad(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,
              torch::Tensor& dweight);
   /// sum[e] += dy_eᵀ · x_e, in fp32 (fp64) whatever the type of the rows; sum [experts, n, k].
   void wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
-                        const std::vector<int64_t>& counts, torch::Tensor& sum);
+                        const ExpertCounts& counts, torch::Tensor& sum);
 
   /// hidden [P, n] = forward(x, weight); returns its activation, [P, n] (glu: [P, n / 2]).
   torch::Tensor forward_activated(const torch::Tensor& x, const torch::Tensor& weight,
-                                  const std::vector<int64_t>& counts,
+                                  const ExpertCounts& counts,
                                   const HiddenActivation& activation, torch::Tensor& hidden);
 
   /// Backward of routing_weights · activation(hidden), followed by the projection with `weight`, whose result
@@ -71,7 +71,7 @@ class GroupedGemmEngine {
   /// dy [P, h], weight [experts, h, n], hidden [P, n] (glu: [P, 2n]); `routing_weights` [P] fp32 (fp64),
   /// undefined: 1.
   void dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
-                       const std::vector<int64_t>& counts, const HiddenActivation& activation,
+                       const ExpertCounts& counts, const HiddenActivation& activation,
                        const torch::Tensor& hidden, const torch::Tensor& routing_weights,
                        ActivatedGradient& gradient);
 
@@ -79,23 +79,23 @@ class GroupedGemmEngine {
   // Arguments are already checked.
 
   virtual void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
-                          const std::vector<int64_t>& counts, torch::Tensor& y) = 0;
+                          const ExpertCounts& counts, torch::Tensor& y) = 0;
   virtual void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-                        const std::vector<int64_t>& counts, torch::Tensor& dx) = 0;
+                        const ExpertCounts& counts, torch::Tensor& dx) = 0;
   virtual void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x,
-                        const std::vector<int64_t>& counts, torch::Tensor& dweight) = 0;
+                        const ExpertCounts& counts, torch::Tensor& dweight) = 0;
   /// Here one product an expert, of rows as wide as the sum.
   virtual void do_wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
-                                   const std::vector<int64_t>& counts, torch::Tensor& sum);
+                                   const ExpertCounts& counts, torch::Tensor& sum);
 
   // With what comes before or after, for engines that do both at once; here in two steps.
 
   virtual torch::Tensor do_forward_activated(const torch::Tensor& x, const torch::Tensor& weight,
-                                             const std::vector<int64_t>& counts,
+                                             const ExpertCounts& counts,
                                              const HiddenActivation& activation,
                                              torch::Tensor& hidden);
   virtual void do_dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
-                                  const std::vector<int64_t>& counts,
+                                  const ExpertCounts& counts,
                                   const HiddenActivation& activation, const torch::Tensor& hidden,
                                   const torch::Tensor& routing_weights, ActivatedGradient& gradient);
 };
@@ -113,12 +113,12 @@ std::vector<std::string> grouped_gemm_engines(torch::Device device);
 
 /// x [P, k], weight [experts, n, k], Σ counts = P → [P, n].
 torch::Tensor grouped_gemm(GroupedGemmEngine& engine, const torch::Tensor& x,
-                           const torch::Tensor& weight, const std::vector<int64_t>& counts);
+                           const torch::Tensor& weight, const ExpertCounts& counts);
 /// dy [P, n], weight [experts, n, k] → [P, k].
 torch::Tensor grouped_gemm_dgrad(GroupedGemmEngine& engine, const torch::Tensor& dy,
-                                 const torch::Tensor& weight, const std::vector<int64_t>& counts);
+                                 const torch::Tensor& weight, const ExpertCounts& counts);
 /// dy [P, n], x [P, k] → [experts, n, k].
 torch::Tensor grouped_gemm_wgrad(GroupedGemmEngine& engine, const torch::Tensor& dy,
-                                 const torch::Tensor& x, const std::vector<int64_t>& counts);
+                                 const torch::Tensor& x, const ExpertCounts& counts);
 
 }  // namespace anabranch

@@ -113,4 +113,9 @@ class MoELayerImpl : public torch::nn::Module {
 };
 TORCH_MODULE(MoELayer);
 
+/// Waits for what the layers of this process have launched on GPUs, and throws the InputError of a step
+/// whose routing was refused there (see Errors::kLate). `finish_gradients` does so as well. Where a stream
+/// is recorded into a graph nothing is waited for.
+void check();
+
 }  // namespace anabranch

@@ -29,6 +29,15 @@ enum class GroupScore {
   kMaximum,    ///< the best (DeepSeek-V2, arXiv:2405.04434)
 };
 
+/// When a step says that its routing was refused: NaN or Inf in a gate, expert ids out of range or twice.
+enum class Errors {
+  /// At the call, where the host learns of it there: on CPUs, and on several ranks. A rank alone on a GPU
+  /// waits for nothing: the outputs of tokens that were refused are NaN, and the error comes from the next
+  /// call that may know, the next forward of the layer, `check` or `finish_gradients`.
+  kLate,
+  kAtCall,  ///< always at the call, for which the host waits once a step
+};
+
 /// Everything a layer is made of. Every rank of a group builds its layer from equal options.
 struct MoEOptions {
   int64_t hidden_size = 0;         ///< h, width of a token
@@ -65,6 +74,7 @@ struct MoEOptions {
   bool recompute = false;
   /// Grouped GEMM engine: "auto" or one of `grouped_gemm_engines(device)`.
   std::string engine = "auto";
+  Errors errors = Errors::kLate;
 
   torch::Dtype dtype = torch::kFloat32;  ///< fp32, fp64, bf16, fp16; the router stays ≥ fp32
   torch::Device device = torch::kCPU;

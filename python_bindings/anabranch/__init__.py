@@ -21,7 +21,7 @@ from .gradients import (
 )
 from .groups import Group, as_group, hierarchical
 from .huggingface import convert
-from .moe import MoE, MoEOutput
+from .moe import MoE, MoEOutput, check
 from .plots import plot_load
 from .stats import LayerStats, imbalance
 
@@ -34,6 +34,7 @@ __all__ = [
     "RankInfo",
     "__version__",
     "as_group",
+    "check",
     "clip_gradient_norm",
     "convert",
     "discover_rank",

@@ -84,6 +84,7 @@ def finish_gradients(model: nn.Module, groups: ParallelGroups | None = None) -> 
         model: also as DistributedDataParallel, or with parts under `fully_shard`.
         groups: see `make_parallel_groups`; None where the layers' group is the whole world.
     """
+    torch.ops.anabranch.check()
     groups = groups or _only_group(model)
     experts, replicated = _with_gradients(model, leave_averaged=True)
     world = groups.world

@@ -96,6 +96,10 @@ class MoE(nn.Module):
         jitter: training only: noise on the router's input, uniform in [1 − jitter, 1 + jitter].
         recompute: keep only the received rows for backward, and compute the up-projection again.
         engine: grouped GEMM engine: "auto", or one of `grouped_gemm_engines(device)`.
+        errors: when a routing that is refused (NaN in a gate, expert ids out of range or twice) is an error: "late", on a
+            GPU that only this process uses, for which nothing is waited: its tokens' outputs are NaN, and the error
+            comes from the layer's next forward, `check` or `finish_gradients`; or "at_call", which waits once a step.
+            On CPUs, and on several ranks, always at the call.
         seed: of the parameters; the same seed gives the same layer at any number of ranks, and that of
             the C++ library. None: drawn from torch's generator, which is then to be the same on all ranks.
         router: False: the layer has no router, and every forward is given its routing, of any top_k.
@@ -127,6 +131,7 @@ class MoE(nn.Module):
         jitter: float = 0.0,
         recompute: bool = False,
         engine: str = "auto",
+        errors: str = "late",
         seed: int | None = None,
         router: bool = True,
         group: object = None,
@@ -155,6 +160,7 @@ class MoE(nn.Module):
             "jitter": jitter,
             "recompute": recompute,
             "engine": engine,
+            "errors": errors,
         }
         if not router and (gate != "top_k" or expert_bias or jitter):
             raise ValueError("router=False with gate, expert_bias or jitter, which are a router's")
@@ -299,6 +305,13 @@ class MoE(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items()) + f", group={self.group}"
+
+
+def check() -> None:
+    """Waits for what the layers of this process have launched on GPUs, and raises the ValueError of a step whose
+    routing was refused there (see `MoE`'s `errors`). `finish_gradients` does so as well. Waits for nothing while a
+    CUDA graph is recorded."""
+    torch.ops.anabranch.check()
 
 
 def _checked_routing(routing: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

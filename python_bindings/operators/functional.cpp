@@ -95,8 +95,8 @@ ExchangePlan plan_for(const Exchange& exchange, const at::Tensor& rows, at::Tens
                 " ranks, and the group has ", ranks);
   }
   const auto experts = exchange.placement().local_experts(exchange.communicator().rank());
-  check_input(static_cast<int64_t>(plan.expert_counts.size()) == experts, "plan: it is of ",
-              plan.expert_counts.size(), " experts on this rank, expected ", experts);
+  check_input(plan.expert_counts.experts() == experts, "plan: it is of ",
+              plan.expert_counts.experts(), " experts on this rank, expected ", experts);
   return plan;
 }
 

@@ -183,6 +183,7 @@ TORCH_LIBRARY(anabranch, library) {
       "initial_parameters(str options, int rank, int num_ranks, ScalarType dtype, Device device) "
       "-> Tensor[]",
       make_parameters);
+  library.def("check() -> ()", check);
   library.def("agree(str options, ScalarType dtype, Device device, str group) -> ()", agree);
   library.def("self_group(str name) -> str", self_group);
   library.def("mpi_group(str name, float deadline) -> str", mpi_group);

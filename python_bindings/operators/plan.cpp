@@ -55,6 +55,8 @@ std::vector<torch::Tensor> pack_plan(const ExchangePlan& plan) {
         return earlier.is_alias_of(member);
       });
       list.push_back(shared ? member.clone() : member);
+    } else if constexpr (std::same_as<std::remove_cvref_t<decltype(member)>, ExpertCounts>) {
+      list.push_back(at::tensor(member.on_host(), at::TensorOptions(at::kLong)));
     } else {
       list.push_back(at::tensor(member, at::TensorOptions(at::kLong)));
     }

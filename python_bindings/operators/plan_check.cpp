@@ -110,10 +110,10 @@ void check_sizes(const ExchangePlan& plan) {
   check_counts(plan.receive_rows, "receive_rows");
   check_counts(plan.send_assignments, "send_assignments");
   check_counts(plan.receive_assignments, "receive_assignments");
-  check_counts(plan.expert_counts, "expert_counts");
+  check_counts(plan.expert_counts.on_host(), "expert_counts");
   const int64_t arrived = sum(plan.receive_assignments);
-  check_input(sum(plan.expert_counts) == arrived, "plan: expert_counts sum to ",
-              sum(plan.expert_counts), ", expected the ", arrived, " of receive_assignments");
+  check_input(plan.expert_counts.rows() == arrived, "plan: expert_counts sum to ",
+              plan.expert_counts.rows(), ", expected the ", arrived, " of receive_assignments");
   const auto device = plan.send_tokens.device();
   const int64_t sent = sum(plan.send_rows);
   check_size(plan.send_tokens, sent, device, "send_tokens");

@@ -1,14 +1,14 @@
-#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/isfinite.h>
+#include <ATen/ops/stack.h>
 #include <anabranch/error.h>
 #include <anabranch/exchange.h>
 
 #include <limits>
 #include <numeric>
 
+#include "exchange/late_refusals.h"
 #include "kernels/plan.h"
 #include "support/check.h"
 #include "support/stage.h"
@@ -44,20 +44,21 @@ void check_routing(const Routing& routing) {
               " tokens on one rank, expected fewer than 2^31");
 }
 
-/// [] int64: first token whose weights are not all finite, or -1.
-torch::Tensor first_nonfinite_token(const Routing& routing) {
+/// Of a router's own routing the ids are valid, and it says itself which gate was not finite.
+RoutingCheck check_of(const Routing& routing, const torch::Tensor& ids, int64_t num_experts) {
   if (routing.first_nonfinite_token.defined()) {
-    return routing.first_nonfinite_token;
+    return {routing.first_nonfinite_token, {}, {}};
   }
-  const auto tokens = routing.weights.size(0);
-  auto finite = at::isfinite(routing.weights);
-  if (routing.may_skip) {
-    finite = finite.logical_or(routing.expert_ids < 0);
-  }
-  const auto numbers = at::arange(tokens, routing.expert_ids.options());
-  const auto none = at::full({1}, tokens, routing.expert_ids.options());
-  const auto first = at::cat({numbers.masked_fill(finite.all(1), tokens), none}).min();
-  return first.masked_fill(first == tokens, -1);
+  return PlanKernels::on(ids.device())
+      .check_routing(ids, routing.weights.detach().contiguous(), num_experts, routing.may_skip);
+}
+
+/// [2] int64: the first tokens that are wrong.
+torch::Tensor refused_tokens(const RoutingCheck& check) {
+  const auto& nonfinite = check.first_nonfinite_token;
+  return at::stack({nonfinite.reshape({}), check.first_invalid_token.defined()
+                                               ? check.first_invalid_token
+                                               : at::full({}, -1, nonfinite.options())});
 }
 
 /// The refusal of this rank's own routing.
@@ -219,7 +220,7 @@ ExchangePlan plan_counts(const Announced& announced, const ExpertPlacement& plac
                          int64_t own_rank) {
   const int64_t local = placement.local_experts(own_rank);
   ExchangePlan plan;
-  plan.expert_counts.assign(local, 0);
+  std::vector<int64_t> expert_counts(local, 0);
   for (int64_t rank = 0; rank < placement.num_ranks; ++rank) {
     const int64_t* sent = announced.to[rank] + kHeader;
     const int64_t* received = announced.from[rank] + kHeader;
@@ -228,31 +229,46 @@ ExchangePlan plan_counts(const Announced& announced, const ExpertPlacement& plac
     plan.send_assignments.push_back(
         std::accumulate(sent, sent + placement.local_experts(rank), int64_t{0}));
     plan.receive_assignments.push_back(std::accumulate(received, received + local, int64_t{0}));
-    std::transform(received, received + local, plan.expert_counts.begin(),
-                   plan.expert_counts.begin(), std::plus<>());
+    std::transform(received, received + local, expert_counts.begin(), expert_counts.begin(),
+                   std::plus<>());
   }
+  plan.expert_counts = std::move(expert_counts);
   return plan;
 }
 
-/// Of a rank alone: to it arrives all that it sends, so everything is launched before the host waits.
-/// (Ids out of range count as some expert's until they are refused.)
-ExchangePlan plan_alone(const Routing& routing, const torch::Tensor& ids,
-                        const torch::Tensor& nonfinite, const torch::Tensor& invalid,
-                        int64_t num_experts, Communicator& communicator) {
-  const LocalPlan local = PlanKernels::on(ids.device()).plan_local(ids, num_experts);
-  const auto told = counts_on_host(
-      at::cat({nonfinite.reshape(1), invalid.reshape(1), local.expert_counts}), communicator);
+/// The counts of a rank alone, for which the host waits; the refusal of its routing.
+std::vector<int64_t> wait_for_counts(const Routing& routing, const RoutingCheck& check,
+                                     const torch::Tensor& expert_counts,
+                                     Communicator& communicator) {
+  const auto told =
+      counts_on_host(at::cat({refused_tokens(check), expert_counts}), communicator);
   const int64_t* own = told.const_data_ptr<int64_t>();
-  if (own[kNonfiniteToken] >= 0 || own[kInvalidToken] >= 0) {
-    refuse(routing, num_experts, own[kNonfiniteToken], own[kInvalidToken]);
-  }
   const int64_t* counts = own + kForm;  // of the rest there is nothing to tell
+  if (own[kNonfiniteToken] >= 0 || own[kInvalidToken] >= 0) {
+    refuse(routing, expert_counts.size(0), own[kNonfiniteToken], own[kInvalidToken]);
+  }
+  return {counts, counts + expert_counts.size(0)};
+}
+
+/// Of a rank alone: to it arrives all that it sends. With `late` refusals nobody waits. (Ids out of range
+/// count as some expert's.)
+ExchangePlan plan_alone(const Routing& routing, const torch::Tensor& ids,
+                        const RoutingCheck& check, int64_t num_experts,
+                        Communicator& communicator, const LateRefusals* late) {
+  const LateRefusal refusal{check.first_nonfinite_token, check.first_invalid_token,
+                            late != nullptr ? late->told() : torch::Tensor()};
+  const LocalPlan local = PlanKernels::on(ids.device())
+                              .plan_local(ids, num_experts, late != nullptr ? &refusal : nullptr);
   ExchangePlan plan;
   plan.tokens = ids.size(0);
   plan.top_k = ids.size(1);
   plan.send_rows = plan.receive_rows = {plan.tokens};
   plan.send_assignments = plan.receive_assignments = {ids.numel()};
-  plan.expert_counts.assign(counts, counts + num_experts);
+  if (late != nullptr) {
+    plan.expert_counts = ExpertCounts(local.counts, ids.numel());
+  } else {
+    plan.expert_counts = wait_for_counts(routing, check, local.expert_counts, communicator);
+  }
   plan.source_counts = local.expert_counts;
   plan.send_tokens = plan.token_rows = local.places.narrow(0, 0, plan.tokens);
   plan.token_offsets = local.places.narrow(0, 0, plan.tokens + 1);
@@ -272,17 +288,27 @@ Exchange::Exchange(std::shared_ptr<Communicator> communicator, int64_t num_exper
   message_layout_ = message_layout(placement_);
 }
 
-ExchangePlan Exchange::plan(const Routing& routing, const torch::Tensor& rows) const {
+ExchangePlan Exchange::plan(const Routing& routing, const torch::Tensor& rows,
+                            Errors errors) const {
   const torch::NoGradGuard no_grad;
   const Stage named("anabranch.plan");
   check_routing(routing);
   const auto ids = routing.expert_ids.contiguous();
-  const PlanKernels& kernels = PlanKernels::on(ids.device());
-  const auto nonfinite = first_nonfinite_token(routing);
-  const auto invalid = kernels.first_invalid_token(ids, placement_.num_experts, routing.may_skip);
-  if (communicator_->size() == 1 && !routing.may_skip) {
-    return plan_alone(routing, ids, nonfinite, invalid, placement_.num_experts, *communicator_);
+  if (late_refusals_ != nullptr) {
+    late_refusals_->check();
   }
+  const RoutingCheck check = check_of(routing, ids, placement_.num_experts);
+  if (communicator_->size() == 1 && !routing.may_skip) {
+    const bool late = errors == Errors::kLate && ids.is_cuda();
+    if (late && (late_refusals_ == nullptr || late_refusals_->device() != ids.device())) {
+      late_refusals_ = LateRefusals::make(ids.device());
+    }
+    auto plan = plan_alone(routing, ids, check, placement_.num_experts, *communicator_,
+                           late ? late_refusals_.get() : nullptr);
+    plan.checked_weights = check.weights;
+    return plan;
+  }
+  const PlanKernels& kernels = PlanKernels::on(ids.device());
   const SendPlan send = kernels.plan_send(ids, first_experts(placement_), routing.may_skip);
 
   if (message_layout_.device() != ids.device()) {
@@ -293,7 +319,7 @@ ExchangePlan Exchange::plan(const Routing& routing, const torch::Tensor& rows) c
     form_ = form;
     form_on_device_ = at::full({1}, form, ids.options());
   }
-  const auto message = at::cat({nonfinite.reshape(1), invalid.reshape(1), form_on_device_,
+  const auto message = at::cat({refused_tokens(check), form_on_device_,
                                 send.rank_rows, send.expert_counts})
                            .index_select(0, message_layout_);
   const auto received = tell(*communicator_, placement_, message);

@@ -37,8 +37,7 @@ struct Part {
                                       : kernels.gather_rows(from.rows, rows_of(from.index));
   }
   torch::Tensor experts_of(const torch::Tensor& tensor) const {
-    return tensor.defined() ? tensor.narrow(0, first_expert, static_cast<int64_t>(counts.size()))
-                            : tensor;
+    return tensor.defined() ? tensor.narrow(0, first_expert, counts.experts()) : tensor;
   }
   Projection experts_of(const Projection& projection) const {
     return {experts_of(projection.weight), experts_of(projection.bias)};
@@ -48,19 +47,28 @@ struct Part {
 /// Whole experts in parts of about equal rows, at most `parts` of them (an expert is never cut) and at
 /// least one, also of no experts.
 std::vector<Part> cut(const ExpertCounts& counts, int64_t parts) {
-  const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
-  std::vector<Part> result(1);
-  int64_t row = 0;
-  for (size_t e = 0; e < counts.size(); ++e) {
-    const auto made = static_cast<int64_t>(result.size());
-    // A new part begins where the ones before it have had their share.
-    if (row > result.back().first_row && row * parts >= total * made) {
-      result.push_back({static_cast<int64_t>(e), row, 0, {}});
-    }
-    result.back().counts.push_back(counts[e]);
-    result.back().rows += counts[e];
-    row += counts[e];
+  if (parts == 1) {
+    return {{0, 0, counts.rows(), counts}};
   }
+  std::vector<Part> result;
+  int64_t row = 0;
+  std::vector<int64_t> own;
+  const auto finish = [&](int64_t end) {
+    const int64_t first_row = result.empty() ? 0 : result.back().first_row + result.back().rows;
+    result.push_back({end - static_cast<int64_t>(own.size()), first_row, row - first_row, own});
+    own.clear();
+  };
+  for (int64_t e = 0; e < counts.experts(); ++e) {
+    // A new part begins where the ones before it have had their share.
+    const auto made = static_cast<int64_t>(result.size()) + 1;
+    const int64_t before = result.empty() ? 0 : result.back().first_row + result.back().rows;
+    if (row > before && row * parts >= counts.rows() * made) {
+      finish(e);
+    }
+    own.push_back(counts.on_host()[e]);
+    row += own.back();
+  }
+  finish(counts.experts());
   return result;
 }
 
@@ -89,8 +97,7 @@ torch::Tensor project_activated(const FeedForward& expert, const torch::Tensor& 
     return expert.engine->forward_activated(rows, up.weight, counts, expert.activation, hidden);
   }
   project(expert, rows, up, counts, hidden);
-  return ActivationKernels::on(hidden.device())
-      .activate(hidden, expert.activation.activation, expert.activation.glu);
+  return ActivationKernels::on(hidden.device()).activate(hidden, expert.activation.activation, expert.activation.glu);
 }
 
 torch::Tensor up_projection(const FeedForward& expert, const Part& part, const IndexedRows& x,

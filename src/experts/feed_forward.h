@@ -28,9 +28,6 @@ inline auto tensors_of(ExpertProjections& experts) {
   return std::tie(experts.up.weight, experts.up.bias, experts.down.weight, experts.down.bias);
 }
 
-/// Rows of each local expert, expert-major.
-using ExpertCounts = std::vector<int64_t>;
-
 struct FeedForwardOutput {
   torch::Tensor results;  ///< [P, h]
   torch::Tensor hidden;   ///< [P, n or 2n], what the activation was given; undefined if not kept

@@ -13,6 +13,8 @@ struct EngineEntry {
   bool (*runs_on)(torch::Device device);
   std::function<std::shared_ptr<GroupedGemmEngine>(torch::Device device)> make;
   bool considered_by_auto;
+  /// Whether it multiplies without the host knowing the counts, see ExpertCounts.
+  bool reads_counts_on_gpu = false;
 };
 
 /// Those that run on a device: the library's, of which auto prefers the earlier where two are as fast,

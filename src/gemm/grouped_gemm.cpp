@@ -50,7 +50,13 @@ void check_output(const torch::Tensor& tensor, at::IntArrayRef sizes, const char
               ", expected ", sizes);
 }
 
-void check_counts(const std::vector<int64_t>& counts, int64_t rows) {
+void check_counts(const ExpertCounts& expert_counts, int64_t rows) {
+  if (!expert_counts.known_to_host()) {  // who made them answers for them
+    check_input(expert_counts.rows() == rows, "grouped GEMM: counts of ", expert_counts.rows(),
+                " rows with ", rows, " rows");
+    return;
+  }
+  const auto& counts = expert_counts.on_host();
   int64_t total = 0;
   for (const int64_t count : counts) {
     if (count < 0 || count > rows - total) {  // the message would cost more than the check
@@ -72,12 +78,12 @@ void check_supported(const GroupedGemmEngine& engine, torch::Dtype dtype, int64_
 
 /// Rows whose width is the weight's size `dim`: 2 in forward, 1 in dgrad.
 void check_product(const GroupedGemmEngine& engine, const torch::Tensor& rows, const char* name,
-                   const torch::Tensor& weight, int64_t dim, const std::vector<int64_t>& counts) {
+                   const torch::Tensor& weight, int64_t dim, const ExpertCounts& counts) {
   const Kind kind = kind_of(rows);
   check_operand(rows, 2, name, kind);
   check_operand(weight, 3, "weight", kind);
-  check_input(weight.size(0) == static_cast<int64_t>(counts.size()), "grouped GEMM: weight of ",
-              weight.size(0), " experts with ", counts.size(), " counts");
+  check_input(weight.size(0) == counts.experts(), "grouped GEMM: weight of ",
+              weight.size(0), " experts with ", counts.experts(), " counts");
   check_input(weight.size(dim) == rows.size(1), "grouped GEMM: rows of width ", rows.size(1),
               " against a weight of shape ", weight.sizes());
   check_counts(counts, rows.size(0));
@@ -85,7 +91,7 @@ void check_product(const GroupedGemmEngine& engine, const torch::Tensor& rows, c
 }
 
 void check_wgrad(const GroupedGemmEngine& engine, const torch::Tensor& dy, const torch::Tensor& x,
-                 const std::vector<int64_t>& counts) {
+                 const ExpertCounts& counts) {
   const Kind kind = kind_of(dy);
   check_operand(dy, 2, "dy", kind);
   check_operand(x, 2, "x", kind);
@@ -96,8 +102,8 @@ void check_wgrad(const GroupedGemmEngine& engine, const torch::Tensor& dy, const
 }
 
 std::array<int64_t, 3> sizes_of_wgrad(const torch::Tensor& dy, const torch::Tensor& x,
-                                      const std::vector<int64_t>& counts) {
-  return {static_cast<int64_t>(counts.size()), dy.size(1), x.size(1)};
+                                      const ExpertCounts& counts) {
+  return {counts.experts(), dy.size(1), x.size(1)};
 }
 
 }  // namespace
@@ -114,31 +120,31 @@ std::string GroupedGemmEngine::choices() const { return {}; }
 
 void GroupedGemmEngine::settle_on(const std::string& /*choices*/) {}
 
-int64_t GroupedGemmEngine::padding_rows(const std::vector<int64_t>& /*counts*/) const { return 0; }
+int64_t GroupedGemmEngine::padding_rows(const ExpertCounts& /*counts*/) const { return 0; }
 
 void GroupedGemmEngine::forward(const torch::Tensor& x, const torch::Tensor& weight,
-                                const std::vector<int64_t>& counts, torch::Tensor& y) {
+                                const ExpertCounts& counts, torch::Tensor& y) {
   check_product(*this, x, "x", weight, 2, counts);
   check_output(y, {x.size(0), weight.size(1)}, "y", kind_of(x));
   do_forward(x, weight, counts, y);
 }
 
 void GroupedGemmEngine::dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-                              const std::vector<int64_t>& counts, torch::Tensor& dx) {
+                              const ExpertCounts& counts, torch::Tensor& dx) {
   check_product(*this, dy, "dy", weight, 1, counts);
   check_output(dx, {dy.size(0), weight.size(2)}, "dx", kind_of(dy));
   do_dgrad(dy, weight, counts, dx);
 }
 
 void GroupedGemmEngine::wgrad(const torch::Tensor& dy, const torch::Tensor& x,
-                              const std::vector<int64_t>& counts, torch::Tensor& dweight) {
+                              const ExpertCounts& counts, torch::Tensor& dweight) {
   check_wgrad(*this, dy, x, counts);
   check_output(dweight, sizes_of_wgrad(dy, x, counts), "dweight", kind_of(dy));
   do_wgrad(dy, x, counts, dweight);
 }
 
 void GroupedGemmEngine::wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
-                                         const std::vector<int64_t>& counts, torch::Tensor& sum) {
+                                         const ExpertCounts& counts, torch::Tensor& sum) {
   check_wgrad(*this, dy, x, counts);
   check_output(sum, sizes_of_wgrad(dy, x, counts), "sum", kind_of_sums(dy));
   do_wgrad_accumulate(dy, x, counts, sum);
@@ -146,7 +152,7 @@ void GroupedGemmEngine::wgrad_accumulate(const torch::Tensor& dy, const torch::T
 
 torch::Tensor GroupedGemmEngine::forward_activated(const torch::Tensor& x,
                                                    const torch::Tensor& weight,
-                                                   const std::vector<int64_t>& counts,
+                                                   const ExpertCounts& counts,
                                                    const HiddenActivation& activation,
                                                    torch::Tensor& hidden) {
   check_product(*this, x, "x", weight, 2, counts);
@@ -157,7 +163,7 @@ torch::Tensor GroupedGemmEngine::forward_activated(const torch::Tensor& x,
 }
 
 void GroupedGemmEngine::dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
-                                        const std::vector<int64_t>& counts,
+                                        const ExpertCounts& counts,
                                         const HiddenActivation& activation,
                                         const torch::Tensor& hidden, const torch::Tensor& routing_weights,
                                         ActivatedGradient& gradient) {
@@ -175,29 +181,31 @@ void GroupedGemmEngine::dgrad_activated(const torch::Tensor& dy, const torch::Te
 }
 
 void GroupedGemmEngine::do_wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
-                                            const std::vector<int64_t>& counts,
+                                            const ExpertCounts& counts,
                                             torch::Tensor& sum) {
   int64_t first_row = 0;
-  for (size_t e = 0; e < counts.size(); ++e) {
+  for (int64_t e = 0; e < counts.experts(); ++e) {
+    const int64_t count = counts.on_host()[e];
     const auto rows_of = [&](const torch::Tensor& tensor) {
-      return tensor.narrow(0, first_row, counts[e]).to(sum.scalar_type());
+      return tensor.narrow(0, first_row, count).to(sum.scalar_type());
     };
-    sum[static_cast<int64_t>(e)].addmm_(rows_of(dy).t(), rows_of(x));
-    first_row += counts[e];
+    sum[e].addmm_(rows_of(dy).t(), rows_of(x));
+    first_row += count;
   }
 }
 
 torch::Tensor GroupedGemmEngine::do_forward_activated(const torch::Tensor& x,
                                                       const torch::Tensor& weight,
-                                                      const std::vector<int64_t>& counts,
+                                                      const ExpertCounts& counts,
                                                       const HiddenActivation& activation,
                                                       torch::Tensor& hidden) {
   do_forward(x, weight, counts, hidden);
-  return ActivationKernels::on(x.device()).activate(hidden, activation.activation, activation.glu);
+  return ActivationKernels::on(x.device())
+      .activate(hidden, activation.activation, activation.glu);
 }
 
 void GroupedGemmEngine::do_dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
-                                           const std::vector<int64_t>& counts,
+                                           const ExpertCounts& counts,
                                            const HiddenActivation& activation,
                                            const torch::Tensor& hidden, const torch::Tensor& routing_weights,
                                            ActivatedGradient& gradient) {
@@ -208,7 +216,7 @@ void GroupedGemmEngine::do_dgrad_activated(const torch::Tensor& dy, const torch:
 }
 
 torch::Tensor grouped_gemm(GroupedGemmEngine& engine, const torch::Tensor& x,
-                           const torch::Tensor& weight, const std::vector<int64_t>& counts) {
+                           const torch::Tensor& weight, const ExpertCounts& counts) {
   check_operand(x, 2, "x", kind_of(x));
   check_operand(weight, 3, "weight", kind_of(x));
   torch::Tensor y = at::empty({x.size(0), weight.size(1)}, x.options());
@@ -217,7 +225,7 @@ torch::Tensor grouped_gemm(GroupedGemmEngine& engine, const torch::Tensor& x,
 }
 
 torch::Tensor grouped_gemm_dgrad(GroupedGemmEngine& engine, const torch::Tensor& dy,
-                                 const torch::Tensor& weight, const std::vector<int64_t>& counts) {
+                                 const torch::Tensor& weight, const ExpertCounts& counts) {
   check_operand(dy, 2, "dy", kind_of(dy));
   check_operand(weight, 3, "weight", kind_of(dy));
   torch::Tensor dx = at::empty({dy.size(0), weight.size(2)}, dy.options());
@@ -226,7 +234,7 @@ torch::Tensor grouped_gemm_dgrad(GroupedGemmEngine& engine, const torch::Tensor&
 }
 
 torch::Tensor grouped_gemm_wgrad(GroupedGemmEngine& engine, const torch::Tensor& dy,
-                                 const torch::Tensor& x, const std::vector<int64_t>& counts) {
+                                 const torch::Tensor& x, const ExpertCounts& counts) {
   check_operand(dy, 2, "dy", kind_of(dy));
   check_operand(x, 2, "x", kind_of(dy));
   torch::Tensor dweight = at::empty(sizes_of_wgrad(dy, x, counts), dy.options());

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <anabranch/expert_counts.h>
 #include <torch/types.h>
 
 #include <cstdint>
@@ -31,10 +32,26 @@ struct ArrivalOrder {
 /// all int64.
 struct LocalPlan {
   torch::Tensor expert_counts;    ///< [E]
+  ExpertCounts::OnDevice counts;  ///< the same, as the products read them
   torch::Tensor send_order;       ///< [T·k] flat (token, slot), by (expert, token)
   torch::Tensor assignment_rows;  ///< [T·k] token of each of these
   Csr by_row;                     ///< of T tokens, their places in send_order
   torch::Tensor places;           ///< 0, 1, 2, .., of max(T + 1, T·k) numbers
+};
+
+/// What is wrong with a routing [T, k] from outside.
+struct RoutingCheck {
+  torch::Tensor first_nonfinite_token;  ///< [] int64: first with a weight that is NaN or Inf, or -1
+  torch::Tensor first_invalid_token;  ///< [] int64: first with an id outside [0, E) or twice, or -1
+  torch::Tensor weights;              ///< [T, k], NaN in tokens with either
+};
+
+/// How a step on a GPU that the host does not wait for tells it what is wrong: int64 numbers that both
+/// see, written where there is something to tell.
+struct LateRefusal {
+  torch::Tensor first_nonfinite_token;  ///< [] as above
+  torch::Tensor first_invalid_token;    ///< [] or undefined
+  torch::Tensor told;                   ///< [2] in pinned memory: the two tokens
 };
 
 /// Who sends what to whom, from the ids of experts.
@@ -43,10 +60,9 @@ class PlanKernels : public Kernels<PlanKernels> {
   static const PlanKernels& cpu();
   static const PlanKernels& cuda();
 
-  /// [] int64: first token with an id outside [0, num_experts) or twice, or -1. With `may_skip` an id
-  /// of -1 is none and valid.
-  virtual torch::Tensor first_invalid_token(const torch::Tensor& expert_ids, int64_t num_experts,
-                                            bool may_skip = false) const = 0;
+  /// With `may_skip` an id of -1 is none and valid, and so is its weight, whatever it is.
+  virtual RoutingCheck check_routing(const torch::Tensor& expert_ids, const torch::Tensor& weights,
+                                     int64_t num_experts, bool may_skip = false) const = 0;
   /// `first_expert` [W+1]: rank r owns experts first_expert[r] .. first_expert[r+1]−1.
   /// The result for ids that are not valid is discarded by the caller, but safe to compute. With
   /// `may_skip` ids of -1 come last in send_order and segment_rows, behind all assignments, and last
@@ -55,8 +71,9 @@ class PlanKernels : public Kernels<PlanKernels> {
   virtual SendPlan plan_send(const torch::Tensor& expert_ids,
                              const std::vector<int64_t>& first_expert,
                              bool may_skip = false) const = 0;
-  /// Of ids as above, where none is -1.
-  virtual LocalPlan plan_local(const torch::Tensor& expert_ids, int64_t num_experts) const = 0;
+  /// Of ids as above, where none is -1. `refusal`, if given: tells the host on the way.
+  virtual LocalPlan plan_local(const torch::Tensor& expert_ids, int64_t num_experts,
+                               const LateRefusal* refusal = nullptr) const = 0;
   /// Brings arrivals into expert-major order. `segment_rows` [P] int32: row of each arrived
   /// assignment within its source's segment, ordered by (source, expert); `rows` [W] and `counts`
   /// [W, local experts]: rows and assignments per expert that came from each source.

@@ -60,7 +60,7 @@ class RoutingKernels : public Kernels<RoutingKernels> {
   virtual BatchLosses batch_losses(const torch::Tensor& sums, const torch::Tensor& chosen,
                                    int64_t top_k, torch::Dtype dtype) const = 0;
   /// dlogits [T, E] from the gradients of the weights [T, k], of the probability sum [E] and of the
-  /// sum of squared logsumexp []. Of `routed` ids, weights and logsumexp are read, and
+  /// sum of squared logsumexp [], of which the sums' may be undefined: zero. Of `routed` ids, weights and logsumexp are read, and
   /// `probabilities`, in the place of which sigmoids take the logits.
   virtual torch::Tensor route_backward(const RouteResult& routed, const RoutingRule& rule,
                                        const torch::Tensor& dweights,

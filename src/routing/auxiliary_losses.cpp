@@ -1,6 +1,8 @@
 #include "routing/auxiliary_losses.h"
 
 #include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "kernels/routing.h"
@@ -115,8 +117,11 @@ struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
       found.load_loss = load.value.to(dtype);
       slopes.insert(slopes.end(), {importance.gradient, load.gradient});
     }
+    if (communicator->size() > 1) {  // the loss is the group's, its gradient's share this rank's
+      for (auto& slope : slopes) slope = slope * communicator->size();
+    }
     context->save_for_backward(std::move(slopes));
-    context->saved_data["ranks"] = static_cast<int64_t>(communicator->size());
+    context->set_materialize_grads(false);
     context->mark_non_differentiable({found.expert_load});
     return listed(found);
   }
@@ -125,11 +130,13 @@ struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
     refuse_double_backward("auxiliary losses");
     const torch::NoGradGuard no_grad;
     const auto slopes = context->get_saved_variables();
-    const int64_t ranks = context->saved_data["ranks"].toInt();
     variable_list result(7);  // as many as forward takes
     for (size_t i = 0; i < slopes.size(); ++i) {
       const auto& gradient = gradients[i + 1];  // behind the load's
-      result[i] = (slopes[i] * gradient).mul_(ranks).to(gradient.scalar_type());
+      if (gradient.defined()) {
+        result[i] = at::empty(slopes[i].sizes(), gradient.options());
+        at::mul_out(result[i], slopes[i], gradient);  // in fp64, rounded once
+      }
     }
     return result;
   }

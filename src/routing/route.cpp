@@ -57,6 +57,7 @@ struct Route : torch::autograd::Function<Route> {
     const RoutingSums sums = kernels.routing_sums(routed.probabilities, routed.logsumexp);
     const bool sigmoid = rule.router_score == RouterScore::kSigmoid;
     context->saved_data["rule"] = torch::IValue::make_capsule(holder);
+    context->set_materialize_grads(false);
     context->save_for_backward(
         pack(Saved{routed.expert_ids, routed.weights, sigmoid ? contiguous : routed.probabilities,
                    routed.logsumexp}));
@@ -70,18 +71,24 @@ struct Route : torch::autograd::Function<Route> {
     refuse_double_backward("route");
     const torch::NoGradGuard no_grad;
     const Stage named("anabranch.route.backward");
+    const auto saved = unpack<Saved>(context->get_saved_variables());
     const auto gradient = unpack<Routed>(gradients);
     const auto holder =
         c10::static_intrusive_pointer_cast<RuleHolder>(context->saved_data["rule"].toCapsule());
-    RouteResult routed;
-    std::tie(routed.expert_ids, routed.weights, routed.probabilities, routed.logsumexp) =
-        unpack<Saved>(context->get_saved_variables()).tensors();
-    return {
-        RoutingKernels::on(routed.weights.device())
-            .route_backward(routed, holder->rule, gradient.weights.contiguous(),
-                            gradient.probability_sum.contiguous(), gradient.squared_logsumexp_sum),
-        {},
-        {}};
+    const RouteResult routed{.expert_ids = saved.expert_ids,
+                             .weights = saved.weights,
+                             .probabilities = saved.probabilities,
+                             .logsumexp = saved.logsumexp};
+    const auto contiguous = [](const torch::Tensor& tensor) {
+      return tensor.defined() ? tensor.contiguous() : tensor;
+    };
+    const auto dweights = gradient.weights.defined() ? gradient.weights.contiguous()
+                                                     : torch::zeros_like(routed.weights);
+    return {RoutingKernels::on(routed.weights.device())
+                .route_backward(routed, holder->rule, dweights, contiguous(gradient.probability_sum),
+                                gradient.squared_logsumexp_sum),
+            {},
+            {}};
   }
 };
 
@@ -111,14 +118,12 @@ Routing route(const torch::Tensor& logits, const RoutingRule& rule,
   }
   const auto routed =
       unpack<Routed>(Route::apply(logits, bias, c10::make_intrusive<RuleHolder>(rule)));
-  Routing routing;
-  routing.expert_ids = routed.expert_ids;
-  routing.weights = routed.weights;
-  routing.counts = routed.counts;
-  routing.probability_sum = routed.probability_sum;
-  routing.squared_logsumexp_sum = routed.squared_logsumexp_sum;
-  routing.first_nonfinite_token = routed.first_nonfinite_token;
-  return routing;
+  return {.expert_ids = routed.expert_ids,
+          .weights = routed.weights,
+          .counts = routed.counts,
+          .probability_sum = routed.probability_sum,
+          .squared_logsumexp_sum = routed.squared_logsumexp_sum,
+          .first_nonfinite_token = routed.first_nonfinite_token};
 }
 
 Routing route(const torch::Tensor& logits, int64_t top_k, bool renormalize) {

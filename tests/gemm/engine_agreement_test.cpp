@@ -41,15 +41,15 @@ class Paced final : public GroupedGemmEngine {
     }
     return *engine_;
   }
-  void do_forward(const torch::Tensor& x, const torch::Tensor& weight, const Counts& counts,
+  void do_forward(const torch::Tensor& x, const torch::Tensor& weight, const ExpertCounts& counts,
                   torch::Tensor& y) override {
     step(x).forward(x, weight, counts, y);
   }
-  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight, const Counts& counts,
+  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight, const ExpertCounts& counts,
                 torch::Tensor& dx) override {
     step(dy).dgrad(dy, weight, counts, dx);
   }
-  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const Counts& counts,
+  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,
                 torch::Tensor& dweight) override {
     step(dy).wgrad(dy, x, counts, dweight);
   }

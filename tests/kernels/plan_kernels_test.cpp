@@ -188,7 +188,21 @@ TEST_P(PlanKernelsTest, GroupWithoutGroups) {
 
 TEST_P(PlanKernelsTest, FindsTheFirstInvalidToken) {
   const auto first_invalid = [&](const torch::Tensor& ids, bool may_skip = false) {
-    return plan_.first_invalid_token(on_device(ids), 20, may_skip).item<int64_t>();
+    const auto weights = torch::ones(ids.sizes());
+    const auto check = plan_.check_routing(on_device(ids), on_device(weights), 20, may_skip);
+    EXPECT_EQ(check.first_nonfinite_token.item<int64_t>(), -1);
+    const auto token = check.first_invalid_token.item<int64_t>();
+    // What is refused is NaN, the rest as it was.
+    for (int64_t t = 0; t < ids.size(0); ++t) {
+      const auto row = check.weights[t].cpu();
+      EXPECT_TRUE(row.isnan().all().item<bool>() || row.equal(weights[t])) << t;
+    }
+    EXPECT_EQ(check.weights.isnan().any().item<bool>(), token >= 0);
+    if (token >= 0) {
+      EXPECT_TRUE(check.weights[token].isnan().all().item<bool>());
+      EXPECT_FALSE(check.weights.slice(0, 0, token).isnan().any().item<bool>());
+    }
+    return token;
   };
   const auto good = random_expert_ids(random_, 600, 20, 4, Skew::kUniform);
   EXPECT_EQ(first_invalid(good), -1);
@@ -211,6 +225,26 @@ TEST_P(PlanKernelsTest, FindsTheFirstInvalidToken) {
   auto twice = good.clone();
   twice[42][3] = twice[42][1];
   EXPECT_EQ(first_invalid(twice), 42);
+}
+
+TEST_P(PlanKernelsTest, FindsTheFirstWeightThatIsNotFinite) {
+  const auto ids = random_expert_ids(random_, 600, 20, 4, Skew::kUniform);
+  for (const auto dtype : {torch::kFloat32, torch::kFloat64}) {
+    auto weights = torch::rand({600, 4}, dtype);
+    const auto first_nonfinite = [&](const torch::Tensor& of_ids, bool may_skip = false) {
+      const auto check = plan_.check_routing(on_device(of_ids), on_device(weights), 20, may_skip);
+      EXPECT_EQ(check.first_invalid_token.item<int64_t>(), -1);
+      return check.first_nonfinite_token.item<int64_t>();
+    };
+    EXPECT_EQ(first_nonfinite(ids), -1);
+    weights[599][3] = std::numeric_limits<double>::quiet_NaN();
+    EXPECT_EQ(first_nonfinite(ids), 599);
+    weights[17][0] = -std::numeric_limits<double>::infinity();
+    EXPECT_EQ(first_nonfinite(ids), 17);
+    auto none = ids.clone();  // the weight of no assignment may be anything
+    none[17][0] = -1;
+    EXPECT_EQ(first_nonfinite(none, /*may_skip=*/true), 599);
+  }
 }
 
 }  // namespace

@@ -8,23 +8,27 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <optional>
 
 #include "gemm/auto/engine_choices.h"
 #include "gemm/auto/measuring.h"
 #include "gemm/auto/rule.h"
 #include "gemm/auto/trials.h"
 #include "gemm/engines.h"
+#include "support/capture.h"
 
 namespace anabranch {
 namespace {
 
 using Able = EngineChoices::Able;
-using Counts = std::vector<int64_t>;
+using Counts = ExpertCounts;
 
 /// Milliseconds that measuring a product may take, once each engine had a turn; and where the choice for
 /// another of its kind is known: other ranks may be waiting.
 constexpr double kMostSpent = 2000;
 constexpr double kMostSpentOnSimilar = 50;
+/// Milliseconds that an engine must save for the host to wait for counts that only the GPU knows.
+constexpr double kWait = 0.05;
 
 class AutoEngine final : public GroupedGemmEngine {
  public:
@@ -154,20 +158,29 @@ class AutoEngine final : public GroupedGemmEngine {
     const auto dtype = rows.scalar_type();  // a weight's gradient may be of another
     const int64_t n = weight.size(1);
     const int64_t k = weight.size(2);
-    const Product product = product_of(operation, dtype, n, k, counts);
+    const bool captured = is_captured(rows.device());  // then nothing may be waited for
+    const Product product = product_for(operation, dtype, n, k, counts, captured);
     const Able able = [&](const std::string& name) {
-      return is_considered(name) && engine(name).supports(dtype, n, k);
+      return is_considered(name) && engine(name).supports(dtype, n, k) &&
+             (!captured || counts.known_to_host() || reads_counts_there(name));
     };
     if (product.rows == 0 || weight.numel() == 0 || at::globalContext().deterministicAlgorithms()) {
       return by_rule(product, able);
     }
     const EngineChoices& known = settled_ ? *settled_ : *choices_;
     auto choice = known.find(product, able);
+    if (choice && !counts.known_to_host() && !reads_counts_there(choice->engine)) {
+      for (const auto& [name, milliseconds] : choice->milliseconds) {
+        if (reads_counts_there(name) && able(name) &&
+            milliseconds < choice->milliseconds.at(choice->engine) + kWait) {
+          return engine(name);
+        }
+      }
+    }
     if (!choice) {
       const auto similar = known.nearest(product, able);
       const c10::DeviceGuard guard(rows.device());
-      // Nothing may be waited for while a graph is recorded.
-      if (settled_ || (device_.is_cuda() && is_captured())) {
+      if (settled_ || captured) {
         return similar ? engine(similar->engine) : by_rule(product, able);
       }
       choice = fastest(candidates(dtype, n, k, product), run, rows.device(),
@@ -185,12 +198,33 @@ class AutoEngine final : public GroupedGemmEngine {
                        [&](const EngineEntry& entry) { return entry.name == name; });
   }
 
+  bool reads_counts_there(const std::string& name) const {
+    return std::any_of(entries_.begin(), entries_.end(), [&](const EngineEntry& entry) {
+      return entry.name == name && entry.reads_counts_on_gpu;
+    });
+  }
+
+  /// Where only a GPU knows the counts, they are taken to be as skewed as when the host last knew those of
+  /// a product of the same sizes; of the first it asks, unless a graph is recorded.
+  Product product_for(const char* operation, torch::Dtype dtype, int64_t n, int64_t k,
+                      const Counts& counts, bool captured) {
+    Product product = product_of(operation, dtype, n, k, counts.experts(), counts.rows());
+    const std::lock_guard lock(mutex_);
+    auto& skew = skews_[product];
+    if (counts.known_to_host() || (!skew && !captured)) {
+      skew = skew_of(counts.on_host());
+    }
+    product.skew = skew.value_or(0);
+    return product;
+  }
+
   torch::Device device_;
   std::vector<EngineEntry> entries_;  // those considered
   std::shared_ptr<EngineChoices> choices_;
   std::shared_ptr<EngineChoices> settled_;  // these alone, where there are any
   std::mutex mutex_;
   std::map<std::string, std::shared_ptr<GroupedGemmEngine>> engines_;  // those chosen so far
+  std::map<Product, std::optional<int>> skews_;                        // of products without theirs
 };
 
 }  // namespace

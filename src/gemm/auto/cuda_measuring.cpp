@@ -1,5 +1,4 @@
 #include <ATen/cuda/CUDAContextLight.h>
-#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cublas_v2.h>
 
@@ -28,10 +27,6 @@ double gpu_milliseconds(const std::function<void()>& call) {
   float elapsed = 0;
   check_cuda(cudaEventElapsedTime(&elapsed, begin, end), "cudaEventElapsedTime");
   return elapsed;
-}
-
-bool is_captured() {
-  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
 }
 
 std::string describe_gpu(torch::Device device) {

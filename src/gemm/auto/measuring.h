@@ -13,9 +13,6 @@ namespace anabranch {
 /// device. Waits for it.
 double gpu_milliseconds(const std::function<void()>& call);
 
-/// Whether the current stream is being recorded into a graph: nothing may be waited for then.
-bool is_captured();
-
 /// The GPU and the versions that times depend on.
 std::string describe_gpu(torch::Device device);
 

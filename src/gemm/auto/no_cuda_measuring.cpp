@@ -14,8 +14,6 @@ namespace {
 
 double gpu_milliseconds(const std::function<void()>& /*call*/) { refuse(); }
 
-bool is_captured() { refuse(); }
-
 std::string describe_gpu(torch::Device /*device*/) { refuse(); }
 
 }  // namespace anabranch

@@ -21,7 +21,14 @@ int64_t bucket(int64_t size) {
   return size >> shift << shift;
 }
 
-int skew_of(const std::vector<int64_t>& counts, int64_t rows) {
+double octaves(int64_t a, int64_t b) {
+  return std::abs(std::log2(static_cast<double>(a + 1)) - std::log2(static_cast<double>(b + 1)));
+}
+
+}  // namespace
+
+int skew_of(const std::vector<int64_t>& counts) {
+  const int64_t rows = std::accumulate(counts.begin(), counts.end(), int64_t{0});
   if (rows == 0) {
     return 0;
   }
@@ -30,21 +37,18 @@ int skew_of(const std::vector<int64_t>& counts, int64_t rows) {
   return std::bit_width(static_cast<uint64_t>(ratio));
 }
 
-double octaves(int64_t a, int64_t b) {
-  return std::abs(std::log2(static_cast<double>(a + 1)) - std::log2(static_cast<double>(b + 1)));
+Product product_of(const std::string& operation, torch::Dtype dtype, int64_t n, int64_t k,
+                   int64_t experts, int64_t rows) {
+  return {c10::str(operation, " ", dtype), experts, n, k, bucket(rows), 0};
 }
-
-}  // namespace
 
 Product product_of(const std::string& operation, torch::Dtype dtype, int64_t n, int64_t k,
                    const std::vector<int64_t>& counts) {
-  const int64_t rows = std::accumulate(counts.begin(), counts.end(), int64_t{0});
-  return {c10::str(operation, " ", dtype),
-          static_cast<int64_t>(counts.size()),
-          n,
-          k,
-          bucket(rows),
-          skew_of(counts, rows)};
+  Product product =
+      product_of(operation, dtype, n, k, static_cast<int64_t>(counts.size()),
+                 std::accumulate(counts.begin(), counts.end(), int64_t{0}));
+  product.skew = skew_of(counts);
+  return product;
 }
 
 std::string to_string(const Product& product) {

@@ -26,6 +26,12 @@ struct Product {
 Product product_of(const std::string& operation, torch::Dtype dtype, int64_t n, int64_t k,
                    const std::vector<int64_t>& counts);
 
+/// The same where their skew is not known, 0.
+Product product_of(const std::string& operation, torch::Dtype dtype, int64_t n, int64_t k,
+                   int64_t experts, int64_t rows);
+/// See Product::skew.
+int skew_of(const std::vector<int64_t>& counts);
+
 /// As it stands in the file of choices, and back; nothing for what is no such text.
 std::string to_string(const Product& product);
 std::optional<Product> parse_product(const std::string& text);

@@ -92,8 +92,8 @@ class CpuEngine : public GroupedGemmEngine {
 
  private:
   void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
-                  const std::vector<int64_t>& counts, torch::Tensor& y) override {
-    run(cut(counts, [](int64_t count) { return count; }), [&](const Piece& piece) {
+                  const ExpertCounts& counts, torch::Tensor& y) override {
+    run(cut(counts.on_host(), [](int64_t count) { return count; }), [&](const Piece& piece) {
       const int64_t first = piece.first_row + piece.start;
       auto out = y.narrow(0, first, piece.extent);
       at::mm_out(out, x.narrow(0, first, piece.extent), weight.select(0, piece.expert).t());
@@ -101,20 +101,20 @@ class CpuEngine : public GroupedGemmEngine {
   }
 
   void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-                const std::vector<int64_t>& counts, torch::Tensor& dx) override {
-    run(cut(counts, [](int64_t count) { return count; }), [&](const Piece& piece) {
+                const ExpertCounts& counts, torch::Tensor& dx) override {
+    run(cut(counts.on_host(), [](int64_t count) { return count; }), [&](const Piece& piece) {
       const int64_t first = piece.first_row + piece.start;
       auto out = dx.narrow(0, first, piece.extent);
       at::mm_out(out, dy.narrow(0, first, piece.extent), weight.select(0, piece.expert));
     });
   }
 
-  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
+  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,
                 torch::Tensor& dweight) override {
     const int64_t rows = dweight.size(1);
-    run(cut(counts, [&](int64_t) { return rows; }), [&](const Piece& piece) {
+    run(cut(counts.on_host(), [&](int64_t) { return rows; }), [&](const Piece& piece) {
       auto out = dweight.select(0, piece.expert).narrow(0, piece.start, piece.extent);
-      const int64_t count = counts[piece.expert];
+      const int64_t count = counts.on_host()[piece.expert];
       const auto dy_part =
           dy.narrow(0, piece.first_row, count).narrow(1, piece.start, piece.extent);
       if (count == 0) {

@@ -250,24 +250,24 @@ class CublasLoop final : public GroupedGemmEngine {
 
  private:
   void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
-                  const std::vector<int64_t>& counts, torch::Tensor& y) override {
+                  const ExpertCounts& counts, torch::Tensor& y) override {
     const OnDevice stream(x);
-    lanes_->run(forward_products(x, weight, counts, y, stream), streams_, stream);
+    lanes_->run(forward_products(x, weight, counts.on_host(), y, stream), streams_, stream);
   }
   void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-                const std::vector<int64_t>& counts, torch::Tensor& dx) override {
+                const ExpertCounts& counts, torch::Tensor& dx) override {
     const OnDevice stream(dy);
-    lanes_->run(dgrad_products(dy, weight, counts, dx, stream), streams_, stream);
+    lanes_->run(dgrad_products(dy, weight, counts.on_host(), dx, stream), streams_, stream);
   }
-  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
+  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,
                 torch::Tensor& dweight) override {
     const OnDevice stream(dy);
-    lanes_->run(wgrad_products(dy, x, counts, dweight, stream), streams_, stream);
+    lanes_->run(wgrad_products(dy, x, counts.on_host(), dweight, stream), streams_, stream);
   }
   void do_wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
-                           const std::vector<int64_t>& counts, torch::Tensor& sum) override {
+                           const ExpertCounts& counts, torch::Tensor& sum) override {
     const OnDevice stream(dy);
-    lanes_->run(wgrad_accumulate_products(dy, x, counts, sum, stream), streams_, stream);
+    lanes_->run(wgrad_accumulate_products(dy, x, counts.on_host(), sum, stream), streams_, stream);
   }
 
   std::shared_ptr<Lanes> lanes_;

@@ -76,24 +76,24 @@ class CublasLtGrouped final : public GroupedGemmEngine {
 
  private:
   void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
-                  const std::vector<int64_t>& counts, torch::Tensor& y) override {
+                  const ExpertCounts& counts, torch::Tensor& y) override {
     const OnDevice stream(x);
-    run(forward_products(x, weight, counts, y, stream), x.device(), stream);
+    run(forward_products(x, weight, counts.on_host(), y, stream), x.device(), stream);
   }
   void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-                const std::vector<int64_t>& counts, torch::Tensor& dx) override {
+                const ExpertCounts& counts, torch::Tensor& dx) override {
     const OnDevice stream(dy);
-    run(dgrad_products(dy, weight, counts, dx, stream), dy.device(), stream);
+    run(dgrad_products(dy, weight, counts.on_host(), dx, stream), dy.device(), stream);
   }
-  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
+  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,
                 torch::Tensor& dweight) override {
     const OnDevice stream(dy);
-    run(wgrad_products(dy, x, counts, dweight, stream), dy.device(), stream);
+    run(wgrad_products(dy, x, counts.on_host(), dweight, stream), dy.device(), stream);
   }
   void do_wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
-                           const std::vector<int64_t>& counts, torch::Tensor& sum) override {
+                           const ExpertCounts& counts, torch::Tensor& sum) override {
     const OnDevice stream(dy);
-    run(wgrad_accumulate_products(dy, x, counts, sum, stream), dy.device(), stream);
+    run(wgrad_accumulate_products(dy, x, counts.on_host(), sum, stream), dy.device(), stream);
   }
 
   /// What an algorithm is chosen by.

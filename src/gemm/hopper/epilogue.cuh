@@ -78,7 +78,7 @@ class StoreEpilogue : Staging<scalar_t, shape> {
 
   __device__ void begin(const Tile&, int) {}
   __device__ void finish(const Tile& tile, int first_box, const Accumulators<shape>& sums) {
-    const Group group = this->problem_.group[tile.group];
+    const Group& group = tile.group;
     const int rows = shape::kRaggedK ? this->problem_.m : group.rows;
     // A sum of nothing is zero, and its registers hold anything.
     const uint32_t mask = shape::kRaggedK && tile.k_blocks == 0 ? 0 : 0xFFFFFFFF;
@@ -113,7 +113,7 @@ class StoreEpilogue : Staging<scalar_t, shape> {
   }
 };
 
-/// Adds the products to fp32 sums in memory: [groups' experts, m, n].
+/// Adds the products to fp32 sums in memory: [experts, m, n].
 template <typename scalar_t, typename shape>
 class AccumulateEpilogue : Staging<scalar_t, shape> {
  public:
@@ -125,7 +125,7 @@ class AccumulateEpilogue : Staging<scalar_t, shape> {
     if (tile.k_blocks == 0) {
       return;  // the registers hold anything
     }
-    const int64_t expert = this->problem_.group[tile.group].expert;
+    const int64_t expert = tile.group.expert;
     const int first_column = tile.column + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int i = 0; i < shape::kRowBoxes; ++i) {
@@ -257,7 +257,7 @@ class ActivateEpilogue : public ActivationSteps<scalar_t, shape> {
 
   __device__ void begin(const Tile&, int) {}
   __device__ void finish(const Tile& tile, int first_box, const Accumulators<shape>& sums) {
-    const Group group = this->problem_.group[tile.group];
+    const Group& group = tile.group;
 #pragma unroll 1
     for (int step = 0; step < Base::kSteps; ++step) {
       const int first_row = this->row_of(tile, first_box, step);
@@ -332,7 +332,7 @@ class ActivateBackwardEpilogue : public ActivationSteps<scalar_t, shape> {
   using Base::Base;
 
   __device__ void begin(const Tile& tile, int first_box) {
-    const Group group = this->problem_.group[tile.group];
+    const Group& group = tile.group;
     wait_copies<0>();  // of a last step that lay outside
     __syncwarp();
     request(tile, first_box, group, 0);
@@ -346,7 +346,7 @@ class ActivateBackwardEpilogue : public ActivationSteps<scalar_t, shape> {
   }
 
   __device__ void finish(const Tile& tile, int first_box, const Accumulators<shape>& sums) {
-    const Group group = this->problem_.group[tile.group];
+    const Group& group = tile.group;
 #pragma unroll 1
     for (int step = 0; step < Base::kSteps; ++step) {
       const int first_row = this->row_of(tile, first_box, step);

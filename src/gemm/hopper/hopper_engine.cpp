@@ -2,7 +2,6 @@
 
 #include <ATen/cuda/CUDAContextLight.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/sum.h>
 
 #include <algorithm>
 
@@ -18,7 +17,6 @@ namespace {
 
 using hopper::Element;
 using hopper::Epilogue;
-using hopper::Group;
 using hopper::Maps;
 using hopper::Operation;
 using hopper::Problem;
@@ -32,31 +30,6 @@ int32_t narrow(int64_t size) {
   return static_cast<int32_t>(size);
 }
 
-std::vector<Group> groups_of(const std::vector<int64_t>& counts) {
-  std::vector<Group> groups;
-  int64_t first_row = 0;
-  for (size_t e = 0; e < counts.size(); ++e) {
-    groups.push_back({static_cast<int32_t>(e), narrow(first_row), narrow(counts[e])});
-    first_row += counts[e];
-  }
-  return groups;
-}
-
-std::vector<Group> groups_with_rows(const std::vector<int64_t>& counts) {
-  auto groups = groups_of(counts);
-  groups.erase(std::remove_if(groups.begin(), groups.end(),
-                              [](const Group& group) { return group.rows == 0; }),
-               groups.end());
-  return groups;
-}
-
-/// Short sums then fill the gaps at the end.
-std::vector<Group> longest_first(std::vector<Group> groups) {
-  std::stable_sort(groups.begin(), groups.end(),
-                   [](const Group& a, const Group& b) { return a.rows > b.rows; });
-  return groups;
-}
-
 class HopperEngine final : public GroupedGemmEngine {
  public:
   std::string name() const override { return "hopper"; }
@@ -68,40 +41,40 @@ class HopperEngine final : public GroupedGemmEngine {
 
  private:
   void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
-                  const std::vector<int64_t>& counts, torch::Tensor& y) override {
+                  const ExpertCounts& counts, torch::Tensor& y) override {
     if (x.size(0) == 0) return;
     multiply({Operation::kForward, element_of(x)}, {rows_map(x), weight_map(weight), rows_map(y)},
-             sizes(0, weight.size(1), weight.size(2)), groups_with_rows(counts), x);
+             sizes(0, weight.size(1), weight.size(2)), counts, x);
   }
 
   void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-                const std::vector<int64_t>& counts, torch::Tensor& dx) override {
+                const ExpertCounts& counts, torch::Tensor& dx) override {
     if (dy.size(0) == 0) return;
     multiply({Operation::kDgrad, element_of(dy)}, {rows_map(dy), weight_map(weight), rows_map(dx)},
-             sizes(0, weight.size(2), weight.size(1)), groups_with_rows(counts), dy);
+             sizes(0, weight.size(2), weight.size(1)), counts, dy);
   }
 
-  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const std::vector<int64_t>& counts,
+  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,
                 torch::Tensor& dweight) override {
     if (dy.size(0) == 0) {
       dweight.zero_();
       return;
     }
     multiply({Operation::kWgrad, element_of(dy)}, {rows_map(dy), rows_map(x), weight_map(dweight)},
-             sizes(dweight.size(1), dweight.size(2), 0), longest_first(groups_of(counts)), dy);
+             sizes(dweight.size(1), dweight.size(2), 0), counts, dy);
   }
 
   void do_wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
-                           const std::vector<int64_t>& counts, torch::Tensor& sum) override {
+                           const ExpertCounts& counts, torch::Tensor& sum) override {
     if (dy.size(0) == 0) return;
     Problem problem = sizes(sum.size(1), sum.size(2), 0);
     problem.sum = sum.data_ptr<float>();
     multiply({Operation::kWgrad, element_of(dy), Epilogue::kAccumulate},
-             {rows_map(dy), rows_map(x)}, problem, longest_first(groups_with_rows(counts)), dy);
+             {rows_map(dy), rows_map(x)}, problem, counts, dy);
   }
 
   torch::Tensor do_forward_activated(const torch::Tensor& x, const torch::Tensor& weight,
-                                     const std::vector<int64_t>& counts,
+                                     const ExpertCounts& counts,
                                      const HiddenActivation& activation,
                                      torch::Tensor& hidden) override {
     const int64_t n = activation.glu ? weight.size(1) / 2 : weight.size(1);
@@ -114,12 +87,12 @@ class HopperEngine final : public GroupedGemmEngine {
     problem.hidden_out = hidden.data_ptr();
     problem.activated = activated.data_ptr();
     multiply({Operation::kForward, element_of(x), Epilogue::kActivate, activation.glu},
-             {rows_map(x), weight_map(weight)}, problem, groups_with_rows(counts), x);
+             {rows_map(x), weight_map(weight)}, problem, counts, x);
     return activated;
   }
 
   void do_dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
-                          const std::vector<int64_t>& counts, const HiddenActivation& activation,
+                          const ExpertCounts& counts, const HiddenActivation& activation,
                           const torch::Tensor& hidden, const torch::Tensor& routing_weights,
                           ActivatedGradient& gradient) override {
     const int64_t n = weight.size(2);
@@ -137,8 +110,9 @@ class HopperEngine final : public GroupedGemmEngine {
     problem.weights = routing_weights.defined() ? routing_weights.const_data_ptr<float>() : nullptr;
     problem.dots = dots.data_ptr<float>();
     multiply({Operation::kDgrad, element_of(dy), Epilogue::kActivateBackward, activation.glu},
-             {rows_map(dy), weight_map(weight)}, problem, groups_with_rows(counts), dy);
-    at::sum_out(gradient.drouting_weights, dots, 1);
+             {rows_map(dy), weight_map(weight)}, problem, counts, dy);
+    hopper::launch_sum_dots(dots.const_data_ptr<float>(), dots.size(0), dots.size(1),
+                            gradient.drouting_weights.data_ptr<float>(), OnDevice(dy));
   }
 
   /// A tile's gate and up part must not overlap: whole boxes.
@@ -158,17 +132,15 @@ class HopperEngine final : public GroupedGemmEngine {
     return problem;
   }
 
-  /// As many launches as the groups need.
   static void multiply(const Task& task, const Maps& maps, Problem problem,
-                       const std::vector<Group>& groups, const torch::Tensor& like) {
+                       const ExpertCounts& counts, const torch::Tensor& like) {
     const OnDevice stream(like);
+    const auto& on_device = counts.on(like.device());
     problem.band = hopper::choose_band(task.operation, problem.n, problem.k);
-    for (size_t begin = 0; begin < groups.size(); begin += hopper::kMostGroups) {
-      const size_t count = std::min<size_t>(hopper::kMostGroups, groups.size() - begin);
-      problem.groups = static_cast<int32_t>(count);
-      std::copy_n(groups.begin() + begin, count, problem.group);
-      hopper::launch_grouped_gemm(task, maps, problem, stream);
-    }
+    problem.experts = narrow(counts.experts());
+    problem.first_row = on_device.first_row.const_data_ptr<int64_t>();
+    problem.longest_first = on_device.longest_first.const_data_ptr<int64_t>();
+    hopper::launch_grouped_gemm(task, maps, problem, narrow(counts.rows()), stream);
   }
 };
 

@@ -53,7 +53,7 @@ __device__ void load(const Problem& problem, const Maps& maps, const SharedMemor
   Ring<shape> ring;
   Tile tile;
   while (tiles.next(tile)) {
-    const Group group = problem.group[tile.group];
+    const Group& group = tile.group;
     const int rows_y = kRowsEnd - group.rows;  // see rows_map
     const int rows_z = group.first_row + group.rows;
 #pragma unroll 1

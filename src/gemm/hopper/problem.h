@@ -12,9 +12,6 @@ namespace anabranch::hopper {
 constexpr int kRowsEnd = 1 << 30;
 constexpr int kRowsWrap = 1 << 30;
 
-/// Of one launch; all of its parameters fit into the 4 KiB that every GPU takes.
-constexpr int kMostGroups = 256;
-
 /// An expert and its rows.
 struct Group {
   int32_t expert;
@@ -22,13 +19,17 @@ struct Group {
   int32_t rows;
 };
 
-/// c [m, n] = a [m, k] · b [k, n] for each group, whose rows are m (forward, dgrad) or k (wgrad).
+/// c [m, n] = a [m, k] · b [k, n] for each expert, whose rows are m (forward, dgrad) or k (wgrad). How
+/// many each has, the host need not know.
 struct Problem {
   int32_t m;
   int32_t n;  // with GLU, of the activation
   int32_t k;
   int32_t band;  // tiles, see TileScheduler
-  int32_t groups;
+  int32_t experts;
+  // In GPU memory, see ExpertCounts.
+  const int64_t* first_row;
+  const int64_t* longest_first;
 
   float* sum;  // kAccumulate: [experts, m, n]
 
@@ -39,8 +40,6 @@ struct Problem {
   void* activated;       // [P, n]
   const float* weights;  // kActivateBackward: routing weights [P], null for 1
   float* dots;           // and [P, ⌈n / 64⌉]: ⟨gradient, activation⟩ of 64 columns each
-
-  Group group[kMostGroups];
 };
 
 /// See rows_map and weight_map; c of kStore alone.

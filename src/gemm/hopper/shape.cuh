@@ -16,6 +16,9 @@ constexpr int kThreads = 3 * kWarpgroup;  // a producer warpgroup loads, two con
 enum class Share { kA, kB };
 constexpr int kClusterSize = 2;
 
+/// Places in shared memory for the numbers of experts' first tiles; of more experts several share one.
+constexpr int kMostSlots = 256;
+
 /// kRowBoxes · 64 rows and kColumns columns of the products for each consumer warpgroup.
 /// `kPingpong`: each has tiles of its own, one's epilogue in the shadow of the other's products;
 /// otherwise they are cooperative, and lie above one another in one tile.
@@ -45,12 +48,12 @@ struct Shape {
   static constexpr int kStageBytes = (kABoxes + kBBoxes) * kBoxBytes;
   static constexpr int kBarriers = 2 * kStages + 2;
   static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + 2 * kStagingBoxes * kBoxBytes +
-                                      kBarriers * 8 + (kMostGroups + 1) * 4;
+                                      kBarriers * 8 + (kMostSlots + 1) * 4;
 };
 
-/// A tile of c, by its first row and column within the expert.
+/// A tile of c of an expert, by its first row and column there.
 struct Tile {
-  int group;
+  Group group;
   int row;
   int column;
   int k_blocks;

@@ -16,7 +16,7 @@ bool fills_wide_tiles(const Task& task, const LaunchSizes& sizes) {
   constexpr int64_t kManyColumns = 15;  // of tiles: half a wide tile too many is little
   const int64_t columns = (sizes.n + tile_columns(task) - 1) / tile_columns(task);
   return (columns % 2 == 0 || columns >= kManyColumns) &&
-         (sizes.rows >= kManyRows * sizes.groups || sizes.k >= kLongSum);
+         (sizes.rows >= kManyRows * sizes.experts || sizes.k >= kLongSum);
 }
 
 }  // namespace

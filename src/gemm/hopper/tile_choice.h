@@ -8,10 +8,10 @@
 
 namespace anabranch::hopper {
 
-/// The products c [m, n] = a [m, k] · b [k, n] of one launch; m or k are a group's rows.
+/// The products c [m, n] = a [m, k] · b [k, n] of one launch; m or k are an expert's rows.
 struct LaunchSizes {
-  int64_t groups;
-  int64_t rows;  ///< of all groups together
+  int64_t experts;
+  int64_t rows;  ///< of all experts together
   int64_t n;     ///< with GLU, of the activation
   int64_t k;     ///< 0 where it is the rows
 };

@@ -24,12 +24,12 @@ void for_each_expert(const std::vector<int64_t>& counts, const Body& body) {
 class CpuBiasKernels final : public BiasKernels {
  public:
   void add_bias(torch::Tensor& rows, const torch::Tensor& bias,
-                const std::vector<int64_t>& counts) const override {
+                const ExpertCounts& counts) const override {
     const int64_t width = rows.size(1);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.scalar_type(), "add_bias", [&] {
       auto* row = rows.data_ptr<scalar_t>();
       const auto* addend = bias.const_data_ptr<scalar_t>();
-      for_each_expert(counts, [&](int64_t expert, int64_t first, int64_t count) {
+      for_each_expert(counts.on_host(), [&](int64_t expert, int64_t first, int64_t count) {
         for (int64_t p = first; p < first + count; ++p) {
           for (int64_t i = 0; i < width; ++i) {
             row[p * width + i] += addend[expert * width + i];
@@ -40,15 +40,15 @@ class CpuBiasKernels final : public BiasKernels {
   }
 
   torch::Tensor bias_gradient(const torch::Tensor& rows, const torch::Tensor& weights,
-                              const std::vector<int64_t>& counts) const override {
+                              const ExpertCounts& counts) const override {
     const int64_t width = rows.size(1);
-    torch::Tensor out = at::empty({static_cast<int64_t>(counts.size()), width}, rows.options());
+    torch::Tensor out = at::empty({counts.experts(), width}, rows.options());
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.scalar_type(), "bias_grad", [&] {
       using acc_t = at::opmath_type<scalar_t>;
       const auto* row = rows.const_data_ptr<scalar_t>();
       const auto* weight = weights.defined() ? weights.const_data_ptr<acc_t>() : nullptr;
       auto* target = out.data_ptr<scalar_t>();
-      for_each_expert(counts, [&](int64_t expert, int64_t first, int64_t count) {
+      for_each_expert(counts.on_host(), [&](int64_t expert, int64_t first, int64_t count) {
         std::vector<acc_t> sum(width, 0);
         for (int64_t p = first; p < first + count; ++p) {
           const acc_t scale = weight != nullptr ? weight[p] : acc_t{1};
@@ -63,7 +63,7 @@ class CpuBiasKernels final : public BiasKernels {
   }
 
   torch::Tensor bias_dot(const torch::Tensor& rows, const torch::Tensor& bias,
-                         const std::vector<int64_t>& counts) const override {
+                         const ExpertCounts& counts) const override {
     const int64_t width = rows.size(1);
     torch::Tensor out =
         at::empty({rows.size(0)}, rows.options().dtype(at::toOpMathType(rows.scalar_type())));
@@ -72,7 +72,7 @@ class CpuBiasKernels final : public BiasKernels {
       const auto* row = rows.const_data_ptr<scalar_t>();
       const auto* factor = bias.const_data_ptr<scalar_t>();
       auto* target = out.data_ptr<acc_t>();
-      for_each_expert(counts, [&](int64_t expert, int64_t first, int64_t count) {
+      for_each_expert(counts.on_host(), [&](int64_t expert, int64_t first, int64_t count) {
         for (int64_t p = first; p < first + count; ++p) {
           acc_t sum = 0;
           for (int64_t i = 0; i < width; ++i) {

@@ -1,3 +1,6 @@
+#include <ATen/Dispatch.h>
+#include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "kernels/plan.h"
@@ -66,22 +69,36 @@ TokenRanks find_token_ranks(const torch::Tensor& expert_ids, const std::vector<i
 
 class CpuPlanKernels final : public PlanKernels {
  public:
-  torch::Tensor first_invalid_token(const torch::Tensor& expert_ids, int64_t num_experts,
-                                    bool may_skip) const override {
+  RoutingCheck check_routing(const torch::Tensor& expert_ids, const torch::Tensor& weights,
+                             int64_t num_experts, bool may_skip) const override {
+    RoutingCheck check{at::full({}, -1, expert_ids.options()),
+                       at::full({}, -1, expert_ids.options()), weights.clone()};
     const int64_t top_k = expert_ids.size(1);
     const int64_t* ids = expert_ids.const_data_ptr<int64_t>();
     std::vector<int64_t> last_token(num_experts, -1);
-    for (int64_t i = 0; i < expert_ids.numel(); ++i) {
-      const int64_t token = i / top_k;
-      if (may_skip && ids[i] == -1) {
-        continue;
+    const auto refuse = [&](torch::Tensor& first, int64_t token) {
+      auto* value = first.data_ptr<int64_t>();
+      *value = *value < 0 ? token : *value;
+      check.weights[token].fill_(std::numeric_limits<double>::quiet_NaN());
+    };
+    AT_DISPATCH_FLOATING_TYPES(weights.scalar_type(), "check_routing", [&] {
+      const auto* weight = weights.const_data_ptr<scalar_t>();
+      for (int64_t i = 0; i < expert_ids.numel(); ++i) {
+        const int64_t token = i / top_k;
+        if (may_skip && ids[i] == -1) {
+          continue;
+        }
+        if (!std::isfinite(weight[i])) {
+          refuse(check.first_nonfinite_token, token);
+        }
+        if (ids[i] < 0 || ids[i] >= num_experts || last_token[ids[i]] == token) {
+          refuse(check.first_invalid_token, token);
+        } else {
+          last_token[ids[i]] = token;
+        }
       }
-      if (ids[i] < 0 || ids[i] >= num_experts || last_token[ids[i]] == token) {
-        return at::scalar_tensor(token, expert_ids.options());
-      }
-      last_token[ids[i]] = token;
-    }
-    return at::scalar_tensor(-1, expert_ids.options());
+    });
+    return check;
   }
 
   SendPlan plan_send(const torch::Tensor& unchecked_ids, const std::vector<int64_t>& first_expert,
@@ -126,12 +143,15 @@ class CpuPlanKernels final : public PlanKernels {
     return plan;
   }
 
-  LocalPlan plan_local(const torch::Tensor& unchecked_ids, int64_t num_experts) const override {
+  LocalPlan plan_local(const torch::Tensor& unchecked_ids, int64_t num_experts,
+                       const LateRefusal* /*refusal*/) const override {
     const auto expert_ids = unchecked_ids.clamp(0, num_experts - 1);
     const int64_t tokens = expert_ids.size(0);
     const Csr by_expert = group(expert_ids.flatten(), num_experts);
     const auto rows = by_expert.members.div(expert_ids.size(1), "trunc");
-    return {by_expert.offsets.diff(), by_expert.members, rows, group(rows, tokens),
+    const auto counts = by_expert.offsets.diff();
+    const auto longest_first = counts.argsort(/*stable=*/true, /*dim=*/0, /*descending=*/true);
+    return {counts, {by_expert.offsets, longest_first}, by_expert.members, rows, group(rows, tokens),
             at::arange(std::max(tokens + 1, rows.size(0)), expert_ids.options())};
   }
 

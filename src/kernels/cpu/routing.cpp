@@ -321,8 +321,12 @@ class CpuRoutingKernels final : public RoutingKernels {
                                const torch::Tensor& dweights, const torch::Tensor& dprobability_sum,
                                const torch::Tensor& dsquared_logsumexp_sum) const override {
     return AT_DISPATCH_FLOATING_TYPES(routed.weights.scalar_type(), "route_backward", [&] {
-      return route_backward_tokens<scalar_t>(routed, rule, dweights, dprobability_sum,
-                                             dsquared_logsumexp_sum.item<scalar_t>());
+      return route_backward_tokens<scalar_t>(
+          routed, rule, dweights,
+          dprobability_sum.defined()
+              ? dprobability_sum
+              : at::zeros({routed.probabilities.size(1)}, routed.weights.options()),
+          dsquared_logsumexp_sum.defined() ? dsquared_logsumexp_sum.item<scalar_t>() : scalar_t(0));
     });
   }
 };

@@ -83,11 +83,44 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+/// The first chunk of each expert, whose rows are cut into pieces of kBiasChunk, one piece at least; and
+/// zeros for the counters. One block.
+__global__ void __launch_bounds__(kThreads)
+    cut_chunks_kernel(const int64_t* __restrict__ offsets, int64_t experts, int64_t counters,
+                      int64_t* __restrict__ chunks, unsigned* __restrict__ done) {
+  for (int64_t i = threadIdx.x; i < counters; i += kThreads) {
+    done[i] = 0;
+  }
+  if (threadIdx.x >= kWarp) {
+    return;
+  }
+  const int lane = threadIdx.x;
+  int64_t before = 0;
+  for (int64_t base = 0; base <= experts; base += kWarp) {
+    const int64_t expert = base + lane;
+    int64_t own = 0;
+    if (expert < experts) {
+      const int64_t rows = offsets[expert + 1] - offsets[expert];
+      own = max((rows + kBiasChunk - 1) / kBiasChunk, int64_t{1});
+    }
+    int64_t sum = own;
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+      const int64_t other = __shfl_up_sync(kFullMask, sum, distance);
+      sum += lane >= distance ? other : 0;
+    }
+    if (expert <= experts) {
+      chunks[expert] = before + sum - own;
+    }
+    before += __shfl_sync(kFullMask, sum, kWarp - 1);
+  }
+}
+
 constexpr int kResident = 4;  // blocks of a multiprocessor at a time
 
 /// A block sums one chunk of rows over one strip of 32 packs of columns. Each warp takes every
 /// kWarps-th row; the warps' sums are added in order, and the chunks' by the block that is the last of
-/// an expert's strip to be done, in order too. `done` [experts, strips] counts from 0.
+/// an expert's strip to be done, in order too. `done` [experts, strips] counts from 0. There are blocks
+/// for more chunks than there may be.
 template <typename scalar_t, int kSize>
 __global__ void __launch_bounds__(kThreads, kResident)
     sum_chunks_kernel(const scalar_t* __restrict__ rows,
@@ -100,6 +133,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const int64_t chunk = blockIdx.x / strips;
+  if (chunk >= chunks[experts]) {
+    return;
+  }
   const int64_t expert = owner_of(chunks, experts, chunk);
   const int64_t begin = offsets[expert] + (chunk - chunks[expert]) * kBiasChunk;
   const int64_t end = min(begin + kBiasChunk, offsets[expert + 1]);
@@ -216,10 +252,9 @@ int64_t bias_strips(Scalar scalar, const void* rows, int64_t width) {
 }
 
 void launch_bias_gradient(Scalar scalar, const void* rows, const void* weights,
-                          const int64_t* offsets, const int64_t* chunks, int64_t num_chunks,
-                          int64_t experts, int64_t width, unsigned* done, void* partial, void* out,
-                          cudaStream_t stream) {
-  if (num_chunks == 0 || width == 0) {
+                          const int64_t* offsets, int64_t count, int64_t experts, int64_t width,
+                          const BiasScratch& scratch, void* out, cudaStream_t stream) {
+  if (experts == 0 || width == 0) {
     return;
   }
   dispatch(scalar, [&](auto zero) {
@@ -229,9 +264,14 @@ void launch_bias_gradient(Scalar scalar, const void* rows, const void* weights,
     dispatch_pack<scalar_t>(aligned_rows(row_bytes, rows), [&](auto pack_size) {
       constexpr int kSize = decltype(pack_size)::value;
       const int64_t strips = bias_strips(scalar, rows, width);
-      sum_chunks_kernel<scalar_t, kSize><<<grid_size(num_chunks * strips), kThreads, 0, stream>>>(
-          static_cast<const scalar_t*>(rows), static_cast<const acc_t*>(weights), offsets, chunks,
-          experts, strips, width, done, static_cast<acc_t*>(partial), static_cast<scalar_t*>(out));
+      cut_chunks_kernel<<<1, kThreads, 0, stream>>>(offsets, experts, experts * strips,
+                                                    scratch.chunks, scratch.done);
+      check_launch("cut_chunks");
+      const int64_t chunks = most_bias_chunks(count, experts);
+      sum_chunks_kernel<scalar_t, kSize><<<grid_size(chunks * strips), kThreads, 0, stream>>>(
+          static_cast<const scalar_t*>(rows), static_cast<const acc_t*>(weights), offsets,
+          scratch.chunks, experts, strips, width, scratch.done,
+          static_cast<acc_t*>(scratch.partial), static_cast<scalar_t*>(out));
       check_launch("bias_gradient");
     });
   });

@@ -20,12 +20,21 @@ constexpr int64_t kBiasChunk = 512;
 /// Strips of columns that `launch_bias_gradient` sums at a time.
 int64_t bias_strips(Scalar scalar, const void* rows, int64_t width);
 
-/// `chunks` [experts+1]: first chunk of each expert, whose rows are cut into pieces of kBiasChunk;
-/// `partial` [chunks[experts], width] of the accumulation type is scratch, and so is `done`
-/// [experts, bias_strips], of zeros. `weights` may be null. Experts without rows: not written.
+/// As many as `rows` rows can be cut into, whichever experts' they are: an expert has one at least.
+inline int64_t most_bias_chunks(int64_t rows, int64_t experts) {
+  return rows / kBiasChunk + experts;
+}
+
+/// Scratch of `launch_bias_gradient`.
+struct BiasScratch {
+  int64_t* chunks;  ///< [experts + 1]
+  unsigned* done;   ///< [experts, bias_strips]
+  void* partial;    ///< [most_bias_chunks, width] of the accumulation type
+};
+
+/// `out` [experts, width] from `count` rows; `weights` may be null.
 void launch_bias_gradient(Scalar scalar, const void* rows, const void* weights,
-                          const int64_t* offsets, const int64_t* chunks, int64_t num_chunks,
-                          int64_t experts, int64_t width, unsigned* done, void* partial, void* out,
-                          cudaStream_t stream);
+                          const int64_t* offsets, int64_t count, int64_t experts, int64_t width,
+                          const BiasScratch& scratch, void* out, cudaStream_t stream);
 
 }  // namespace anabranch::cuda

@@ -62,14 +62,17 @@ void plan_rows_of_one_rank(const torch::Tensor& expert_ids, SendPlan& plan) {
 
 class CudaPlanKernels final : public PlanKernels {
  public:
-  torch::Tensor first_invalid_token(const torch::Tensor& expert_ids, int64_t num_experts,
-                                    bool may_skip) const override {
+  RoutingCheck check_routing(const torch::Tensor& expert_ids, const torch::Tensor& weights,
+                             int64_t num_experts, bool may_skip) const override {
     const OnDevice stream(expert_ids);
-    torch::Tensor token = at::full({}, -1, expert_ids.options());
-    cuda::launch_first_invalid_token(expert_ids.const_data_ptr<int64_t>(), expert_ids.size(0),
-                                     expert_ids.size(1), num_experts, may_skip ? -1 : 0,
-                                     token.data_ptr<int64_t>(), stream);
-    return token;
+    const torch::Tensor tokens = at::full({2}, -1, expert_ids.options());
+    RoutingCheck check{tokens.select(0, 0), tokens.select(0, 1), at::empty_like(weights)};
+    cuda::launch_check_routing(
+        {cuda::scalar_of(weights), expert_ids.const_data_ptr<int64_t>(), weights.const_data_ptr(),
+         expert_ids.size(0), expert_ids.size(1), num_experts, may_skip ? -1 : 0},
+        check.first_nonfinite_token.data_ptr<int64_t>(),
+        check.first_invalid_token.data_ptr<int64_t>(), check.weights.data_ptr(), stream);
+    return check;
   }
 
   SendPlan plan_send(const torch::Tensor& expert_ids, const std::vector<int64_t>& first_expert,
@@ -88,23 +91,32 @@ class CudaPlanKernels final : public PlanKernels {
     return plan;
   }
 
-  LocalPlan plan_local(const torch::Tensor& expert_ids, int64_t num_experts) const override {
+  LocalPlan plan_local(const torch::Tensor& expert_ids, int64_t num_experts,
+                       const LateRefusal* refusal) const override {
     const OnDevice stream(expert_ids);
     const int64_t tokens = expert_ids.size(0);
     const int64_t assignments = expert_ids.numel();
     const auto index = expert_ids.options();
     const Csr by_expert = group(expert_ids.flatten(), num_experts);
     LocalPlan plan{at::empty({num_experts}, index),
+                   {by_expert.offsets, at::empty({num_experts}, index)},
                    by_expert.members,
                    at::empty({assignments}, index),
                    {at::empty({tokens + 1}, index), at::empty({assignments}, index)},
                    at::empty({std::max(tokens + 1, assignments)}, index)};
+    const auto numbers = [](const torch::Tensor& tensor) {
+      return tensor.defined() ? tensor.data_ptr<int64_t>() : nullptr;
+    };
+    const LateRefusal none;
+    const LateRefusal& late = refusal != nullptr ? *refusal : none;
     cuda::launch_local(
         {expert_ids.const_data_ptr<int64_t>(), by_expert.members.const_data_ptr<int64_t>(),
          by_expert.offsets.const_data_ptr<int64_t>(), tokens, expert_ids.size(1), num_experts,
-         plan.expert_counts.data_ptr<int64_t>(), plan.assignment_rows.data_ptr<int64_t>(),
+         plan.expert_counts.data_ptr<int64_t>(),
+         plan.counts.longest_first.data_ptr<int64_t>(), plan.assignment_rows.data_ptr<int64_t>(),
          plan.by_row.offsets.data_ptr<int64_t>(), plan.by_row.members.data_ptr<int64_t>(),
-         plan.places.data_ptr<int64_t>()},
+         plan.places.data_ptr<int64_t>(), numbers(late.first_nonfinite_token),
+         numbers(late.first_invalid_token), numbers(late.told)},
         stream);
     return plan;
   }

@@ -19,25 +19,38 @@ __device__ __forceinline__ int64_t thread_index() {
 unsigned grid_for(int64_t threads) { return grid_size(divide_up(threads, kThreads)); }
 
 /// A warp per token.
+template <typename value_t>
 __global__ void __launch_bounds__(kThreads)
-    first_invalid_token_kernel(const int64_t* __restrict__ expert_ids, int64_t tokens,
-                               int64_t top_k, int64_t num_experts, int64_t least_id,
-                               unsigned long long* first) {
+    check_routing_kernel(const int64_t* __restrict__ expert_ids,
+                         const value_t* __restrict__ weights, int64_t tokens, int64_t top_k,
+                         int64_t num_experts, int64_t least_id, unsigned long long* first_nonfinite,
+                         unsigned long long* first_invalid, value_t* __restrict__ checked_weights) {
   const int64_t token = thread_index() / kWarp;
   if (token >= tokens) {
     return;
   }
   const int64_t* ids = expert_ids + token * top_k;
   bool valid = true;
+  bool finite = true;
   for (int64_t slot = threadIdx.x % kWarp; slot < top_k; slot += kWarp) {
     const int64_t id = ids[slot];
     valid = valid && id >= least_id && id < num_experts;
+    finite = finite && ((id < 0 && id >= least_id) || isfinite(weights[token * top_k + slot]));
     for (int64_t other = 0; other < slot; ++other) {
       valid = valid && (ids[other] != id || id < 0);
     }
   }
-  if (!valid) {
-    atomicMin(first, static_cast<unsigned long long>(token));
+  valid = __all_sync(kFullMask, valid);
+  finite = __all_sync(kFullMask, finite);
+  if (threadIdx.x % kWarp == 0 && !valid) {
+    atomicMin(first_invalid, static_cast<unsigned long long>(token));
+  }
+  if (threadIdx.x % kWarp == 0 && !finite) {
+    atomicMin(first_nonfinite, static_cast<unsigned long long>(token));
+  }
+  for (int64_t slot = threadIdx.x % kWarp; slot < top_k; slot += kWarp) {
+    const int64_t i = token * top_k + slot;
+    checked_weights[i] = valid && finite ? weights[i] : value_t(NAN);
   }
 }
 
@@ -57,6 +70,7 @@ struct DigitPass {
   int shift;
   int digits;
   int64_t blocks;
+  int64_t* offsets;  // [largest_key + 2] first place of each key, or null
 
   __device__ int64_t key(int64_t i) const {  // a negative key is a large one
     return static_cast<int64_t>(
@@ -157,6 +171,11 @@ __global__ void __launch_bounds__(kThreads)
   }
   find_first_places(pass, histogram, totals, first);
   __syncthreads();
+  if (pass.offsets != nullptr && blockIdx.x == 0) {  // where a block's begin, all begin
+    for (int64_t key = threadIdx.x; key <= pass.largest_key + 1; key += kThreads) {
+      pass.offsets[key] = key <= pass.largest_key ? first[key] : pass.count;
+    }
+  }
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   int* own_seen = seen + warp * pass.digits;
@@ -267,13 +286,30 @@ __global__ void __launch_bounds__(kThreads) local_kernel(Local plan) {
   const int64_t i = thread_index();
   const int64_t assignments = plan.tokens * plan.top_k;
   if (i < plan.experts) {
-    plan.expert_counts[i] = plan.expert_offsets[i + 1] - plan.expert_offsets[i];
+    const auto rows_of = [&](int64_t expert) {
+      return plan.expert_offsets[expert + 1] - plan.expert_offsets[expert];
+    };
+    const int64_t rows = rows_of(i);
+    plan.expert_counts[i] = rows;
+    int64_t before = 0;
+#pragma unroll 8
+    for (int64_t other = 0; other < plan.experts; ++other) {
+      const int64_t of_other = rows_of(other);
+      before += of_other > rows || (of_other == rows && other < i);
+    }
+    plan.longest_first[before] = i;
   }
   if (i <= plan.tokens) {
     plan.row_offsets[i] = i * plan.top_k;
   }
   if (i < max(plan.tokens + 1, assignments)) {
     plan.places[i] = i;
+  }
+  if (i == 0 && plan.told != nullptr) {
+    if (*plan.first_nonfinite >= 0) plan.told[0] = *plan.first_nonfinite;
+    if (plan.first_invalid != nullptr && *plan.first_invalid >= 0) {
+      plan.told[1] = *plan.first_invalid;
+    }
   }
   if (i >= assignments) {
     return;
@@ -355,16 +391,22 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void launch_first_invalid_token(const int64_t* expert_ids, int64_t tokens, int64_t top_k,
-                                int64_t num_experts, int64_t least_id, int64_t* token,
-                                cudaStream_t stream) {
-  if (tokens == 0) {
+void launch_check_routing(const RoutingToCheck& routing, int64_t* first_nonfinite,
+                          int64_t* first_invalid, void* checked_weights, cudaStream_t stream) {
+  if (routing.tokens == 0) {
     return;
   }
-  first_invalid_token_kernel<<<grid_for(tokens * kWarp), kThreads, 0, stream>>>(
-      expert_ids, tokens, top_k, num_experts, least_id,
-      reinterpret_cast<unsigned long long*>(token));
-  check_launch("first_invalid_token");
+  const auto launch = [&](auto zero) {
+    using value_t = decltype(zero);
+    check_routing_kernel<<<grid_for(routing.tokens * kWarp), kThreads, 0, stream>>>(
+        routing.expert_ids, static_cast<const value_t*>(routing.weights), routing.tokens,
+        routing.top_k, routing.num_experts, routing.least_id,
+        reinterpret_cast<unsigned long long*>(first_nonfinite),
+        reinterpret_cast<unsigned long long*>(first_invalid),
+        static_cast<value_t*>(checked_weights));
+    check_launch("check_routing");
+  };
+  routing.scalar == Scalar::kDouble ? launch(double{}) : launch(float{});
 }
 
 int64_t group_scratch(int64_t count, int64_t groups) {
@@ -384,7 +426,8 @@ void launch_group(const int64_t* keys, int64_t count, int64_t groups, int64_t* s
   const int digit_bits = static_cast<int>(divide_up(bits, passes));
   const int digits = 1 << digit_bits;
   int64_t* const totals = histogram + digits * blocks;
-  DigitPass pass{keys, nullptr, count, groups - 1, 0, digits, blocks};
+  const bool one_pass = passes == 1 && count > 0;
+  DigitPass pass{keys, nullptr, count, groups - 1, 0, digits, blocks, one_pass ? offsets : nullptr};
   for (int i = 0; i < passes && count > 0; ++i, pass.shift += digit_bits) {
     int64_t* const target = (passes - i) % 2 == 1 ? members : spare_members;
     count_digits_kernel<<<grid_size(blocks), kThreads, 0, stream>>>(pass, histogram);
@@ -396,6 +439,9 @@ void launch_group(const int64_t* keys, int64_t count, int64_t groups, int64_t* s
     check_launch("place");
     pass.keys = sorted_keys[i % 2];
     pass.members = target;
+  }
+  if (one_pass) {
+    return;
   }
   find_offsets_kernel<<<grid_for(groups + 1), kThreads, 0, stream>>>(pass.keys, count, groups,
                                                                      offsets);

@@ -6,10 +6,18 @@
 
 namespace anabranch::cuda {
 
-/// `token` starts at −1. `least_id`: 0, or −1 where an id of −1 is none.
-void launch_first_invalid_token(const int64_t* expert_ids, int64_t tokens, int64_t top_k,
-                                int64_t num_experts, int64_t least_id, int64_t* token,
-                                cudaStream_t stream);
+struct RoutingToCheck {
+  Scalar scalar;  ///< fp32 or fp64, of the weights
+  const int64_t* expert_ids;
+  const void* weights;
+  int64_t tokens;
+  int64_t top_k;
+  int64_t num_experts;
+  int64_t least_id;  ///< 0, or −1 where an id of −1 is none
+};
+/// The tokens start at −1. See RoutingCheck.
+void launch_check_routing(const RoutingToCheck& routing, int64_t* first_nonfinite,
+                          int64_t* first_invalid, void* checked_weights, cudaStream_t stream);
 
 /// int64 elements of scratch that `launch_group` needs.
 int64_t group_scratch(int64_t count, int64_t groups);
@@ -55,10 +63,15 @@ struct Local {
   int64_t top_k;
   int64_t experts;
   int64_t* expert_counts;
+  int64_t* longest_first;
   int64_t* assignment_rows;
   int64_t* row_offsets;
   int64_t* row_members;
   int64_t* places;
+  // See LateRefusal; null where there is none.
+  const int64_t* first_nonfinite;
+  const int64_t* first_invalid;
+  int64_t* told;
 };
 
 void launch_local(const Local& plan, cudaStream_t stream);

@@ -100,8 +100,8 @@ class CudaRoutingKernels final : public RoutingKernels {
                                    routed.probabilities.const_data_ptr(),
                                    routed.logsumexp.const_data_ptr(),
                                    dweights.const_data_ptr(),
-                                   dprobability_sum.const_data_ptr(),
-                                   dsquared_logsumexp_sum.const_data_ptr()};
+                                   cuda::address_or_null(dprobability_sum),
+                                   cuda::address_or_null(dsquared_logsumexp_sum)};
     const auto launch = rule.router_score == RouterScore::kSigmoid
                             ? cuda::launch_route_backward_of_sigmoids
                             : cuda::launch_route_backward;

@@ -199,22 +199,22 @@ __global__ void __launch_bounds__(kThreads)
   }
   value_t mean = 0;
   for (int expert = lanes.lane; expert < experts; expert += kLanes) {
-    mean += p[expert] * state.dprobability_sum[expert];
+    mean += p[expert] * state.dprobability(expert);
   }
   for (int slot = lanes.lane; slot < top_k; slot += kLanes) {
     mean += p[ids[slot]] * (scale * dweights[slot] - inner) / sum;
   }
   mean = lanes.sum(mean);
-  const value_t rest = 2 * state.logsumexp[token] * *state.dsquared_logsumexp_sum - mean;
+  const value_t rest = 2 * state.logsumexp[token] * state.dsquared_logsumexp() - mean;
   value_t* target = dlogits + token * experts;
   for (int expert = lanes.lane; expert < experts; expert += kLanes) {
-    target[expert] = p[expert] * (state.dprobability_sum[expert] + rest);
+    target[expert] = p[expert] * (state.dprobability(expert) + rest);
   }
   __syncwarp(lanes.mask);  // the selected experts' are written again, by other lanes
   for (int slot = lanes.lane; slot < top_k; slot += kLanes) {
     const int64_t expert = ids[slot];
     const value_t dprobability =
-        state.dprobability_sum[expert] + (scale * dweights[slot] - inner) / sum;
+        state.dprobability(expert) + (scale * dweights[slot] - inner) / sum;
     target[expert] = p[expert] * (dprobability + rest);
   }
 }

@@ -66,7 +66,7 @@ struct RouteOutput {
         first_nonfinite_token(
             reinterpret_cast<unsigned long long*>(results.first_nonfinite_token)) {}
 
-  /// A token that is never routed: any distinct experts will do.
+  /// A token that is never routed: any distinct experts will do, and what they give is NaN.
   template <int kLanes>
   __device__ void refuse(int64_t token, int top_k, const Lanes<value_t, kLanes>& lanes,
                          unsigned* histogram) const {
@@ -123,6 +123,14 @@ struct RouteState {
   const value_t* probabilities;
   const value_t* logsumexp;
   const value_t* dweights;
+  __device__ value_t dprobability(int64_t expert) const {
+    return dprobability_sum != nullptr ? dprobability_sum[expert] : value_t(0);
+  }
+  __device__ value_t dsquared_logsumexp() const {
+    return dsquared_logsumexp_sum != nullptr ? *dsquared_logsumexp_sum : value_t(0);
+  }
+
+ private:
   const value_t* dprobability_sum;
   const value_t* dsquared_logsumexp_sum;
 };

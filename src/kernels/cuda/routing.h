@@ -39,8 +39,8 @@ struct RouteInputs {
   const void* probabilities;  ///< of sigmoids: the logits
   const void* logsumexp;
   const void* dweights;                ///< [T, k]
-  const void* dprobability_sum;        ///< [E]
-  const void* dsquared_logsumexp_sum;  ///< []
+  const void* dprobability_sum;        ///< [E], may be null: zero
+  const void* dsquared_logsumexp_sum;  ///< [], may be null: zero
 };
 
 /// Of softmax scores, however they were chosen.

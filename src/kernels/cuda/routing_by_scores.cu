@@ -259,16 +259,16 @@ __global__ void __launch_bounds__(kThreads)
   for (int expert = lanes.lane; expert < experts; expert += kLanes) {
     const value_t score = sigmoid_of(logits[expert]);
     sum += score;
-    mean += score * state.dprobability_sum[expert];
+    mean += score * state.dprobability(expert);
   }
   sum = lanes.sum(sum) + static_cast<value_t>(kLeastScoreSum);
   mean = lanes.sum(mean) / sum;
   const value_t logsumexp = state.logsumexp[token];
-  const value_t dlogsumexp = 2 * logsumexp * *state.dsquared_logsumexp_sum;
+  const value_t dlogsumexp = 2 * logsumexp * state.dsquared_logsumexp();
   value_t* target = dlogits + token * experts;
   const auto dlogit = [&](int64_t expert, value_t through_weight) {
     const value_t score = sigmoid_of(logits[expert]);
-    const value_t dscore = through_weight + (state.dprobability_sum[expert] - mean) / sum;
+    const value_t dscore = through_weight + (state.dprobability(expert) - mean) / sum;
     return score * (1 - score) * dscore + exp(logits[expert] - logsumexp) * dlogsumexp;
   };
   for (int expert = lanes.lane; expert < experts; expert += kLanes) {
