@@ -29,7 +29,8 @@ Kind kind_of(const torch::Tensor& tensor) {
 
 /// Of what is summed over rows of `rows`' type.
 Kind kind_of_sums(const torch::Tensor& rows) {
-  return {at::toOpMathType(rows.scalar_type()), rows.device()};
+  const auto [dtype, device] = kind_of(rows);
+  return {at::toOpMathType(dtype), device};
 }
 
 void check_operand(const torch::Tensor& tensor, int64_t dim, const char* name, const Kind& kind) {
@@ -82,28 +83,31 @@ void check_product(const GroupedGemmEngine& engine, const torch::Tensor& rows, c
   const Kind kind = kind_of(rows);
   check_operand(rows, 2, name, kind);
   check_operand(weight, 3, "weight", kind);
-  check_input(weight.size(0) == counts.experts(), "grouped GEMM: weight of ",
-              weight.size(0), " experts with ", counts.experts(), " counts");
+  check_input(weight.size(0) == counts.experts(), "grouped GEMM: weight of ", weight.size(0),
+              " experts with ", counts.experts(), " counts");
   check_input(weight.size(dim) == rows.size(1), "grouped GEMM: rows of width ", rows.size(1),
               " against a weight of shape ", weight.sizes());
   check_counts(counts, rows.size(0));
   check_supported(engine, weight.scalar_type(), weight.size(1), weight.size(2));
 }
 
+std::array<int64_t, 3> sizes_of_wgrad(const torch::Tensor& dy, const torch::Tensor& x,
+                                      const ExpertCounts& counts) {
+  return {counts.experts(), dy.size(1), x.size(1)};
+}
+
+/// `result`: of the weight's sizes, and of `result_kind`.
 void check_wgrad(const GroupedGemmEngine& engine, const torch::Tensor& dy, const torch::Tensor& x,
-                 const ExpertCounts& counts) {
+                 const ExpertCounts& counts, const torch::Tensor& result, const char* name,
+                 const Kind& result_kind) {
   const Kind kind = kind_of(dy);
   check_operand(dy, 2, "dy", kind);
   check_operand(x, 2, "x", kind);
   check_input(x.size(0) == dy.size(0), "grouped GEMM: dy has ", dy.size(0), " rows and x ",
               x.size(0));
   check_counts(counts, x.size(0));
+  check_output(result, sizes_of_wgrad(dy, x, counts), name, result_kind);
   check_supported(engine, dy.scalar_type(), dy.size(1), x.size(1));
-}
-
-std::array<int64_t, 3> sizes_of_wgrad(const torch::Tensor& dy, const torch::Tensor& x,
-                                      const ExpertCounts& counts) {
-  return {counts.experts(), dy.size(1), x.size(1)};
 }
 
 }  // namespace
@@ -138,15 +142,13 @@ void GroupedGemmEngine::dgrad(const torch::Tensor& dy, const torch::Tensor& weig
 
 void GroupedGemmEngine::wgrad(const torch::Tensor& dy, const torch::Tensor& x,
                               const ExpertCounts& counts, torch::Tensor& dweight) {
-  check_wgrad(*this, dy, x, counts);
-  check_output(dweight, sizes_of_wgrad(dy, x, counts), "dweight", kind_of(dy));
+  check_wgrad(*this, dy, x, counts, dweight, "dweight", kind_of(dy));
   do_wgrad(dy, x, counts, dweight);
 }
 
 void GroupedGemmEngine::wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
                                          const ExpertCounts& counts, torch::Tensor& sum) {
-  check_wgrad(*this, dy, x, counts);
-  check_output(sum, sizes_of_wgrad(dy, x, counts), "sum", kind_of_sums(dy));
+  check_wgrad(*this, dy, x, counts, sum, "sum", kind_of_sums(dy));
   do_wgrad_accumulate(dy, x, counts, sum);
 }
 
@@ -165,7 +167,8 @@ torch::Tensor GroupedGemmEngine::forward_activated(const torch::Tensor& x,
 void GroupedGemmEngine::dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
                                         const ExpertCounts& counts,
                                         const HiddenActivation& activation,
-                                        const torch::Tensor& hidden, const torch::Tensor& routing_weights,
+                                        const torch::Tensor& hidden,
+                                        const torch::Tensor& routing_weights,
                                         ActivatedGradient& gradient) {
   check_product(*this, dy, "dy", weight, 1, counts);
   const int64_t n = weight.size(2);
@@ -181,8 +184,7 @@ void GroupedGemmEngine::dgrad_activated(const torch::Tensor& dy, const torch::Te
 }
 
 void GroupedGemmEngine::do_wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
-                                            const ExpertCounts& counts,
-                                            torch::Tensor& sum) {
+                                            const ExpertCounts& counts, torch::Tensor& sum) {
   int64_t first_row = 0;
   for (int64_t e = 0; e < counts.experts(); ++e) {
     const int64_t count = counts.on_host()[e];
@@ -200,19 +202,19 @@ torch::Tensor GroupedGemmEngine::do_forward_activated(const torch::Tensor& x,
                                                       const HiddenActivation& activation,
                                                       torch::Tensor& hidden) {
   do_forward(x, weight, counts, hidden);
-  return ActivationKernels::on(x.device())
-      .activate(hidden, activation.activation, activation.glu);
+  return ActivationKernels::on(x.device()).activate(hidden, activation.activation, activation.glu);
 }
 
 void GroupedGemmEngine::do_dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
                                            const ExpertCounts& counts,
                                            const HiddenActivation& activation,
-                                           const torch::Tensor& hidden, const torch::Tensor& routing_weights,
+                                           const torch::Tensor& hidden,
+                                           const torch::Tensor& routing_weights,
                                            ActivatedGradient& gradient) {
   do_dgrad(dy, weight, counts, gradient.activated);
   ActivationKernels::on(dy.device())
-      .activate_backward(gradient.activated, hidden, routing_weights, activation.activation, activation.glu,
-                         {gradient.dhidden, gradient.drouting_weights});
+      .activate_backward(gradient.activated, hidden, routing_weights, activation.activation,
+                         activation.glu, {gradient.dhidden, gradient.drouting_weights});
 }
 
 torch::Tensor grouped_gemm(GroupedGemmEngine& engine, const torch::Tensor& x,

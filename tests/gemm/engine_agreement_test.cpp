@@ -186,11 +186,14 @@ TEST_F(AutoTest, OnceSettledMeasuresNothing) {
   EXPECT_EQ(tortoise.calls, 3);
 }
 
-TEST_F(AutoTest, MeasuresNothingWherePyTorchIsToBeDeterministic) {
+TEST_F(AutoTest, MeasuresNothingWherePyTorchRefusesWhatIsNotDeterministic) {
   hare.delay = std::chrono::milliseconds(2);
-  at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
+  at::Context& context = at::globalContext();
+  const bool before = context.deterministicAlgorithms();
+  const bool warned_only = context.deterministicAlgorithmsWarnOnly();
+  context.setDeterministicAlgorithms(true, /*warn_only=*/false);
   multiply(*engine_, 48, {20, 30});
-  at::globalContext().setDeterministicAlgorithms(false, /*warn_only=*/false);
+  context.setDeterministicAlgorithms(before, warned_only);
   EXPECT_EQ(hare.calls, 1);
   EXPECT_EQ(tortoise.calls, 0);
 }

@@ -93,7 +93,8 @@ class AutoEngine final : public GroupedGemmEngine {
                           ActivatedGradient& gradient) override {
     // What is measured more than once must not write over what it reads.
     const auto try_out = [&](GroupedGemmEngine& engine) {
-      ActivatedGradient scratch = {at::empty_like(hidden), gradient.drouting_weights, gradient.activated};
+      ActivatedGradient scratch = {at::empty_like(hidden), gradient.drouting_weights,
+                                   gradient.activated};
       engine.dgrad_activated(dy, weight, counts, activation, hidden, routing_weights, scratch);
     };
     best(activation.glu ? "dgrad with GLU" : "dgrad with activation", weight, counts, dy, try_out)
@@ -164,7 +165,7 @@ class AutoEngine final : public GroupedGemmEngine {
       return is_considered(name) && engine(name).supports(dtype, n, k) &&
              (!captured || counts.known_to_host() || reads_counts_there(name));
     };
-    if (product.rows == 0 || weight.numel() == 0 || at::globalContext().deterministicAlgorithms()) {
+    if (product.rows == 0 || weight.numel() == 0 || is_to_be_deterministic()) {
       return by_rule(product, able);
     }
     const EngineChoices& known = settled_ ? *settled_ : *choices_;
@@ -191,6 +192,12 @@ class AutoEngine final : public GroupedGemmEngine {
       choice = choices_->keep(product, *choice, able);
     }
     return engine(choice->engine);
+  }
+
+  /// Whether PyTorch refuses what is not deterministic.
+  static bool is_to_be_deterministic() {
+    const at::Context& context = at::globalContext();
+    return context.deterministicAlgorithms() && !context.deterministicAlgorithmsWarnOnly();
   }
 
   bool is_considered(const std::string& name) const {

@@ -44,9 +44,8 @@ Product product_of(const std::string& operation, torch::Dtype dtype, int64_t n, 
 
 Product product_of(const std::string& operation, torch::Dtype dtype, int64_t n, int64_t k,
                    const std::vector<int64_t>& counts) {
-  Product product =
-      product_of(operation, dtype, n, k, static_cast<int64_t>(counts.size()),
-                 std::accumulate(counts.begin(), counts.end(), int64_t{0}));
+  Product product = product_of(operation, dtype, n, k, static_cast<int64_t>(counts.size()),
+                               std::accumulate(counts.begin(), counts.end(), int64_t{0}));
   product.skew = skew_of(counts);
   return product;
 }
