@@ -27,13 +27,13 @@ class BlockSparse final : public GroupedGemmEngine {
   }
 
  private:
-  void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
-                  const ExpertCounts& counts, torch::Tensor& y) override {
+  void do_forward(const torch::Tensor& x, const torch::Tensor& weight, const ExpertCounts& counts,
+                  torch::Tensor& y) override {
     multiply(build_topology(counts.on_host(), weight.size(1), block_, x.device()), Product::kSdd,
              {y, x, weight});
   }
-  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-                const ExpertCounts& counts, torch::Tensor& dx) override {
+  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight, const ExpertCounts& counts,
+                torch::Tensor& dx) override {
     multiply(build_topology(counts.on_host(), weight.size(1), block_, dy.device()), Product::kDsd,
              {dy, dx, weight});
   }

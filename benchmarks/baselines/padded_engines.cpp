@@ -67,12 +67,12 @@ class PaddedEngine : public GroupedGemmEngine {
   }
 
  protected:
-  void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
-                  const ExpertCounts& counts, torch::Tensor& y) override {
+  void do_forward(const torch::Tensor& x, const torch::Tensor& weight, const ExpertCounts& counts,
+                  torch::Tensor& y) override {
     multiply_rows(x, weight.transpose(1, 2), counts, y);
   }
-  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-                const ExpertCounts& counts, torch::Tensor& dx) override {
+  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight, const ExpertCounts& counts,
+                torch::Tensor& dx) override {
     multiply_rows(dy, weight, counts, dx);
   }
   void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,

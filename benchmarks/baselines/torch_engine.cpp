@@ -28,12 +28,12 @@ class TorchEngine final : public GroupedGemmEngine {
   }
 
  private:
-  void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
-                  const ExpertCounts& counts, torch::Tensor& y) override {
+  void do_forward(const torch::Tensor& x, const torch::Tensor& weight, const ExpertCounts& counts,
+                  torch::Tensor& y) override {
     multiply(x, weight.transpose(1, 2), counts, y);
   }
-  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-                const ExpertCounts& counts, torch::Tensor& dx) override {
+  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight, const ExpertCounts& counts,
+                torch::Tensor& dx) override {
     multiply(dy, weight, counts, dx);
   }
   void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,
@@ -43,13 +43,14 @@ class TorchEngine final : public GroupedGemmEngine {
       return;
     }
     multiply(dy.t(), x, counts, dweight);
-    for (size_t e = 0; e < counts.on_host().size(); ++e) {  // sums of nothing, of which it says nothing
+    for (size_t e = 0; e < counts.on_host().size();
+         ++e) {  // sums of nothing, of which it says nothing
       if (counts.on_host()[e] == 0) dweight.select(0, static_cast<int64_t>(e)).zero_();
     }
   }
 
-  static void multiply(const torch::Tensor& a, const torch::Tensor& b,
-                       const ExpertCounts& counts, torch::Tensor& c) {
+  static void multiply(const torch::Tensor& a, const torch::Tensor& b, const ExpertCounts& counts,
+                       torch::Tensor& c) {
     if (c.numel() > 0) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       c.copy_(at::_grouped_mm(a, b, row_ends(counts.on_host(), a.device())));

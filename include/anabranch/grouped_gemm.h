@@ -19,8 +19,9 @@ struct HiddenActivation {
 
 /// One way to multiply each expert's own rows by its own weight.
 ///
-/// Rows lie expert-major, see ExpertCounts. Counts are exact and may be zero. Tensors are contiguous, of one type and device; outputs are
-/// preallocated and every element is written. Accumulation in fp32 (fp64 for fp64). No autograd.
+/// Rows lie expert-major, see ExpertCounts. Counts are exact and may be zero. Tensors are contiguous, of one
+/// type and device; outputs are preallocated and every element is written. Accumulation in fp32 (fp64 for
+/// fp64). No autograd.
 ///
 /// The public calls check their arguments and throw InputError before anything is computed.
 class GroupedGemmEngine {
@@ -36,34 +37,34 @@ class GroupedGemmEngine {
   virtual bool is_settled() const;
   /// What an engine that chooses has chosen, as text for another process; empty of others.
   virtual std::string choices() const;
-  /// Takes the choices of such a text alone from now on: it measures no more, and what they lack is chosen
-  /// as they choose what is nearest to it, or by its shape where nothing is near.
+  /// Takes the choices of such a text, or of an empty one, alone from now on: it measures no more, and what
+  /// they lack is chosen as they choose what is nearest to it, or by its shape where nothing is near.
   virtual void settle_on(const std::string& choices);
   /// Rows of padding that it multiplies besides those of the experts' tokens.
   virtual int64_t padding_rows(const ExpertCounts& counts) const;
 
   /// y[P, n] = x[P, k] · weight[e]ᵀ, weight [experts, n, k].
-  void forward(const torch::Tensor& x, const torch::Tensor& weight,
-               const ExpertCounts& counts, torch::Tensor& y);
+  void forward(const torch::Tensor& x, const torch::Tensor& weight, const ExpertCounts& counts,
+               torch::Tensor& y);
   /// dx[P, k] = dy[P, n] · weight[e].
-  void dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-             const ExpertCounts& counts, torch::Tensor& dx);
+  void dgrad(const torch::Tensor& dy, const torch::Tensor& weight, const ExpertCounts& counts,
+             torch::Tensor& dx);
   /// dweight[e] = dy_eᵀ · x_e, [experts, n, k]; zero for an expert without rows.
   void wgrad(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,
              torch::Tensor& dweight);
   /// sum[e] += dy_eᵀ · x_e, in fp32 (fp64) whatever the type of the rows; sum [experts, n, k].
-  void wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
-                        const ExpertCounts& counts, torch::Tensor& sum);
+  void wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,
+                        torch::Tensor& sum);
 
   /// hidden [P, n] = forward(x, weight); returns its activation, [P, n] (glu: [P, n / 2]).
   torch::Tensor forward_activated(const torch::Tensor& x, const torch::Tensor& weight,
-                                  const ExpertCounts& counts,
-                                  const HiddenActivation& activation, torch::Tensor& hidden);
+                                  const ExpertCounts& counts, const HiddenActivation& activation,
+                                  torch::Tensor& hidden);
 
   /// Backward of routing_weights · activation(hidden), followed by the projection with `weight`, whose result
   /// has the gradient `dy`.
   struct ActivatedGradient {
-    torch::Tensor dhidden;  ///< of hidden's shape; may be hidden itself
+    torch::Tensor dhidden;           ///< of hidden's shape; may be hidden itself
     torch::Tensor drouting_weights;  ///< [P] fp32 (fp64)
     torch::Tensor
         activated;  ///< [P, n]: routing_weights · activation(hidden), which the weight's gradient needs
@@ -82,8 +83,8 @@ class GroupedGemmEngine {
                           const ExpertCounts& counts, torch::Tensor& y) = 0;
   virtual void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
                         const ExpertCounts& counts, torch::Tensor& dx) = 0;
-  virtual void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x,
-                        const ExpertCounts& counts, torch::Tensor& dweight) = 0;
+  virtual void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,
+                        torch::Tensor& dweight) = 0;
   /// Here one product an expert, of rows as wide as the sum.
   virtual void do_wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
                                    const ExpertCounts& counts, torch::Tensor& sum);
@@ -95,15 +96,21 @@ class GroupedGemmEngine {
                                              const HiddenActivation& activation,
                                              torch::Tensor& hidden);
   virtual void do_dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
-                                  const ExpertCounts& counts,
-                                  const HiddenActivation& activation, const torch::Tensor& hidden,
-                                  const torch::Tensor& routing_weights, ActivatedGradient& gradient);
+                                  const ExpertCounts& counts, const HiddenActivation& activation,
+                                  const torch::Tensor& hidden, const torch::Tensor& routing_weights,
+                                  ActivatedGradient& gradient);
 };
 
-/// The engine of that name for that device: one of `grouped_gemm_engines`, or "auto". On a GPU auto
-/// measures those it chooses from when it first meets a product (operation, type, sizes, experts, rows
-/// and skew by powers of two), which takes a second or two, and keeps the choice in a file in
-/// $ANABRANCH_CACHE_DIR, by default the user's cache folder.
+/// The engine of that name for that device: one of `grouped_gemm_engines`, "auto" or "deterministic".
+///
+/// On a GPU auto measures those it chooses from when it first meets a product (operation, type, sizes, rows
+/// and skew by powers of two), which takes a second or two, and milliseconds where it knows a similar one.
+/// It keeps the choice in a file in $ANABRANCH_CACHE_DIR, by default the user's cache folder, which
+/// processes and hosts may share: the first choice is that of all. It measures nothing while PyTorch is to
+/// refuse what is not deterministic. A layer over several ranks takes what its rank 0 has measured before its
+/// first step.
+///
+/// "deterministic" is auto without a clock or a file: it chooses by type, sizes and rows alone.
 std::shared_ptr<GroupedGemmEngine> make_grouped_gemm_engine(torch::Device device,
                                                             const std::string& name = "auto");
 /// Names of the engines that run on a device.

@@ -72,7 +72,7 @@ struct MoEOptions {
 
   /// Keep only the received rows for backward and compute the up-projection again there.
   bool recompute = false;
-  /// Grouped GEMM engine: "auto" or one of `grouped_gemm_engines(device)`.
+  /// Grouped GEMM engine: "auto", "deterministic" or one of `grouped_gemm_engines(device)`.
   std::string engine = "auto";
   Errors errors = Errors::kLate;
 

@@ -8,5 +8,5 @@ from . import _library  # noqa: F401
 
 
 def grouped_gemm_engines(device: torch.device | str = "cpu") -> list[str]:
-    """Names of the engines that run on a device, for `MoE(engine=...)`; besides them there is "auto"."""
+    """Names of the engines that run on a device, for `MoE(engine=...)`; besides them "auto" and "deterministic"."""
     return list(torch.ops.anabranch.grouped_gemm_engines(torch.device(device)))

@@ -95,7 +95,8 @@ class MoE(nn.Module):
         group_score: of a group: "top_two_sum" of its experts' scores (DeepSeek-V3), or "maximum".
         jitter: training only: noise on the router's input, uniform in [1 − jitter, 1 + jitter].
         recompute: keep only the received rows for backward, and compute the up-projection again.
-        engine: grouped GEMM engine: "auto", or one of `grouped_gemm_engines(device)`.
+        engine: grouped GEMM engine: "auto", which measures once; "deterministic", auto's choice by shape alone; or
+            one of `grouped_gemm_engines(device)`.
         errors: when a routing that is refused (NaN in a gate, expert ids out of range or twice) is an error: "late", on a
             GPU that only this process uses, for which nothing is waited: its tokens' outputs are NaN, and the error
             comes from the layer's next forward, `check` or `finish_gradients`; or "at_call", which waits once a step.

@@ -24,7 +24,8 @@ struct Table {
   std::vector<EngineEntry> entries = {
       {"cpu", [](torch::Device device) { return device.is_cpu(); },
        [](torch::Device) { return make_cpu_engine(); }, true},
-      {"hopper", runs_hopper, [](torch::Device) { return make_hopper_engine(); }, true, /*reads_counts_on_gpu=*/true},
+      {"hopper", runs_hopper, [](torch::Device) { return make_hopper_engine(); }, true,
+       /*reads_counts_on_gpu=*/true},
       cublas_loop(1),
       cublas_loop(2),
       cublas_loop(4),

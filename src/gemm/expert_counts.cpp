@@ -39,8 +39,7 @@ struct ExpertCounts::State {
 ExpertCounts::ExpertCounts(std::vector<int64_t> counts) : state_(std::make_shared<State>()) {
   state_->experts = static_cast<int64_t>(counts.size());
   // What overflows is refused where it is used, and must not be undefined here.
-  state_->rows =
-      static_cast<int64_t>(std::accumulate(counts.begin(), counts.end(), uint64_t{0}));
+  state_->rows = static_cast<int64_t>(std::accumulate(counts.begin(), counts.end(), uint64_t{0}));
   state_->known_to_host = true;
   state_->on_host = std::move(counts);
 }

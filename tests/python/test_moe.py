@@ -124,7 +124,7 @@ def test_two_runs_agree_bit_for_bit(device):
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("engine", ["auto", *anabranch.grouped_gemm_engines("cpu")])
+@pytest.mark.parametrize("engine", ["auto", "deterministic", *anabranch.grouped_gemm_engines("cpu")])
 def test_engines_by_name(engine):
     layer = anabranch.MoE(8, 12, 4, 2, engine=engine, dtype=torch.float32)
     weights = torch.rand(9, 2, requires_grad=True)

@@ -91,8 +91,8 @@ class CpuEngine : public GroupedGemmEngine {
   std::string name() const override { return "cpu"; }
 
  private:
-  void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
-                  const ExpertCounts& counts, torch::Tensor& y) override {
+  void do_forward(const torch::Tensor& x, const torch::Tensor& weight, const ExpertCounts& counts,
+                  torch::Tensor& y) override {
     run(cut(counts.on_host(), [](int64_t count) { return count; }), [&](const Piece& piece) {
       const int64_t first = piece.first_row + piece.start;
       auto out = y.narrow(0, first, piece.extent);
@@ -100,8 +100,8 @@ class CpuEngine : public GroupedGemmEngine {
     });
   }
 
-  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-                const ExpertCounts& counts, torch::Tensor& dx) override {
+  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight, const ExpertCounts& counts,
+                torch::Tensor& dx) override {
     run(cut(counts.on_host(), [](int64_t count) { return count; }), [&](const Piece& piece) {
       const int64_t first = piece.first_row + piece.start;
       auto out = dx.narrow(0, first, piece.extent);

@@ -249,13 +249,13 @@ class CublasLoop final : public GroupedGemmEngine {
   std::string name() const override { return c10::str("cublas_loop_", streams_); }
 
  private:
-  void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
-                  const ExpertCounts& counts, torch::Tensor& y) override {
+  void do_forward(const torch::Tensor& x, const torch::Tensor& weight, const ExpertCounts& counts,
+                  torch::Tensor& y) override {
     const OnDevice stream(x);
     lanes_->run(forward_products(x, weight, counts.on_host(), y, stream), streams_, stream);
   }
-  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-                const ExpertCounts& counts, torch::Tensor& dx) override {
+  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight, const ExpertCounts& counts,
+                torch::Tensor& dx) override {
     const OnDevice stream(dy);
     lanes_->run(dgrad_products(dy, weight, counts.on_host(), dx, stream), streams_, stream);
   }

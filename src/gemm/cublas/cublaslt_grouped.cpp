@@ -75,13 +75,13 @@ class CublasLtGrouped final : public GroupedGemmEngine {
   }
 
  private:
-  void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
-                  const ExpertCounts& counts, torch::Tensor& y) override {
+  void do_forward(const torch::Tensor& x, const torch::Tensor& weight, const ExpertCounts& counts,
+                  torch::Tensor& y) override {
     const OnDevice stream(x);
     run(forward_products(x, weight, counts.on_host(), y, stream), x.device(), stream);
   }
-  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-                const ExpertCounts& counts, torch::Tensor& dx) override {
+  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight, const ExpertCounts& counts,
+                torch::Tensor& dx) override {
     const OnDevice stream(dy);
     run(dgrad_products(dy, weight, counts.on_host(), dx, stream), dy.device(), stream);
   }

@@ -40,15 +40,15 @@ class HopperEngine final : public GroupedGemmEngine {
   }
 
  private:
-  void do_forward(const torch::Tensor& x, const torch::Tensor& weight,
-                  const ExpertCounts& counts, torch::Tensor& y) override {
+  void do_forward(const torch::Tensor& x, const torch::Tensor& weight, const ExpertCounts& counts,
+                  torch::Tensor& y) override {
     if (x.size(0) == 0) return;
     multiply({Operation::kForward, element_of(x)}, {rows_map(x), weight_map(weight), rows_map(y)},
              sizes(0, weight.size(1), weight.size(2)), counts, x);
   }
 
-  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
-                const ExpertCounts& counts, torch::Tensor& dx) override {
+  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight, const ExpertCounts& counts,
+                torch::Tensor& dx) override {
     if (dy.size(0) == 0) return;
     multiply({Operation::kDgrad, element_of(dy)}, {rows_map(dy), weight_map(weight), rows_map(dx)},
              sizes(0, weight.size(2), weight.size(1)), counts, dy);
@@ -74,8 +74,7 @@ class HopperEngine final : public GroupedGemmEngine {
   }
 
   torch::Tensor do_forward_activated(const torch::Tensor& x, const torch::Tensor& weight,
-                                     const ExpertCounts& counts,
-                                     const HiddenActivation& activation,
+                                     const ExpertCounts& counts, const HiddenActivation& activation,
                                      torch::Tensor& hidden) override {
     const int64_t n = activation.glu ? weight.size(1) / 2 : weight.size(1);
     if (!fuses(activation, n) || x.size(0) == 0) {
@@ -97,8 +96,8 @@ class HopperEngine final : public GroupedGemmEngine {
                           ActivatedGradient& gradient) override {
     const int64_t n = weight.size(2);
     if (!fuses(activation, n) || dy.size(0) == 0) {
-      return GroupedGemmEngine::do_dgrad_activated(dy, weight, counts, activation, hidden, routing_weights,
-                                                   gradient);
+      return GroupedGemmEngine::do_dgrad_activated(dy, weight, counts, activation, hidden,
+                                                   routing_weights, gradient);
     }
     const auto dots =
         at::empty({dy.size(0), (n + 63) / 64}, gradient.drouting_weights.options());  // see Problem

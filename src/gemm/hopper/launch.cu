@@ -88,9 +88,8 @@ void launch(const Task& task, Tiling tiling, const Maps& maps, const Problem& pr
 }
 
 /// Eight lanes a row, in a fixed order.
-__global__ void __launch_bounds__(256)
-    sum_dots_kernel(const float* __restrict__ dots, int64_t rows, int64_t width,
-                    float* __restrict__ sums) {
+__global__ void __launch_bounds__(256) sum_dots_kernel(const float* __restrict__ dots, int64_t rows,
+                                                       int64_t width, float* __restrict__ sums) {
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x) / 8;
   float sum = 0;
   if (row < rows) {
@@ -117,8 +116,8 @@ void launch_sum_dots(const float* dots, int64_t rows, int64_t width, float* sums
   check_launch("sum_dots");
 }
 
-void launch_grouped_gemm(const Task& task, const Maps& maps, const Problem& problem,
-                         int64_t rows, cudaStream_t stream) {
+void launch_grouped_gemm(const Task& task, const Maps& maps, const Problem& problem, int64_t rows,
+                         cudaStream_t stream) {
   const Tiling tiling = choose_tiling(task, {problem.experts, rows, problem.n, problem.k});
   if (task.element == Element::kBfloat16) {
     launch<__nv_bfloat16>(task, tiling, maps, problem, stream);

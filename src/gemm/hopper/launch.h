@@ -9,8 +9,8 @@ namespace anabranch::hopper {
 
 /// The products of `problem`, whose experts have `rows` rows together, on the current device, in the
 /// order of `stream`.
-void launch_grouped_gemm(const Task& task, const Maps& maps, const Problem& problem,
-                         int64_t rows, cudaStream_t stream);
+void launch_grouped_gemm(const Task& task, const Maps& maps, const Problem& problem, int64_t rows,
+                         cudaStream_t stream);
 
 /// sums [rows]: those of each row of `dots` [rows, width], see Problem.
 void launch_sum_dots(const float* dots, int64_t rows, int64_t width, float* sums,

@@ -17,8 +17,7 @@ class ExpertUnits {
 
   /// Of sums over rows the longest come first: short ones then fill the gaps at the end.
   __device__ Group expert(int place) const {
-    const int expert =
-        shape::kRaggedK ? static_cast<int>(problem_.longest_first[place]) : place;
+    const int expert = shape::kRaggedK ? static_cast<int>(problem_.longest_first[place]) : place;
     const int first_row = static_cast<int>(problem_.first_row[expert]);
     return {expert, first_row, static_cast<int>(problem_.first_row[expert + 1]) - first_row};
   }
@@ -29,7 +28,9 @@ class ExpertUnits {
   __device__ int units(const Group& group) const { return rows(group) * columns_; }
 
   /// Neighbouring experts share a slot where there are many.
-  __device__ int experts_of_slot() const { return (problem_.experts + kMostSlots - 1) / kMostSlots; }
+  __device__ int experts_of_slot() const {
+    return (problem_.experts + kMostSlots - 1) / kMostSlots;
+  }
   __device__ int slots() const {
     return (problem_.experts + experts_of_slot() - 1) / experts_of_slot();
   }
