@@ -22,7 +22,9 @@ constexpr milliseconds kStopped(700);
 [[noreturn]] void live(int answers) {
   LivedClock lived;
   const auto begin = Clock::now();
-  static_cast<void>(write(answers, "", 1));
+  if (write(answers, "", 1) != 1) {
+    _exit(1);
+  }
   auto last = begin;
   for (bool stopped = false; !stopped;) {
     lived.advance();
@@ -32,8 +34,7 @@ constexpr milliseconds kStopped(700);
   }
   lived.advance();
   const std::array<int64_t, 2> times = {lived.now().count(), nanoseconds(last - begin).count()};
-  static_cast<void>(write(answers, times.data(), sizeof(times)));
-  _exit(0);
+  _exit(write(answers, times.data(), sizeof(times)) == sizeof(times) ? 0 : 1);
 }
 
 TEST(LivedClock, StandsStillWhileTheProcessIsStopped) {

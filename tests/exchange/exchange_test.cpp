@@ -259,7 +259,7 @@ TEST_F(ExchangeTest, RanksThatDisagreeAreAllTold) {
   const int culprit = world_->size() - 1;
   const Exchange exchange(world_, 4);
   Routing good;
-  good.expert_ids = on_device(torch::tensor({{0}, {3}}));
+  good.expert_ids = on_device(torch::tensor({{0}, {3}}, torch::kInt64));
   good.weights = on_device(torch::ones({2, 1}));
   const auto rows = on_device(torch::ones({2, 6}));
   const auto expect_told = [&](const Routing& routing, const torch::Tensor& other,
@@ -294,13 +294,13 @@ TEST_F(ExchangeTest, ARankOfALayerThatAloneIsGivenARoutingIsNamedOnAll) {
   MoEOptions options;
   options.hidden_size = options.expert_hidden_size = 8;
   options.num_experts = 4;
-  options.top_k = 1;
+  options.top_k = 2;
   options.device = device();
   MoELayer layer(options, world_);
   const auto x = on_device(random_.normal({3, 8}, torch::kFloat32));
   Routing outside;
-  outside.expert_ids = on_device(torch::zeros({3, 1}, torch::kInt64));
-  outside.weights = on_device(torch::ones({3, 1}));
+  outside.expert_ids = on_device(torch::tensor({{0, 1}, {2, 3}, {3, 0}}, torch::kInt64));
+  outside.weights = on_device(torch::ones({3, 2}));
   const auto thrown = thrown_by([&] {
     if (rank_ == culprit) {
       layer->forward(x, outside);

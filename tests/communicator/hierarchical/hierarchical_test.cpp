@@ -112,9 +112,10 @@ TEST(Hierarchical, MovesTheSameBitsAsFlat) {
             {torch::kFloat32, torch::kBFloat16, torch::kFloat64, torch::kInt64, torch::kUInt8});
         const auto counts = random_counts(random, world()->size());
         transfers.push_back(random_transfer(random, counts, dtype));
+        // Drawn alike on all ranks, whatever each has.
+        Random own(random.next() + static_cast<uint64_t>(world()->rank()));
         const int64_t rows = transfers.back().send.size(0);
         if (random.chance(0.5) && rows > 0) {
-          Random own(random.next() + static_cast<uint64_t>(world()->rank()));
           transfers.back().send_index = on_device((own.uniform({rows}) * rows).to(torch::kInt64));
         }
       }

@@ -71,8 +71,9 @@ TEST(ProcessGroup, LeavesTheProgramsOwnMessagesAlone) {
   const auto communicator = make_process_group_communicator(group, {kLong});
   for (const int tag : {0, 1, 7}) {
     std::vector<torch::Tensor> own = {torch::full({5}, 77 + tag, torch::kInt64)};
-    if (world()->rank() == 0) {  // on its way before the communicator's, and received behind them
-      group->send(own, 1, tag)->wait();
+    c10::intrusive_ptr<c10d::Work> sending;
+    if (world()->rank() == 0) {  // begun before the communicator's, and received behind them
+      sending = group->send(own, 1, tag);
     }
     const auto gathered = communicator->all_gather(torch::full({5}, world()->rank()));
     for (int rank = 0; rank < world()->size(); ++rank) {
@@ -82,6 +83,9 @@ TEST(ProcessGroup, LeavesTheProgramsOwnMessagesAlone) {
       own[0].zero_();
       group->recv(own, 0, tag)->wait();
       EXPECT_TRUE(own[0].eq(77 + tag).all().item<bool>()) << tag;
+    }
+    if (sending) {
+      sending->wait();
     }
   }
 }
