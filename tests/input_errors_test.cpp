@@ -339,7 +339,8 @@ void change(T& value) {
   if constexpr (std::is_same_v<T, bool>) {
     value = !value;
   } else if constexpr (NamedEnum<T>) {
-    value = names_of(value).at(1).second;
+    const auto names = names_of(value);
+    value = names[value == names[0].second ? 1 : 0].second;
   } else if constexpr (std::is_same_v<T, std::string>) {
     value += "_2";
   } else if constexpr (std::is_same_v<T, torch::Dtype>) {

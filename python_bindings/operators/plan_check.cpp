@@ -14,17 +14,22 @@ struct Glimpse {
   explicit Glimpse(const torch::Tensor& tensor)
       : storage(tensor.storage().getWeakStorageImpl()),
         first(tensor.const_data_ptr()),
-        size(tensor.numel()),
+        sizes(tensor.sizes().vec()),
+        strides(tensor.strides().vec()),
+        dtype(tensor.scalar_type()),
         version(tensor.is_inference() ? 0 : tensor._version()) {}
 
   bool shows(const torch::Tensor& tensor) const {
-    return !storage.expired() && first == tensor.const_data_ptr() && size == tensor.numel() &&
+    return !storage.expired() && first == tensor.const_data_ptr() && sizes == tensor.sizes() &&
+           strides == tensor.strides() && dtype == tensor.scalar_type() &&
            version == (tensor.is_inference() ? 0 : tensor._version());
   }
 
   c10::weak_intrusive_ptr<c10::StorageImpl> storage;
   const void* first;
-  int64_t size;
+  std::vector<int64_t> sizes;
+  std::vector<int64_t> strides;
+  torch::Dtype dtype;
   int64_t version;
 };
 

@@ -13,7 +13,7 @@ OPERATORS = torch.ops.anabranch
 
 
 def arguments(layer, x, routing=(None, None)):
-    return (x, layer._parameter_list(), *routing, layer._options, layer._group, True, layer._probe.tensor)
+    return (x, layer._parameter_list(x), *routing, layer._options, layer._group, True, layer._probe.tensor)
 
 
 def layer_of(device, **more):
@@ -54,9 +54,9 @@ def test_opcheck_of_the_noisy_gate(device):
 def test_opcheck_of_its_forward(device):
     """Its backward takes a state that cannot be copied, as opcheck does; AOTAutograd's of the layer runs it."""
     layer = layer_of(device)
-    values = [parameter.detach() for parameter in layer._parameter_list()]
-    needs_gradient = [True, True, False, True]
     call = arguments(layer, torch.randn(7, 8, device=device))
+    values = [parameter.detach() for parameter in call[1]]
+    needs_gradient = [True, True, False, True]
     opcheck(OPERATORS.moe_forward.default, (call[0], values, *call[2:], needs_gradient))
 
 
