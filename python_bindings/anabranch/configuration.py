@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from .activations import activation_name
 
@@ -39,7 +39,7 @@ class Configuration:
         """They say nothing about what a layer computes."""
         self.known.update(keys)
 
-    def refuse(self, key: str, why: str) -> None:
+    def refuse(self, key: str, why: str) -> NoReturn:
         raise ValueError(f"{self.dialect}: {key} = {self.values.get(key)!r}: {why}")
 
     def activation(self, key: str, default: str) -> str:
@@ -47,7 +47,7 @@ class Configuration:
         name = value if isinstance(value, str) else activation_name(value)
         names = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_tanh": "gelu_tanh", "relu": "relu"}
         names |= dict.fromkeys(["gelu_new", "gelu_pytorch_tanh"], "gelu_tanh")
-        if name not in names:
+        if name is None or name not in names:
             self.refuse(key, f"expected one of {', '.join(names)}")
         return names[name]
 

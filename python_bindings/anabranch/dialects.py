@@ -88,7 +88,7 @@ def _torchtitan(of: Configuration) -> dict[str, Any]:
     of.only("score_before_experts", False, why="the routing weights are applied to the experts' results")
     of.only("gate_bias", False, why="the router has no bias")
     of.only("_debug_force_load_balance", False, why="the router's choices are not forced")
-    of.elsewhere("load_balance_coeff", "use_grouped_mm", "num_limited_groups")
+    of.elsewhere("router", "routed_experts", "shared_experts", "load_balance_coeff", "use_grouped_mm", "num_limited_groups")
     of.check_known("expert", "score", "route", "gate")
     return options
 

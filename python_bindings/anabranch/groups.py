@@ -120,7 +120,7 @@ def as_group(group: object = None) -> Group:
     )
 
 
-def _named(what: str, source: object, make: Callable[[str], str], kind: type[Group] = Group) -> Group:
+def _named(what: str, source: object, make: Callable[[str], str], kind: Callable[[str, Any], Group] = Group) -> Group:
     """The group that is asked for as `what`, made if there is none yet from `source`.
 
     Where there is one from another source, that one is gone and its name given out again, as by
@@ -190,14 +190,17 @@ def split_group(group: Group, what: str, color: int, key: int | None = None) -> 
 
 
 class HierarchicalGroup(Group):
-    """Of `hierarchical`: on a GPU too."""
+    """Ranks whose rows go within each node first, on GPUs too. Made by `hierarchical`."""
 
-    all_to_all: str
-    node: str
+    def __init__(self, name: str, flat: Group, all_to_all: str, node: str) -> None:
+        super().__init__(name, flat)
+        self.flat = flat
+        self.all_to_all = all_to_all
+        self.node = node
 
     def on(self, device: torch.device) -> Group:
-        flat = self.source.on(device)  # type: ignore[attr-defined]
-        return self if flat is self.source else hierarchical(flat, self.all_to_all, self.node)
+        flat = self.flat.on(device)
+        return self if flat is self.flat else hierarchical(flat, self.all_to_all, self.node)
 
 
 def hierarchical(group: object = None, all_to_all: str = "auto", node: str = "") -> Group:
@@ -210,22 +213,19 @@ def hierarchical(group: object = None, all_to_all: str = "auto", node: str = "")
             on the first exchanges of each kind.
         node: ranks with the same name are on one node; empty: the host's name.
 
-    Collective, with the same `all_to_all` on every rank. For expert parallelism inside data parallelism give it the
-    group of the experts: `hierarchical(groups.expert_parallel)`.
+    Collective, with the same `all_to_all` on every rank; ValueError for another one. Parts of the group
+    (`make_parallel_groups(8, hierarchical())`) go the same way.
     """
     flat = as_group(group)
     if flat.size == 1:
         return flat
     operators = torch.ops.anabranch
-    found = _named(
+    return _named(
         f"{flat.name}/{all_to_all} {node}",
         flat,
         lambda name: operators.hierarchical_group(name, flat.name, all_to_all, node),
-        HierarchicalGroup,
+        lambda name, flat: HierarchicalGroup(name, flat, all_to_all, node),
     )
-    assert isinstance(found, HierarchicalGroup)
-    found.all_to_all, found.node = all_to_all, node
-    return found
 
 
 def alone() -> Group:

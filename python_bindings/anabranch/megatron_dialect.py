@@ -22,13 +22,13 @@ _HOW_BEGINS = ("moe_deepep_", "moe_hybridep_", "moe_ncclep_", "moe_flex_", "moe_
 def megatron(of: Configuration) -> dict[str, Any]:
     """Megatron-Core's TransformerConfig, or its command line's names."""
     top_k = of.get("moe_router_topk", default=2)
-    swiglu = of.get("swiglu", default=False)
+    swiglu, gated = of.get("swiglu", default=False), of.get("gated_linear_unit", default=False)
     options = {
         "hidden_size": of.get("hidden_size"),
         "expert_hidden_size": of.get("moe_ffn_hidden_size", "ffn_hidden_size"),
         "num_experts": of.get("num_moe_experts", "num_experts"),
         "top_k": top_k,
-        "glu": swiglu or of.get("gated_linear_unit", default=False),
+        "glu": swiglu or gated,
         "activation": of.activation("activation_func", default="silu" if swiglu else "gelu"),
         "bias": of.get("add_bias_linear", default=not of.get("disable_bias_linear", default=False)),
         "shared_expert_hidden_size": of.get("moe_shared_expert_intermediate_size", default=0),

@@ -132,6 +132,8 @@ def test_whole_models(family, seed, tmp_path):
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
         assert (gradient is None) == (expected_gradients[name] is None), name
+        if gradient is not None and gradient.shape != expected_gradients[name].shape:
+            gradient = gradient.mT  # Aria's weights are [E, in, out]
         if gradient is not None:
             assert_close(gradient, expected_gradients[name], batch, name)
     converted.save_pretrained(tmp_path)

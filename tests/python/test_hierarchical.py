@@ -35,6 +35,7 @@ def run_groups(rank, size):
     group = anabranch.hierarchical(flat, "hierarchical", str(rank % 2))
     assert (group.rank, group.size) == (rank, size)
     assert anabranch.hierarchical(flat, "hierarchical", str(rank % 2)) is group
+    assert anabranch.hierarchical(flat, "hierarchical", f"{rank // 2} of others") is not group
     assert anabranch.as_group(group) is group and group.on(torch.device("cpu")) is group
     total = torch.ones(3)
     group.all_reduce(total)
@@ -50,3 +51,7 @@ def test_it_is_a_group_like_others():
     results = run_ranks(4, run_groups)
     assert [total for total, _ in results] == [[4.0] * 3] * 4
     assert [part for _, part in results] == [[1.0] * 2] * 2 + [[5.0] * 2] * 2
+
+
+def test_one_process_is_on_one_node():
+    assert anabranch.hierarchical() is anabranch.as_group()

@@ -43,7 +43,7 @@ def make_block(module, prefix, options, device):
     """Their block with random weights, and its configuration."""
     models = importlib.import_module(f"transformers.models.{module}")
     code = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
-    sizes = dict(hidden_size=HIDDEN, hidden_act="silu", intermediate_size=INNER, num_experts_per_tok=TOP_K)
+    sizes = dict(hidden_size=HIDDEN, hidden_act="silu", intermediate_size=INNER, num_experts_per_tok=TOP_K, num_attention_heads=4)
     kind = getattr(models, f"{prefix}Config")
     if hasattr(kind(), "moe_intermediate_size"):
         sizes |= {"moe_intermediate_size": INNER, "intermediate_size": 20}
