@@ -3,6 +3,7 @@
 #include <cublas_v2.h>
 #include <cuda_runtime_api.h>
 
+#include <string>
 #include <utility>
 
 #include "support/cuda_check.h"
@@ -13,7 +14,8 @@ namespace anabranch {
 inline void check_cublas(cublasStatus_t status, const char* call,
                          std::source_location place = std::source_location::current()) {
   if (status != CUBLAS_STATUS_SUCCESS) [[unlikely]] {
-    throw CudaError(call, status, cublasGetStatusString(status), place);
+    throw CudaError(call, status,
+                    std::string(cublasGetStatusName(status)) + ": " + cublasGetStatusString(status), place);
   }
 }
 
