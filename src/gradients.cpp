@@ -2,9 +2,11 @@
 #include <anabranch/gradients.h>
 
 #include <algorithm>
-#include <cmath>
+#include <iterator>
+#include <limits>
 
 #include "exchange/late_refusals.h"
+#include "finished_gradients.h"
 #include "support/check.h"
 
 namespace anabranch {
@@ -57,34 +59,9 @@ void average(const Bucket& bucket, Communicator& communicator, int64_t divisor) 
   for (size_t i = 0; i < parts.size(); ++i) bucket.gradients[i].copy_(parts[i]);
 }
 
-/// The parameter's gradient, zeros made for one that is undefined.
-torch::Tensor gradient_of(const ParallelParameter& parameter) {
-  if (parameter.main_grad.defined()) return parameter.main_grad;
-  auto& gradient = parameter.tensor.mutable_grad();
-  if (!gradient.defined()) gradient = at::zeros_like(parameter.tensor);
-  check_input(gradient.layout() == at::kStrided, "the gradient of ", parameter.name,
-              " must be dense, got layout ", gradient.layout());
-  return gradient;
-}
-
-/// Σ x² in fp64, in pieces, so that the fp64 copy stays small.
-torch::Tensor sum_of_squares(const torch::Tensor& x) {
-  constexpr int64_t kPiece = int64_t{1} << 22;
-  const auto flat = x.reshape({-1});
-  auto sum = at::zeros({}, x.options().dtype(at::kDouble));
-  for (int64_t start = 0; start < flat.numel(); start += kPiece) {
-    const auto length = std::min(kPiece, flat.numel() - start);
-    sum.add_(flat.narrow(0, start, length).to(at::kDouble).square().sum());
-  }
-  return sum;
-}
-
-}  // namespace
-
-void average_gradients(const std::vector<torch::Tensor>& gradients, Communicator& communicator,
-                       int64_t divisor, int64_t bucket_bytes) {
-  check_input(bucket_bytes > 0, "bucket_bytes must be positive, got ", bucket_bytes);
-  const at::NoGradGuard no_grad;
+/// Replaces each with its sum over the ranks of `communicator` divided by `divisor`. Collective.
+void average(const std::vector<torch::Tensor>& gradients, Communicator& communicator,
+             int64_t divisor, int64_t bucket_bytes) {
   if (communicator.size() == 1) {
     if (divisor == 1) return;
     for (const auto& gradient : gradients) gradient.div_(divisor);
@@ -95,62 +72,80 @@ void average_gradients(const std::vector<torch::Tensor>& gradients, Communicator
   }
 }
 
-double gradient_norm(const std::vector<torch::Tensor>& experts,
-                     const std::vector<torch::Tensor>& replicated, Communicator& world,
-                     int64_t expert_parallel_size) {
+/// [1] 0, or NaN if a number in `gradients` is not finite; of a type and on a device that travel with
+/// `beside`. The host does not wait for the device.
+torch::Tensor nan_unless_finite(const std::vector<torch::Tensor>& gradients,
+                                const std::vector<torch::Tensor>& beside) {
+  const auto& first = beside.empty() ? gradients : beside;
+  auto options = at::TensorOptions(at::kFloat);
+  if (!first.empty()) {
+    const bool wide = first.front().scalar_type() == at::kDouble;
+    options = first.front().options().dtype(wide ? at::kDouble : at::kFloat);
+  }
+  std::vector<torch::Tensor> filled;
+  std::copy_if(gradients.begin(), gradients.end(), std::back_inserter(filled),
+               [](const auto& gradient) { return gradient.numel() > 0; });
+  if (filled.empty()) return at::zeros({1}, options);
+  auto largest = at::_foreach_norm(filled, std::numeric_limits<double>::infinity());
+  for (auto& value : largest) value = value.to(options);
+  return at::stack(largest).mul_(0).sum(0, /*keepdim=*/true);
+}
+
+/// Adds `value` [1] to one number of each.
+void add_to_first_numbers(const std::vector<torch::Tensor>& gradients, const torch::Tensor& value) {
+  std::vector<torch::Tensor> numbers;
+  for (const auto& gradient : gradients) {
+    if (gradient.numel() == 0) continue;
+    numbers.push_back(gradient.as_strided({}, {}, gradient.storage_offset()));
+  }
+  if (!numbers.empty()) at::_foreach_add_(numbers, value[0]);
+}
+
+/// The parameter's gradient, zeros made for one that is undefined.
+torch::Tensor gradient_of(const ParallelParameter& parameter) {
+  if (parameter.main_grad.defined()) return parameter.main_grad;
+  auto& gradient = parameter.tensor.mutable_grad();
+  if (!gradient.defined()) gradient = at::zeros_like(parameter.tensor);
+  check_input(gradient.layout() == at::kStrided, "the gradient of ", parameter.name,
+              " must be dense, got layout ", gradient.layout());
+  return gradient;
+}
+
+}  // namespace
+
+torch::Tensor finish_gradients(const Gradients& gradients, Communicator& world,
+                               Communicator& expert_replicas, int64_t bucket_bytes) {
+  check_input(bucket_bytes > 0, "bucket_bytes must be positive, got ", bucket_bytes);
+  check_late_refusals();
   const at::NoGradGuard no_grad;
-  const auto& first = experts.empty() ? replicated : experts;
-  const auto device = first.empty() ? at::kCPU : first.front().device();
-  // [2]: this rank's experts, the replicated parameters.
-  auto squares = at::zeros({2}, at::TensorOptions(at::kDouble).device(device));
-  for (const auto& gradient : experts) squares[0].add_(sum_of_squares(gradient).to(device));
-  for (const auto& gradient : replicated) squares[1].add_(sum_of_squares(gradient).to(device));
-  // One group of expert-parallel ranks holds every expert once; replicated ones are rank 0's.
-  const auto gathered = world.all_gather(squares).cpu();
-  world.check();
-  const auto* values = gathered.const_data_ptr<double>();
-  double sum = values[1];
-  for (int64_t rank = 0; rank < expert_parallel_size; ++rank) sum += values[2 * rank];
-  return std::sqrt(sum);
+  const bool none = gradients.experts.empty() && gradients.replicated.empty();
+  if (world.size() == 1 || none) return nan_unless_finite({}, gradients.replicated);
+  check_unfinished(gradients.experts);
+  // The sums of replicated gradients are not finite anywhere if they are not on one rank; those of
+  // experts are on their own ranks alone.
+  auto replicated = gradients.replicated;
+  const auto not_finite = nan_unless_finite(gradients.experts, replicated);
+  replicated.push_back(not_finite);
+  average(replicated, world, world.size(), bucket_bytes);
+  average(gradients.experts, expert_replicas, world.size(), bucket_bytes);
+  // A rank may have no experts: it hears of it by the first of the replicated gradients.
+  auto told = gradients.experts;
+  told.push_back(replicated.front());
+  add_to_first_numbers(told, not_finite);
+  mark_finished(gradients.experts);
+  return not_finite;
 }
 
 void finish_gradients(torch::nn::Module& model, const ParallelGroups& groups,
                       int64_t bucket_bytes) {
-  check_late_refusals();
   const at::NoGradGuard no_grad;
-  std::vector<torch::Tensor> replicated;
-  std::vector<torch::Tensor> experts;
+  Gradients gradients;
   for (const auto& parameter : parallel_parameters(model, groups)) {
     if (!parameter.tensor.requires_grad()) continue;
-    (parameter.is_expert ? experts : replicated).push_back(gradient_of(parameter));
+    (parameter.is_expert ? gradients.experts : gradients.replicated)
+        .push_back(gradient_of(parameter));
   }
-  const int64_t ranks = groups.world->size();
-  average_gradients(replicated, *groups.world, ranks, bucket_bytes);
-  average_gradients(experts, *groups.expert_replicas, ranks, bucket_bytes);
-}
-
-double gradient_norm(const torch::nn::Module& model, const ParallelGroups& groups) {
-  std::vector<torch::Tensor> replicated;
-  std::vector<torch::Tensor> experts;
-  for (const auto& parameter : parallel_parameters(model, groups)) {
-    const auto& gradient = parameter.gradient();
-    if (!gradient.defined() || !parameter.tensor.requires_grad()) continue;
-    (parameter.is_expert ? experts : replicated).push_back(gradient);
-  }
-  return gradient_norm(experts, replicated, *groups.world, groups.expert_parallel->size());
-}
-
-double clip_gradient_norm(torch::nn::Module& model, double max_norm, const ParallelGroups& groups) {
-  check_input(max_norm > 0, "max_norm must be positive, got ", max_norm);
-  const double norm = gradient_norm(model, groups);
-  check_input(std::isfinite(norm), "the gradient's norm is ", norm);
-  if (norm <= max_norm) return norm;
-  const at::NoGradGuard no_grad;
-  for (const auto& parameter : parallel_parameters(model)) {
-    const auto& gradient = parameter.gradient();
-    if (gradient.defined() && parameter.tensor.requires_grad()) gradient.mul_(max_norm / norm);
-  }
-  return norm;
+  finish_gradients(gradients, *groups.world, *groups.expert_replicas, bucket_bytes);
 }
 
 }  // namespace anabranch

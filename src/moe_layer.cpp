@@ -168,8 +168,9 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
                                  given(down.bias), step);
   if (parameters.shared_expert.up.weight.defined()) {
     const Stage named("anabranch.shared_expert");
-    y = y + gated(through_shared_expert(tokens, parameters.shared_expert, expert), tokens,
-                  parameters.shared_expert_gate);
+    y = y + gated(through_shared_expert(tokens, parameters.shared_expert,
+                                        parameters.shared_expert_main_grad, expert),
+                  tokens, parameters.shared_expert_gate);
   }
   const Stage named("anabranch.losses");
   const auto losses = auxiliary_losses(routing, step->plan.source_counts, exchange_.communicator());
@@ -194,8 +195,12 @@ MoELayerImpl::MoELayerImpl(const MoEOptions& options, std::shared_ptr<Communicat
 }
 
 MoEParameters MoELayerImpl::parameters_of_modules() const {
-  return {router_->router_parameters(), experts_->projections(), experts_->main_grad,
-          shared_expert_ ? shared_expert_->projections() : ExpertProjections(),
+  const bool shared = !shared_expert_.is_empty();
+  return {router_->router_parameters(),
+          experts_->projections(),
+          experts_->main_grad,
+          shared ? shared_expert_->projections() : ExpertProjections(),
+          shared ? shared_expert_->main_grad : WeightSums(),
           shared_expert_gate_};
 }
 

@@ -292,6 +292,7 @@ TEST(Gradients, ClippingRefusesWrongInput) {
   EXPECT_INPUT_ERROR(clip_gradient_norm(*model, 0.0, groups), "max_norm");
   EXPECT_INPUT_ERROR(clip_gradient_norm(*model, -1.0, groups), "max_norm");
   EXPECT_INPUT_ERROR(clip_gradient_norm(*model, std::nan(""), groups), "max_norm");
+  EXPECT_INPUT_ERROR(clip_gradient_norm(*model, 1.0, groups, 0.0), "loss_scale");
   // One rank's expert is enough for all to refuse.
   for (const double wrong : {std::nan(""), std::numeric_limits<double>::infinity()}) {
     if (world()->rank() == 0) {
@@ -299,6 +300,126 @@ TEST(Gradients, ClippingRefusesWrongInput) {
     }
     EXPECT_INPUT_ERROR(clip_gradient_norm(*model, 1.0, groups), "the gradient's norm is");
   }
+}
+
+/// The last number of rank `rank`'s gradient of `name` becomes `number`.
+void spoil(ShardedModel& model, const std::string& name, int rank, double number) {
+  if (world()->rank() != rank) return;
+  auto gradient = model.named_parameters()[name].mutable_grad().view(-1);
+  gradient[gradient.numel() - 1] = number;
+}
+
+bool is_finite(const torch::Tensor& tensor) { return tensor.isfinite().all().item<bool>(); }
+
+// What a loss scaler sees on any rank it sees on all.
+TEST(Gradients, ThatAreNotFiniteOnOneRankAreSoOnAll) {
+  for (const auto dtype : {torch::kFloat32, torch::kFloat16, torch::kFloat64}) {
+    for (const int size : expert_parallel_sizes()) {
+      const auto groups = parallel_groups(size);
+      for (const std::string name : {"experts.down_weight", "block.experts.up_weight", "gate"}) {
+        for (const double number : {std::nan(""), -std::numeric_limits<double>::infinity()}) {
+          SCOPED_TRACE(c10::str(name, " ", number, " ", dtype, ", expert-parallel size ", size));
+          const auto model =
+              make_sharded_model({.dtype = dtype}, *groups.expert_parallel, test_seed());
+          model->set_gradients(seed_of(world()->rank()));
+          // The single expert is on the first rank of each group.
+          const int rank = name == "block.experts.up_weight" ? 0 : world()->size() - 1;
+          spoil(*model, name, rank, number);
+          finish_gradients(*model, groups);
+          EXPECT_FALSE(gradients_are_finite(*model, groups));
+          bool finite = true;
+          for (const auto& parameter : model->parameters()) {
+            if (parameter.grad().defined()) finite = finite && is_finite(parameter.grad());
+          }
+          EXPECT_FALSE(finite);
+        }
+      }
+    }
+  }
+}
+
+TEST(Gradients, ThatAreFiniteAreSaidToBe) {
+  const auto groups = parallel_groups();
+  const auto model = finished_model({}, groups, kLargeBucket);
+  EXPECT_TRUE(gradients_are_finite(*model, groups));
+}
+
+TEST(Gradients, ClippingKnowsTheScaleOfTheLoss) {
+  const auto groups = parallel_groups();
+  const double scale = 1024;
+  const auto plain = finished_model({}, groups, kLargeBucket);
+  const auto scaled = finished_model({}, groups, kLargeBucket);
+  for (const auto& parameter : parallel_parameters(*scaled)) {  // each once, a tied one too
+    if (parameter.gradient().defined()) parameter.gradient().mul_(scale);
+  }
+  const double norm = gradient_norm(*plain, groups);
+  EXPECT_EQ(clip_gradient_norm(*scaled, 2 * norm, groups, scale), norm);
+  EXPECT_EQ(clip_gradient_norm(*scaled, norm / 3, groups, scale), norm);
+  EXPECT_EQ(clip_gradient_norm(*plain, norm / 3, groups), norm);
+  for (const auto& item : plain->named_parameters()) {
+    if (!item.value().grad().defined()) continue;
+    EXPECT_TRUE(
+        identical(scaled->named_parameters()[item.key()].grad(), item.value().grad() * scale));
+  }
+  // Skipped later: neither an error nor a change.
+  spoil(*scaled, "experts.up_weight", world()->size() - 1, std::nan(""));
+  const auto before = scaled->named_parameters()["gate"].grad().clone();
+  EXPECT_FALSE(std::isfinite(clip_gradient_norm(*scaled, norm / 9, groups, scale)));
+  EXPECT_TRUE(identical(scaled->named_parameters()["gate"].grad(), before));
+}
+
+/// As a backward does.
+void add_to_gradients(const ShardedModel& model, double value) {
+  for (const auto& parameter : parallel_parameters(model)) {
+    if (parameter.gradient().defined()) parameter.gradient().add_(value);
+  }
+}
+
+TEST(Gradients, AreFinishedOnce) {
+  ANABRANCH_NEEDS_RANKS(2);
+  for (const int size : expert_parallel_sizes()) {
+    const auto groups = parallel_groups(size);
+    const auto model = finished_model({}, groups, kLargeBucket);
+    EXPECT_INPUT_ERROR(finish_gradients(*model, groups), "is finished already");
+    clip_gradient_norm(*model, gradient_norm(*model, groups) / 2, groups);
+    EXPECT_INPUT_ERROR(finish_gradients(*model, groups), "is finished already");
+    add_to_gradients(*model, 1.0);
+    EXPECT_INPUT_ERROR(finish_gradients(*model, groups), "a backward has added to");
+  }
+}
+
+TEST(Gradients, OfTheNextStepAreFinishedAgain) {
+  ANABRANCH_NEEDS_RANKS(2);
+  const auto groups = parallel_groups();
+  const double ranks = world()->size();
+  for (const bool set_to_none : {true, false}) {
+    SCOPED_TRACE(set_to_none);
+    const auto model = finished_model({}, groups, kLargeBucket);
+    auto weight = model->named_parameters()["experts.up_weight"];
+    for (int step = 0; step < 3; ++step) {
+      model->zero_grad(set_to_none);
+      if (step == 1) {  // no backward
+        finish_gradients(*model, groups);
+        model->zero_grad(set_to_none);
+      }
+      if (set_to_none) {
+        weight.mutable_grad() = torch::full_like(weight, ranks);
+      } else {
+        weight.mutable_grad().add_(ranks);
+      }
+      finish_gradients(*model, groups);
+      EXPECT_TRUE(identical(weight.grad(), torch::ones_like(weight)));
+    }
+  }
+}
+
+TEST(Gradients, TheNormIsOfFinishedOnes) {
+  ANABRANCH_NEEDS_RANKS(2);
+  const auto groups = parallel_groups(1);
+  const auto model = make_sharded_model({}, *groups.expert_parallel, 1);
+  model->set_gradients(seed_of(world()->rank()));
+  EXPECT_INPUT_ERROR(gradient_norm(*model, groups), "finish_gradients goes before");
+  EXPECT_INPUT_ERROR(clip_gradient_norm(*model, 1.0, groups), "finish_gradients goes before");
 }
 
 }  // namespace

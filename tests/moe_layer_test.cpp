@@ -8,6 +8,7 @@
 #include "support/collectives.h"
 #include "support/devices.h"
 #include "support/layer_case.h"
+#include "support/thrown.h"
 #include "support/tolerance.h"
 #include "support/world.h"
 
@@ -498,6 +499,56 @@ TEST_F(MoELayerTest, MainGradientsTakeTheWeightsGradients) {
     finish_gradients(*layer, groups);
     EXPECT_TRUE(identical(experts->main_grad.up, before / world_->size()));
     EXPECT_FALSE(experts->up_weight.grad().defined());
+  }
+}
+
+TEST_F(MoELayerTest, TheSharedExpertHasMainGradientsToo) {
+  auto options = small_options();
+  options.shared_expert_hidden_size = 5;
+  const auto layer_case = small_case(options);
+  const auto groups = parallel_groups();
+  auto plain = make_layer(layer_case, world_);
+  run_step(plain, layer_case, layer_case.counts, rank_);
+  finish_gradients(*plain, groups);
+  const double norm = gradient_norm(*plain, groups);
+
+  auto layer = make_layer(layer_case, world_);
+  auto shared = layer->shared_expert();
+  shared->main_grad = {torch::zeros_like(shared->up_weight),
+                       torch::zeros_like(shared->down_weight)};
+  run_step(layer, layer_case, layer_case.counts, rank_);
+  finish_gradients(*layer, groups);
+  EXPECT_FALSE(shared->up_weight.grad().defined());
+  const auto expect_same = [&](const torch::Tensor& sum, const torch::Tensor& gradient) {
+    const auto most = gradient.abs().max().item<double>();
+    EXPECT_GT(most, 0);
+    EXPECT_TRUE(close(sum, gradient, tolerance(options.dtype, layer_case.tokens, most)));
+  };
+  expect_same(shared->main_grad.up, plain->shared_expert()->up_weight.grad());
+  expect_same(shared->main_grad.down, plain->shared_expert()->down_weight.grad());
+  EXPECT_NEAR(clip_gradient_norm(*layer, norm / 2, groups), norm,
+              tolerance(options.dtype, layer_case.tokens, norm));
+  expect_same(shared->main_grad.up * 2, plain->shared_expert()->up_weight.grad());
+}
+
+TEST_F(MoELayerTest, MainGradientsAreFinishedOnceAStep) {
+  ANABRANCH_NEEDS_RANKS(2);
+  const auto layer_case = small_case(small_options());
+  const auto groups = parallel_groups();
+  auto layer = make_layer(layer_case, world_);
+  auto experts = layer->experts();
+  experts->main_grad = {torch::zeros_like(experts->up_weight),
+                        torch::zeros_like(experts->down_weight)};
+  torch::Tensor first;
+  for (int step = 0; step < 2; ++step) {
+    layer->zero_grad();
+    experts->main_grad.up.zero_();
+    experts->main_grad.down.zero_();
+    run_step(layer, layer_case, layer_case.counts, rank_);
+    finish_gradients(*layer, groups);
+    if (step == 0) first = experts->main_grad.up.clone();
+    EXPECT_TRUE(identical(experts->main_grad.up, first));
+    EXPECT_INPUT_ERROR(finish_gradients(*layer, groups), "is finished already");
   }
 }
 

@@ -33,6 +33,7 @@ struct MoEParameters {
   ExpertProjections experts;         ///< of this rank
   WeightSums main_grad;              ///< see ExpertsImpl
   ExpertProjections shared_expert;   ///< of one expert
+  WeightSums shared_expert_main_grad;
   torch::Tensor shared_expert_gate;  ///< [1, h] of the layer's type
 };
 
@@ -101,6 +102,8 @@ class MoELayerImpl : public torch::nn::Module {
   const Exchange& exchange() const { return function_.exchange(); }
   /// Those of this rank.
   const Experts& experts() const { return experts_; }
+  /// The same on all ranks; empty without the option.
+  const Experts& shared_expert() const { return shared_expert_; }
 
  private:
   MoEParameters parameters_of_modules() const;

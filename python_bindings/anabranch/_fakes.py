@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _library  # noqa: F401
 from ._plan import PlanTensors
+from ._wrappers import refuse_active_ddp
 
 
 def _gate_type(dtype: torch.dtype) -> torch.dtype:
@@ -25,6 +26,7 @@ def _on_one_device(**tensors: Tensor | None) -> None:
 @torch.library.register_fake("anabranch::moe")
 def _moe(x: Tensor, parameters: list[Tensor], expert_ids, weights, options, group, training, probe):
     _on_one_device(x=x, parameters=parameters[-1], expert_ids=expert_ids, weights=weights)
+    refuse_active_ddp()
 
     def loss(exists: bool) -> Tensor:
         return x.new_empty(() if exists else (0,), dtype=_gate_type(parameters[-1].dtype))

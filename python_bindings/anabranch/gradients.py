@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ._drift import digest, drift_of
+from ._wrappers import averaged_by_ddp, ddp_refusal, fsdp_refusal, managed_by_fsdp1, spread_over
 from .groups import Group, alone, as_group, split_group
 from .moe import MoE
 
@@ -72,43 +75,92 @@ def ignore_expert_parameters(model: nn.Module) -> nn.Module:
     return model
 
 
-def finish_gradients(model: nn.Module, groups: ParallelGroups | None = None) -> None:
-    """Makes every gradient that of the mean of the ranks' losses: after backward, before the optimizer.
+def finish_gradients(
+    model: nn.Module, groups: ParallelGroups | None = None, *, scaler: torch.amp.GradScaler | None = None
+) -> None:
+    """Makes every gradient that of the mean of the ranks' losses: once a step, after its last backward and before
+    whatever reads gradients: `scaler.unscale_`, clipping, the optimizer.
 
     Expert parameters already hold every token of their group: they are summed over their replicas and
-    divided by the number of ranks. Other parameters are averaged over the world, unless DDP or FSDP2 do
+    divided by the number of ranks. Other parameters are averaged over the world, unless DDP or FSDP do
     that. A gradient that is None on this rank counts as zero, and is a tensor afterwards; a parameter that
     requires none is left alone. Collective.
 
+    Where an expert's gradient is not finite on some rank, gradients are not finite on any: every rank's
+    GradScaler skips the step and lowers its scale.
+
     Args:
-        model: also as DistributedDataParallel, or with parts under `fully_shard`.
+        model: also as DistributedDataParallel or FullyShardedDataParallel, or with parts under `fully_shard`.
         groups: see `make_parallel_groups`; None where the layers' group is the whole world.
+        scaler: needed only where its `unscale_` was called before: what that found is then shared.
+
+    ValueError where DDP or FSDP take spread experts for replicated, and for gradients that are finished already, or
+    that a backward has added to since.
     """
     torch.ops.anabranch.check()
     groups = groups or _only_group(model)
-    experts, replicated = _with_gradients(model, leave_averaged=True)
-    world = groups.world
+    found = _gradients_of(model)
+    device = found.device()
+    world, replicas = groups.world.on(device), groups.expert_replicas.on(device)
+    if world.size == 1:
+        return
+    asked = found.replicas[0] if found.replicas else None
+    drift = drift_of(model)
     with torch.no_grad():
-        average = torch.ops.anabranch.average_gradients
-        average(replicated, world.on(_device(replicated)).name, world.size)
-        average(experts, groups.expert_replicas.on(_device(experts)).name, world.size)
+        if asked is not None:
+            drift.warn(asked[0])
+            found.replicated.append(digest(asked[1]))
+        not_finite = torch.ops.anabranch.finish_gradients(found.experts, found.replicated, world.name, replicas.name)
+        if asked is not None:
+            drift.keep(found.replicated[-1])
+        if found.averaged:  # a rank without experts has nothing else that tells its scaler
+            found.averaged[0].as_strided((1,), (1,)).add_(not_finite)
+    for inf in _found_by(scaler):
+        groups.world.all_reduce(inf)
 
 
-def clip_gradient_norm(model: nn.Module, max_norm: float, groups: ParallelGroups | None = None) -> float:
+def clip_gradient_norm(
+    model: nn.Module,
+    max_norm: float,
+    groups: ParallelGroups | None = None,
+    *,
+    scaler: torch.amp.GradScaler | None = None,
+) -> float:
     """Scales finished gradients so that their norm over all ranks, each expert counted once, is at most
-    `max_norm`; returns the norm before, the same on every rank. Collective. ValueError for a norm that is
-    not finite."""
+    `max_norm`; returns the norm before, the same on every rank. Collective.
+
+    Args:
+        model: not under FullyShardedDataParallel; parts under `fully_shard` over all ranks of the world.
+        scaler: the GradScaler in use. Gradients that it has not unscaled yet are clipped as if it had, and the norm is
+            that of unscaled ones; one that is not finite is returned, and the gradients are left for the scaler to
+            skip.
+
+    ValueError for a norm that is not finite (without a scaler), and for gradients that are not finished.
+    """
     if not max_norm > 0:
         raise ValueError(f"max_norm = {max_norm}, expected more than 0")
     groups = groups or _only_group(model)
-    experts, replicated = _with_gradients(model, leave_averaged=False)
-    world = groups.world.on(_device(experts or replicated))
-    norm = torch.ops.anabranch.gradient_norm(experts, replicated, world.name, groups.expert_parallel.size)
-    if not norm < float("inf"):
+    found = _gradients_of(model, shards_of=groups)
+    world = groups.world.on(found.device())
+    in_use = scaler is not None and scaler.is_enabled()
+    norm = torch.ops.anabranch.clip_gradient_norm(
+        found.experts,
+        found.replicated + found.averaged,
+        world.name,
+        groups.expert_parallel.size,
+        max_norm,
+        scaler.get_scale() if scaler is not None and in_use and not _found_by(scaler) else 1.0,
+    )
+    if not math.isfinite(norm) and not in_use:
         raise ValueError(f"the gradient's norm is {norm}")
-    if norm > max_norm:
-        torch._foreach_mul_(experts + replicated, max_norm / norm)
     return norm
+
+
+def _found_by(scaler: torch.amp.GradScaler | None) -> list[Tensor]:
+    """What its `unscale_` has found in this step, for each optimizer and device: > 0 if something is not finite."""
+    if scaler is None or not scaler.is_enabled():
+        return []
+    return [found for state in scaler._per_optimizer_states.values() for found in state["found_inf_per_device"].values()]
 
 
 def _only_group(model: nn.Module) -> ParallelGroups:
@@ -126,39 +178,67 @@ def _only_group(model: nn.Module) -> ParallelGroups:
     return ParallelGroups(layers[0], layers[0], alone())
 
 
-def _with_gradients(model: nn.Module, leave_averaged: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of experts, and of other parameters; with `leave_averaged` without those that DDP or FSDP2
-    average. None becomes zeros."""
-    experts = {id(parameter) for _, parameter in expert_parameters(model)}
-    averaged = _averaged_by_ddp(model) if leave_averaged else set()
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+@dataclasses.dataclass
+class _Gradients:
+    """Of parameters that require them; None has become zeros."""
+
+    experts: list[Tensor] = dataclasses.field(default_factory=list)
+    """Of this rank alone."""
+    replicated: list[Tensor] = dataclasses.field(default_factory=list)
+    averaged: list[Tensor] = dataclasses.field(default_factory=list)
+    """Replicated ones that DDP averages."""
+    replicas: list[tuple[str, nn.Parameter]] = dataclasses.field(default_factory=list)
+    """Parameters that are to be the same on all ranks, by name, routers first."""
+
+    def device(self) -> torch.device:
+        gradients = self.experts or self.replicated or self.averaged
+        return gradients[0].device if gradients else torch.device("cpu")
+
+
+def _gradients_of(model: nn.Module, shards_of: ParallelGroups | None = None) -> _Gradients:
+    """Without those that FSDP shards and averages; with `shards_of`, whose world they are sharded over, their shards
+    are among the experts'."""
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    experts = {id(p) for _, p in expert_parameters(model)}
+    spread = set().union(*(spread_over(layer) for layer in layers))
+    routers = {id(getattr(layer.get_submodule("router"), "weight", None)) for layer in layers}
+    by_ddp, by_fsdp1 = averaged_by_ddp(model), managed_by_fsdp1(model)
+    found = _Gradients()
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
             continue
-        if isinstance(parameter, DTensor):
-            if not leave_averaged:
-                raise ValueError(f"{name} is a DTensor (FSDP2): clip_gradient_norm takes plain parameters")
+        is_shard = isinstance(p, DTensor) or id(p) in by_fsdp1
+        if id(p) in spread and (is_shard or id(p) in by_ddp):
+            raise ValueError(fsdp_refusal(name) if is_shard else ddp_refusal(name))
+        if id(p) in routers and not is_shard and p.dim() != 2:
+            raise ValueError(f"{name} is a flat shard of FSDP's: give the FullyShardedDataParallel model itself")
+        if is_shard:
+            if shards_of is not None:
+                found.experts += _shard(name, p, shards_of)
             continue
-        if id(parameter) in experts & averaged:
-            raise ValueError(f"DDP averages the experts' {name}: call ignore_expert_parameters(model) before DDP(model)")
-        if id(parameter) in averaged:
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        if parameter.grad.layout != torch.strided:
-            raise ValueError(f"the gradient of {name} has layout {parameter.grad.layout}, expected a dense one")
-        found[0 if id(parameter) in experts else 1].append(parameter.grad)
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        if p.grad.layout != torch.strided:
+            raise ValueError(f"the gradient of {name} has layout {p.grad.layout}, expected a dense one")
+        if id(p) in by_ddp:
+            found.averaged.append(p.grad)
+        else:
+            (found.experts if id(p) in experts else found.replicated).append(p.grad)
+        if id(p) not in experts:
+            found.replicas.insert(0 if id(p) in routers else len(found.replicas), (name, p))
     return found
 
 
-def _averaged_by_ddp(model: nn.Module) -> set[int]:
-    averaged: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, DistributedDataParallel):
-            ignored = module.parameters_to_ignore
-            averaged |= {id(p) for name, p in module.module.named_parameters() if name not in ignored}
-    return averaged
-
-
-def _device(gradients: list[Tensor]) -> torch.device:
-    return gradients[0].device if gradients else torch.device("cpu")
+def _shard(name: str, parameter: nn.Parameter, groups: ParallelGroups) -> list[Tensor]:
+    """The local part of a gradient of which every rank of the world has another, as each has other experts."""
+    if not isinstance(parameter, DTensor):
+        raise ValueError(f"{name} is sharded by FullyShardedDataParallel: clip_gradient_norm takes fully_shard's")
+    mesh = parameter.device_mesh
+    whole = mesh.size() == groups.world.size == groups.expert_parallel.size
+    if not whole or not all(placement.is_shard() for placement in parameter.placements):
+        raise ValueError(
+            f"{name} is a DTensor {parameter.placements} over {mesh.size()} of {groups.world.size} ranks: "
+            "clip_gradient_norm takes those that fully_shard shards over all of them, and experts spread over all"
+        )
+    gradient = parameter.grad
+    return [] if gradient is None else [gradient.to_local()]

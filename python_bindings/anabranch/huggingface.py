@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ._held import first_expert
 from .groups import Group, as_group
 from .moe import MoE
 from .stacked_experts import Layout, recognised
@@ -96,7 +97,7 @@ class ConvertedExperts(nn.Module):
             device="meta",
             dtype=experts.down_proj.dtype,
         ).to_empty(device=experts.down_proj.device)
-        first = _first_expert(num_experts, group)
+        first = first_expert(num_experts, group)
         for theirs, ours in layout.names.items():
             _fill(getattr(self.moe.experts, ours), getattr(experts, theirs), theirs, layout, first)
         self._take_hooks(experts)
@@ -111,11 +112,6 @@ class ConvertedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, h], [T, top_k] and [T, top_k] → [T, h]: of each token the weighted sum of its experts' results."""
         return self.moe(hidden_states, routing=(top_k_index, top_k_weights)).output
-
-
-def _first_expert(num_experts: int, group: Group) -> int:
-    """Ranks have consecutive experts, the first ranks one more where they are no multiple."""
-    return group.rank * (num_experts // group.size) + min(group.rank, num_experts % group.size)
 
 
 def _fill(parameter: nn.Parameter, values: nn.Parameter, name: str, layout: Layout, first: int) -> None:
@@ -162,11 +158,19 @@ def _whole_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[s
     """The family's, from the layers' own: complete on rank 0. Collective."""
     whole = dict(state_dict)
     converted = [(name, module) for name, module in model.named_modules() if isinstance(module, ConvertedExperts)]
-    missing = [key for name, module in converted for key in module.state_dict(prefix=f"{name}.") if key not in whole]
+    for name, _ in converted:
+        whole.pop(f"{name}.moe._extra_state", None)
+    missing = [
+        key
+        for name, module in converted
+        for key in module.state_dict(prefix=f"{name}.")
+        if key not in whole and not key.endswith("_extra_state")
+    ]
     if missing:
         raise ValueError(f"state_dict has no {missing[0]}, expected model.state_dict() of the converted model")
     for name, module in converted:
-        mine = {key: whole.pop(key) for key in module.state_dict(prefix=f"{name}.")}
+        keys = module.state_dict(prefix=f"{name}.")
+        mine = {key: whole.pop(key) for key in keys if not key.endswith("_extra_state")}
         for theirs, ours in module.layout.names.items():
             experts = _gathered(mine[f"{name}.moe.experts.{ours}"], module.moe.group)
             whole[f"{name}.{theirs}"] = module.layout.to_family(theirs, experts)

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from . import _fakes  # noqa: F401
+from ._held import check_held, held, warn_of_unnamed
+from ._parts import Part
+from ._wrappers import SpreadExperts, refuse_active_ddp
 from .dialects import options_from
 from .groups import as_group
 from .stats import LayerStats, Probe
+from .steps import watch
 
 _SEEDS = 2**63 - 1
 
@@ -33,19 +37,6 @@ class MoEOutput(NamedTuple):
     """[] squared coefficient of variation of the experts' sums of weights; None but for the noisy gate."""
     load_loss: Tensor | None = None
     """[] the same of their smooth load (arXiv:1701.06538, eq. 11); None but for the noisy gate."""
-
-
-class _Part(nn.Module):
-    """Parameters under one name. The layer calls it to get them, so that what wraps the part, hooks or adapters,
-    takes effect."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def forward(self, x: Tensor | None = None) -> dict[str, Tensor]:
-        """By name; `x`, what the layer is given, is for what wraps this module."""
-        return {name: getattr(self, name) for name in self.names}
 
 
 class MoE(nn.Module):
@@ -203,15 +194,17 @@ class MoE(nn.Module):
                 continue
             self._places.append((path, name))
             if path and path not in self._modules:
-                self.add_module(path, _Part())
+                spread = path == "experts" and self.group.size > 1
+                self.add_module(path, SpreadExperts() if spread else Part())
             part = self.get_submodule(path)
             if name == "expert_bias":
                 part.register_buffer(name, value)
             else:
                 part.register_parameter(name, nn.Parameter(value))
-            if isinstance(part, _Part):
+            if isinstance(part, Part):
                 part.names.append(name)
         self._join_device()
+        self._join_watched()
 
     def reset_parameters(self) -> None:
         """Fills the parameters as at first: what `to_empty` leaves empty, or training has changed."""
@@ -240,6 +233,8 @@ class MoE(nn.Module):
         parameters = self._parameter_list(x)
         if x.device.type != parameters[-1].device.type:
             raise ValueError(f"x is on {x.device}, the layer on {parameters[-1].device}")
+        if not torch.compiler.is_compiling():
+            refuse_active_ddp()
         expert_ids, weights, options = None, None, self._options
         if routing is not None:
             expert_ids, weights = _checked_routing(routing)
@@ -299,6 +294,32 @@ class MoE(nn.Module):
         super()._apply(fn, recurse)
         self._join_device()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._join_watched()  # a copy
+
+    def _join_watched(self) -> None:
+        if self.group.size > 1:
+            watch(self)
+
+    def get_extra_state(self) -> Tensor:
+        """[3] int64: which experts the state holds."""
+        return held(self.options["num_experts"], self.group)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """ValueError for the state of other experts, before any of them is copied."""
+        check_held(state, self.get_extra_state())
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *more: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *more)
+        key = f"{prefix}_extra_state"
+        if key in missing:
+            missing.remove(key)
+        if key not in state_dict and self.group.size > 1 and any(k.startswith(f"{prefix}experts.") for k in state_dict):
+            warn_of_unnamed(self.group, prefix.rstrip(".") or "the layer")
 
     def _join_device(self) -> None:
         """The group is one for tensors where the parameters are."""

@@ -1,7 +1,6 @@
 // Operators without tensors to compute on: groups of ranks, parameters, what there is.
 
 #include <anabranch/build.h>
-#include <anabranch/gradients.h>
 #include <anabranch/hierarchical.h>
 #include <anabranch/moe_layer.h>
 #include <anabranch/process_group.h>
@@ -107,15 +106,6 @@ std::tuple<int64_t, int64_t, std::string> describe_group(std::string group) {
   return {communicator->rank(), communicator->size(), communicator->name()};
 }
 
-void average(at::TensorList gradients, std::string group, int64_t divisor) {
-  average_gradients(gradients.vec(), *group_named(group), divisor);
-}
-
-double norm(at::TensorList experts, at::TensorList replicated, std::string world,
-            int64_t expert_parallel_size) {
-  return gradient_norm(experts.vec(), replicated.vec(), *group_named(world), expert_parallel_size);
-}
-
 void all_reduce(at::Tensor tensor, std::string group) { group_named(group)->all_reduce(tensor); }
 
 /// Of what rank 0 gathers, so much is in its device's memory at a time, or one row where that is more.
@@ -197,11 +187,6 @@ TORCH_LIBRARY(anabranch, library) {
               hierarchical_group);
   library.def("release_group(str name) -> ()", release_group);
   library.def("describe_group(str group) -> (int, int, str)", describe_group);
-  library.def("average_gradients(Tensor(a!)[] gradients, str group, int divisor) -> ()", average);
-  library.def(
-      "gradient_norm(Tensor[] experts, Tensor[] replicated, str world, int expert_parallel_size) "
-      "-> float",
-      norm);
   library.def("all_reduce(Tensor(a!) tensor, str group) -> ()", all_reduce);
   library.def("gather_rows(Tensor rows, str group) -> Tensor", gather_rows);
   library.def("discover_rank() -> str", discover);

@@ -122,6 +122,7 @@ void weight_gradient(const FeedForward& expert, const torch::Tensor& dy, const t
     expert.engine->wgrad(dy, x, counts, dweight);
   } else if (sum.defined()) {
     expert.engine->wgrad_accumulate(dy, x, counts, sum);
+    sum.unsafeGetTensorImpl()->bump_version();  // an engine may write by its address alone
   }
 }
 

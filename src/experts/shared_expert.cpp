@@ -18,8 +18,10 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 struct ExpertHolder : torch::CustomClassHolder {
-  explicit ExpertHolder(FeedForward expert) : expert(std::move(expert)) {}
+  ExpertHolder(FeedForward expert, WeightSums main_grad)
+      : expert(std::move(expert)), main_grad(std::move(main_grad)) {}
   FeedForward expert;
+  WeightSums main_grad;
 };
 
 /// The tensors that backward needs.
@@ -53,10 +55,11 @@ struct ThroughSharedExpert : torch::autograd::Function<ThroughSharedExpert> {
     const auto [x, hidden, shared] = unpack<Saved>(context->get_saved_variables());
     const auto holder =
         c10::static_intrusive_pointer_cast<ExpertHolder>(context->saved_data["expert"].toCapsule());
+    auto wanted = wanted_gradients(context, /*first=*/1, shared);
+    wanted.sums = holder->main_grad;
     const auto [gradients_of, dx, drouting_weights] = feed_forward_backward(
         holder->expert, {gradients[0].contiguous(), {}}, {x, {}}, hidden, /*routing_weights=*/{},
-        shared, {x.size(0)}, /*overwrite_hidden=*/false,
-        wanted_gradients(context, /*first=*/1, shared));
+        shared, {x.size(0)}, /*overwrite_hidden=*/false, wanted);
     return {dx,
             gradients_of.up.weight,
             gradients_of.down.weight,
@@ -76,10 +79,10 @@ Experts make_shared_expert(const MoEOptions& options) {
 }
 
 torch::Tensor through_shared_expert(const torch::Tensor& x, const ExpertProjections& shared_expert,
-                                    const FeedForward& expert) {
+                                    const WeightSums& main_grad, const FeedForward& expert) {
   const auto& [up, down] = shared_expert;
   return ThroughSharedExpert::apply(x, up.weight, down.weight, given(up.bias), given(down.bias),
-                                    c10::make_intrusive<ExpertHolder>(expert));
+                                    c10::make_intrusive<ExpertHolder>(expert, main_grad));
 }
 
 torch::Tensor make_shared_expert_gate(const MoEOptions& options) {

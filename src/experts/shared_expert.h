@@ -12,7 +12,7 @@ Experts make_shared_expert(const MoEOptions& options);
 
 /// x [T, h] → [T, h]: every token through the shared expert, with weight 1.
 torch::Tensor through_shared_expert(const torch::Tensor& x, const ExpertProjections& shared_expert,
-                                    const FeedForward& expert);
+                                    const WeightSums& main_grad, const FeedForward& expert);
 
 /// [1, h] of the layer's type, seeded apart from the rest.
 torch::Tensor make_shared_expert_gate(const MoEOptions& options);

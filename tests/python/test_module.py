@@ -42,6 +42,7 @@ def test_parameters_are_named_as_in_cpp_and_seeded():
         "shared_expert.up_bias": (1, 12),
         "shared_expert.down_weight": (1, 8, 6),
         "shared_expert.down_bias": (1, 8),
+        "_extra_state": (3,),
     }
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in layer.parameters())
     assert_same(list(layer.parameters()), list(make().parameters()))
