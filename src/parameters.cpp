@@ -52,22 +52,24 @@ std::vector<ParallelParameter> parallel_parameters(const torch::nn::Module& mode
   return parameters;
 }
 
+void check_placement(const ParallelParameter& parameter, const ParallelGroups& groups) {
+  if (!parameter.is_expert) return;
+  const int64_t rank = groups.expert_parallel->rank();
+  const ExpertPlacement placement{parameter.num_experts, groups.expert_parallel->size()};
+  const int64_t first = placement.first_expert(rank);
+  const int64_t local = placement.local_experts(rank);
+  check_input(parameter.first_expert == first && parameter.tensor.size(0) == local, parameter.name,
+              " holds experts [", parameter.first_expert, ", ",
+              parameter.first_expert + parameter.tensor.size(0), ") of ", parameter.num_experts,
+              ", but rank ", rank, " of an expert-parallel group of ", placement.num_ranks,
+              " holds [", first, ", ", first + local,
+              "): was the model built over another communicator?");
+}
+
 std::vector<ParallelParameter> parallel_parameters(const torch::nn::Module& model,
                                                    const ParallelGroups& groups) {
   auto parameters = parallel_parameters(model);
-  const int64_t rank = groups.expert_parallel->rank();
-  for (const auto& parameter : parameters) {
-    if (!parameter.is_expert) continue;
-    const ExpertPlacement placement{parameter.num_experts, groups.expert_parallel->size()};
-    const int64_t first = placement.first_expert(rank);
-    const int64_t local = placement.local_experts(rank);
-    check_input(parameter.first_expert == first && parameter.tensor.size(0) == local,
-                parameter.name, " holds experts [", parameter.first_expert, ", ",
-                parameter.first_expert + parameter.tensor.size(0), ") of ", parameter.num_experts,
-                ", but rank ", rank, " of an expert-parallel group of ", placement.num_ranks,
-                " holds [", first, ", ", first + local,
-                "): was the model built over another communicator?");
-  }
+  for (const auto& parameter : parameters) check_placement(parameter, groups);
   return parameters;
 }
 

@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <map>
 #include <string>
+#include <vector>
 
 namespace anabranch {
 
@@ -32,5 +33,32 @@ void save_checkpoint(const std::filesystem::path& directory, const torch::nn::Mo
 CheckpointMetadata load_checkpoint(const std::filesystem::path& directory, torch::nn::Module& model,
                                    torch::optim::Optimizer* optimizer,
                                    const ParallelGroups& groups);
+
+// The same for models and optimizers that are not LibTorch's.
+
+struct CheckpointContents {
+  /// Parameters and buffers, and what an optimizer keeps of a parameter as `optimizer.<slot>.<its name>`:
+  /// of its shape and over the ranks as it is, or the slot `step`, an int64 scalar.
+  std::vector<ParallelParameter> tensors;
+  std::string optimizer;  ///< its class; empty: none
+};
+void save_checkpoint(const std::filesystem::path& directory, const CheckpointContents& contents,
+                     const CheckpointMetadata& metadata, const ParallelGroups& groups);
+
+struct CheckpointDescription {
+  std::string index;               ///< the index's text
+  std::vector<std::string> names;  ///< of what is stored, an expert's with its number
+  std::string optimizer;           ///< its class; empty: none
+  CheckpointMetadata metadata;
+};
+/// Collective.
+CheckpointDescription describe_checkpoint(const std::filesystem::path& directory,
+                                          Communicator& world);
+
+/// Into `tensors`, the checkpoint of that `index`; without those of an optimizer unless `with_optimizer`.
+/// Collective over the world.
+void load_checkpoint(const std::filesystem::path& directory, const std::string& index,
+                     const std::vector<ParallelParameter>& tensors, bool with_optimizer,
+                     const ParallelGroups& groups);
 
 }  // namespace anabranch

@@ -38,6 +38,9 @@ ParallelGroups make_parallel_groups(std::shared_ptr<Communicator> world,
 /// once, under the first.
 std::vector<ParallelParameter> parallel_parameters(const torch::nn::Module& model);
 
+/// Throws InputError if it holds other experts than `groups` gives this rank.
+void check_placement(const ParallelParameter& parameter, const ParallelGroups& groups);
+
 /// The same. Throws InputError if this rank's experts are not those that `groups` gives it.
 std::vector<ParallelParameter> parallel_parameters(const torch::nn::Module& model,
                                                    const ParallelGroups& groups);

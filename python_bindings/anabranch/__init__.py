@@ -9,6 +9,7 @@ from __future__ import annotations
 from . import _library  # noqa: F401  first: it says what does not fit
 from . import functional
 from ._build import VERSION as __version__
+from .checkpoint import load_checkpoint, save_checkpoint
 from .discovery import RankInfo, discover_rank
 from .engines import grouped_gemm_engines
 from .gradients import (
@@ -45,6 +46,8 @@ __all__ = [
     "hierarchical",
     "ignore_expert_parameters",
     "imbalance",
+    "load_checkpoint",
     "make_parallel_groups",
     "plot_load",
+    "save_checkpoint",
 ]

@@ -10,8 +10,8 @@ from torch import Tensor
 from .groups import Group
 
 _REMEDY = (
-    "each rank saves a file of its own (torch.save(model.state_dict(), f'{rank}.pt')) and loads that one, "
-    "at the same number of ranks"
+    "anabranch.save_checkpoint keeps all ranks' experts, for any number of ranks; else each rank saves a file of its own "
+    "and loads that one"
 )
 
 

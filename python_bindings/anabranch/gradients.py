@@ -97,8 +97,7 @@ def finish_gradients(
     ValueError where DDP or FSDP take spread experts for replicated, and for gradients that are finished already, or
     that a backward has added to since.
     """
-    torch.ops.anabranch.check()
-    groups = groups or _only_group(model)
+    groups = groups or only_group(model)
     found = _gradients_of(model)
     device = found.device()
     world, replicas = groups.world.on(device), groups.expert_replicas.on(device)
@@ -139,7 +138,7 @@ def clip_gradient_norm(
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm = {max_norm}, expected more than 0")
-    groups = groups or _only_group(model)
+    groups = groups or only_group(model)
     found = _gradients_of(model, shards_of=groups)
     world = groups.world.on(found.device())
     in_use = scaler is not None and scaler.is_enabled()
@@ -163,7 +162,7 @@ def _found_by(scaler: torch.amp.GradScaler | None) -> list[Tensor]:
     return [found for state in scaler._per_optimizer_states.values() for found in state["found_inf_per_device"].values()]
 
 
-def _only_group(model: nn.Module) -> ParallelGroups:
+def only_group(model: nn.Module) -> ParallelGroups:
     """For layers whose group is the whole world."""
     layers = [module.group for module in model.modules() if isinstance(module, MoE)]
     world = as_group()

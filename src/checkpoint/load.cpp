@@ -167,6 +167,26 @@ ParameterState read_state(const ExpectedState& expected, TensorSource& source) {
   return state;
 }
 
+/// This rank's part of each, on the CPU.
+std::vector<torch::Tensor> read_parts(const std::vector<ParallelParameter>& tensors,
+                                      TensorSource& source) {
+  std::vector<torch::Tensor> parts;
+  for (const auto& tensor : tensors) {
+    parts.push_back(at::empty(tensor.tensor.sizes(), tensor.tensor.options().device(at::kCPU)));
+    read_part(tensor, source, parts.back());
+  }
+  return parts;
+}
+
+/// Rank 0's. Collective.
+std::string read_index(const fs::path& directory, Communicator& world) {
+  std::string text;
+  do_together(world, [&] {
+    if (world.rank() == 0) text = read_text(directory / kIndexName);
+  });
+  return broadcast_string(world, text);
+}
+
 Staged stage(const fs::path& directory, const CheckpointIndex& index,
              const torch::nn::Module& model, const torch::optim::Optimizer* optimizer,
              const ParallelGroups& groups) {
@@ -189,10 +209,9 @@ Staged stage(const fs::path& directory, const CheckpointIndex& index,
   check_names(expected, index, source, optimizer != nullptr);
 
   Staged staged;
-  for (const auto& tensor : tensors) {
-    auto values = at::empty(tensor.tensor.sizes(), tensor.tensor.options().device(at::kCPU));
-    read_part(tensor, source, values);
-    staged.tensors.push_back({tensor.tensor, values});
+  const auto parts = read_parts(tensors, source);
+  for (size_t i = 0; i < parts.size(); ++i) {
+    staged.tensors.push_back({tensors[i].tensor, parts[i]});
   }
   for (const auto& state : states) {
     staged.states.emplace_back(state.parameter.tensor.unsafeGetTensorImpl(),
@@ -208,12 +227,7 @@ CheckpointMetadata load_checkpoint(const fs::path& directory, torch::nn::Module&
                                    const ParallelGroups& groups) {
   const at::NoGradGuard no_grad;
   auto& world = *groups.world;
-  std::string text;
-  do_together(world, [&] {
-    if (world.rank() == 0) text = read_text(directory / kIndexName);
-  });
-  text = broadcast_string(world, text);
-
+  const auto text = read_index(directory, world);
   CheckpointIndex index;
   Staged staged;
   do_together(world, [&] {
@@ -226,6 +240,32 @@ CheckpointMetadata load_checkpoint(const fs::path& directory, torch::nn::Module&
     for (auto& [parameter, state] : staged.states) optimizer->state()[parameter] = std::move(state);
   }
   return index.metadata;
+}
+
+CheckpointDescription describe_checkpoint(const fs::path& directory, Communicator& world) {
+  CheckpointDescription description{read_index(directory, world), {}, {}, {}};
+  do_together(world, [&] {
+    const auto index = parse_index(description.index);
+    for (const auto& [name, stored] : index.tensors) description.names.push_back(name);
+    description.optimizer = index.optimizer;
+    description.metadata = index.metadata;
+  });
+  return description;
+}
+
+void load_checkpoint(const fs::path& directory, const std::string& index,
+                     const std::vector<ParallelParameter>& tensors, bool with_optimizer,
+                     const ParallelGroups& groups) {
+  const at::NoGradGuard no_grad;
+  std::vector<torch::Tensor> parts;
+  do_together(*groups.world, [&] {
+    const auto parsed = parse_index(index);
+    TensorSource source(directory, parsed);
+    for (const auto& tensor : tensors) check_placement(tensor, groups);
+    check_names(tensors, parsed, source, with_optimizer);
+    parts = read_parts(tensors, source);
+  });
+  for (size_t i = 0; i < parts.size(); ++i) tensors[i].tensor.copy_(parts[i]);
 }
 
 }  // namespace anabranch

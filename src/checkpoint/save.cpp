@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <regex>
@@ -39,20 +40,21 @@ std::string random_tag() {
   return text;
 }
 
-std::vector<ParallelParameter> tensors_to_save(const torch::nn::Module& model,
-                                               const torch::optim::Optimizer* optimizer,
-                                               const ParallelGroups& groups) {
-  auto tensors = model_tensors(model, groups);
-  if (optimizer == nullptr) return tensors;
+CheckpointContents contents_of(const torch::nn::Module& model,
+                               const torch::optim::Optimizer* optimizer,
+                               const ParallelGroups& groups) {
+  CheckpointContents contents{model_tensors(model, groups), ""};
+  if (optimizer == nullptr) return contents;
   const auto& reader = state_of(*optimizer);
+  contents.optimizer = reader.kind();
   for (const auto& [parameter, options] : optimized_parameters(*optimizer, model)) {
     const auto state = optimizer->state().find(parameter.tensor.unsafeGetTensorImpl());
     if (state == optimizer->state().end()) continue;
     for (auto& [slot, tensor] : reader.read(*state->second)) {
-      tensors.push_back(optimizer_tensor(slot, parameter, tensor));
+      contents.tensors.push_back(optimizer_tensor(slot, parameter, tensor));
     }
   }
-  return tensors;
+  return contents;
 }
 
 /// What must be the same on every rank for the shares to make one checkpoint.
@@ -159,27 +161,24 @@ void check_files_visible(const fs::path& directory, const CheckpointIndex& index
   }
 }
 
-}  // namespace
 
 CheckpointIndex write_files(const fs::path& directory, const std::string& tag,
-                            const torch::nn::Module& model,
-                            const torch::optim::Optimizer* optimizer,
+                            const std::function<CheckpointContents()>& collect,
                             const CheckpointMetadata& metadata, const ParallelGroups& groups) {
   const at::NoGradGuard no_grad;
   auto& world = *groups.world;
-  std::vector<ParallelParameter> tensors;
+  CheckpointContents contents;
   do_together(world, [&] {
-    tensors = tensors_to_save(model, optimizer, groups);
+    contents = collect();
     if (world.rank() == 0) make_directories(directory);
   });
-  check_same_tensors(tensors, world);
+  check_same_tensors(contents.tensors, world);
 
   const auto path = directory / file_name(tag, world);
   try {
     std::string report;
-    do_together(world, [&] { report = write_share(path, share_of(tensors, groups)); });
-    CheckpointIndex index{
-        metadata, optimizer == nullptr ? "" : state_of(*optimizer).kind(), {}, {}};
+    do_together(world, [&] { report = write_share(path, share_of(contents.tensors, groups)); });
+    CheckpointIndex index{metadata, contents.optimizer, {}, {}};
     for (const auto& share : all_gather_strings(world, report)) add_share(index, share);
     return index;
   } catch (...) {
@@ -187,6 +186,26 @@ CheckpointIndex write_files(const fs::path& directory, const std::string& tag,
     fs::remove(path, ignored);
     throw;
   }
+}
+
+void save_collected(const fs::path& directory, const std::function<CheckpointContents()>& collect,
+                    const CheckpointMetadata& metadata, const ParallelGroups& groups) {
+  auto& world = *groups.world;
+  const auto tag = broadcast_string(world, world.rank() == 0 ? random_tag() : "");
+  const auto index = write_files(directory, tag, collect, metadata, groups);
+  do_together(world, [&] {
+    if (world.rank() == 0) commit(directory, tag, index);
+  });
+}
+
+}  // namespace
+
+CheckpointIndex write_files(const fs::path& directory, const std::string& tag,
+                            const torch::nn::Module& model,
+                            const torch::optim::Optimizer* optimizer,
+                            const CheckpointMetadata& metadata, const ParallelGroups& groups) {
+  const auto collect = [&] { return contents_of(model, optimizer, groups); };
+  return write_files(directory, tag, collect, metadata, groups);
 }
 
 void commit(const fs::path& directory, const std::string& tag, const CheckpointIndex& index) {
@@ -220,12 +239,17 @@ void commit(const fs::path& directory, const std::string& tag, const CheckpointI
 void save_checkpoint(const fs::path& directory, const torch::nn::Module& model,
                      const torch::optim::Optimizer* optimizer, const CheckpointMetadata& metadata,
                      const ParallelGroups& groups) {
-  auto& world = *groups.world;
-  const auto tag = broadcast_string(world, world.rank() == 0 ? random_tag() : "");
-  const auto index = write_files(directory, tag, model, optimizer, metadata, groups);
-  do_together(world, [&] {
-    if (world.rank() == 0) commit(directory, tag, index);
-  });
+  const auto collect = [&] { return contents_of(model, optimizer, groups); };
+  save_collected(directory, collect, metadata, groups);
+}
+
+void save_checkpoint(const fs::path& directory, const CheckpointContents& contents,
+                     const CheckpointMetadata& metadata, const ParallelGroups& groups) {
+  const auto collect = [&] {
+    for (const auto& tensor : contents.tensors) check_placement(tensor, groups);
+    return contents;
+  };
+  save_collected(directory, collect, metadata, groups);
 }
 
 }  // namespace anabranch

@@ -1,0 +1,74 @@
+// Checkpoints of models and optimizers that Python holds, in the library's files.
+
+#include <anabranch/checkpoint.h>
+#include <torch/library.h>
+
+#include <nlohmann/json.hpp>
+
+#include "registry.h"
+#include "support/check.h"
+
+namespace anabranch::operators {
+namespace {
+
+ParallelGroups groups_of(const std::string& world, const std::string& expert_parallel) {
+  return {group_named(world), group_named(expert_parallel), nullptr};
+}
+
+/// `num_experts` 0: replicated.
+std::vector<ParallelParameter> parallel_tensors(const std::vector<std::string>& names,
+                                                at::TensorList tensors,
+                                                const std::vector<int64_t>& first_experts,
+                                                const std::vector<int64_t>& num_experts) {
+  check_input(names.size() == tensors.size() && first_experts.size() == tensors.size() &&
+                  num_experts.size() == tensors.size(),
+              "checkpoint: as many names and experts as tensors, got ", names.size(), ", ",
+              first_experts.size(), ", ", num_experts.size(), " and ", tensors.size());
+  std::vector<ParallelParameter> all;
+  for (size_t i = 0; i < names.size(); ++i) {
+    all.push_back({names[i], tensors[i], num_experts[i] > 0, first_experts[i], num_experts[i]});
+  }
+  return all;
+}
+
+void save(std::string directory, std::vector<std::string> names, at::TensorList tensors,
+          std::vector<int64_t> first_experts, std::vector<int64_t> num_experts,
+          std::string optimizer, std::string metadata, std::string world,
+          std::string expert_parallel) {
+  save_checkpoint(
+      directory, {parallel_tensors(names, tensors, first_experts, num_experts), optimizer},
+      nlohmann::json::parse(metadata).get<CheckpointMetadata>(), groups_of(world, expert_parallel));
+}
+
+/// The index's text, the stored names, the optimizer's class, metadata as JSON.
+std::tuple<std::string, std::vector<std::string>, std::string, std::string> read_index(
+    std::string directory, std::string world) {
+  const auto found = describe_checkpoint(directory, *group_named(world));
+  return {found.index, found.names, found.optimizer, nlohmann::json(found.metadata).dump()};
+}
+
+void load(std::string directory, std::string index, std::vector<std::string> names,
+          at::TensorList tensors, std::vector<int64_t> first_experts,
+          std::vector<int64_t> num_experts, bool with_optimizer, std::string world,
+          std::string expert_parallel) {
+  load_checkpoint(directory, index, parallel_tensors(names, tensors, first_experts, num_experts),
+                  with_optimizer, groups_of(world, expert_parallel));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(anabranch, library) {
+  library.def(
+      "save_checkpoint(str directory, str[] names, Tensor[] tensors, int[] first_experts, "
+      "int[] num_experts, str optimizer, str metadata, str world, str expert_parallel) -> ()",
+      save);
+  library.def("read_checkpoint_index(str directory, str world) -> (str, str[], str, str)",
+              read_index);
+  library.def(
+      "load_checkpoint(str directory, str index, str[] names, Tensor(a!)[] tensors, "
+      "int[] first_experts, int[] num_experts, bool with_optimizer, str world, "
+      "str expert_parallel) -> ()",
+      load);
+}
+
+}  // namespace anabranch::operators
