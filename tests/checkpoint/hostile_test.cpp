@@ -110,10 +110,11 @@ class HostileFile : public ::testing::Test {
 
 TEST_F(HostileFile, AMillionBrackets) {
   constexpr int64_t kDepth = 1'000'000;
-  for (const auto& [open, close] : std::map<std::string, std::string>{{"[", "]"}, {"{\"a\":", "}"}}) {
+  for (const auto& [open, close] :
+       std::map<std::string, std::string>{{"[", "]"}, {"{\"a\":", "}"}}) {
     const std::string deep = repeat(open, kDepth) + "1" + repeat(close, kDepth);
-    const std::string shape = "{\"t\":{\"dtype\":\"F32\",\"shape\":[" + deep +
-                              "],\"data_offsets\":[0,0]}}";
+    const std::string shape =
+        "{\"t\":{\"dtype\":\"F32\",\"shape\":[" + deep + "],\"data_offsets\":[0,0]}}";
     expect_checkpoint_error([&] { reader_of(safetensors_with(deep)); }, "deeper");
     expect_checkpoint_error([&] { reader_of(safetensors_with(shape)); }, "deeper");
     expect_checkpoint_error([&] { parse_index("{\"version\":" + deep + "}"); }, "deeper");
