@@ -33,6 +33,19 @@ std::vector<std::string> differences(const nlohmann::json& before, const nlohman
   return result;
 }
 
+/// Null where the text is no JSON, or nests deeper than ours does: copying and printing a value takes as
+/// much of the stack as it is deep.
+nlohmann::json parse_description(std::istream& text) {
+  constexpr int kMaxDepth = 8;
+  bool too_deep = false;
+  const auto limit = [&](int depth, nlohmann::json::parse_event_t, nlohmann::json&) {
+    too_deep = too_deep || depth > kMaxDepth;
+    return !too_deep;
+  };
+  auto json = nlohmann::json::parse(text, limit, /*allow_exceptions=*/false);
+  return too_deep ? nlohmann::json() : json;
+}
+
 template <typename Number>
 Number number_of(const anabranch::CheckpointMetadata& metadata, const std::string& name) {
   Number number = {};
@@ -66,10 +79,10 @@ void RunDirectory::begin(anabranch::Communicator& world) const {
 }
 
 std::vector<std::string> RunDirectory::compare_with_description() const {
-  std::ifstream file(description());
-  require(file.is_open() && std::filesystem::exists(checkpoint()),
+  require(std::filesystem::is_regular_file(description()) && std::filesystem::exists(checkpoint()),
           "--resume: ", options_.output.string(), " holds no checkpoint");
-  const auto before = nlohmann::json::parse(file, nullptr, /*allow_exceptions=*/false);
+  std::ifstream file(description());
+  const auto before = parse_description(file);
   require(before.is_object(), "--resume: ", description().string(), " is damaged");
   const auto now = describe(options_, text_);
   const auto other_model = differences(before.value("model", nlohmann::json()), now["model"], "--");

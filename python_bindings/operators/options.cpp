@@ -7,11 +7,15 @@
 
 #include "option_fields.h"
 #include "support/check.h"
+#include "support/json.h"
 
 namespace anabranch::operators {
 namespace {
 
 using Json = nlohmann::json;
+
+/// So many bytes of what is no JSON are shown.
+constexpr size_t kShown = 200;
 
 /// A tensor's type and device come with the tensors.
 template <typename T>
@@ -72,8 +76,16 @@ bool set(MoEOptions& options, const std::string& name, const Json& value) {
 }  // namespace
 
 MoEOptions options_from_json(const std::string& json) {
-  const auto object = Json::parse(json, /*callback=*/nullptr, /*allow_exceptions=*/false);
-  check_input(object.is_object(), "options: expected a JSON object, got '", json, "'");
+  Json object;
+  try {
+    object = parse_json(json);
+    check_input(object.is_object(), "no object");
+  } catch (const std::exception& error) {
+    const auto text =
+        Json(json).dump(-1, ' ', /*ensure_ascii=*/true, Json::error_handler_t::replace);
+    throw InputError(c10::str("options: expected a JSON object, got ", text.substr(0, kShown), ": ",
+                              error.what()));
+  }
   MoEOptions options;
   for (const auto& [name, value] : object.items()) {
     bool found = false;

@@ -1,6 +1,7 @@
 // Files that someone made in order to break the reader. Each ends in a CheckpointError or is sound after
 // all: no crash, no other exception, no wait, no memory beyond the file's own size.
 #include <anabranch/checkpoint.h>
+#include <c10/util/StringUtil.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
@@ -124,6 +125,12 @@ TEST_F(HostileFile, AMillionBrackets) {
   }
 }
 
+TEST_F(HostileFile, WhatStandsBehindAZeroIsReadToo) {
+  const std::string behind("{}\0{\"format\":1}", 16);
+  expect_checkpoint_error([&] { reader_of(safetensors_with(behind)); }, "no JSON at byte 3");
+  expect_checkpoint_error([&] { parse_index(behind); }, "no JSON at byte 3");
+}
+
 TEST_F(HostileFile, SizesWhoseProductOverflowsAreRefusedWhereOneOfThemIsZero) {
   for (const std::string shape : {"[0,4611686018427387904,4611686018427387904]",
                                   "[4611686018427387904,4611686018427387904,0]"}) {
@@ -148,8 +155,8 @@ TEST_F(HostileFile, FuzzedSafetensors) {
     std::vector<NamedTensor> tensors;
     for (int64_t i = 0; i < count; ++i) {
       tensors.push_back(
-          {"t" + std::to_string(i), random.normal({random.integer(0, 3), random.integer(0, 3)})
-                                        .to(random.chance() ? torch::kBFloat16 : torch::kInt64)});
+          {c10::str("t", i), random.normal({random.integer(0, 3), random.integer(0, 3)})
+                                 .to(random.chance() ? torch::kBFloat16 : torch::kInt64)});
     }
     fs::remove(path_);
     write_safetensors(path_, tensors);

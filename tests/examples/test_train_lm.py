@@ -257,6 +257,30 @@ def test_resume_refuses_another_model(half_run, text, tmp_path):
     assert (directory / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "description",
+    [
+        '{"model": ' + "[" * 1_000_000 + "]" * 1_000_000 + "}",
+        '{"model": {"hidden": ' + '{"a":' * 1_000_000 + "1" + "}" * 1_000_000 + "}}",
+        "[1, 2]",
+        '{"model": ',
+        "\x00\xff",
+        None,  # a pipe, that nobody writes to
+    ],
+    ids=["deep arrays", "deep objects", "no object", "cut short", "no text", "pipe"],
+)
+def test_resume_refuses_a_description_made_to_break_it(half_run, text, tmp_path, description):
+    directory = tmp_path / "run"
+    shutil.copytree(half_run, directory)
+    (directory / "options.json").unlink()
+    if description is None:
+        os.mkfifo(directory / "options.json")
+    else:
+        (directory / "options.json").write_text(description, encoding="latin-1")
+    output = run(1, "--data", text, "--output", directory, *model_options(), "--resume", expect=2)
+    assert "is damaged" in output or "holds no checkpoint" in output
+
+
 def test_resume_says_what_else_has_changed(half_run, text, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(half_run, directory)

@@ -48,7 +48,7 @@ def test_fuzzed_options(seed):
         try:
             names = parse(text)
         except (ValueError, RuntimeError) as error:
-            assert "options" in str(error) or "_size" in str(error) or "_experts" in str(error), (text, error)
+            assert not isinstance(error, UnicodeError) and "options" in str(error), (text, error)
             counts[False] += 1
         else:
             assert "router.weight" in names and isinstance(json.loads(text, strict=False), dict), text
