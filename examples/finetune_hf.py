@@ -36,13 +36,16 @@ def make_model(options):
     return transformers.OlmoeForCausalLM(config)
 
 
-def loss_sum(model, inputs, targets):
-    """Σ over this rank's tokens, in nats."""
-    if len(inputs) == 0:  # transformers takes no empty batch, and every rank takes part: a sequence that counts nothing
+def losses(model, inputs, targets):
+    """Σ over this rank's tokens, in nats, and the family's own loss for balance, of the same tokens."""
+    empty = len(inputs) == 0
+    if empty:  # transformers takes no empty batch, and every rank takes part: a sequence that counts nothing
         inputs = inputs.new_zeros(1, inputs.shape[1])
         targets = torch.full_like(inputs, -100)
-    logits = model(input_ids=inputs, use_cache=False).logits.float()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    output = model(input_ids=inputs, use_cache=False, output_router_logits=True)
+    logits = output.logits.float()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    return loss, 0 * output.aux_loss if empty else output.aux_loss
 
 
 @torch.no_grad()
@@ -50,7 +53,7 @@ def validate(model, text, world):
     """Mean loss over the held-out text, in nats a byte."""
     total = torch.zeros((), dtype=torch.float64)
     for inputs, targets in text.validation_batches():
-        total += loss_sum(model, inputs, targets).cpu()
+        total += losses(model, inputs, targets)[0].cpu()
     world.all_reduce(total)
     return total.item() / (text.options.validation_sequences * text.options.sequence_length)
 
@@ -60,16 +63,11 @@ def train(options, world):
     model = anabranch.convert(make_model(options).to(options.device))
     model.train()
     layers = [module for module in model.modules() if isinstance(module, anabranch.MoE)]
-    # A layer's losses come with its output, which the model does not hand on.
-    outputs = []
-    for layer in layers:
-        layer.register_forward_hook(lambda _, inputs, output: outputs.append(output))
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
     bar = tqdm(range(1, options.steps + 1), disable=world.rank != 0, unit="step")
     for step in bar:
-        outputs.clear()
-        loss = loss_sum(model, *text.training_batch(step)) / (options.batch_size * options.sequence_length)
-        balance_loss = sum(output.balance_loss for output in outputs)
+        loss, balance_loss = losses(model, *text.training_batch(step))
+        loss = loss / (options.batch_size * options.sequence_length)
         (loss * world.size + options.balance_loss * balance_loss).backward()
         anabranch.finish_gradients(model)
         anabranch.clip_gradient_norm(model, 1.0)
@@ -95,7 +93,7 @@ def main():
     parser.add_argument("--sequence-length", type=int, default=128, help="bytes of a sequence")
     parser.add_argument("--validation-sequences", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--balance-loss", type=float, default=0.01, help="its coefficient, per layer")
+    parser.add_argument("--balance-loss", type=float, default=0.01, help="the coefficient of transformers' own")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     if options.device == "cuda":
