@@ -54,9 +54,12 @@ def run(command, **options):
     return result.stdout
 
 
-def mpirun(ranks, program, *arguments):
+def mpirun(ranks, build, program, *arguments):
+    """Runs a program of a build over that build's own library, also where its folder has been moved or copied."""
     launcher = ["mpirun", "-n", ranks, "--oversubscribe", "--bind-to", "none"]
-    return run([*launcher, program, *arguments], env=ENVIRONMENT, timeout=600)
+    libraries = [str((build / "src").resolve()), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    environment = {**ENVIRONMENT, "LD_LIBRARY_PATH": os.pathsep.join(libraries)}
+    return run([*launcher, build / "examples" / program, *arguments], env=environment, timeout=600)
 
 
 def build_of(base):
@@ -107,7 +110,7 @@ def metrics_of(file):
 
 def results_of_quickstart(ranks, build, folder):
     """By what they are called: standard output, and each rank's bytes where the program can write them."""
-    printed = mpirun(ranks, build / "examples/quickstart", "--dump", folder / "computed")
+    printed = mpirun(ranks, build, "quickstart", "--dump", folder / "computed")
     computed = {file.name: file.read_bytes() for file in sorted(folder.glob("computed.*"))}
     return {"output": printed, **computed}
 
@@ -118,7 +121,7 @@ def results_of_train_lm(ranks, steps, options, build, folder):
     output = folder / "output"
     model = [word for name, value in MODEL.items() for word in (f"--{name}", value)]
     given = ["--data", text, "--output", output, "--steps", steps, "--progress", "lines", *model, *options]
-    mpirun(ranks, build / "examples/train_lm", *given)
+    mpirun(ranks, build, "train_lm", *given)
     results = {**tensors_of(output / "checkpoint"), **metrics_of(output / "metrics.jsonl")}
     return {**results, "sample": (output / "sample.txt").read_bytes()}
 

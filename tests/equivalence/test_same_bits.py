@@ -76,6 +76,17 @@ def test_a_changed_bit_of_a_checkpoint_is_found(changed):
     assert output.count(" results, 1 differ\n") == 2 and output.count(": 1 of ") == 2
 
 
+def test_a_copied_build_runs_over_its_own_library(tmp_path):
+    """Not over that of the folder that it was built in, which may be this build's."""
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "src").mkdir()
+    shutil.copy(BUILD / "examples/quickstart", tmp_path / "examples")
+    for library in (BUILD / "src").glob("libanabranch.so*"):
+        (tmp_path / "src" / library.name).write_text("no library")
+    result = same_bits(tmp_path, *ALONE, "quickstart", expect=1)
+    assert "the same, bit for bit" not in result
+
+
 def test_a_program_that_can_not_write_what_it_computes_is_compared_by_what_it_prints(changed):
     folder = changed("quickstart", "--dump", "computed.*")
     (folder / "examples/quickstart").write_text(f'#!/bin/bash\nexec "{BUILD}/examples/quickstart"\n')
