@@ -30,9 +30,9 @@ struct MoEOutput {
 /// What a layer computes with: undefined where its options have none.
 struct MoEParameters {
   RouterParameters router;
-  ExpertProjections experts;         ///< of this rank
-  WeightSums main_grad;              ///< see ExpertsImpl
-  ExpertProjections shared_expert;   ///< of one expert
+  ExpertProjections experts;        ///< of this rank
+  WeightSums main_grad;             ///< see ExpertsImpl
+  ExpertProjections shared_expert;  ///< of one expert
   WeightSums shared_expert_main_grad;
   torch::Tensor shared_expert_gate;  ///< [1, h] of the layer's type
 };

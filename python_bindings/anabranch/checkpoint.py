@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ._held import first_expert
 from ._wrappers import managed_by_fsdp1
 from .gradients import ParallelGroups, only_group
 from .moe import MoE
@@ -130,19 +129,20 @@ def _within(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile's
-            model = model._orig_mod
-        else:
+            continue
+        compiled = getattr(model, "_orig_mod", None)  # torch.compile's
+        if not isinstance(compiled, nn.Module):
             return model
+        model = compiled
 
 
 def _contents_of(model: nn.Module) -> _Contents:
     contents = _Contents()
-    places = {}
+    places: dict[int, tuple[int, int]] = {}
     for module in model.modules():
         if isinstance(module, MoE):
-            num_experts = module.options["num_experts"]
-            place = (first_expert(num_experts, module.group), num_experts)
+            first, _, num_experts = module.get_extra_state().tolist()
+            place = (first, num_experts)
             places |= {id(p): place for p in module.get_submodule("experts").parameters()}
     flat = managed_by_fsdp1(model)
     for name, p in model.named_parameters():

@@ -240,4 +240,4 @@ def _shard(name: str, parameter: nn.Parameter, groups: ParallelGroups) -> list[T
             "clip_gradient_norm takes those that fully_shard shards over all of them, and experts spread over all"
         )
     gradient = parameter.grad
-    return [] if gradient is None else [gradient.to_local()]
+    return [gradient.to_local()] if isinstance(gradient, DTensor) else []

@@ -131,7 +131,7 @@ class MoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        options = {
+        options: dict[str, Any] = {
             "hidden_size": hidden_size,
             "expert_hidden_size": expert_hidden_size,
             "num_experts": num_experts,
