@@ -44,7 +44,8 @@ std::vector<torch::Tensor> step(MoELayer& layer, torch::Tensor x, const torch::T
     loss = loss + 0.1 * out.balance_loss + 0.01 * out.z_loss;
   }
   loss.backward();
-  std::vector<torch::Tensor> found = {out.output.detach(), loss.detach(), out.expert_load, x.grad()};
+  std::vector<torch::Tensor> found = {out.output.detach(), loss.detach(), out.expert_load,
+                                      x.grad()};
   for (const auto& parameter : layer->parameters()) {
     if (parameter.grad().defined()) found.push_back(parameter.grad());
   }
@@ -53,7 +54,8 @@ std::vector<torch::Tensor> step(MoELayer& layer, torch::Tensor x, const torch::T
 
 /// Distinct experts of each token: at random, the first ones of all, or the same few with one other.
 torch::Tensor draw_ids(Random& random, int turn) {
-  auto ids = random.uniform({kTokens, kExperts}).argsort(1, /*descending=*/false).narrow(1, 0, kTopK);
+  auto ids =
+      random.uniform({kTokens, kExperts}).argsort(1, /*descending=*/false).narrow(1, 0, kTopK);
   if (turn % 4 == 1) {
     ids = torch::arange(kTopK).expand({kTokens, kTopK});
   } else if (turn % 4 == 2) {
@@ -75,17 +77,20 @@ class CudaGraphTest : public ::testing::Test {
 
   void expect_replays_equal_eager(const MoEOptions& options, bool routed_outside, int replays) {
     MoELayer layer(options, world());
-    auto x = torch::empty({kTokens, options.hidden_size}, torch::dtype(options.dtype).device(device()));
+    auto x =
+        torch::empty({kTokens, options.hidden_size}, torch::dtype(options.dtype).device(device()));
     auto doutput = torch::empty({kTokens, options.hidden_size}, torch::device(device()));
     std::optional<Routing> routing;
     if (routed_outside) {
       routing.emplace();
-      routing->expert_ids = torch::empty({kTokens, kTopK}, torch::dtype(torch::kInt64).device(device()));
+      routing->expert_ids =
+          torch::empty({kTokens, kTopK}, torch::dtype(torch::kInt64).device(device()));
       routing->weights = torch::empty({kTokens, kTopK}, torch::device(device()));
     }
     const auto fill = [&](int turn) {
       // Rows of a token seen once only, or all alike: nearly all experts then have none.
-      const auto rows = random_.normal({turn % 4 == 3 ? 1 : kTokens, options.hidden_size}, torch::kFloat32);
+      const auto rows =
+          random_.normal({turn % 4 == 3 ? 1 : kTokens, options.hidden_size}, torch::kFloat32);
       x.copy_(rows.expand(x.sizes()));
       doutput.copy_(random_.normal(doutput.sizes(), torch::kFloat32));
       if (routing) {

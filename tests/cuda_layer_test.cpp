@@ -81,7 +81,8 @@ LayerCase large_case(Random& random) {
 // Nothing is waited for where the products read their counts themselves and no other rank has any.
 TEST(CudaLayer, TheHostWaitsOnceAStepOrNever) {
   const auto engines = grouped_gemm_engines(device());
-  const bool alone = world()->size() == 1 && std::count(engines.begin(), engines.end(), "hopper") > 0;
+  const bool alone =
+      world()->size() == 1 && std::count(engines.begin(), engines.end(), "hopper") > 0;
   Random random(test_seed());
   for (const bool recompute : {false, true}) {
     auto layer_case = large_case(random);
@@ -128,7 +129,8 @@ TEST(CudaLayer, RefusalsOfARankAloneAreLate) {
     bad[7][3] = std::numeric_limits<float>::quiet_NaN();
     return layer->forward(bad).output;
   };
-  expect_late(nan_gate, [] { check(); }, "token 7");
+  expect_late(
+      nan_gate, [] { check(); }, "token 7");
   expect_late(
       nan_gate,
       [&] {

@@ -16,14 +16,16 @@ class ExpertCounts {
  public:
   /// As a GPU reads them, int64.
   struct OnDevice {
-    torch::Tensor first_row;      ///< [experts + 1], the last being all rows
-    torch::Tensor longest_first;  ///< [experts] experts by falling number of rows, ties in their order
+    torch::Tensor first_row;  ///< [experts + 1], the last being all rows
+    torch::Tensor
+        longest_first;  ///< [experts] experts by falling number of rows, ties in their order
   };
 
   ExpertCounts() : ExpertCounts(std::vector<int64_t>()) {}
   /// Known to the host. What is negative is refused where it is used.
   ExpertCounts(std::vector<int64_t> counts);  // NOLINT(google-explicit-constructor)
-  ExpertCounts(std::initializer_list<int64_t> counts) : ExpertCounts(std::vector<int64_t>(counts)) {}
+  ExpertCounts(std::initializer_list<int64_t> counts)
+      : ExpertCounts(std::vector<int64_t>(counts)) {}
   /// Known to a GPU alone, but for their sum, `rows`.
   ExpertCounts(OnDevice counts, int64_t rows);
 

@@ -161,7 +161,6 @@ void check_files_visible(const fs::path& directory, const CheckpointIndex& index
   }
 }
 
-
 CheckpointIndex write_files(const fs::path& directory, const std::string& tag,
                             const std::function<CheckpointContents()>& collect,
                             const CheckpointMetadata& metadata, const ParallelGroups& groups) {

@@ -40,8 +40,7 @@ int64_t take(int64_t& token) { return std::atomic_ref(token).exchange(-1); }
 }  // namespace
 
 LateRefusals::LateRefusals(torch::Device device)
-    : device_(device),
-      told_(at::full({2}, -1, at::TensorOptions(torch::kInt64)).pin_memory()) {}
+    : device_(device), told_(at::full({2}, -1, at::TensorOptions(torch::kInt64)).pin_memory()) {}
 
 std::shared_ptr<LateRefusals> LateRefusals::make(torch::Device device) {
   std::shared_ptr<LateRefusals> made(new LateRefusals(device));
@@ -56,8 +55,9 @@ void LateRefusals::check() {
   const int64_t invalid = take(told[1]);
   check_input(nonfinite < 0, "routing: the gate of token ", nonfinite,
               " of an earlier step holds NaN or Inf");
-  check_input(invalid < 0, "routing: expert_ids of token ", invalid,
-              " of an earlier step are out of range or twice; errors = at_call says what they were");
+  check_input(
+      invalid < 0, "routing: expert_ids of token ", invalid,
+      " of an earlier step are out of range or twice; errors = at_call says what they were");
 }
 
 void check_late_refusals() {

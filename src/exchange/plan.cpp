@@ -240,8 +240,7 @@ ExchangePlan plan_counts(const Announced& announced, const ExpertPlacement& plac
 std::vector<int64_t> wait_for_counts(const Routing& routing, const RoutingCheck& check,
                                      const torch::Tensor& expert_counts,
                                      Communicator& communicator) {
-  const auto told =
-      counts_on_host(at::cat({refused_tokens(check), expert_counts}), communicator);
+  const auto told = counts_on_host(at::cat({refused_tokens(check), expert_counts}), communicator);
   const int64_t* own = told.const_data_ptr<int64_t>();
   const int64_t* counts = own + kForm;  // of the rest there is nothing to tell
   if (own[kNonfiniteToken] >= 0 || own[kInvalidToken] >= 0) {
@@ -252,9 +251,8 @@ std::vector<int64_t> wait_for_counts(const Routing& routing, const RoutingCheck&
 
 /// Of a rank alone: to it arrives all that it sends. With `late` refusals nobody waits. (Ids out of range
 /// count as some expert's.)
-ExchangePlan plan_alone(const Routing& routing, const torch::Tensor& ids,
-                        const RoutingCheck& check, int64_t num_experts,
-                        Communicator& communicator, const LateRefusals* late) {
+ExchangePlan plan_alone(const Routing& routing, const torch::Tensor& ids, const RoutingCheck& check,
+                        int64_t num_experts, Communicator& communicator, const LateRefusals* late) {
   const LateRefusal refusal{check.first_nonfinite_token, check.first_invalid_token,
                             late != nullptr ? late->told() : torch::Tensor()};
   const LocalPlan local = PlanKernels::on(ids.device())
@@ -319,9 +317,9 @@ ExchangePlan Exchange::plan(const Routing& routing, const torch::Tensor& rows,
     form_ = form;
     form_on_device_ = at::full({1}, form, ids.options());
   }
-  const auto message = at::cat({refused_tokens(check), form_on_device_,
-                                send.rank_rows, send.expert_counts})
-                           .index_select(0, message_layout_);
+  const auto message =
+      at::cat({refused_tokens(check), form_on_device_, send.rank_rows, send.expert_counts})
+          .index_select(0, message_layout_);
   const auto received = tell(*communicator_, placement_, message);
   const auto announced = announced_on_host(*communicator_, placement_, message, received);
   check_forms(announced.from);

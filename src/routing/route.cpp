@@ -84,11 +84,12 @@ struct Route : torch::autograd::Function<Route> {
     };
     const auto dweights = gradient.weights.defined() ? gradient.weights.contiguous()
                                                      : torch::zeros_like(routed.weights);
-    return {RoutingKernels::on(routed.weights.device())
-                .route_backward(routed, holder->rule, dweights, contiguous(gradient.probability_sum),
-                                gradient.squared_logsumexp_sum),
-            {},
-            {}};
+    return {
+        RoutingKernels::on(routed.weights.device())
+            .route_backward(routed, holder->rule, dweights, contiguous(gradient.probability_sum),
+                            gradient.squared_logsumexp_sum),
+        {},
+        {}};
   }
 };
 

@@ -15,7 +15,8 @@ inline void check_cublas(cublasStatus_t status, const char* call,
                          std::source_location place = std::source_location::current()) {
   if (status != CUBLAS_STATUS_SUCCESS) [[unlikely]] {
     throw CudaError(call, status,
-                    std::string(cublasGetStatusName(status)) + ": " + cublasGetStatusString(status), place);
+                    std::string(cublasGetStatusName(status)) + ": " + cublasGetStatusString(status),
+                    place);
   }
 }
 

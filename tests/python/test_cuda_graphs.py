@@ -113,20 +113,3 @@ def test_make_graphed_callables():
         assert torch.equal(y, expected) and torch.equal(x.grad, x_reference.grad)
         for ours, theirs in zip(block.parameters(), reference.parameters()):
             assert torch.equal(ours.grad, theirs.grad)
-
-
-def test_compile_reduce_overhead():
-    layer = make_layer()
-    compiled = torch.compile(lambda x: layer(x).output, mode="reduce-overhead", fullgraph=True)
-    for turn in range(8):
-        x, dy = tensors(turn)
-        torch.compiler.cudagraph_mark_step_begin()
-        layer.zero_grad(set_to_none=True)
-        x = x.clone().requires_grad_()
-        y = compiled(x)
-        y.backward(dy)
-        reference = make_layer()
-        x_reference = x.detach().clone().requires_grad_()
-        expected = reference(x_reference).output
-        expected.backward(dy)
-        assert torch.equal(y, expected) and torch.equal(x.grad, x_reference.grad)

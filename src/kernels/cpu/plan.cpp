@@ -151,7 +151,11 @@ class CpuPlanKernels final : public PlanKernels {
     const auto rows = by_expert.members.div(expert_ids.size(1), "trunc");
     const auto counts = by_expert.offsets.diff();
     const auto longest_first = counts.argsort(/*stable=*/true, /*dim=*/0, /*descending=*/true);
-    return {counts, {by_expert.offsets, longest_first}, by_expert.members, rows, group(rows, tokens),
+    return {counts,
+            {by_expert.offsets, longest_first},
+            by_expert.members,
+            rows,
+            group(rows, tokens),
             at::arange(std::max(tokens + 1, rows.size(0)), expert_ids.options())};
   }
 

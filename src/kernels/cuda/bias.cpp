@@ -34,7 +34,8 @@ class CudaBiasKernels final : public BiasKernels {
     cuda::launch_bias_gradient(
         scalar, rows.const_data_ptr(), cuda::address_or_null(weights),
         counts.on(rows.device()).first_row.const_data_ptr<int64_t>(), rows.size(0), experts,
-        rows.size(1), {chunks, reinterpret_cast<unsigned*>(chunks + experts + 1), partial.data_ptr()},
+        rows.size(1),
+        {chunks, reinterpret_cast<unsigned*>(chunks + experts + 1), partial.data_ptr()},
         out.data_ptr(), stream);
     return out;
   }

@@ -112,11 +112,11 @@ class CudaPlanKernels final : public PlanKernels {
     cuda::launch_local(
         {expert_ids.const_data_ptr<int64_t>(), by_expert.members.const_data_ptr<int64_t>(),
          by_expert.offsets.const_data_ptr<int64_t>(), tokens, expert_ids.size(1), num_experts,
-         plan.expert_counts.data_ptr<int64_t>(),
-         plan.counts.longest_first.data_ptr<int64_t>(), plan.assignment_rows.data_ptr<int64_t>(),
-         plan.by_row.offsets.data_ptr<int64_t>(), plan.by_row.members.data_ptr<int64_t>(),
-         plan.places.data_ptr<int64_t>(), numbers(late.first_nonfinite_token),
-         numbers(late.first_invalid_token), numbers(late.told)},
+         plan.expert_counts.data_ptr<int64_t>(), plan.counts.longest_first.data_ptr<int64_t>(),
+         plan.assignment_rows.data_ptr<int64_t>(), plan.by_row.offsets.data_ptr<int64_t>(),
+         plan.by_row.members.data_ptr<int64_t>(), plan.places.data_ptr<int64_t>(),
+         numbers(late.first_nonfinite_token), numbers(late.first_invalid_token),
+         numbers(late.told)},
         stream);
     return plan;
   }
