@@ -200,7 +200,7 @@ def _gradients_of(model: nn.Module, shards_of: ParallelGroups | None = None) -> 
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     experts = {id(p) for _, p in expert_parameters(model)}
     spread = set().union(*(spread_over(layer) for layer in layers))
-    routers = {id(getattr(layer.get_submodule("router"), "weight", None)) for layer in layers}
+    routers = {id(getattr(layer._modules.get("router"), "weight", None)) for layer in layers}
     by_ddp, by_fsdp1 = averaged_by_ddp(model), managed_by_fsdp1(model)
     found = _Gradients()
     for name, p in model.named_parameters():
