@@ -113,13 +113,14 @@ void measure_activations(Bench& bench, int64_t rows, int64_t n) {
        {Case{"gelu_tanh", Activation::kGeluTanh, false}, Case{"gelu", Activation::kGelu, false},
         Case{"silu glu", Activation::kSilu, true}}) {
     const auto& input = glu ? gated : hidden;
-    bench.run(std::string("activate ") + name, rows, n, (glu ? 3 : 2) * total,
-              [&](int set) { activation_kernels.activate(input[set], activation, glu); });
+    bench.run(std::string("activate ") + name, rows, n, (glu ? 3 : 2) * total, [&](int set) {
+      activation_kernels.activate(input[set], {activation, glu});
+    });
     const ActivationGradient gradient{at::empty_like(input[0]), at::empty_like(weights)};
     bench.run(std::string("activate_backward ") + name, rows, n, (glu ? 6 : 4) * total,
               [&](int set) {
                 activation_kernels.activate_backward(dactivated[set], input[set], weights,
-                                                     activation, glu, gradient);
+                                                     {activation, glu}, gradient);
               });
   }
 }

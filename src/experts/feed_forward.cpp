@@ -97,8 +97,7 @@ torch::Tensor project_activated(const FeedForward& expert, const torch::Tensor& 
     return expert.engine->forward_activated(rows, up.weight, counts, expert.activation, hidden);
   }
   project(expert, rows, up, counts, hidden);
-  return ActivationKernels::on(hidden.device())
-      .activate(hidden, expert.activation.activation, expert.activation.glu);
+  return ActivationKernels::on(hidden.device()).activate(hidden, expert.activation);
 }
 
 torch::Tensor up_projection(const FeedForward& expert, const Part& part, const IndexedRows& x,

@@ -202,7 +202,7 @@ torch::Tensor GroupedGemmEngine::do_forward_activated(const torch::Tensor& x,
                                                       const HiddenActivation& activation,
                                                       torch::Tensor& hidden) {
   do_forward(x, weight, counts, hidden);
-  return ActivationKernels::on(x.device()).activate(hidden, activation.activation, activation.glu);
+  return ActivationKernels::on(x.device()).activate(hidden, activation);
 }
 
 void GroupedGemmEngine::do_dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
@@ -213,8 +213,8 @@ void GroupedGemmEngine::do_dgrad_activated(const torch::Tensor& dy, const torch:
                                            ActivatedGradient& gradient) {
   do_dgrad(dy, weight, counts, gradient.activated);
   ActivationKernels::on(dy.device())
-      .activate_backward(gradient.activated, hidden, routing_weights, activation.activation,
-                         activation.glu, {gradient.dhidden, gradient.drouting_weights});
+      .activate_backward(gradient.activated, hidden, routing_weights, activation,
+                         {gradient.dhidden, gradient.drouting_weights});
 }
 
 torch::Tensor grouped_gemm(GroupedGemmEngine& engine, const torch::Tensor& x,

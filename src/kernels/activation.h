@@ -1,6 +1,6 @@
 #pragma once
 
-#include <anabranch/options.h>
+#include <anabranch/grouped_gemm.h>
 #include <torch/types.h>
 
 #include "kernels/kernels.h"
@@ -19,13 +19,13 @@ class ActivationKernels : public Kernels<ActivationKernels> {
   static const ActivationKernels& cpu();
   static const ActivationKernels& cuda();
 
-  /// hidden [P, n] (glu: [P, 2n], gate then up) → [P, n].
-  virtual torch::Tensor activate(const torch::Tensor& hidden, Activation activation,
-                                 bool glu) const = 0;
+  /// hidden → [P, n].
+  virtual torch::Tensor activate(const torch::Tensor& hidden,
+                                 const HiddenActivation& activation) const = 0;
   /// `dactivated` [P, n] is the gradient at the activation before the routing weight is applied, and
   /// becomes weight · activation(hidden). `weights` [P] undefined means 1.
   virtual void activate_backward(torch::Tensor& dactivated, const torch::Tensor& hidden,
-                                 const torch::Tensor& weights, Activation activation, bool glu,
+                                 const torch::Tensor& weights, const HiddenActivation& activation,
                                  const ActivationGradient& gradient) const = 0;
 };
 

@@ -258,8 +258,8 @@ TEST_F(CudaKernelsTest, WideActivations) {
       const auto weights = random_.normal({rows}, accumulation_type(dtype));
       const auto hidden64 = hidden.to(torch::kFloat64);
       const double size = (1 + max_abs(hidden)) * (1 + max_abs(hidden));
-      EXPECT_TRUE(close(cuda_activation_.activate(on_gpu(hidden), activation, glu),
-                        cpu_activation_.activate(hidden64, activation, glu),
+      EXPECT_TRUE(close(cuda_activation_.activate(on_gpu(hidden), {activation, glu}),
+                        cpu_activation_.activate(hidden64, {activation, glu}),
                         tolerance(dtype, kTranscendental, size)));
       const auto exact = activate_backward(cpu_activation_, dactivated.to(torch::kFloat64),
                                            hidden64, weights.to(torch::kFloat64), activation, glu);
@@ -365,10 +365,10 @@ TEST_F(CudaKernelsTest, MoreElementsThan32BitsCount) {
   EXPECT_TRUE(identical(gathered.narrow(0, kRows - 5, 5), rows.narrow(0, 0, 5).flip({0})));
   const auto groups = cuda_plan_.group(index, kRows);
   EXPECT_TRUE(cuda_rows_.sum_rows(gathered, groups, {}).equal(rows));
-  const auto activated = cuda_activation_.activate(rows, Activation::kSilu, false);
-  EXPECT_TRUE(
-      identical(activated.narrow(0, kRows - 9, 9),
-                cuda_activation_.activate(rows.narrow(0, kRows - 9, 9), Activation::kSilu, false)));
+  const auto activated = cuda_activation_.activate(rows, {Activation::kSilu, false});
+  EXPECT_TRUE(identical(
+      activated.narrow(0, kRows - 9, 9),
+      cuda_activation_.activate(rows.narrow(0, kRows - 9, 9), {Activation::kSilu, false})));
   const std::vector<int64_t> counts = {kRows - 7, 7};
   const auto bias = cuda_bias_.bias_gradient(rows, {}, counts);
   EXPECT_TRUE(identical(bias.narrow(0, 1, 1),

@@ -34,7 +34,7 @@ TEST_P(FeedForwardKernelsTest, ActivateEqualsReference) {
         const auto exact = hidden.to(torch::kFloat64);
         auto magnitude = exact.slice(1, 0, n).abs() + 1;
         magnitude = glu ? magnitude * exact.slice(1, n, 2 * n).abs() : magnitude;
-        const auto result = activation_.activate(on_device(hidden), activation, glu);
+        const auto result = activation_.activate(on_device(hidden), {activation, glu});
         EXPECT_EQ(result.scalar_type(), dtype);
         EXPECT_TRUE(close(result, activated(exact, activation, glu),
                           tolerance(dtype, kTranscendental, magnitude)));
@@ -46,7 +46,7 @@ TEST_P(FeedForwardKernelsTest, ActivateEqualsReference) {
 TEST_P(FeedForwardKernelsTest, ActivateSurvivesLargeValues) {
   const auto hidden = torch::tensor({{-1e4F, 1e4F, -90.0F, 90.0F, 0.0F}});
   for (const auto activation : kActivations) {
-    const auto result = activation_.activate(on_device(hidden), activation, false).cpu();
+    const auto result = activation_.activate(on_device(hidden), {activation, false}).cpu();
     const auto expected = torch::tensor({{0.0F, 1e4F, 0.0F, 90.0F, 0.0F}});
     EXPECT_TRUE(close(result, expected, 1e-4)) << static_cast<int>(activation);
     const auto gradient = activate_backward(activation_, on_device(torch::ones({1, 5})),

@@ -66,7 +66,7 @@ inline ActivationBackward activate_backward(const ActivationKernels& kernels,
       dactivated.clone(), torch::full_like(hidden, nan),
       torch::full({hidden.size(0)}, nan,
                   hidden.options().dtype(accumulation_type(hidden.scalar_type())))};
-  kernels.activate_backward(result.weighted, hidden, weights, activation, glu,
+  kernels.activate_backward(result.weighted, hidden, weights, {activation, glu},
                             {result.dhidden, result.dweights});
   return result;
 }

@@ -60,8 +60,9 @@ void for_each_block(int64_t rows, int64_t width, const Body& body) {
 
 class CpuActivationKernels final : public ActivationKernels {
  public:
-  torch::Tensor activate(const torch::Tensor& hidden, Activation activation,
-                         bool glu) const override {
+  torch::Tensor activate(const torch::Tensor& hidden, const HiddenActivation& of) const override {
+    const Activation activation = of.activation;
+    const bool glu = of.glu;
     const int64_t rows = hidden.size(0);
     const int64_t n = glu ? hidden.size(1) / 2 : hidden.size(1);
     torch::Tensor activated = at::empty({rows, n}, hidden.options());
@@ -78,8 +79,10 @@ class CpuActivationKernels final : public ActivationKernels {
   }
 
   void activate_backward(torch::Tensor& dactivated, const torch::Tensor& hidden,
-                         const torch::Tensor& weights, Activation activation, bool glu,
+                         const torch::Tensor& weights, const HiddenActivation& of,
                          const ActivationGradient& gradient) const override {
+    const Activation activation = of.activation;
+    const bool glu = of.glu;
     const int64_t rows = dactivated.size(0);
     const int64_t n = dactivated.size(1);
     const auto compute_type = at::toOpMathType(hidden.scalar_type());

@@ -9,8 +9,9 @@ namespace {
 
 class CudaActivationKernels final : public ActivationKernels {
  public:
-  torch::Tensor activate(const torch::Tensor& hidden, Activation activation,
-                         bool glu) const override {
+  torch::Tensor activate(const torch::Tensor& hidden, const HiddenActivation& of) const override {
+    const Activation activation = of.activation;
+    const bool glu = of.glu;
     const OnDevice stream(hidden);
     const int64_t rows = hidden.size(0);
     const int64_t n = glu ? hidden.size(1) / 2 : hidden.size(1);
@@ -21,8 +22,10 @@ class CudaActivationKernels final : public ActivationKernels {
   }
 
   void activate_backward(torch::Tensor& dactivated, const torch::Tensor& hidden,
-                         const torch::Tensor& weights, Activation activation, bool glu,
+                         const torch::Tensor& weights, const HiddenActivation& of,
                          const ActivationGradient& gradient) const override {
+    const Activation activation = of.activation;
+    const bool glu = of.glu;
     const OnDevice stream(hidden);
     cuda::launch_activate_backward({cuda::scalar_of(hidden), cuda::kind_of(activation), glu,
                                     dactivated.size(0), dactivated.size(1)},
