@@ -81,7 +81,8 @@ struct Messages {
 /// Every rank of the group calls every collective, in the same order, whatever it holds. The public
 /// calls check their arguments and throw InputError before anything is sent; a peer that dies or
 /// stalls ends the call in a CommunicationError that names it, within the deadline.
-/// Results are deterministic: sums are taken in rank order.
+/// Results are deterministic: sums are taken in rank order; where rows or NCCL go over several nodes,
+/// large ones within each node first.
 class Communicator {
  public:
   Communicator(int rank, int size) : rank_(rank), size_(size) {}
