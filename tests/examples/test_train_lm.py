@@ -3,6 +3,7 @@
 Where the programs are: ANABRANCH_EXAMPLES, a folder (default: build/release/examples).
 """
 
+import errno
 import json
 import math
 import os
@@ -150,9 +151,7 @@ def test_a_run_leaves_what_it_promises(whole_run):
         assert line["tokens_per_second"] > 0
         assert len(line["load"]) == LAYERS
         assert all(sum(load) == pytest.approx(1) for load in line["load"])
-        assert line["imbalance_per_layer"] == pytest.approx(
-            [max(load) * EXPERTS for load in line["load"]]
-        )
+        assert line["imbalance_per_layer"] == pytest.approx([max(load) * EXPERTS for load in line["load"]])
         assert line["imbalance"] == pytest.approx(sum(line["imbalance_per_layer"]) / LAYERS)
         assert ("validation_bpb" in line) == (line["step"] % 3 == 0)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
@@ -250,9 +249,7 @@ def test_resume_refuses_another_model(half_run, text, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(half_run, directory)
     before = (directory / "metrics.jsonl").read_bytes()
-    output = run(
-        2, "--data", text, "--output", directory, *model_options(hidden=32), "--resume", expect=2
-    )
+    output = run(2, "--data", text, "--output", directory, *model_options(hidden=32), "--resume", expect=2)
     assert "another model: --hidden 16 (now 32)" in output
     assert (directory / "metrics.jsonl").read_bytes() == before
 
@@ -284,9 +281,7 @@ def test_resume_refuses_a_description_made_to_break_it(half_run, text, tmp_path,
 def test_resume_says_what_else_has_changed(half_run, text, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(half_run, directory)
-    output = run(
-        0, "--data", text, "--output", directory, *model_options(clip=0.5), "--resume"
-    )
+    output = run(0, "--data", text, "--output", directory, *model_options(clip=0.5), "--resume")
     assert "begun with --clip 1.0 (now 0.5)" in output
 
 
@@ -304,6 +299,13 @@ def children_of(process):
     return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
 
 
+def check_runs(process, deadline):
+    """Fails with what the process has said when it has ended, or is over its deadline."""
+    if process.poll() is not None or time.monotonic() >= deadline:
+        process.kill()
+        pytest.fail(process.communicate()[0])
+
+
 def start_long_run(text, directory, ranks):
     """A run that would take hours; returns when it has taken some steps."""
     arguments = ["--data", text, "--output", directory, *model_options(steps=10**6)]
@@ -317,9 +319,21 @@ def start_long_run(text, directory, ranks):
     metrics = directory / "metrics.jsonl"
     deadline = time.monotonic() + 30
     while not metrics.exists() or metrics.read_text().count("\n") < 3:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        check_runs(process, deadline)
         time.sleep(0.05)
     return process
+
+
+def open_once_read(fifo, process):
+    """A FIFO's writing end, as soon as the process has opened the other one."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return os.fdopen(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK), "wb")
+        except OSError as error:  # as long as nobody reads
+            assert error.errno == errno.ENXIO, error
+        check_runs(process, deadline)
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -344,18 +358,19 @@ def test_a_signal_to_one_rank_saves_and_resume_continues(text, tmp_path, number)
 def test_a_signal_while_the_run_still_starts_saves_after_the_first_step(half_run, text, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(half_run, directory)
-    # The program waits where it reads the options of the run, until somebody writes them.
-    described = (directory / "options.json").read_bytes()
-    (directory / "options.json").unlink()
-    os.mkfifo(directory / "options.json")
+    # The program waits where it reads what the run has measured, until somebody writes it.
+    metrics = directory / "metrics.jsonl"
+    measured = metrics.read_bytes()
+    metrics.unlink()
+    os.mkfifo(metrics)
     arguments = ["--data", text, "--output", directory, *model_options(), "--resume"]
     process = subprocess.Popen(
         command(0, *arguments), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        with open(directory / "options.json", "wb") as pipe:  # returns when the program has opened it
+        with open_once_read(metrics, process) as pipe:
             process.send_signal(signal.SIGTERM)
-            pipe.write(described)
+            pipe.write(measured)
         output, _ = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -428,9 +443,7 @@ def test_data_that_is_no_text_is_refused(tmp_path, data, message):
 
 
 def test_resume_without_a_checkpoint_is_refused(text, tmp_path):
-    output = run(
-        2, "--data", text, "--output", tmp_path / "no", *model_options(), "--resume", expect=2
-    )
+    output = run(2, "--data", text, "--output", tmp_path / "no", *model_options(), "--resume", expect=2)
     assert "no holds no checkpoint" in output
 
 
@@ -443,8 +456,11 @@ def test_help_names_every_option_once():
 @pytest.mark.parametrize("ranks", [0, 3])
 def test_quickstart_says_who_sent_what_to_whom(ranks):
     output = run(ranks, program=QUICKSTART)
-    lines = re.findall(r"rank (\d+): (\d+) tokens; rows sent to each rank: ([\d ]+); "
-                       r"received from each: ([\d ]+)\n", output)
+    lines = re.findall(
+        r"rank (\d+): (\d+) tokens; rows sent to each rank: ([\d ]+); "
+        r"received from each: ([\d ]+)\n",
+        output,
+    )
     assert [int(line[0]) for line in lines] == list(range(max(ranks, 1)))
     sent = [[int(rows) for rows in line[2].split()] for line in lines]
     received = [[int(rows) for rows in line[3].split()] for line in lines]
