@@ -78,7 +78,9 @@ struct Route : torch::autograd::Function<Route> {
     const RouteResult routed{.expert_ids = saved.expert_ids,
                              .weights = saved.weights,
                              .probabilities = saved.probabilities,
-                             .logsumexp = saved.logsumexp};
+                             .logsumexp = saved.logsumexp,
+                             .counts = {},
+                             .first_nonfinite_token = {}};
     const auto contiguous = [](const torch::Tensor& tensor) {
       return tensor.defined() ? tensor.contiguous() : tensor;
     };
@@ -124,6 +126,9 @@ Routing route(const torch::Tensor& logits, const RoutingRule& rule,
           .counts = routed.counts,
           .probability_sum = routed.probability_sum,
           .squared_logsumexp_sum = routed.squared_logsumexp_sum,
+          .importance = {},
+          .smooth_load = {},
+          .first_counts = {},
           .first_nonfinite_token = routed.first_nonfinite_token};
 }
 
