@@ -18,30 +18,14 @@ std::vector<value_t> for_each_group(size_t groups, value_t value) {
   return std::vector<value_t>(groups, value);
 }
 
-class CublasGrouped final : public GroupedGemmEngine {
+class CublasGrouped final : public CublasProductsEngine {
  public:
   CublasGrouped() : handle_(make_cublas_handle()) {}
 
   std::string name() const override { return "cublas_grouped"; }
 
  private:
-  void do_forward(const torch::Tensor& x, const torch::Tensor& weight, const ExpertCounts& counts,
-                  torch::Tensor& y) override {
-    const OnDevice stream(x);
-    run(forward_products(x, weight, counts.on_host(), y, stream), x.device(), stream);
-  }
-  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight, const ExpertCounts& counts,
-                torch::Tensor& dx) override {
-    const OnDevice stream(dy);
-    run(dgrad_products(dy, weight, counts.on_host(), dx, stream), dy.device(), stream);
-  }
-  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,
-                torch::Tensor& dweight) override {
-    const OnDevice stream(dy);
-    run(wgrad_products(dy, x, counts.on_host(), dweight, stream), dy.device(), stream);
-  }
-
-  void run(const CublasProducts& shared, torch::Device device, cudaStream_t stream) {
+  void run(const CublasProducts& shared, torch::Device device, cudaStream_t stream) override {
     const size_t groups = shared.products.size();
     if (groups == 0) {
       return;

@@ -241,7 +241,7 @@ std::shared_ptr<Lanes> shared_lanes(torch::Device device) {
   return lanes;
 }
 
-class CublasLoop final : public GroupedGemmEngine {
+class CublasLoop final : public CublasProductsEngine {
  public:
   CublasLoop(std::shared_ptr<Lanes> lanes, int streams)
       : lanes_(std::move(lanes)), streams_(streams) {}
@@ -249,25 +249,14 @@ class CublasLoop final : public GroupedGemmEngine {
   std::string name() const override { return c10::str("cublas_loop_", streams_); }
 
  private:
-  void do_forward(const torch::Tensor& x, const torch::Tensor& weight, const ExpertCounts& counts,
-                  torch::Tensor& y) override {
-    const OnDevice stream(x);
-    lanes_->run(forward_products(x, weight, counts.on_host(), y, stream), streams_, stream);
-  }
-  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight, const ExpertCounts& counts,
-                torch::Tensor& dx) override {
-    const OnDevice stream(dy);
-    lanes_->run(dgrad_products(dy, weight, counts.on_host(), dx, stream), streams_, stream);
-  }
-  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,
-                torch::Tensor& dweight) override {
-    const OnDevice stream(dy);
-    lanes_->run(wgrad_products(dy, x, counts.on_host(), dweight, stream), streams_, stream);
-  }
   void do_wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
                            const ExpertCounts& counts, torch::Tensor& sum) override {
     const OnDevice stream(dy);
     lanes_->run(wgrad_accumulate_products(dy, x, counts.on_host(), sum, stream), streams_, stream);
+  }
+
+  void run(const CublasProducts& products, torch::Device /*device*/, cudaStream_t stream) override {
+    lanes_->run(products, streams_, stream);
   }
 
   std::shared_ptr<Lanes> lanes_;

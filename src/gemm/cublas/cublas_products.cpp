@@ -2,6 +2,7 @@
 
 #include "support/check.h"
 #include "support/cuda_check.h"
+#include "support/cuda_device.h"
 
 namespace anabranch {
 namespace {
@@ -151,6 +152,24 @@ CublasProducts wgrad_accumulate_products(const torch::Tensor& dy, const torch::T
                                          const std::vector<int64_t>& counts, torch::Tensor& sum,
                                          cudaStream_t stream) {
   return wgrad_products(dy, x, counts, sum, /*accumulate=*/true, stream);
+}
+
+void CublasProductsEngine::do_forward(const torch::Tensor& x, const torch::Tensor& weight,
+                                      const ExpertCounts& counts, torch::Tensor& y) {
+  const OnDevice stream(x);
+  run(forward_products(x, weight, counts.on_host(), y, stream), x.device(), stream);
+}
+
+void CublasProductsEngine::do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
+                                    const ExpertCounts& counts, torch::Tensor& dx) {
+  const OnDevice stream(dy);
+  run(dgrad_products(dy, weight, counts.on_host(), dx, stream), dy.device(), stream);
+}
+
+void CublasProductsEngine::do_wgrad(const torch::Tensor& dy, const torch::Tensor& x,
+                                    const ExpertCounts& counts, torch::Tensor& dweight) {
+  const OnDevice stream(dy);
+  run(wgrad_products(dy, x, counts.on_host(), dweight, stream), dy.device(), stream);
 }
 
 }  // namespace anabranch

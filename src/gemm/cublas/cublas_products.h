@@ -1,5 +1,6 @@
 #pragma once
 
+#include <anabranch/grouped_gemm.h>
 #include <cublas_v2.h>
 #include <torch/types.h>
 
@@ -65,5 +66,20 @@ CublasProducts wgrad_products(const torch::Tensor& dy, const torch::Tensor& x,
 CublasProducts wgrad_accumulate_products(const torch::Tensor& dy, const torch::Tensor& x,
                                          const std::vector<int64_t>& counts, torch::Tensor& sum,
                                          cudaStream_t stream);
+
+/// An engine that turns each of its calls into such products and runs them.
+class CublasProductsEngine : public GroupedGemmEngine {
+ protected:
+  void do_forward(const torch::Tensor& x, const torch::Tensor& weight, const ExpertCounts& counts,
+                  torch::Tensor& y) override;
+  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight, const ExpertCounts& counts,
+                torch::Tensor& dx) override;
+  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,
+                torch::Tensor& dweight) override;
+
+ private:
+  /// On `stream`, the current one of `device`.
+  virtual void run(const CublasProducts& products, torch::Device device, cudaStream_t stream) = 0;
+};
 
 }  // namespace anabranch

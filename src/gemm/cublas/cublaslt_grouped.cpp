@@ -61,7 +61,7 @@ class DeviceArrays {
   torch::Tensor on_device_;
 };
 
-class CublasLtGrouped final : public GroupedGemmEngine {
+class CublasLtGrouped final : public CublasProductsEngine {
  public:
   CublasLtGrouped()
       : create_layout_(cublaslt_grouped::find_layout_create()), handle_(make_lt_handle()) {}
@@ -75,21 +75,6 @@ class CublasLtGrouped final : public GroupedGemmEngine {
   }
 
  private:
-  void do_forward(const torch::Tensor& x, const torch::Tensor& weight, const ExpertCounts& counts,
-                  torch::Tensor& y) override {
-    const OnDevice stream(x);
-    run(forward_products(x, weight, counts.on_host(), y, stream), x.device(), stream);
-  }
-  void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight, const ExpertCounts& counts,
-                torch::Tensor& dx) override {
-    const OnDevice stream(dy);
-    run(dgrad_products(dy, weight, counts.on_host(), dx, stream), dy.device(), stream);
-  }
-  void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,
-                torch::Tensor& dweight) override {
-    const OnDevice stream(dy);
-    run(wgrad_products(dy, x, counts.on_host(), dweight, stream), dy.device(), stream);
-  }
   void do_wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
                            const ExpertCounts& counts, torch::Tensor& sum) override {
     const OnDevice stream(dy);
@@ -99,7 +84,7 @@ class CublasLtGrouped final : public GroupedGemmEngine {
   /// What an algorithm is chosen by.
   using Key = std::array<int64_t, 9>;
 
-  void run(const CublasProducts& shared, torch::Device device, cudaStream_t stream) {
+  void run(const CublasProducts& shared, torch::Device device, cudaStream_t stream) override {
     const std::lock_guard lock(mutex_);
     const auto all = static_cast<int64_t>(shared.products.size());
     for (int64_t begin = 0; begin < all; begin += kMostGroups) {
