@@ -98,12 +98,12 @@ def summed_loss(logits, targets):
 
 @torch.no_grad()
 def validate(model, text, world):
-    """Bits per byte of the held-out text."""
+    """Nats per byte of the held-out text."""
     total = torch.zeros((), dtype=torch.float64)
     for inputs, targets in text.validation_batches():
         total += summed_loss(model(inputs)[0], targets).cpu()
     world.all_reduce(total)
-    return total.item() / (text.options.validation_sequences * text.options.sequence_length) / math.log(2)
+    return total.item() / (text.options.validation_sequences * text.options.sequence_length)
 
 
 def learning_rate(step, options):
@@ -162,7 +162,8 @@ def train(options, world):
         due = [step == options.steps or step % every == 0 for every in (options.log_interval, options.validation_interval)]
         now = time.perf_counter()
         if due[1]:
-            metrics["validation_bpb"] = validate(model.eval(), text, world)
+            metrics["validation_loss"] = validate(model.eval(), text, world)
+            metrics["validation_bpb"] = metrics["validation_loss"] / math.log(2)
             model.train()
         if world.rank != 0 or not any(due):
             continue

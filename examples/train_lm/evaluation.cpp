@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <numbers>
 
 namespace train_lm {
 
@@ -12,8 +11,8 @@ torch::Tensor summed_loss(const torch::Tensor& logits, const torch::Tensor& targ
                                 at::Reduction::Sum);
 }
 
-double validation_bits_per_byte(LanguageModel& model, const Text& text, const Options& options,
-                                anabranch::Communicator& world) {
+double validation_loss(LanguageModel& model, const TokenSource& data, const Options& options,
+                       anabranch::Communicator& world) {
   const torch::NoGradGuard no_grad;
   model->eval();
   const int64_t sequences = options.validation_sequences;
@@ -25,12 +24,12 @@ double validation_bits_per_byte(LanguageModel& model, const Text& text, const Op
     const int64_t piece = std::min(options.training.batch_size, sequences - first);
     Share share = share_of(piece, world.rank(), world.size());
     share.first += first;
-    const Batch batch = validation_batch(text, sequences, length, share).to(device);
+    const Batch batch = Batch::of(data.validation_windows(sequences, share)).to(device);
     sum += summed_loss(model(batch.inputs).logits, batch.targets).to(at::kCPU, at::kDouble);
   }
   world.all_reduce(sum);
   model->train();
-  return sum.item<double>() / static_cast<double>(sequences * length) / std::numbers::ln2;
+  return sum.item<double>() / static_cast<double>(sequences * length);
 }
 
 }  // namespace train_lm

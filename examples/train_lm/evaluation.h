@@ -11,9 +11,8 @@ namespace train_lm {
 /// [] Σ over tokens of −ln p(target); zero for no tokens.
 torch::Tensor summed_loss(const torch::Tensor& logits, const torch::Tensor& targets);
 
-/// Mean of −log2 p over sequences of held-out text that are the same for any number of ranks.
-/// Collective.
-double validation_bits_per_byte(LanguageModel& model, const Text& text, const Options& options,
-                                anabranch::Communicator& world);
+/// Mean of −ln p over held-out sequences that are the same for any number of ranks. Collective.
+double validation_loss(LanguageModel& model, const TokenSource& data, const Options& options,
+                       anabranch::Communicator& world);
 
 }  // namespace train_lm

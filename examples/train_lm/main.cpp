@@ -9,7 +9,9 @@
 
 #include <chrono>
 #include <fstream>
+#include <functional>
 #include <iostream>
+#include <nlohmann/json.hpp>
 
 #include "agreement.h"
 #include "data.h"
@@ -63,13 +65,14 @@ std::shared_ptr<anabranch::Communicator> with_all_to_all(
   return anabranch::make_hierarchical_communicator(std::move(world), hierarchical);
 }
 
-/// Refuses ranks that see different files under one name.
-void check_same_text(const Text& text, anabranch::Communicator& world) {
-  const auto mine = at::tensor({text.bytes(), static_cast<int64_t>(text.hash)}, at::kLong);
+/// Refuses ranks that see different data under one name.
+void check_same_data(const TokenSource& data, anabranch::Communicator& world) {
+  const auto hash = std::hash<std::string>()(data.identity().dump());
+  const auto mine = at::tensor({static_cast<int64_t>(hash)}, at::kLong);
   const torch::Tensor all = world.all_gather(mine);
   for (int64_t rank = 1; rank < world.size(); ++rank) {
     if (!all[rank].equal(all[0])) {
-      throw Refusal(c10::str("--data is another file on rank ", rank, " than on rank 0"));
+      throw Refusal(c10::str("--data is something else on rank ", rank, " than on rank 0"));
     }
   }
 }
@@ -86,33 +89,36 @@ void write_sample(LanguageModel& model, const Options& options, const RunDirecto
   progress.say("\n" + text + "\n");
 }
 
-/// The text, once every rank has found it and the options good.
-Text check_and_load(const Options& options, anabranch::Communicator& world) {
-  Text text;
+/// The data, once every rank has found it and the options good.
+std::unique_ptr<TokenSource> check_and_open(const Options& options,
+                                            anabranch::Communicator& world) {
+  std::unique_ptr<TokenSource> data;
   together(world, [&] {
     check_options(options, world.size());
-    text = load_text(options.data, options.training.sequence_length);
+    data = open_token_source(options.data, options.training.sequence_length, options.training.seed);
+    require(data->vocabulary() <= kVocabulary, "--data has a vocabulary of ", data->vocabulary(),
+            ", the model one of ", kVocabulary);
   });
-  check_same_text(text, world);
-  return text;
+  check_same_data(*data, world);
+  return data;
 }
 
-std::string greeting(const Options& options, const RunState& state, const Text& text,
+std::string greeting(const Options& options, const RunState& state, const TokenSource& data,
                      const anabranch::Communicator& world) {
   return c10::str(options.resume ? "resuming after step " : "training from step ", state.step,
                   " of ", options.training.steps, " on ", world.size(),
                   world.size() == 1 ? " rank (" : " ranks (", world.name(), ", ",
-                  torch::Device(options.device).type(), "), ", text.bytes(), " bytes of text");
+                  torch::Device(options.device).type(), "), ", data.summary());
 }
 
 /// The whole run, on every rank; returns the exit code.
 int train(const Options& options, const std::shared_ptr<anabranch::Communicator>& world) {
-  const Text text = check_and_load(options, *world);
+  const auto data = check_and_open(options, *world);
   const auto groups = anabranch::make_parallel_groups(world, options.expert_parallel);
   LanguageModel model(options, groups.expert_parallel);
   const auto optimizer = make_optimizer(*model, options.training);
 
-  const RunDirectory directory(options, text);
+  const RunDirectory directory(options, *data);
   std::vector<std::string> notes;
   RunState state;
   if (options.resume) {
@@ -124,9 +130,9 @@ int train(const Options& options, const std::shared_ptr<anabranch::Communicator>
   for (const auto& note : notes) {
     progress.say("note: the run was begun with " + note);
   }
-  progress.say(greeting(options, state, text, *world));
+  progress.say(greeting(options, state, *data, *world));
 
-  Trainer trainer(options, text, groups, model, *optimizer, directory);
+  Trainer trainer(options, *data, groups, model, *optimizer, directory);
   const Outcome outcome = trainer.run(state, progress);
   if (!outcome.complete) {
     progress.say(c10::str("stopped after step ", outcome.last.step, ", saved in ",

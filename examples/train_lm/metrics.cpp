@@ -55,6 +55,9 @@ void to_json(nlohmann::json& json, const Metrics& metrics) {
   for (const auto& load : metrics.expert_load.unbind()) {
     json["load"].push_back(fractions(load));
   }
+  if (metrics.validation_loss) {
+    json["validation_loss"] = *metrics.validation_loss;
+  }
   if (metrics.validation_bpb) {
     json["validation_bpb"] = *metrics.validation_bpb;
   }
@@ -66,6 +69,8 @@ std::string to_line(const Metrics& metrics, int64_t steps) {
        << metrics.loss;
   if (metrics.validation_bpb) {
     line << "  validation " << *metrics.validation_bpb << " bits/byte";
+  } else if (metrics.validation_loss) {
+    line << "  validation " << *metrics.validation_loss;
   }
   line << std::setprecision(0) << "  " << metrics.tokens_per_second << " tokens/s  imbalance "
        << std::setprecision(2) << mean(imbalance_per_layer(metrics));

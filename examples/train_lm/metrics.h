@@ -14,8 +14,9 @@ namespace train_lm {
 /// What is known of one step, over all ranks.
 struct Metrics {
   int64_t step = 0;
-  double loss = 0;  ///< mean over the global batch, in nats a byte, without auxiliary losses
-  std::optional<double> validation_bpb;  ///< bits a byte on held-out text
+  double loss = 0;  ///< mean over the global batch, in nats a token, without auxiliary losses
+  std::optional<double> validation_loss;  ///< nats a token on held-out data
+  std::optional<double> validation_bpb;   ///< bits a byte, where a token's bytes are known
   double tokens_per_second = 0;
   double seconds = 0;  ///< since the run began
   double learning_rate = 0;

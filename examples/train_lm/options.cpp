@@ -49,7 +49,9 @@ void add_training_options(CLI::App& app, TrainingOptions& training) {
 }
 
 void add_run_options(CLI::App& app, Options& options) {
-  app.add_option("--data", options.data, "text to train on (any file)")->required();
+  app.add_option("--data", options.data,
+                 "text to train on (any file), or synthetic:V, random tokens below V")
+      ->required();
   app.add_option("--output", options.output, "DIR for all that the run writes");
   app.add_flag("--resume", options.resume, "continue the run in DIR from its checkpoint");
   app.add_option("--stop-at", options.stop_at, "save and leave after this step; 0: the last");

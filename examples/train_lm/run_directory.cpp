@@ -14,10 +14,8 @@
 namespace train_lm {
 namespace {
 
-nlohmann::json describe(const Options& options, const Text& text) {
-  return {{"model", options.model},
-          {"training", options.training},
-          {"data", {{"bytes", text.bytes()}, {"hash", text.hash}}}};
+nlohmann::json describe(const Options& options, const TokenSource& data) {
+  return {{"model", options.model}, {"training", options.training}, {"data", data.identity()}};
 }
 
 /// "--name 2 (here 3)" for each entry that is not equal in both.
@@ -63,7 +61,7 @@ Number number_of(const anabranch::CheckpointMetadata& metadata, const std::strin
 }  // namespace
 
 void RunDirectory::write_description() const {
-  replace_file(description(), describe(options_, text_).dump(2) + '\n');
+  replace_file(description(), describe(options_, data_).dump(2) + '\n');
 }
 
 void RunDirectory::begin(anabranch::Communicator& world) const {
@@ -84,7 +82,7 @@ std::vector<std::string> RunDirectory::compare_with_description() const {
   std::ifstream file(description());
   const auto before = parse_description(file);
   require(before.is_object(), "--resume: ", description().string(), " is damaged");
-  const auto now = describe(options_, text_);
+  const auto now = describe(options_, data_);
   const auto other_model = differences(before.value("model", nlohmann::json()), now["model"], "--");
   require(other_model.empty(), "--resume: the checkpoint in ", options_.output.string(),
           " is of another model: ", c10::Join(", ", other_model));
@@ -103,6 +101,7 @@ RunState RunDirectory::resume(torch::nn::Module& model, torch::optim::Optimizer&
   try {
     const auto metadata = anabranch::load_checkpoint(checkpoint(), model, &optimizer, groups);
     state.step = number_of<int64_t>(metadata, "step");
+    state.sequences = number_of<int64_t>(metadata, "sequences");
     state.seconds = number_of<double>(metadata, "seconds");
   } catch (const anabranch::CheckpointError& error) {
     // The same on every rank.
@@ -115,8 +114,9 @@ RunState RunDirectory::resume(torch::nn::Module& model, torch::optim::Optimizer&
 void RunDirectory::save(const RunState& state, const torch::nn::Module& model,
                         const torch::optim::Optimizer& optimizer,
                         const anabranch::ParallelGroups& groups) const {
-  const auto description = describe(options_, text_);
+  const auto description = describe(options_, data_);
   const anabranch::CheckpointMetadata metadata = {{"step", std::to_string(state.step)},
+                                                  {"sequences", std::to_string(state.sequences)},
                                                   {"seconds", std::to_string(state.seconds)},
                                                   {"options", description.dump()}};
   anabranch::save_checkpoint(checkpoint(), model, &optimizer, metadata, groups);

@@ -15,13 +15,14 @@ namespace train_lm {
 /// How far a run has come.
 struct RunState {
   int64_t step = 0;
+  int64_t sequences = 0;  ///< of the training data that the steps took
   double seconds = 0;
 };
 
 /// What a run leaves behind, and how another continues from it.
 class RunDirectory {
  public:
-  RunDirectory(const Options& options, const Text& text) : options_(options), text_(text) {}
+  RunDirectory(const Options& options, const TokenSource& data) : options_(options), data_(data) {}
 
   std::filesystem::path metrics() const { return options_.output / "metrics.jsonl"; }
   std::filesystem::path sample() const { return options_.output / "sample.txt"; }
@@ -49,7 +50,7 @@ class RunDirectory {
   std::vector<std::string> compare_with_description() const;
 
   const Options& options_;
-  const Text& text_;
+  const TokenSource& data_;
 };
 
 }  // namespace train_lm

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <csignal>
+#include <numbers>
 #include <utility>
 
 #include "evaluation.h"
@@ -27,11 +28,11 @@ class Stopwatch {
 
 }  // namespace
 
-Trainer::Trainer(const Options& options, const Text& text, const anabranch::ParallelGroups& groups,
-                 LanguageModel model, torch::optim::Optimizer& optimizer,
-                 const RunDirectory& directory)
+Trainer::Trainer(const Options& options, const TokenSource& data,
+                 const anabranch::ParallelGroups& groups, LanguageModel model,
+                 torch::optim::Optimizer& optimizer, const RunDirectory& directory)
     : options_(options),
-      text_(text),
+      data_(data),
       groups_(groups),
       model_(std::move(model)),
       optimizer_(optimizer),
@@ -39,21 +40,18 @@ Trainer::Trainer(const Options& options, const Text& text, const anabranch::Para
       global_tokens_(static_cast<double>(options.training.batch_size) *
                      static_cast<double>(options.training.sequence_length)) {}
 
-std::pair<Metrics, int> Trainer::step(int64_t step) {
-  const TrainingOptions& training = options_.training;
-  const Share share = share_of(training.batch_size, groups_.world->rank(), groups_.world->size());
+std::pair<Metrics, int> Trainer::step(const BatchPosition& position) {
+  const Share share = share_of(position.size, groups_.world->rank(), groups_.world->size());
   Metrics metrics;
-  metrics.step = step;
+  metrics.step = position.step;
   metrics.ranks = groups_.world->size();
-  const double loss_sum =
-      backward(training_batch(text_, training.batch_size, training.sequence_length, training.seed,
-                              step, share)
-                   .to(torch::Device(options_.device)),
-               metrics);
+  const double loss_sum = backward(
+      Batch::of(data_.training_windows(position, share)).to(torch::Device(options_.device)),
+      metrics);
   update(metrics);
   const int signal = sum_over_ranks(loss_sum, metrics);
   if (!std::isfinite(metrics.loss)) {
-    throw std::runtime_error(c10::str("the loss of step ", step, " is not finite"));
+    throw std::runtime_error(c10::str("the loss of step ", position.step, " is not finite"));
   }
   return {std::move(metrics), signal};
 }
@@ -128,16 +126,21 @@ Outcome Trainer::run(RunState state, Progress& progress) {
   Outcome outcome;
   while (state.step < options_.training.steps) {
     const Stopwatch step_time;
-    auto [metrics, signal] = step(++state.step);
+    auto [metrics, signal] = step({++state.step, state.sequences, options_.training.batch_size});
+    state.sequences += options_.training.batch_size;
     tokens += global_tokens_;
     seconds += step_time.seconds();
     metrics.tokens_per_second = tokens / seconds;
     const bool stop = signal != 0 || state.step == options_.stop_at;
     if (is_due(state.step, options_.validation_interval)) {
-      metrics.validation_bpb = validation_bits_per_byte(model_, text_, options_, *groups_.world);
+      const double loss = validation_loss(model_, data_, options_, *groups_.world);
+      metrics.validation_loss = loss;
+      if (const auto bytes = data_.bytes_per_token()) {
+        metrics.validation_bpb = loss / *bytes / std::numbers::ln2;
+      }
     }
     metrics.seconds = state.seconds = seconds_before + run_time.seconds();
-    if (metrics.validation_bpb || is_due(state.step, options_.log_interval)) {
+    if (metrics.validation_loss || is_due(state.step, options_.log_interval)) {
       report(metrics, progress);
       tokens = seconds = 0;
     }

@@ -25,15 +25,15 @@ struct Outcome {
 /// The steps of a run, from `state` on. Every rank has one.
 class Trainer {
  public:
-  Trainer(const Options& options, const Text& text, const anabranch::ParallelGroups& groups,
+  Trainer(const Options& options, const TokenSource& data, const anabranch::ParallelGroups& groups,
           LanguageModel model, torch::optim::Optimizer& optimizer, const RunDirectory& directory);
 
   /// Trains, measures, logs and saves until the last step, `stop_at` or a signal. Collective.
   Outcome run(RunState state, Progress& progress);
 
  private:
-  /// One step; what there is to report of it, and the signal that any rank has received, or 0.
-  std::pair<Metrics, int> step(int64_t step);
+  /// One step, on the batch at `position`; what there is to report of it, and the signal that any rank has received, or 0.
+  std::pair<Metrics, int> step(const BatchPosition& position);
   /// Leaves the gradients of the global batch's mean loss; returns this rank's Σ of losses.
   double backward(const Batch& batch, Metrics& metrics);
   void update(Metrics& metrics);
@@ -43,7 +43,7 @@ class Trainer {
   bool is_due(int64_t step, int64_t interval) const;
 
   const Options& options_;
-  const Text& text_;
+  const TokenSource& data_;
   const anabranch::ParallelGroups& groups_;
   LanguageModel model_;
   torch::optim::Optimizer& optimizer_;

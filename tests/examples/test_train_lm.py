@@ -103,7 +103,7 @@ def tolerance(dtype, batch_size):
 def assert_same_curve(metrics, expected, relative):
     assert [line["step"] for line in metrics] == [line["step"] for line in expected]
     for line, other in zip(metrics, expected, strict=True):
-        for name in ("loss", "gradient_norm", "balance_loss", "z_loss", "validation_bpb"):
+        for name in ("loss", "gradient_norm", "balance_loss", "z_loss", "validation_loss", "validation_bpb"):
             assert line.get(name) == pytest.approx(other.get(name), rel=relative), (name, line)
         assert line["load"] == other["load"]
         assert line["learning_rate"] == other["learning_rate"]
@@ -123,9 +123,9 @@ def text(tmp_path_factory):
 def train(text, tmp_path_factory):
     """Trains with `model_options(**changes)` in a new directory, which it returns."""
 
-    def run_in_new_directory(ranks, *arguments, **changes):
+    def run_in_new_directory(ranks, *arguments, data=text, **changes):
         directory = tmp_path_factory.mktemp("run")
-        run(ranks, "--data", text, "--output", directory, *model_options(**changes), *arguments)
+        run(ranks, "--data", data, "--output", directory, *model_options(**changes), *arguments)
         return directory
 
     return run_in_new_directory
@@ -193,6 +193,15 @@ def test_recompute_and_glu_train_the_same_at_two_ranks(train):
         plain,
         tolerance("float64", 6),
     )
+
+
+def test_random_tokens_are_the_same_at_any_number_of_ranks(train):
+    options = {"data": "synthetic:100", "sample_length": 0}
+    alone = read_metrics(train(0, **options))
+    assert_same_curve(read_metrics(train(4, **options)), alone, tolerance("float64", 6))
+    # Of a token nobody knows how many bytes it is.
+    assert ["validation_loss" in line for line in alone] == [False, False, True] * 2
+    assert not any("validation_bpb" in line for line in alone)
 
 
 def resume_copy(half_run, text, directory, ranks):
@@ -415,14 +424,17 @@ def test_a_killed_rank_ends_the_job(text, tmp_path):
         ({"expert_parallel": 2}, "--expert-parallel 2 does not divide the number of ranks, 1"),
         ({"sequence_length": 100000}, "at least 2000020 are needed"),
         ({"steps": "many"}, "--steps"),
+        ({"data": "synthetic:300"}, "--data has a vocabulary of 300, the model one of 256"),
+        ({"data": "synthetic:-1"}, "--data synthetic:-1: expected the size of a vocabulary"),
+        ({"data": "synthetic:9x"}, "--data synthetic:9x: expected the size of a vocabulary"),
         ({"device": "abacus"}, "--device"),
         ({"stpes": 5}, "--stpes"),
     ],
 )
 def test_wrong_options_are_refused(text, tmp_path, wrong, message):
     directory = tmp_path / "run"
-    arguments = model_options(**wrong)
-    output = run(0, "--data", text, "--output", directory, *arguments, expect=2)
+    arguments = model_options(**{"data": text} | wrong)
+    output = run(0, "--output", directory, *arguments, expect=2)
     assert message in output
     assert not directory.exists()
 
