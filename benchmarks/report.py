@@ -114,35 +114,108 @@ def gpu_provenance(measured, command):
     return text + (f"\n\n{about['note']}" if "note" in about else "")
 
 
+def layer_case(case):
+    """What a row is of: a shape, and what is unlike its first row."""
+    skewed = f", zipf {case['zipf']:g} ({case['imbalance']:.1f})" if case.get("zipf") else ""
+    return f"{case['shape']}{skewed}"
+
+
+def given(number, digits):
+    """A cell: not all results have all numbers."""
+    return "–" if number is None else f"{number:.{digits}f}"
+
+
+def few_tokens(measured):
+    """Rows of the shapes with fewer tokens than their first rows have."""
+    most = {}
+    for case in measured["results"]:
+        most[case["shape"]] = max(most.get(case["shape"], 0), case.get("tokens", 0))
+    return [case for case in measured["results"] if case.get("tokens", 0) < most[case["shape"]]]
+
+
 def gpu_layer(measured):
+    few = few_tokens(measured)
+    many = [case for case in measured["results"] if case not in few]
     rows = [
         (
-            case["shape"],
+            layer_case(case),
             f"{case['ms']:.2f}",
+            given(case.get("graph_ms"), 2),
             f"{case['TFLOP_per_s']:.0f}",
             f"{case['peak_GiB']:.2f}",
             f"{case['grouped_mm_ms']:.2f}",
             f"{case['grouped_mm_peak_GiB']:.2f}",
             f"{case['speedup']:.2f}",
         )
-        for case in measured["results"]
+        for case in many
     ]
-    stages = [
-        (case["shape"], *(f"{ms:.2f}" for ms in gpu_stages(case).values()))
+    header = ("shape", "layer, ms", "as a graph, ms", "TFLOP/s", "peak GiB", "grouped_mm, ms", "its peak GiB", "speed-up")
+    stages = [(layer_case(case), *(f"{ms:.2f}" for ms in gpu_stages(case).values())) for case in many]
+    host = [
+        (
+            layer_case(case), str(case["tokens"]), f"{case['ms']:.3f}", f"{case['issue_ms']:.3f}",
+            f"{case['busy_us'] / 1e3:.3f}", str(case["launches"]), given(case["graph_ms"], 3),
+            f"{case['grouped_mm_ms']:.3f}",
+        )
         for case in measured["results"]
+        if "issue_ms" in case and (case in few or case["tokens"] <= 16384)
     ]
+    host_header = ("shape", "tokens", "wall, ms", "issued in", "GPU busy", "launches", "as a graph", "grouped_mm, wall")
+    host_table = (
+        f"""
+Small steps are their host's. Wall time of steps that follow one another, time until one is issued, the GPU's busy
+time, and the step as a CUDA graph:
+
+{table(host_header, host)}
+"""
+        if host
+        else ""
+    )
     return f"""## One layer on a GPU, forward and backward with its router
 
 bf16; medians of rounds in which the layer and the same MoE in `torch._grouped_mm` and index
 operations take turns. Peak: most bytes of tensors alive at once, parameters and gradients included.
+Zipf 1: a router that prefers experts by Zipf's law; in brackets the fullest expert's rows over the mean.
 
-{table(("shape", "layer, ms", "TFLOP/s", "peak GiB", "grouped_mm, ms", "its peak GiB", "speed-up"), rows)}
+{table(header, rows)}
 
 Milliseconds of GPU time by stage, from a trace of one step after the rounds:
 
 {table(("shape", *GPU_STAGES), stages)}
-
+{host_table}
 {gpu_provenance(measured, 'benchmark_gpu_layer')}
+"""
+
+
+def gpu_layer_python(measured):
+    """A row a case and way; a peer that has no row took no part, and why is said once."""
+    rows = []
+    reasons = {}
+    ours = {}
+    for case in measured["results"]:
+        place = (case["shape"], case["tokens"], case["zipf"])
+        if "reason" in case:
+            reasons.setdefault((case["way"], case["reason"]), None)
+            continue
+        if case["way"] == "anabranch":
+            ours[place] = case["ms"]
+        rows.append((
+            layer_case(case), str(case["tokens"]), case["way"], f"{case['ms']:.3f}", f"{case['issue_ms']:.3f}",
+            f"{case['busy_ms']:.3f}", str(case["launches"]), given(case.get("graph_ms"), 3),
+            f"{case['TFLOP_per_s']:.0f}", f"{case['peak_GiB']:.2f}", f"{case['ms'] / ours[place]:.2f}",
+        ))  # fmt: skip
+    header = ("shape", "tokens", "way", "wall, ms", "issued in", "GPU busy", "launches", "as a graph", "TFLOP/s",
+              "GiB", "over the layer's wall")
+    absent = "".join(f"\n- {way}: {reason}" for way, reason in reasons)
+    return f"""## One layer on a GPU as Python calls it, beside other libraries
+
+bf16, forward and backward with the router, in turns within one process. Wall: of steps that follow one another;
+issued in: until a step has returned; GiB: most bytes alive at once beyond those before the step.
+
+{table(header, rows)}
+{"Took no part:" + absent if absent else ""}
+
+{gpu_provenance(measured, 'benchmarks/gpu/layer.py')}
 """
 
 
@@ -274,6 +347,7 @@ SECTIONS = {
     "cpu_layer.json": layer,
     "cpu_grouped_gemm.json": grouped_gemm,
     "gpu_layer.json": gpu_layer,
+    "gpu_layer_python.json": gpu_layer_python,
     "gpu_grouped_gemm.json": gpu_grouped_gemm,
     "gpu_kernels.json": gpu_kernels,
     "gpu_exchange_*.json": gpu_exchange,

@@ -5,7 +5,8 @@
 # there is none. Sets up, builds, measures; ends with tables. A few minutes on a GPU.
 #
 #   NAME            what to measure; default: all that can be measured here, of
-#                     gpu_layer gpu_grouped_gemm gpu_kernels gpu_exchange (from 2 GPUs on)
+#                     gpu_layer gpu_layer_python (as Python calls it, beside other libraries that are installed)
+#                     gpu_grouped_gemm gpu_kernels gpu_exchange (from 2 GPUs on)
 #                     cpu_layer cpu_grouped_gemm (where there is no GPU)
 #   --output DIR    where NAME.json, or NAME_RANKS.json, and performance.md go (default: runs/benchmark)
 #   --quick         a few cases of each, to see whether it runs
@@ -38,7 +39,7 @@ while (($#)); do
     --quick) flags=(--quick) ;;
     --no-build) build_first=false ;;
     --publish) publish=true ;;
-    gpu_layer | gpu_grouped_gemm | gpu_kernels | gpu_exchange | cpu_layer | cpu_grouped_gemm)
+    gpu_layer | gpu_layer_python | gpu_grouped_gemm | gpu_kernels | gpu_exchange | cpu_layer | cpu_grouped_gemm)
       names+=("$1")
       ;;
     *) die "unknown argument '$1' (try --help)" ;;
@@ -52,9 +53,9 @@ gpus=0
 if [[ $preset == cuda ]]; then gpus=$(gpus); fi
 if ((${#names[@]} == 0)); then
   if ((gpus > 1)); then
-    names=(gpu_layer gpu_grouped_gemm gpu_kernels gpu_exchange)
+    names=(gpu_layer gpu_layer_python gpu_grouped_gemm gpu_kernels gpu_exchange)
   elif ((gpus == 1)); then
-    names=(gpu_layer gpu_grouped_gemm gpu_kernels)
+    names=(gpu_layer gpu_layer_python gpu_grouped_gemm gpu_kernels)
   else
     names=(cpu_layer cpu_grouped_gemm)
   fi
@@ -75,7 +76,8 @@ fi
 
 if $build_first; then
   "$project_root/launch/setup.sh"
-  build "$preset" "${names[@]/#/benchmark_}"
+  targets=("${names[@]/#/benchmark_}")
+  build "$preset" "${targets[@]/%benchmark_gpu_layer_python/anabranch_operators}"
 fi
 
 mkdir -p "$output"
@@ -83,11 +85,18 @@ prepare_mpirun "$gpus" "$(cores)"
 failed=()
 results=()
 
+python=$venv/bin/python
+if [[ ! -x $python ]]; then python=${ANABRANCH_PYTHON:-python3}; fi
+
 # measure NAME FILE COMMAND...: runs benchmark_NAME by the command, which leaves FILE.json
 measure() {
   local name=$1 file=$2
-  local command=("${@:3}" "$project_root/build/$preset/benchmarks/benchmark_$name" --commit "$commit"
-    --json "$output/$file.json.new")
+  local program=("$project_root/build/$preset/benchmarks/benchmark_$name")
+  if [[ $name == gpu_layer_python ]]; then
+    program=(env "PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$project_root/build/$preset/python" "$python"
+      "$project_root/benchmarks/gpu/layer.py")
+  fi
+  local command=("${@:3}" "${program[@]}" --commit "$commit" --json "$output/$file.json.new")
   if [[ $name == gpu_grouped_gemm ]]; then command+=(--engine all); fi
   command+=("${flags[@]}")
   say "Measuring $file"
@@ -110,8 +119,6 @@ for name in "${names[@]}"; do
   fi
 done
 
-python=$venv/bin/python
-if [[ ! -x $python ]]; then python=${ANABRANCH_PYTHON:-python3}; fi
 "$python" "$project_root/benchmarks/report.py" --results "$output" --output "$output/performance.md"
 note "$output/performance.md"
 if ((${#failed[@]})); then die "failed: ${failed[*]}"; fi

@@ -1,14 +1,21 @@
 // The layer on one GPU, forward and backward with its router, beside the same MoE written with
-// torch._grouped_mm and index operations, in the same rounds; and where the layer's time goes.
+// torch._grouped_mm and index operations, in the same rounds; with routing that is nearly even and with
+// skewed routing, with many tokens and with few; launched one by one and as a CUDA graph; and where the
+// layer's time goes, on the GPU and on the host. layer.py measures it as Python calls it.
 #include <anabranch/anabranch.h>
+#include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDACachingAllocator.h>
-#include <torch/csrc/autograd/profiler_kineto.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <torch/torch.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
-#include <map>
+#include <numbers>
+#include <optional>
 
 #include "gpu/measure.h"
+#include "gpu/trace.h"
 
 namespace anabranch::benchmark {
 namespace {
@@ -21,7 +28,18 @@ struct Shape {
   int64_t experts;
   int64_t top_k;
   bool glu;
+  double skew = 0;  ///< s of Zipf's law for the experts' popularity
 
+  Shape with_skew(double s) const {
+    Shape shape = *this;
+    shape.skew = s;
+    return shape;
+  }
+  Shape with_tokens(int64_t count) const {
+    Shape shape = *this;
+    shape.tokens = count;
+    return shape;
+  }
   /// Exact, forward and backward.
   double flops() const {
     return 3.0 * 2.0 * static_cast<double>(tokens * top_k * hidden * inner) * (glu ? 3 : 2);
@@ -37,6 +55,59 @@ constexpr Shape kShapes[] = {
     {"OLMoE", 32768, 2048, 1024, 64, 8, true},
     {"Qwen3-30B", 32768, 2048, 768, 128, 8, true},
     {"fine", 24576, 1536, 256, 128, 8, true},
+};
+
+/// The shapes, the skewed ones among them, and those of few tokens, where the host is what a step waits for.
+std::vector<Shape> cases() {
+  std::vector<Shape> all(std::begin(kShapes), std::end(kShapes));
+  for (const Shape& shape : kShapes) {
+    if (shape.glu) all.push_back(shape.with_skew(1));
+  }
+  for (const Shape& shape : {kShapes[0], kShapes[5], kShapes[6]}) {
+    for (const int64_t tokens : {64, 512, 4096}) {
+      all.push_back(shape.with_tokens(tokens));
+    }
+  }
+  return all;
+}
+
+/// Has the router prefer experts by Zipf's law: a column of x that is 1 meets the logarithms of their shares,
+/// and the other logits get the deviation of the Gumbel distribution, with which the best of them would
+/// follow the shares exactly. (Their distribution is nearly normal: top experts are a little more popular.)
+void skew_router(torch::Tensor weight, torch::Tensor x, const Shape& shape) {
+  if (shape.skew == 0) return;
+  const torch::NoGradGuard no_grad;
+  const double deviation = std::numbers::pi / std::sqrt(6.0);
+  weight.mul_(deviation / (weight.std().item<double>() * std::sqrt(shape.hidden)));
+  const auto shares = zipf_shares(shape.experts, shape.skew, 1);
+  weight.select(1, 0).copy_(torch::tensor(shares, torch::kFloat64).log());
+  x.select(1, 0).fill_(1);
+}
+
+/// Whether nothing of a step waits for counts of rows.
+bool can_be_recorded(const std::string& engine) {
+  const auto engines = grouped_gemm_engines(torch::kCUDA);
+  const bool reads_counts = std::count(engines.begin(), engines.end(), "hopper") > 0;
+  return reads_counts && (engine == "auto" || engine == "deterministic" || engine == "hopper");
+}
+
+/// A step recorded once, with what was chosen by the steps before it.
+class Replayed {
+ public:
+  explicit Replayed(const std::function<void()>& step) {
+    const auto stream = c10::cuda::getStreamFromPool();
+    const c10::cuda::CUDAStreamGuard guard(stream);
+    step();
+    stream.synchronize();
+    graph_.capture_begin();
+    step();
+    graph_.capture_end();
+    stream.synchronize();
+  }
+  void operator()() { graph_.replay(); }
+
+ private:
+  at::cuda::CUDAGraph graph_;
 };
 
 /// What a user would write without this library, over the layer's own parameters.
@@ -71,57 +142,7 @@ double peak_gib(const std::function<void()>& step) {
          (1 << 30);
 }
 
-/// Microseconds of each kernel in one step, and the time from the first one's start to the last one's
-/// end.
-struct Trace {
-  std::map<std::string, double> kernels;
-  double busy = 0;
-  double span = 0;
-};
-
-Trace trace(const std::function<void()>& step) {
-  namespace profiler = torch::autograd::profiler;
-  const profiler::ProfilerConfig config(torch::profiler::impl::ProfilerState::KINETO);
-  const std::set activities = {torch::profiler::impl::ActivityType::CUDA};
-  profiler::prepareProfiler(config, activities);
-  profiler::enableProfiler(config, activities);
-  step();
-  torch::cuda::synchronize();
-  const auto result = profiler::disableProfiler();
-  Trace trace;
-  uint64_t first = std::numeric_limits<uint64_t>::max();
-  uint64_t last = 0;
-  for (const auto& event : result->events()) {
-    if (event.deviceType() != c10::DeviceType::CUDA) {
-      continue;
-    }
-    const double us = static_cast<double>(event.durationNs()) / 1e3;
-    trace.kernels[event.name()] += us;
-    trace.busy += us;
-    first = std::min(first, event.startNs());
-    last = std::max(last, event.startNs() + event.durationNs());
-  }
-  trace.span = last > first ? static_cast<double>(last - first) / 1e3 : 0;
-  return trace;
-}
-
-void print(const Trace& trace) {
-  std::vector<std::pair<double, std::string>> sorted;
-  for (const auto& [name, us] : trace.kernels) {
-    sorted.emplace_back(us, name);
-  }
-  std::sort(sorted.rbegin(), sorted.rend());
-  std::printf("  %.0f us from the first kernel to the last, %.0f us of them busy\n", trace.span,
-              trace.busy);
-  for (const auto& [us, name] : sorted) {
-    if (us > 0.004 * trace.busy) {
-      std::printf("  %9.1f us  %.150s\n", us, name.c_str());
-    }
-  }
-}
-
-void measure(const Shape& shape, const Arguments& arguments, Json& results) {
-  torch::manual_seed(1);
+MoELayer layer_of(const Shape& shape, const std::string& engine) {
   MoEOptions options;
   options.hidden_size = shape.hidden;
   options.expert_hidden_size = shape.inner;
@@ -131,12 +152,19 @@ void measure(const Shape& shape, const Arguments& arguments, Json& results) {
   options.activation = shape.glu ? Activation::kSilu : Activation::kGeluTanh;
   options.dtype = torch::kBFloat16;
   options.device = torch::kCUDA;
-  options.engine = arguments.engine;
-  MoELayer layer(options);
+  options.engine = engine;
+  return MoELayer(options);
+}
+
+void measure(const Shape& shape, const Arguments& arguments, Json& results) {
+  torch::manual_seed(1);
+  MoELayer layer = layer_of(shape, arguments.engine);
   const auto parameters = layer->named_parameters();
   const auto bf16 = torch::dtype(torch::kBFloat16).device(torch::kCUDA);
-  const auto x = torch::randn({shape.tokens, shape.hidden}, bf16).requires_grad_();
+  const auto x = torch::randn({shape.tokens, shape.hidden}, bf16);
   const auto dy = torch::randn({shape.tokens, shape.hidden}, bf16);
+  skew_router(parameters["router.weight"], x, shape);
+  x.requires_grad_();
   const auto clear = [&] {
     layer->zero_grad();
     x.mutable_grad().reset();
@@ -150,22 +178,41 @@ void measure(const Shape& shape, const Arguments& arguments, Json& results) {
     plain_moe(x, parameters, shape).backward(dy);
     clear();
   };
-  constexpr int kRounds = 15;
-  const auto times = gpu_milliseconds({ours, plain, forward}, kRounds);
+  const double imbalanced = imbalance(layer->forward(x).expert_load);
   const double our_peak = peak_gib(ours);
   const double plain_peak = peak_gib(plain);
+  std::vector<std::function<void()>> ways = {ours, plain, forward};
+  std::optional<Replayed> replayed;
+  if (can_be_recorded(arguments.engine)) {
+    replayed.emplace(ours);
+    ways.emplace_back([&] { (*replayed)(); });
+  }
+  constexpr int kRounds = 15;
+  auto times = gpu_milliseconds(ways, kRounds);
+  times.resize(4, std::nan(""));  // no graph
+  const double issue = host_microseconds(ours);
+  const Trace traced = trace(ours);
   const double tflop = shape.flops() / 1e9;
   std::printf(
-      "%-22s %7.2f ms (forward %.2f) %4.0f TFLOP/s %5.2f GiB | torch._grouped_mm %7.2f ms %4.0f "
-      "TFLOP/s %5.2f GiB | %.2f times the speed\n",
-      shape.name, times[0], times[2], tflop / times[0], our_peak, times[1], tflop / times[1],
-      plain_peak, times[1] / times[0]);
-  const Trace traced = trace(ours);
+      "%s, %lld tokens, zipf %g (fullest over mean %.1f): %.3f ms (forward %.3f, issued in %.3f, "
+      "graph "
+      "%.3f) %.0f TFLOP/s %.2f GiB | torch._grouped_mm %.3f ms %.0f TFLOP/s %.2f GiB | %.2f times "
+      "the "
+      "speed\n",
+      shape.name, static_cast<long long>(shape.tokens), shape.skew, imbalanced, times[0], times[2],
+      issue / 1e3, times[3], tflop / times[0], our_peak, times[1], tflop / times[1], plain_peak,
+      times[1] / times[0]);
   print(traced);
   auto record = Json{{"shape", shape.name},
+                     {"tokens", shape.tokens},
+                     {"zipf", shape.skew},
+                     {"imbalance", imbalanced},
                      {"engine", arguments.engine},
                      {"ms", times[0]},
                      {"forward_ms", times[2]},
+                     {"issue_ms", issue / 1e3},
+                     {"graph_ms", replayed ? Json(times[3]) : Json()},
+                     {"launches", traced.launches},
                      {"TFLOP_per_s", tflop / times[0]},
                      {"peak_GiB", our_peak},
                      {"grouped_mm_ms", times[1]},
@@ -182,7 +229,7 @@ void measure(const Shape& shape, const Arguments& arguments, Json& results) {
 
 void run(const Arguments& arguments) {
   Json results = Json::array();
-  for (const Shape& shape : kShapes) {
+  for (const Shape& shape : cases()) {
     measure(shape, arguments, results);
     c10::cuda::CUDACachingAllocator::emptyCache();
     if (arguments.quick) {

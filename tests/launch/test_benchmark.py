@@ -13,10 +13,25 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, executable
 
-GPU_NAMES = ["gpu_layer", "gpu_grouped_gemm", "gpu_kernels"]
+GPU_NAMES = ["gpu_layer", "gpu_layer_python", "gpu_grouped_gemm", "gpu_kernels"]
 CPU_NAMES = ["cpu_layer", "cpu_grouped_gemm"]
 PROGRAMS = Path(os.environ.get("ANABRANCH_STEP", ROOT / "build/release/benchmarks/benchmark_step")).parent
 needs_programs = pytest.mark.skipif(not (PROGRAMS / "benchmark_cpu_layer").exists(), reason="no benchmarks are built")
+
+
+def in_python():
+    """Results of benchmarks/gpu/layer.py: a layer of many tokens and of few, and a peer that is not there."""
+    about = {"shape": "OLMoE", "zipf": 1.0, "imbalance": 7.25}
+    numbers = {"issue_ms": 0.3, "busy_ms": 0.4, "launches": 29, "graph_ms": 0.45, "TFLOP_per_s": 77.0, "peak_GiB": 0.125}
+    provenance = {"gpu": "H200", "cuda_runtime": "13.0", "cublas": "13.1", "torch": "2.11", "commit": "0123abcd"}
+    return {
+        "provenance": {**provenance, "date": "2026-11-29"},
+        "results": [
+            {**about, "tokens": 4096, "way": "anabranch", "ms": 0.5, **numbers},
+            {**about, "tokens": 4096, "way": "grouped_mm", "ms": 1.25, **numbers, "graph_ms": None},
+            {**about, "tokens": 4096, "way": "sonic", "reason": "package sonicmoe is not installed"},
+        ],
+    }
 
 
 @pytest.fixture
@@ -39,6 +54,12 @@ def machine(project, tmp_path):
         'while [[ $1 != -n ]]; do shift; done; shift 2\nexec "$@"\n',
     )
     shutil.copytree(ROOT / "benchmarks", project.root / "benchmarks", ignore=shutil.ignore_patterns("article", "plan", "scaling"))
+    executable(
+        project.root / "benchmarks/gpu/layer.py",
+        "import json, sys\n"
+        f'open("{project.log}", "a").write("cuda/gpu_layer_python " + " ".join(sys.argv[1:]) + "\\n")\n'
+        f'json.dump({in_python()!r}, open(sys.argv[sys.argv.index("--json") + 1], "w"))\n',
+    )
     (project.root / "docs").mkdir()
 
     def run(*arguments, gpus=0, fails="", expect=0):
@@ -76,6 +97,41 @@ def test_on_a_machine_with_gpus(machine, gpus, ranks):
     assert [call.split(" -n ")[1].split()[0] for call in machine.project.calls() if " -n " in call] == list(map(str, ranks))
     assert [(machine.results / f"gpu_exchange_{n}.json").exists() for n in ranks] == [True] * len(ranks)
     assert not any(call.startswith(("setup", "cmake")) for call in machine.project.calls())
+
+
+def report_of(folder, **results):
+    for name, measured in results.items():
+        (folder / f"{name}.json").write_text(json.dumps(measured))
+    report = [sys.executable, str(ROOT / "benchmarks/report.py"), "--results", str(folder)]
+    subprocess.run([*report, "--output", str(folder / "out.md")], check=True)
+    return (folder / "out.md").read_text()
+
+
+def cells(text, header, start):
+    """The cells by column of the row that begins with `start`, of the table whose header has `header`."""
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| shape |") and header in line)
+    row = next(line for line in lines[first:] if line.startswith(start))
+    return dict(zip(lines[first].strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
+
+
+def test_peers_stand_beside_the_layer(tmp_path):
+    text = report_of(tmp_path, gpu_layer_python=in_python())
+    row = cells(text, "issued in", "| OLMoE, zipf 1 (7.2) | 4096 | grouped_mm ")
+    assert (row["wall, ms"], row["launches"], row["over the layer's wall"]) == ("1.250", "29", "2.50")
+    assert cells(text, "issued in", "| OLMoE, zipf 1 (7.2) | 4096 | anabranch ")["as a graph"] == "0.450"
+    assert "sonic: package sonicmoe is not installed" in text and "| sonic |" not in text
+
+
+def test_few_tokens_have_a_table_of_their_own(tmp_path):
+    measured = json.loads((ROOT / "benchmarks/results/gpu_layer.json").read_text())
+    olmoe = next(case for case in measured["results"] if case["shape"] == "OLMoE")
+    more = {"zipf": 0, "imbalance": 1.1, "issue_ms": 1.25, "launches": 31, "busy_us": 700.0, "graph_ms": 0.75}
+    measured["results"] = [{**olmoe, **more, "tokens": tokens, "ms": tokens / 1024} for tokens in (32768, 256)]
+    text = report_of(tmp_path, gpu_layer=measured)
+    row = cells(text, "launches", "| OLMoE | 256 |")
+    assert row["wall, ms"] == "0.250" and row["GPU busy"] == "0.700" and row["launches"] == "31"
+    assert "| OLMoE | 32768 |" not in text and cells(text, "peak GiB", "| OLMoE |")["layer, ms"] == "32.00"
 
 
 def test_what_is_there_to_be_compared_with(tmp_path):

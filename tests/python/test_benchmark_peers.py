@@ -1,0 +1,73 @@
+"""What the benchmark of the layer on a GPU is compared with computes the same layer."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks/gpu"))
+from peers import PEERS, Missing
+
+
+@dataclasses.dataclass
+class Case:
+    tokens: int = 96
+    hidden: int = 32
+    inner: int = 16
+    experts: int = 8
+    top_k: int = 3
+    glu: bool = True
+
+
+def by_hand(case, x, gate, up, down):
+    """fp64, a token after the other; and how clear its choice of experts is."""
+    y, clear = torch.zeros_like(x, dtype=torch.float64), []
+    for t, row in enumerate(x.double()):
+        score = torch.softmax(gate.double() @ row, dim=0)
+        best = score.sort(descending=True)
+        clear.append((best.values[case.top_k - 1] - best.values[case.top_k]) / best.values[case.top_k - 1])
+        for e in best.indices[: case.top_k]:
+            hidden = up[e].double() @ row
+            if case.glu:
+                hidden = torch.nn.functional.silu(hidden[: case.inner]) * hidden[case.inner :]
+            else:
+                hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
+            y[t] += score[e] / best.values[: case.top_k].sum() * (down[e].double() @ hidden)
+    return y, torch.stack(clear)
+
+
+@pytest.mark.parametrize("glu", [True, False])
+@pytest.mark.parametrize("name", PEERS)
+def test_equals_the_layer_by_hand(name, glu):
+    case, device = Case(glu=glu), "cuda" if name in ("liger", "sonic") else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip(f"{name} runs on GPUs alone")
+    seed = int(torch.randint(2**31, ()))
+    print(f"seed {seed}")
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).bfloat16()
+
+    x = draw(case.tokens, case.hidden) * case.hidden**0.5
+    gate = draw(case.experts, case.hidden)
+    up = draw(case.experts, case.inner * (2 if glu else 1), case.hidden)
+    down = draw(case.experts, case.hidden, case.inner)
+    try:
+        forward, parameters = PEERS[name](case, *(tensor.to(device) for tensor in (gate, up, down)))
+    except Missing as reason:
+        if not glu and "gated" in str(reason):
+            return
+        pytest.skip(str(reason))
+    given = x.to(device).requires_grad_()
+    y = forward(given)
+    expected, clear = by_hand(case, x, gate, up, down)
+    # Logits in bf16 are 2^-8 of some units apart from exact ones: choices closer than that may differ.
+    sure = clear > 0.1
+    assert sure.sum() > case.tokens // 4
+    error = (y.detach().cpu().double() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error[sure].max() < 0.05  # a few roundings to bf16, of weights, hidden rows and sums
+    y.sum().backward()
+    assert given.grad.abs().sum() > 0 and all(p.grad is not None for p in parameters)
