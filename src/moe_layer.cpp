@@ -156,24 +156,34 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
   const auto tokens = layer_tokens(x, options_);
   check_layer_routing(routing, tokens.size(0), options_);
   const FeedForward expert{engine_, options_.activation, options_.glu};
-  auto plan = exchange_.plan(routing, tokens, options_.errors);
-  const auto step = c10::make_intrusive<Step>(exchange_, std::move(plan), expert,
-                                              parameters.main_grad, options_.recompute);
-  if (exchange_.communicator().size() > 1 && !engine_->is_settled()) {
-    settle_engine(expert, trials_of(parameters, step->plan, tokens.size(0)), options_.recompute,
-                  exchange_.communicator());
+  Communicator& communicator = exchange_.communicator();
+  const bool shared = parameters.shared_expert.up.weight.defined();
+  auto plan = exchange_.begin_plan(routing, tokens, options_.errors);
+  if (communicator.size() > 1 && !engine_->is_settled()) {
+    settle_engine(expert, trials_of(parameters, plan.get(), tokens.size(0)), options_.recompute,
+                  communicator);
   }
+  // While the counts are on their way to the host: what needs none.
+  std::optional<FeedForwardOutput> ahead;
+  if (communicator.size() > 1 && shared) {
+    const Stage named("anabranch.shared_expert");
+    ahead = shared_expert_ahead(tokens, parameters.shared_expert, expert);
+  }
+  const auto losses = stage("anabranch.losses", [&] {
+    return auxiliary_losses(routing, plan.source_counts(), options_.gate, communicator);
+  });
+  const auto step = c10::make_intrusive<Step>(exchange_, plan.get(), expert, parameters.main_grad,
+                                              options_.recompute);
   const auto& [up, down] = parameters.experts;
   auto y = ThroughExperts::apply(tokens, routing.weights, up.weight, down.weight, given(up.bias),
                                  given(down.bias), step);
-  if (parameters.shared_expert.up.weight.defined()) {
+  if (shared) {
     const Stage named("anabranch.shared_expert");
-    y = y + gated(through_shared_expert(tokens, parameters.shared_expert,
-                                        parameters.shared_expert_main_grad, expert),
-                  tokens, parameters.shared_expert_gate);
+    y = y +
+        gated(through_shared_expert(tokens, parameters.shared_expert,
+                                    parameters.shared_expert_main_grad, expert, std::move(ahead)),
+              tokens, parameters.shared_expert_gate);
   }
-  const Stage named("anabranch.losses");
-  const auto losses = auxiliary_losses(routing, step->plan.source_counts, exchange_.communicator());
   return {y.view(x.sizes()),      losses.balance_loss, losses.z_loss,
           losses.importance_loss, losses.load_loss,    losses.expert_load};
 }

@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/profiler_kineto.h>
 #include <torch/cuda.h>
 
+#include <algorithm>
 #include <iomanip>
 #include <limits>
 #include <set>
@@ -22,8 +23,25 @@ using Calls = std::map<std::string, int>;
 
 constexpr const char* kRange = "the traced step";
 
-/// The CUDA calls of all threads while `work` runs.
-Calls trace(const std::function<void()>& work) {
+/// What the profiler has seen while `work` ran: calls of CUDA's by all threads, and what a GPU did.
+struct Event {
+  std::string name;
+  uint64_t begin;  ///< ns
+  uint64_t end;
+  uint64_t correlation;  ///< the same of a call and of what the GPU does for it
+};
+struct Trace {
+  std::vector<Event> calls;
+  std::vector<Event> on_gpu;
+
+  Calls counted() const {
+    Calls counts;
+    for (const Event& call : calls) ++counts[call.name];
+    return counts;
+  }
+};
+
+Trace trace(const std::function<void()>& work) {
   const torch::profiler::impl::ProfilerConfig config(torch::profiler::impl::ProfilerState::KINETO);
   const std::set<ActivityType> activities = {ActivityType::CPU, ActivityType::CUDA};
   torch::autograd::profiler::prepareProfiler(config, activities);
@@ -32,6 +50,7 @@ Calls trace(const std::function<void()>& work) {
     RECORD_USER_SCOPE(kRange);
     work();
   }
+  torch::cuda::synchronize();  // what the GPU has not done yet is not seen
   const auto result = torch::autograd::profiler::disableProfiler();
   uint64_t begin = 0;
   uint64_t end = 0;
@@ -41,15 +60,16 @@ Calls trace(const std::function<void()>& work) {
       end = event.endNs();
     }
   }
-  Calls calls;
+  Trace traced;
   for (const auto& event : result->events()) {
-    const bool of_cuda = event.name().starts_with("cuda") || event.name().starts_with("cu");
-    if (of_cuda && event.deviceType() == c10::DeviceType::CPU && event.startNs() >= begin &&
-        event.startNs() <= end) {
-      ++calls[event.name()];
+    const Event seen{event.name(), event.startNs(), event.endNs(), event.correlationId()};
+    if (event.deviceType() == c10::DeviceType::CUDA) {
+      traced.on_gpu.push_back(seen);
+    } else if (seen.name.starts_with("cu") && seen.begin >= begin && seen.begin <= end) {
+      traced.calls.push_back(seen);
     }
   }
-  return calls;
+  return traced;
 }
 
 /// Calls in which the host waits for the GPU, always or as a side effect.
@@ -95,7 +115,7 @@ TEST(CudaLayer, TheHostWaitsOnceAStepOrNever) {
       step();  // memory is found, engines are chosen, ranks connected
     }
     world()->barrier();
-    const Calls calls = trace(step);
+    const Calls calls = trace(step).counted();
     for (const auto& [name, count] : calls) {
       if (world()->rank() == 0) {
         std::cout << std::setw(6) << count << "  " << name << std::endl;
@@ -103,6 +123,91 @@ TEST(CudaLayer, TheHostWaitsOnceAStepOrNever) {
     }
     EXPECT_GT(calls.size(), 0U) << "the profiler has seen no call";
     EXPECT_EQ(waits(calls), alone ? 0 : 1);
+  }
+}
+
+/// What the host has given the GPU when it begins to wait, and how long the GPU then has nothing to do, in
+/// µs: between the last that it was given before the wait and the first after it.
+struct Wait {
+  int kernels_behind_counts = 0;
+  double idle = 0;
+};
+
+Wait the_wait(const Trace& traced) {
+  const auto is_wait = [](const Event& call) {
+    return call.name.find("Synchronize") != std::string::npos;
+  };
+  const auto wait = std::find_if(traced.calls.begin(), traced.calls.end(), is_wait);
+  Wait found;
+  if (wait == traced.calls.end()) {
+    ADD_FAILURE() << "the host has not waited";
+    return found;
+  }
+  uint64_t copied = 0;
+  std::set<uint64_t> before;
+  for (const Event& call : traced.calls) {
+    if (call.begin < wait->begin) {
+      before.insert(call.correlation);
+      if (call.name.starts_with("cudaMemcpy")) copied = std::max(copied, call.begin);
+    }
+  }
+  for (const Event& call : traced.calls) {
+    found.kernels_behind_counts += call.name.find("LaunchKernel") != std::string::npos &&
+                                           call.begin > copied && call.begin < wait->begin
+                                       ? 1
+                                       : 0;
+  }
+  uint64_t busy_until = 0;
+  uint64_t resumed = std::numeric_limits<uint64_t>::max();
+  for (const Event& work : traced.on_gpu) {
+    if (before.count(work.correlation) > 0) {
+      busy_until = std::max(busy_until, work.end);
+    } else {
+      resumed = std::min(resumed, work.begin);
+    }
+  }
+  found.idle = resumed > busy_until ? 1e-3 * static_cast<double>(resumed - busy_until) : 0;
+  return found;
+}
+
+// Between ranks the host learns its counts while the GPU has other work: the losses, and a shared expert
+// where there is one.
+TEST(CudaLayer, TheWaitForCountsIsHidden) {
+  if (world()->size() == 1) {
+    GTEST_SKIP() << "a rank alone does not wait for counts, or has nobody to wait with";
+  }
+  const bool own_gpu = static_cast<int64_t>(torch::cuda::device_count()) >= world()->size();
+  for (const int64_t shared : {0, 512}) {
+    MoEOptions options;
+    options.hidden_size = 1024;
+    options.expert_hidden_size = 512;
+    options.num_experts = 16;
+    options.top_k = 4;
+    options.glu = true;
+    options.activation = Activation::kSilu;
+    options.shared_expert_hidden_size = shared;
+    options.dtype = torch::kBFloat16;
+    options.device = device();
+    MoELayer layer(options, world());
+    const auto x = torch::randn({4096, 1024}, torch::dtype(torch::kBFloat16).device(device()));
+    const auto step = [&] { return layer->forward(x).output; };
+    for (int i = 0; i < 4; ++i) {
+      step().sum().backward();
+    }
+    std::vector<double> idle;
+    for (int i = 0; i < 9; ++i) {
+      world()->barrier();
+      const Wait wait = the_wait(trace([&] { step(); }));
+      EXPECT_GE(wait.kernels_behind_counts, shared > 0 ? 6 : 4);
+      idle.push_back(wait.idle);
+    }
+    std::sort(idle.begin(), idle.end());
+    std::cout << "rank " << world()->rank() << ", shared expert of " << shared
+              << ": the GPU had nothing to do for " << idle[4] << " us, " << idle.front() << " to "
+              << idle.back() << std::endl;
+    if (own_gpu) {
+      EXPECT_LE(idle[4], 20.0);
+    }
   }
 }
 
@@ -150,8 +255,8 @@ TEST(CudaLayer, RefusalsOfARankAloneAreLate) {
 // The trace does find what it is to find.
 TEST(CudaLayer, ATraceShowsWaits) {
   const auto ones = torch::ones({10}, device());
-  EXPECT_EQ(waits(trace([&] { ones.sum(); })), 0);
-  EXPECT_GE(waits(trace([&] { ones.sum().item<float>(); })), 1);
+  EXPECT_EQ(waits(trace([&] { ones.sum(); }).counted()), 0);
+  EXPECT_GE(waits(trace([&] { ones.sum().item<float>(); }).counted()), 1);
 }
 
 }  // namespace

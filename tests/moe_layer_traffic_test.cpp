@@ -20,7 +20,7 @@ class TrafficTest : public ::testing::Test {
   };
   Count count(const torch::Tensor& expert_ids, const std::vector<int64_t>& counts,
               const ExpertPlacement& placement) const;
-  Traffic sum_of_losses(int64_t num_experts, bool routing_from_outside) const;
+  Traffic sum_of_losses(int64_t num_experts) const;
 
   std::shared_ptr<Communicator> world_ = world();
   int rank_ = world_->rank();
@@ -56,11 +56,10 @@ TrafficTest::Count TrafficTest::count(const torch::Tensor& expert_ids,
   return result;
 }
 
-// Load and losses of the whole batch are one sum over the ranks: 8 bytes for each expert's load, and with
-// a gate for each expert's probability, for the tokens and for the z-loss.
-Traffic TrafficTest::sum_of_losses(int64_t num_experts, bool routing_from_outside) const {
-  auto sums =
-      torch::zeros({routing_from_outside ? num_experts : 2 * num_experts + 2}, torch::kFloat64);
+// Load and losses of the whole batch are one sum over the ranks: 8 bytes for each expert's load, for each
+// expert's probability, for the tokens and for the z-loss; as long for a routing from outside.
+Traffic TrafficTest::sum_of_losses(int64_t num_experts) const {
+  auto sums = torch::zeros({2 * num_experts + 2}, torch::kFloat64);
   world_->reset_traffic();
   world_->all_reduce(sums);
   return world_->traffic();
@@ -74,7 +73,7 @@ TEST_F(TrafficTest, BytesAreTheDeduplicatedMinimum) {
     const ExpertPlacement placement{options.num_experts, size_};
     const auto expected = run_reference(layer_case, size_);
     const auto pairs = count(expected.result.expert_ids, layer_case.counts, placement);
-    const auto losses = sum_of_losses(options.num_experts, layer_case.routing_from_outside);
+    const auto losses = sum_of_losses(options.num_experts);
     const int64_t row_bytes =
         options.hidden_size * static_cast<int64_t>(c10::elementSize(options.dtype));
     const int64_t value_bytes = options.dtype == torch::kFloat64 ? 8 : 4;

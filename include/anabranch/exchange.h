@@ -5,7 +5,9 @@
 #include <anabranch/expert_placement.h>
 #include <anabranch/routing.h>
 
+#include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 namespace anabranch {
@@ -45,6 +47,27 @@ struct ExchangePlan {
   int64_t assignments() const { return assignment_rows.size(0); }  ///< P
 };
 
+/// A plan whose counts are on their way to the host.
+class PendingPlan {
+ public:
+  /// Of which nothing is missing.
+  explicit PendingPlan(ExchangePlan plan)
+      : source_counts_(plan.source_counts), plan_(std::move(plan)) {}
+  PendingPlan(torch::Tensor source_counts, std::function<ExchangePlan()> rest)
+      : source_counts_(std::move(source_counts)), rest_(std::move(rest)) {}
+
+  /// [E] those of the plan; where the routing is refused, of no meaning.
+  const torch::Tensor& source_counts() const { return source_counts_; }
+  /// The host waits for the counts, and the plan is made of them. Collective at the first call, which
+  /// throws as `Exchange::plan`.
+  const ExchangePlan& get();
+
+ private:
+  torch::Tensor source_counts_;
+  ExchangePlan plan_;
+  std::function<ExchangePlan()> rest_;  ///< empty when plan_ is made
+};
+
 class LateRefusals;
 
 /// What travels: rows and, where wanted, one value per assignment.
@@ -59,7 +82,7 @@ class Exchange {
  public:
   Exchange(std::shared_ptr<Communicator> communicator, int64_t num_experts);
 
-  /// The one place where the host learns counts, and waits for the current stream; unless this rank is
+  /// The one place where the host learns counts, and waits for the device; unless this rank is
   /// alone, its routing on a GPU and `errors` late. Collective.
   /// Invalid routing (expert ids out of range or twice in a token, a gate that is not finite) on any
   /// rank is an InputError on that rank and a CommunicationError naming it on the others; nothing
@@ -68,6 +91,10 @@ class Exchange {
   /// that are like those to be dispatched, have another width or type.
   ExchangePlan plan(const Routing& routing, const torch::Tensor& rows = {},
                     Errors errors = Errors::kAtCall) const;
+  /// The same up to where the host waits. What the stream is given before `get` runs while it does: work
+  /// that needs no counts, and collectives that are alike on all ranks whatever routing they have.
+  PendingPlan begin_plan(const Routing& routing, const torch::Tensor& rows = {},
+                         Errors errors = Errors::kAtCall) const;
 
   /// Source → experts. Collective.
   Payload dispatch(const Payload& tokens, const ExchangePlan& plan) const;

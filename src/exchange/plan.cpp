@@ -6,13 +6,15 @@
 #include <anabranch/exchange.h>
 
 #include <limits>
+#include <memory>
 #include <numeric>
+#include <utility>
 
 #include "exchange/late_refusals.h"
 #include "kernels/plan.h"
 #include "support/check.h"
+#include "support/host_copy.h"
 #include "support/stage.h"
-#include "support/stream.h"
 
 namespace anabranch {
 namespace {
@@ -173,13 +175,10 @@ struct Announced {
   std::vector<const int64_t*> from;  // [W] header and this rank's experts
 };
 
-/// The values in host memory: here the host waits for the device, once a step. What a failed
+/// The counts in host memory: here the host waits for the device, once a step. What a failed
 /// collective has left is no count.
-torch::Tensor counts_on_host(const torch::Tensor& values, Communicator& communicator) {
-  auto on_host = at::empty(values.sizes(),
-                           values.options().device(torch::kCPU).pinned_memory(values.is_cuda()));
-  on_host.copy_(values, /*non_blocking=*/true);
-  wait_for_stream(values);
+torch::Tensor wait_for(const HostCopy& counts, Communicator& communicator) {
+  const auto& on_host = counts.wait();
   communicator.check();
   return on_host;
 }
@@ -199,18 +198,19 @@ torch::Tensor tell(Communicator& communicator, const ExpertPlacement& placement,
   return received;
 }
 
-/// The one copy that the host waits for.
-Announced announced_on_host(Communicator& communicator, const ExpertPlacement& placement,
-                            const torch::Tensor& message, const torch::Tensor& received) {
+/// From the message and, behind it, what was received.
+Announced announced_in(const torch::Tensor& on_host, const ExpertPlacement& placement,
+                       int64_t own_rank) {
   Announced announced;
-  announced.on_host = counts_on_host(at::cat({message, received.flatten()}), communicator);
-  const auto* to = announced.on_host.const_data_ptr<int64_t>();
-  const auto* from = to + message.numel();
+  announced.on_host = on_host;
+  const int64_t width = kHeader + placement.local_experts(own_rank);
+  const auto* to = on_host.const_data_ptr<int64_t>();
+  const auto* from = to + on_host.numel() - placement.num_ranks * width;
   for (int64_t rank = 0; rank < placement.num_ranks; ++rank) {
     announced.to.push_back(to);
     announced.from.push_back(from);
     to += kHeader + placement.local_experts(rank);
-    from += received.size(1);
+    from += width;
   }
   return announced;
 }
@@ -240,7 +240,8 @@ ExchangePlan plan_counts(const Announced& announced, const ExpertPlacement& plac
 std::vector<int64_t> wait_for_counts(const Routing& routing, const RoutingCheck& check,
                                      const torch::Tensor& expert_counts,
                                      Communicator& communicator) {
-  const auto told = counts_on_host(at::cat({refused_tokens(check), expert_counts}), communicator);
+  const HostCopy copy(at::cat({refused_tokens(check), expert_counts}));
+  const auto told = wait_for(copy, communicator);
   const int64_t* own = told.const_data_ptr<int64_t>();
   const int64_t* counts = own + kForm;  // of the rest there is nothing to tell
   if (own[kNonfiniteToken] >= 0 || own[kInvalidToken] >= 0) {
@@ -278,7 +279,67 @@ ExchangePlan plan_alone(const Routing& routing, const torch::Tensor& ids, const 
   return plan;
 }
 
+/// Of several ranks: all that is known before the host knows its counts.
+struct Beginning {
+  Routing routing;
+  torch::Tensor ids;  ///< [T, top_k]
+  SendPlan send;
+  torch::Tensor received;  ///< [W, kHeader + local experts]
+  HostCopy counts;         ///< the message and what was received
+};
+
+ExchangePlan finish_plan(const Beginning& begun, const ExpertPlacement& placement,
+                         Communicator& communicator) {
+  const Announced announced =
+      announced_in(wait_for(begun.counts, communicator), placement, communicator.rank());
+  check_forms(announced.from);
+  const int64_t* own = announced.to[0];
+  if (own[kNonfiniteToken] >= 0 || own[kInvalidToken] >= 0) {
+    refuse(begun.routing, placement.num_experts, own[kNonfiniteToken], own[kInvalidToken]);
+  }
+  check_peers(announced.from);
+
+  const SendPlan& send = begun.send;
+  ExchangePlan plan = plan_counts(announced, placement, communicator.rank());
+  plan.tokens = begun.ids.size(0);
+  plan.top_k = begun.ids.size(1);
+  plan.source_counts = send.expert_counts.narrow(0, 0, placement.num_experts);
+  plan.send_tokens = send.send_tokens.narrow(0, 0, sum(plan.send_rows));
+  plan.token_offsets = send.token_offsets;
+  plan.token_rows = send.token_rows.narrow(0, 0, sum(plan.send_rows));
+  // All of them, unless there were none among the expert ids.
+  plan.send_order = send.send_order.narrow(0, 0, sum(plan.send_assignments));
+
+  torch::Tensor segment_rows = send.segment_rows.narrow(0, 0, sum(plan.send_assignments));
+  if (communicator.size() > 1) {
+    const auto sent_rows = segment_rows;
+    segment_rows = at::empty({sum(plan.receive_assignments)}, send.segment_rows.options());
+    communicator.all_to_all_v(
+        {{sent_rows, plan.send_assignments, segment_rows, plan.receive_assignments}});
+  }
+  const PlanKernels& kernels = PlanKernels::on(begun.ids.device());
+  const auto& received = begun.received;
+  const ArrivalOrder arrivals =
+      kernels.order_arrivals(segment_rows, received.select(1, kRows),
+                             received.narrow(1, kHeader, received.size(1) - kHeader));
+  const Csr by_row = kernels.group(arrivals.assignment_rows, sum(plan.receive_rows));
+  plan.received_order = arrivals.received_order;
+  plan.assignment_rows = arrivals.assignment_rows;
+  plan.row_offsets = by_row.offsets;
+  plan.row_assignments = by_row.members;
+  return plan;
+}
+
 }  // namespace
+
+const ExchangePlan& PendingPlan::get() {
+  if (rest_) {
+    const torch::NoGradGuard no_grad;
+    const Stage named("anabranch.plan");
+    plan_ = std::exchange(rest_, nullptr)();
+  }
+  return plan_;
+}
 
 Exchange::Exchange(std::shared_ptr<Communicator> communicator, int64_t num_experts)
     : communicator_(std::move(communicator)), placement_{num_experts, communicator_->size()} {
@@ -288,6 +349,11 @@ Exchange::Exchange(std::shared_ptr<Communicator> communicator, int64_t num_exper
 
 ExchangePlan Exchange::plan(const Routing& routing, const torch::Tensor& rows,
                             Errors errors) const {
+  return begin_plan(routing, rows, errors).get();
+}
+
+PendingPlan Exchange::begin_plan(const Routing& routing, const torch::Tensor& rows,
+                                 Errors errors) const {
   const torch::NoGradGuard no_grad;
   const Stage named("anabranch.plan");
   check_routing(routing);
@@ -304,11 +370,10 @@ ExchangePlan Exchange::plan(const Routing& routing, const torch::Tensor& rows,
     auto plan = plan_alone(routing, ids, check, placement_.num_experts, *communicator_,
                            late ? late_refusals_.get() : nullptr);
     plan.checked_weights = check.weights;
-    return plan;
+    return PendingPlan(std::move(plan));
   }
-  const PlanKernels& kernels = PlanKernels::on(ids.device());
-  const SendPlan send = kernels.plan_send(ids, first_experts(placement_), routing.may_skip);
-
+  SendPlan send =
+      PlanKernels::on(ids.device()).plan_send(ids, first_experts(placement_), routing.may_skip);
   if (message_layout_.device() != ids.device()) {
     message_layout_ = message_layout_.to(ids.device());
   }
@@ -320,41 +385,14 @@ ExchangePlan Exchange::plan(const Routing& routing, const torch::Tensor& rows,
   const auto message =
       at::cat({refused_tokens(check), form_on_device_, send.rank_rows, send.expert_counts})
           .index_select(0, message_layout_);
-  const auto received = tell(*communicator_, placement_, message);
-  const auto announced = announced_on_host(*communicator_, placement_, message, received);
-  check_forms(announced.from);
-  const int64_t* own = announced.to[0];
-  if (own[kNonfiniteToken] >= 0 || own[kInvalidToken] >= 0) {
-    refuse(routing, placement_.num_experts, own[kNonfiniteToken], own[kInvalidToken]);
-  }
-  check_peers(announced.from);
-
-  ExchangePlan plan = plan_counts(announced, placement_, communicator_->rank());
-  plan.tokens = ids.size(0);
-  plan.top_k = ids.size(1);
-  plan.source_counts = send.expert_counts.narrow(0, 0, placement_.num_experts);
-  plan.send_tokens = send.send_tokens.narrow(0, 0, sum(plan.send_rows));
-  plan.token_offsets = send.token_offsets;
-  plan.token_rows = send.token_rows.narrow(0, 0, sum(plan.send_rows));
-  // All of them, unless there were none among the expert ids.
-  plan.send_order = send.send_order.narrow(0, 0, sum(plan.send_assignments));
-
-  torch::Tensor segment_rows = send.segment_rows.narrow(0, 0, sum(plan.send_assignments));
-  if (communicator_->size() > 1) {
-    const auto sent_rows = segment_rows;
-    segment_rows = at::empty({sum(plan.receive_assignments)}, send.segment_rows.options());
-    communicator_->all_to_all_v(
-        {{sent_rows, plan.send_assignments, segment_rows, plan.receive_assignments}});
-  }
-  const ArrivalOrder arrivals =
-      kernels.order_arrivals(segment_rows, received.select(1, kRows),
-                             received.narrow(1, kHeader, received.size(1) - kHeader));
-  const Csr by_row = kernels.group(arrivals.assignment_rows, sum(plan.receive_rows));
-  plan.received_order = arrivals.received_order;
-  plan.assignment_rows = arrivals.assignment_rows;
-  plan.row_offsets = by_row.offsets;
-  plan.row_assignments = by_row.members;
-  return plan;
+  auto received = tell(*communicator_, placement_, message);
+  HostCopy counts(at::cat({message, received.flatten()}));
+  const auto source_counts = send.expert_counts.narrow(0, 0, placement_.num_experts);
+  const auto begun = std::make_shared<const Beginning>(
+      Beginning{routing, ids, std::move(send), std::move(received), std::move(counts)});
+  return {source_counts, [begun, placement = placement_, communicator = communicator_] {
+            return finish_plan(*begun, placement, *communicator);
+          }};
 }
 
 }  // namespace anabranch

@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <limits>
+#include <utility>
 
 #include "routing/gate.h"
 #include "support/given.h"
@@ -18,10 +19,11 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 struct ExpertHolder : torch::CustomClassHolder {
-  ExpertHolder(FeedForward expert, WeightSums main_grad)
-      : expert(std::move(expert)), main_grad(std::move(main_grad)) {}
+  ExpertHolder(FeedForward expert, WeightSums main_grad, std::optional<FeedForwardOutput> ahead)
+      : expert(std::move(expert)), main_grad(std::move(main_grad)), ahead(std::move(ahead)) {}
   FeedForward expert;
   WeightSums main_grad;
+  std::optional<FeedForwardOutput> ahead;  ///< until forward takes it
 };
 
 /// The tensors that backward needs.
@@ -42,8 +44,9 @@ struct ThroughSharedExpert : torch::autograd::Function<ThroughSharedExpert> {
                                const c10::intrusive_ptr<ExpertHolder>& holder) {
     const ExpertProjections shared{projection(up_weight, up_bias),
                                    projection(down_weight, down_bias)};
-    const auto [y, hidden] =
-        feed_forward(holder->expert, {x, {}}, shared, {x.size(0)}, /*keep_hidden=*/true);
+    const auto [y, hidden] = holder->ahead.has_value()
+                                 ? *std::exchange(holder->ahead, std::nullopt)
+                                 : shared_expert_ahead(x, shared, holder->expert);
     context->save_for_backward(pack(Saved{x, hidden, shared}));
     context->saved_data["expert"] = torch::IValue::make_capsule(holder);
     return y;
@@ -78,11 +81,20 @@ Experts make_shared_expert(const MoEOptions& options) {
   return Experts(shared, ExpertPlacement{1, 1}, 0, /*sharded=*/false);
 }
 
+FeedForwardOutput shared_expert_ahead(const torch::Tensor& x,
+                                      const ExpertProjections& shared_expert,
+                                      const FeedForward& expert) {
+  const torch::NoGradGuard no_grad;
+  return feed_forward(expert, {x, {}}, shared_expert, {x.size(0)}, /*keep_hidden=*/true);
+}
+
 torch::Tensor through_shared_expert(const torch::Tensor& x, const ExpertProjections& shared_expert,
-                                    const WeightSums& main_grad, const FeedForward& expert) {
+                                    const WeightSums& main_grad, const FeedForward& expert,
+                                    std::optional<FeedForwardOutput> ahead) {
   const auto& [up, down] = shared_expert;
-  return ThroughSharedExpert::apply(x, up.weight, down.weight, given(up.bias), given(down.bias),
-                                    c10::make_intrusive<ExpertHolder>(expert, main_grad));
+  return ThroughSharedExpert::apply(
+      x, up.weight, down.weight, given(up.bias), given(down.bias),
+      c10::make_intrusive<ExpertHolder>(expert, main_grad, std::move(ahead)));
 }
 
 torch::Tensor make_shared_expert_gate(const MoEOptions& options) {

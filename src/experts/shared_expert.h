@@ -2,6 +2,8 @@
 
 #include <anabranch/experts.h>
 
+#include <optional>
+
 #include "experts/feed_forward.h"
 
 namespace anabranch {
@@ -10,9 +12,16 @@ namespace anabranch {
 /// the others.
 Experts make_shared_expert(const MoEOptions& options);
 
-/// x [T, h] → [T, h]: every token through the shared expert, with weight 1.
+/// What `through_shared_expert` computes, without a graph.
+FeedForwardOutput shared_expert_ahead(const torch::Tensor& x,
+                                      const ExpertProjections& shared_expert,
+                                      const FeedForward& expert);
+
+/// x [T, h] → [T, h]: every token through the shared expert, with weight 1. `ahead`: it has been
+/// computed already, of the same.
 torch::Tensor through_shared_expert(const torch::Tensor& x, const ExpertProjections& shared_expert,
-                                    const WeightSums& main_grad, const FeedForward& expert);
+                                    const WeightSums& main_grad, const FeedForward& expert,
+                                    std::optional<FeedForwardOutput> ahead = {});
 
 /// [1, h] of the layer's type, seeded apart from the rest.
 torch::Tensor make_shared_expert_gate(const MoEOptions& options);

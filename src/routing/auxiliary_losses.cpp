@@ -3,6 +3,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "kernels/routing.h"
@@ -32,10 +33,16 @@ Loss squared_variation(const torch::Tensor& sums) {
   return {value, (apart - value * mean) / divisor * slope};
 }
 
+/// How many sums a routing of `gate` has.
+int64_t count_sums(Gate gate, int64_t experts) {
+  const int64_t of_experts = gate == Gate::kNoisyTopK ? 4 : gate == Gate::kGShard ? 3 : 2;
+  return of_experts * experts + 2;
+}
+
 /// The batch's sums, in one fp64 vector: assignments of each expert [E]; unless the routing is from
 /// outside, what else RoutingKernels::batch_sums has; then, of gates that have them, first choices [E],
-/// importance [E], smooth load [E].
-torch::Tensor sums_of_batch(const Routing& routing, const torch::Tensor& counts,
+/// importance [E], smooth load [E]. Between ranks zeros make up for what a routing from outside lacks.
+torch::Tensor sums_of_batch(const Routing& routing, const torch::Tensor& counts, Gate gate,
                             Communicator& communicator) {
   std::vector<torch::Tensor> parts;
   if (routing.probability_sum.defined()) {
@@ -50,6 +57,10 @@ torch::Tensor sums_of_batch(const Routing& routing, const torch::Tensor& counts,
     if (sum.defined()) {
       parts.push_back(sum.detach().to(torch::kFloat64));
     }
+  }
+  if (communicator.size() > 1 && !routing.probability_sum.defined()) {
+    const int64_t experts = counts.size(0);
+    parts.push_back(at::zeros({count_sums(gate, experts) - experts}, parts[0].options()));
   }
   auto sums = parts.size() == 1 ? parts[0] : at::cat(parts);
   communicator.all_reduce(sums);
@@ -89,11 +100,11 @@ struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
                                const std::optional<torch::Tensor>& /*squared_logsumexp_sum*/,
                                const std::optional<torch::Tensor>& /*importance*/,
                                const std::optional<torch::Tensor>& /*smooth_load*/,
-                               const Routing* routing, const torch::Tensor* own_counts,
+                               const Routing* routing, const torch::Tensor* own_counts, Gate gate,
                                Communicator* communicator) {
     const int64_t experts = own_counts->size(0);
     const auto dtype = routing->weights.scalar_type();
-    const auto sums = sums_of_batch(*routing, *own_counts, *communicator);
+    const auto sums = sums_of_batch(*routing, *own_counts, gate, *communicator);
     AuxiliaryLosses found;
     variable_list slopes;  // of the losses, in their order
     if (routing->probability_sum.defined()) {
@@ -130,7 +141,7 @@ struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
     refuse_double_backward("auxiliary losses");
     const torch::NoGradGuard no_grad;
     const auto slopes = context->get_saved_variables();
-    variable_list result(7);  // as many as forward takes
+    variable_list result(8);  // as many as forward takes
     for (size_t i = 0; i < slopes.size(); ++i) {
       const auto& gradient = gradients[i + 1];  // behind the load's
       if (gradient.defined()) {
@@ -144,12 +155,12 @@ struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
 
 }  // namespace
 
-AuxiliaryLosses auxiliary_losses(const Routing& routing, const torch::Tensor& counts,
+AuxiliaryLosses auxiliary_losses(const Routing& routing, const torch::Tensor& counts, Gate gate,
                                  Communicator& communicator) {
   return from_list(
       LossesOfBatch::apply(given(routing.probability_sum), given(routing.squared_logsumexp_sum),
                            given(routing.importance), given(routing.smooth_load), &routing, &counts,
-                           &communicator),
+                           gate, &communicator),
       routing);
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <anabranch/communicator.h>
+#include <anabranch/options.h>
 #include <anabranch/routing.h>
 
 namespace anabranch {
@@ -14,11 +15,12 @@ struct AuxiliaryLosses {
 };
 
 /// The losses of all ranks' tokens, from each rank's `routing` and `counts` [E] of its assignments, by
-/// one sum over ranks; the ranks' routing comes from the same kind of gate, or from outside.
+/// one sum over ranks; the ranks' routing comes from the same kind of gate, or from outside. Of a layer with
+/// `gate` the sum is as long either way, so that ranks that differ there come through it, and are told.
 ///
 /// Gradients are scaled by the number of ranks: every rank is taken to use the losses in its own loss in
 /// the same way, as losses are averaged over ranks. So backward needs no communication. Collective.
-AuxiliaryLosses auxiliary_losses(const Routing& routing, const torch::Tensor& counts,
+AuxiliaryLosses auxiliary_losses(const Routing& routing, const torch::Tensor& counts, Gate gate,
                                  Communicator& communicator);
 
 }  // namespace anabranch
