@@ -343,6 +343,48 @@ by `peer memory`: the library's own kernel, which is what ranks of one host use.
 """
 
 
+def gpu_expert_parallel(*measured):
+    """Of one file for each number of ranks."""
+    rows = []
+    for file in measured:
+        by_torch = {place_of(case): case["TFLOP_per_s"] for case in file["results"] if case["way"] == "torch"}
+        for case in file["results"]:
+            rate = case.get("TFLOP_per_s")
+            exposed = case.get("exposed_of_exchange")
+            rows.append((
+                layer_of_ranks(case), str(case["ranks"]), case["way"], f"{case['forward_ms']:.3f}",
+                f"{case['backward_ms']:.3f}", given(case.get("forward_TFLOP_per_s"), 0),
+                given(case.get("backward_TFLOP_per_s"), 0), given(rate, 0),
+                given(rate and rate / by_torch[place_of(case)], 2), "–" if exposed is None else f"{100 * exposed:.0f} %",
+            ))  # fmt: skip
+    commands = [
+        f"torchrun --nproc-per-node {file['results'][0]['ranks']} benchmarks/ranks/expert_parallel.py" for file in measured
+    ]
+    provenance = "  \n".join(map(gpu_provenance, measured, commands))
+    header = ("shape", "GPUs", "way", "forward, ms", "backward, ms", "TFLOP/s a GPU, forward", "backward", "both",
+              "over torch", "of the exchange exposed")
+    tokens = measured[0]["results"][0]["tokens"]
+    return f"""## One layer over the GPUs of a host
+
+bf16, {tokens} tokens a rank, as Python calls it, router included; the slowest rank's time, medians of rounds in which the
+ways take turns. `torch`: the same layer by `all_to_all_single` and `torch._grouped_mm`; `alone`: a rank that has all
+experts and exchanges nothing; `exchange`: dispatch and combine by themselves. Exposed: what a step takes longer than
+`alone`, over the exchange; with skewed routing it holds the wait for the fullest rank too.
+
+{table(header, rows)}
+
+{provenance}
+"""
+
+
+def place_of(case):
+    return case["shape"], case["zipf"]
+
+
+def layer_of_ranks(case):
+    return case["shape"] + (f", zipf {case['zipf']:g}" if case["zipf"] else "")
+
+
 SECTIONS = {
     "cpu_layer.json": layer,
     "cpu_grouped_gemm.json": grouped_gemm,
@@ -351,6 +393,7 @@ SECTIONS = {
     "gpu_grouped_gemm.json": gpu_grouped_gemm,
     "gpu_kernels.json": gpu_kernels,
     "gpu_exchange_*.json": gpu_exchange,
+    "gpu_expert_parallel_*.json": gpu_expert_parallel,
 }
 
 

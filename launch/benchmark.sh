@@ -6,7 +6,7 @@
 #
 #   NAME            what to measure; default: all that can be measured here, of
 #                     gpu_layer gpu_layer_python (as Python calls it, beside other libraries that are installed)
-#                     gpu_grouped_gemm gpu_kernels gpu_exchange (from 2 GPUs on)
+#                     gpu_grouped_gemm gpu_kernels gpu_exchange gpu_expert_parallel (from 2 GPUs on)
 #                     cpu_layer cpu_grouped_gemm (where there is no GPU)
 #   --output DIR    where NAME.json, or NAME_RANKS.json, and performance.md go (default: runs/benchmark)
 #   --quick         a few cases of each, to see whether it runs
@@ -39,7 +39,7 @@ while (($#)); do
     --quick) flags=(--quick) ;;
     --no-build) build_first=false ;;
     --publish) publish=true ;;
-    gpu_layer | gpu_layer_python | gpu_grouped_gemm | gpu_kernels | gpu_exchange | cpu_layer | cpu_grouped_gemm)
+    gpu_layer | gpu_layer_python | gpu_grouped_gemm | gpu_kernels | gpu_exchange | gpu_expert_parallel | cpu_layer | cpu_grouped_gemm)
       names+=("$1")
       ;;
     *) die "unknown argument '$1' (try --help)" ;;
@@ -53,7 +53,7 @@ gpus=0
 if [[ $preset == cuda ]]; then gpus=$(gpus); fi
 if ((${#names[@]} == 0)); then
   if ((gpus > 1)); then
-    names=(gpu_layer gpu_layer_python gpu_grouped_gemm gpu_kernels gpu_exchange)
+    names=(gpu_layer gpu_layer_python gpu_grouped_gemm gpu_kernels gpu_exchange gpu_expert_parallel)
   elif ((gpus == 1)); then
     names=(gpu_layer gpu_layer_python gpu_grouped_gemm gpu_kernels)
   else
@@ -76,8 +76,14 @@ fi
 
 if $build_first; then
   "$project_root/launch/setup.sh"
-  targets=("${names[@]/#/benchmark_}")
-  build "$preset" "${targets[@]/%benchmark_gpu_layer_python/anabranch_operators}"
+  targets=()
+  for name in "${names[@]}"; do
+    case $name in
+      gpu_layer_python | gpu_expert_parallel) targets+=(anabranch_operators) ;;
+      *) targets+=("benchmark_$name") ;;
+    esac
+  done
+  build "$preset" "${targets[@]}"
 fi
 
 mkdir -p "$output"
@@ -88,15 +94,18 @@ results=()
 python=$venv/bin/python
 if [[ ! -x $python ]]; then python=${ANABRANCH_PYTHON:-python3}; fi
 
-# measure NAME FILE COMMAND...: runs benchmark_NAME by the command, which leaves FILE.json
+# measure NAME FILE COMMAND...: runs benchmark_NAME, or what Python measures by that name, by the command, which leaves
+# FILE.json
 measure() {
   local name=$1 file=$2
+  local package=(env "PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$project_root/build/$preset/python")
   local program=("$project_root/build/$preset/benchmarks/benchmark_$name")
-  if [[ $name == gpu_layer_python ]]; then
-    program=(env "PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$project_root/build/$preset/python" "$python"
-      "$project_root/benchmarks/gpu/layer.py")
-  fi
-  local command=("${@:3}" "${program[@]}" --commit "$commit" --json "$output/$file.json.new")
+  case $name in
+    gpu_layer_python) program=("${package[@]}" "$python" "$project_root/benchmarks/gpu/layer.py") ;;
+    gpu_expert_parallel) program=("${package[@]}" "${@:3}" "$project_root/benchmarks/ranks/expert_parallel.py") ;;
+    *) program=("${@:3}" "${program[@]}") ;;
+  esac
+  local command=("${program[@]}" --commit "$commit" --json "$output/$file.json.new")
   if [[ $name == gpu_grouped_gemm ]]; then command+=(--engine all); fi
   command+=("${flags[@]}")
   say "Measuring $file"
@@ -108,15 +117,26 @@ measure() {
   fi
 }
 
+# Prints the numbers of GPUs to measure on: 2, 4, 8, ... and all.
+numbers_of_gpus() {
+  local ranks
+  for ((ranks = 2; ranks < 2 * gpus; ranks *= 2)); do echo $((ranks < gpus ? ranks : gpus)); done
+}
+
 for name in "${names[@]}"; do
-  if [[ $name == gpu_exchange ]]; then
-    for ((ranks = 2; ranks < 2 * gpus; ranks *= 2)); do
-      used=$((ranks < gpus ? ranks : gpus))
-      measure "$name" "${name}_$used" mpirun "${mpirun_flags[@]}" -n "$used"
-    done
-  else
-    measure "$name" "$name"
-  fi
+  case $name in
+    gpu_exchange)
+      for ranks in $(numbers_of_gpus); do
+        measure "$name" "${name}_$ranks" mpirun "${mpirun_flags[@]}" -n "$ranks"
+      done
+      ;;
+    gpu_expert_parallel)
+      for ranks in $(numbers_of_gpus); do
+        measure "$name" "${name}_$ranks" "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks"
+      done
+      ;;
+    *) measure "$name" "$name" ;;
+  esac
 done
 
 "$python" "$project_root/benchmarks/report.py" --results "$output" --output "$output/performance.md"

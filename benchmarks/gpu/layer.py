@@ -49,14 +49,16 @@ class Case:
 SEED = Case("seed 16x1024 h512 k3", 16384, 512, 2048, 8, 3, False)
 OLMOE = Case("OLMoE", 32768, 2048, 1024, 64, 8, True)
 QWEN3 = Case("Qwen3-30B", 32768, 2048, 768, 128, 8, True)
+MIXTRAL = Case("Mixtral", 16384, 4096, 14336, 8, 2, True)
+FINE = Case("fine", 24576, 1536, 256, 128, 8, True)
 SHAPES = [
     SEED,
     Case("seed 64x1024 h512 k8", 65536, 512, 2048, 8, 8, False),
     Case("seed 64x1024 h1024 k3", 65536, 1024, 4096, 8, 3, False),
-    Case("Mixtral", 16384, 4096, 14336, 8, 2, True),
+    MIXTRAL,
     OLMOE,
     QWEN3,
-    Case("fine", 24576, 1536, 256, 128, 8, True),
+    FINE,
 ]
 CASES = [
     *SHAPES,
@@ -257,7 +259,7 @@ def provenance(commit):
         "processor": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda_runtime": torch.version.cuda,
         "cublas": cublas,
         "commit": commit,

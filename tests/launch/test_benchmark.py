@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, executable
 
+RANKS_NAMES = ["gpu_exchange", "gpu_expert_parallel"]  # once for each number of GPUs
 GPU_NAMES = ["gpu_layer", "gpu_layer_python", "gpu_grouped_gemm", "gpu_kernels"]
 CPU_NAMES = ["cpu_layer", "cpu_grouped_gemm"]
 PROGRAMS = Path(os.environ.get("ANABRANCH_STEP", ROOT / "build/release/benchmarks/benchmark_step")).parent
@@ -30,6 +31,20 @@ def in_python():
             {**about, "tokens": 4096, "way": "anabranch", "ms": 0.5, **numbers},
             {**about, "tokens": 4096, "way": "grouped_mm", "ms": 1.25, **numbers, "graph_ms": None},
             {**about, "tokens": 4096, "way": "sonic", "reason": "package sonicmoe is not installed"},
+        ],
+    }
+
+
+def over_ranks():
+    """Results of benchmarks/ranks/expert_parallel.py."""
+    about = {"shape": "OLMoE", "tokens": 8192, "zipf": 0.0, "ranks": 2, "forward_ms": 1.0, "backward_ms": 3.0}
+    rates = {"forward_TFLOP_per_s": 700.0, "backward_TFLOP_per_s": 466.6}
+    return {
+        "provenance": in_python()["provenance"],
+        "results": [
+            {**about, "way": "anabranch", **rates, "TFLOP_per_s": 500.0, "exposed_of_exchange": 0.25},
+            {**about, "way": "torch", **rates, "TFLOP_per_s": 200.0},
+            {**about, "way": "exchange"},
         ],
     }
 
@@ -54,12 +69,19 @@ def machine(project, tmp_path):
         'while [[ $1 != -n ]]; do shift; done; shift 2\nexec "$@"\n',
     )
     shutil.copytree(ROOT / "benchmarks", project.root / "benchmarks", ignore=shutil.ignore_patterns("article", "plan", "scaling"))
-    executable(
-        project.root / "benchmarks/gpu/layer.py",
-        "import json, sys\n"
-        f'open("{project.log}", "a").write("cuda/gpu_layer_python " + " ".join(sys.argv[1:]) + "\\n")\n'
-        f'json.dump({in_python()!r}, open(sys.argv[sys.argv.index("--json") + 1], "w"))\n',
-    )
+    for name, path, results in (
+        ("gpu_layer_python", "gpu/layer.py", in_python()),
+        ("gpu_expert_parallel", "ranks/expert_parallel.py", over_ranks()),
+    ):
+        executable(
+            project.root / "benchmarks" / path,
+            "import json, os, sys\n"
+            'if os.environ.get("RANK", "0") != "0":\n    sys.exit()\n'
+            'ranks = os.environ.get("WORLD_SIZE")\n'
+            f'with open("{project.log}", "a") as log:\n'
+            f'    print("cuda/{name}", *(["-n", ranks] if ranks else []), *sys.argv[1:], file=log)\n'
+            f'json.dump({results!r}, open(sys.argv[sys.argv.index("--json") + 1], "w"))\n',
+        )
     (project.root / "docs").mkdir()
 
     def run(*arguments, gpus=0, fails="", expect=0):
@@ -89,13 +111,15 @@ def test_on_a_machine_without_a_gpu(machine):
 @pytest.mark.parametrize("gpus, ranks", [(1, []), (2, [2]), (4, [2, 4]), (6, [2, 4, 6])])
 def test_on_a_machine_with_gpus(machine, gpus, ranks):
     machine("--commit", "0123abcd", "--no-build", "--quick", gpus=gpus)
-    assert measured(machine) == [f"cuda/{name}" for name in GPU_NAMES + ["gpu_exchange"] * len(ranks)]
+    names = GPU_NAMES + [name for name in RANKS_NAMES for _ in ranks]
+    assert measured(machine) == [f"cuda/{name}" for name in names]
     assert all(call.endswith("--quick") for call in machine.project.calls())
     assert [" --engine all " in call for call in machine.project.calls() if call.startswith("cuda/")] == [
-        name == "gpu_grouped_gemm" for name in GPU_NAMES + ["gpu_exchange"] * len(ranks)
+        name == "gpu_grouped_gemm" for name in names
     ]
-    assert [call.split(" -n ")[1].split()[0] for call in machine.project.calls() if " -n " in call] == list(map(str, ranks))
-    assert [(machine.results / f"gpu_exchange_{n}.json").exists() for n in ranks] == [True] * len(ranks)
+    assert [int(call.split(" -n ")[1].split()[0]) for call in machine.project.calls() if " -n " in call] == ranks * 2
+    for name in RANKS_NAMES:
+        assert [(machine.results / f"{name}_{n}.json").exists() for n in ranks] == [True] * len(ranks)
     assert not any(call.startswith(("setup", "cmake")) for call in machine.project.calls())
 
 
@@ -121,6 +145,14 @@ def test_peers_stand_beside_the_layer(tmp_path):
     assert (row["wall, ms"], row["launches"], row["over the layer's wall"]) == ("1.250", "29", "2.50")
     assert cells(text, "issued in", "| OLMoE, zipf 1 (7.2) | 4096 | anabranch ")["as a graph"] == "0.450"
     assert "sonic: package sonicmoe is not installed" in text and "| sonic |" not in text
+
+
+def test_ranks_beside_torch(tmp_path):
+    text = report_of(tmp_path, gpu_expert_parallel_2=over_ranks())
+    row = cells(text, "GPUs", "| OLMoE | 2 | anabranch ")
+    assert (row["both"], row["over torch"], row["of the exchange exposed"]) == ("500", "2.50", "25 %")
+    assert cells(text, "GPUs", "| OLMoE | 2 | exchange ")["both"] == "–"
+    assert "torchrun --nproc-per-node 2 benchmarks/ranks/expert_parallel.py" in text
 
 
 def test_few_tokens_have_a_table_of_their_own(tmp_path):

@@ -1,6 +1,8 @@
 """What the benchmark of the layer on a GPU is compared with computes the same layer."""
 
 import dataclasses
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks/gpu"))
 from peers import PEERS, Missing
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @dataclasses.dataclass
@@ -71,3 +75,19 @@ def test_equals_the_layer_by_hand(name, glu):
     assert error[sure].max() < 0.05  # a few roundings to bf16, of weights, hidden rows and sums
     y.sum().backward()
     assert given.grad.abs().sum() > 0 and all(p.grad is not None for p in parameters)
+
+
+def test_expert_parallel_ways_agree_and_are_timed(tmp_path):
+    """benchmarks/ranks/expert_parallel.py refuses to time a way whose output is another; all of them are here."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--device", "cpu", "--quick", "--json", str(tmp_path / "out.json"), "--layers", "anabranch", "anabranch,routing_scale=2"]
+    run = [*program, str(BENCHMARKS / "ranks/expert_parallel.py"), *options]
+    refused = subprocess.run(run, capture_output=True, text=True, check=False, timeout=120)
+    assert refused.returncode and "the output of anabranch,routing_scale=2 is" in refused.stderr
+    subprocess.run([*run[:-2], "anabranch", "anabranch,recompute=true"], check=True, timeout=120)
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [row["way"] for row in results] == ["anabranch", "anabranch,recompute=true", "alone", "torch", "exchange"]
+    assert all(row["ranks"] == 2 and row["forward_ms"] > 0 and row["backward_ms"] > 0 for row in results)
+    for row in results[:-1]:
+        step = row["forward_ms"] + row["backward_ms"]
+        assert row["TFLOP_per_s"] == pytest.approx(3 * 2 * 64 * 3 * 32 * 16 * 2 / step / 1e9)
