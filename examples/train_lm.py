@@ -12,17 +12,15 @@ TensorBoard's files. (Checkpoints and a sample of text: the C++ program.)
 """
 
 import argparse
-import json
 import math
 import time
-from pathlib import Path
 
 import anabranch
 import torch
 import torch.nn.functional as F
 from byte_text import Text, generator_of, seed_of
+from lm_metrics import MetricsLog, flops_per_token, gradient_norms, peak_flops, peak_memory
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 VOCABULARY = 256  # bytes
@@ -37,8 +35,8 @@ class Block(nn.Module):
     def __init__(self, options, layer, normal):
         super().__init__()
         hidden, self.heads = options.hidden, options.heads
-        self.qkv = nn.Parameter(normal(3 * hidden, hidden, deviation=hidden**-0.5))
-        self.output = nn.Parameter(normal(hidden, hidden, deviation=(2 * options.layers * hidden) ** -0.5))
+        self.attention_qkv = nn.Parameter(normal(3 * hidden, hidden, deviation=hidden**-0.5))
+        self.attention_output = nn.Parameter(normal(hidden, hidden, deviation=(2 * options.layers * hidden) ** -0.5))
         glu = {"glu": True, "activation": "silu"} if options.glu else {}
         seed = seed_of(options.seed, "experts", layer)
         kind = {"device": options.device, "dtype": getattr(torch, options.dtype)}
@@ -50,11 +48,11 @@ class Block(nn.Module):
 
     def attention(self, x, rotation):
         batch, length, hidden = x.shape
-        qkv = F.linear(x, self.qkv).view(batch, length, 3, self.heads, hidden // self.heads)
+        qkv = F.linear(x, self.attention_qkv).view(batch, length, 3, self.heads, hidden // self.heads)
         turned = torch.view_as_complex(qkv[:, :, :2].unflatten(-1, (-1, 2))) * rotation
         query, key = torch.view_as_real(turned).flatten(-2).transpose(1, 3).unbind(2)  # [B, heads, S, head size]
         mixed = F.scaled_dot_product_attention(query, key, qkv[:, :, 2].transpose(1, 2), is_causal=True)
-        return F.linear(mixed.transpose(1, 2).reshape(x.shape), self.output)
+        return F.linear(mixed.transpose(1, 2).reshape(x.shape), self.attention_output)
 
     def forward(self, x, rotation):
         x = x + self.attention(self.attention_norm(x), rotation)
@@ -113,15 +111,18 @@ def learning_rate(step, options):
     return options.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def train_step(model, optimizer, text, step, options, world):
-    """One step; what metrics.jsonl says of it."""
+def train_step(model, optimizer, text, step, options, world, due):
+    """One step; what there is to say of it, and more of it where a line is `due`."""
+    begin = time.perf_counter()
     inputs, targets = text.training_batch(step)
+    data_seconds = time.perf_counter() - begin
     logits, outputs = model(inputs)
     loss = summed_loss(logits, targets) / (options.batch_size * options.sequence_length)
     balance_loss, z_loss = (sum(getattr(o, name) for o in outputs) for name in ("balance_loss", "z_loss"))
     # finish_gradients takes the mean over ranks; this rank's loss is its part of the batch's.
     (loss * world.size + balance_loss * options.balance_loss + z_loss * options.z_loss).backward()
     anabranch.finish_gradients(model)
+    norms = gradient_norms(model, world) if due else {}
     norm = anabranch.clip_gradient_norm(model, options.clip)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, options)
@@ -129,9 +130,11 @@ def train_step(model, optimizer, text, step, options, world):
     optimizer.zero_grad()
     loss = loss.detach().double().cpu()
     world.all_reduce(loss)
+    spent = {"tokens": options.batch_size * options.sequence_length, "data_seconds": data_seconds, "skipped": 0}
+    spent["seconds"] = time.perf_counter() - begin
     loads = [output.expert_load.cpu().double() for output in outputs]
     imbalances = [anabranch.imbalance(load.long()) for load in loads]
-    return {
+    return spent, {
         "step": step,
         "loss": loss.item(),
         "imbalance": sum(imbalances) / len(imbalances),
@@ -139,6 +142,7 @@ def train_step(model, optimizer, text, step, options, world):
         "ranks": world.size,
         "learning_rate": learning_rate(step, options),
         "gradient_norm": norm,
+        "gradient_norms": norms,
         "balance_loss": balance_loss.item() / options.layers,
         "z_loss": z_loss.item() / options.layers,
         "load": [(load / load.sum()).tolist() for load in loads],
@@ -150,34 +154,29 @@ def train(options, world):
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    board = file = None
+    log = None
     if world.rank == 0:
-        Path(options.output).mkdir(parents=True, exist_ok=True)
-        board, file = SummaryWriter(options.output), open(Path(options.output) / "metrics.jsonl", "w")
-    begin = last = time.perf_counter()
-    logged = 0
+        flops = flops_per_token(model, options.top_k, options.layers * options.hidden, options.sequence_length)
+        log = MetricsLog(options.output, flops, peak_flops(options.device, getattr(torch, options.dtype)))
+    begin = time.perf_counter()
     bar = tqdm(range(1, options.steps + 1), disable=world.rank != 0, unit="step")
     for step in bar:
-        metrics = train_step(model, optimizer, text, step, options, world)
         due = [step == options.steps or step % every == 0 for every in (options.log_interval, options.validation_interval)]
-        now = time.perf_counter()
+        spent, line = train_step(model, optimizer, text, step, options, world, any(due))
+        if log:
+            log.add(step, line["loss"], **spent)
         if due[1]:
-            metrics["validation_loss"] = validate(model.eval(), text, world)
-            metrics["validation_bpb"] = metrics["validation_loss"] / math.log(2)
+            line["validation_loss"] = validate(model.eval(), text, world)
+            line["validation_bpb"] = line["validation_loss"] / math.log(2)
             model.train()
-        if world.rank != 0 or not any(due):
+        if not any(due):
             continue
-        tokens = (step - logged) * options.batch_size * options.sequence_length
-        metrics |= {"tokens_per_second": tokens / (now - last), "seconds": time.perf_counter() - begin}
-        file.write(json.dumps(metrics, sort_keys=True, separators=(",", ":")) + "\n")
-        file.flush()
-        for name in metrics.keys() - {"step", "ranks", "load", "imbalance_per_layer"}:
-            board.add_scalar(name, metrics[name], step)
-        bar.set_postfix(loss=f"{metrics['loss']:.3f}", imbalance=f"{metrics['imbalance']:.2f}")
-        last, logged = time.perf_counter(), step
-    if world.rank == 0:
-        file.close()
-        board.close()
+        memory = peak_memory(options.device, world)
+        if log:
+            line = log.write(line | {"seconds": time.perf_counter() - begin, "memory": memory})
+            bar.set_postfix(loss=f"{line['loss']:.3f}", imbalance=f"{line['imbalance']:.2f}")
+    if log:
+        log.close()
 
 
 def main():

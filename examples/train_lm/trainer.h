@@ -17,7 +17,7 @@ namespace train_lm {
 
 /// How training ended.
 struct Outcome {
-  Metrics last;           ///< of the last step; default values if there was none left to do
+  StepRecord last;        ///< of the last step; default values if there was none left to do
   int signal = 0;         ///< the signal that interrupted it, or 0
   bool complete = false;  ///< false: there are steps left for --resume
 };
@@ -33,13 +33,18 @@ class Trainer {
 
  private:
   /// One step, on the batch at `position`; what there is to report of it, and the signal that any rank has received, or 0.
-  std::pair<Metrics, int> step(const BatchPosition& position);
+  std::pair<StepRecord, int> step(const BatchPosition& position);
   /// Leaves the gradients of the global batch's mean loss; returns this rank's Σ of losses.
-  double backward(const Batch& batch, Metrics& metrics);
-  void update(Metrics& metrics);
-  /// Makes what `metrics` holds of this rank or its group that of all; returns the signal.
-  int sum_over_ranks(double loss_sum, Metrics& metrics);
-  void report(const Metrics& metrics, Progress& progress);
+  double backward(const Batch& batch, StepRecord& record);
+  void update(StepRecord& record);
+  /// Makes what `record` holds of this rank or its group that of all; returns the signal.
+  int sum_over_ranks(double loss_sum, StepRecord& record);
+  /// Fills in what held-out data says. Collective.
+  void validate(StepRecord& record);
+  /// Collective.
+  void report(StepRecord& record, Progress& progress);
+  StepCost cost() const;
+  bool is_reported(int64_t step) const;
   bool is_due(int64_t step, int64_t interval) const;
 
   const Options& options_;
@@ -48,8 +53,8 @@ class Trainer {
   LanguageModel model_;
   torch::optim::Optimizer& optimizer_;
   const RunDirectory& directory_;
-  double global_tokens_;                     // of one step
-  std::optional<MetricsFile> metrics_file_;  // on rank 0
+  double global_tokens_;           // of one step
+  std::optional<MetricsLog> log_;  // on rank 0
 };
 
 }  // namespace train_lm

@@ -27,7 +27,7 @@ STEPS = 6
 SEQUENCE_LENGTH = 24
 LAYERS = 2
 EXPERTS = 5  # divided by neither 2 nor 4
-TIMING = {"tokens_per_second", "seconds"}
+TIMING = {"tokens_per_second", "model_tflops", "seconds", "step_seconds", "data_seconds", "memory"}
 
 # More ranks than cores: who waits makes way.
 ENVIRONMENT = dict(
@@ -105,6 +105,7 @@ def assert_same_curve(metrics, expected, relative):
     for line, other in zip(metrics, expected, strict=True):
         for name in ("loss", "gradient_norm", "balance_loss", "z_loss", "validation_loss", "validation_bpb"):
             assert line.get(name) == pytest.approx(other.get(name), rel=relative), (name, line)
+        assert line["gradient_norms"] == pytest.approx(other["gradient_norms"], rel=relative)
         assert line["load"] == other["load"]
         assert line["learning_rate"] == other["learning_rate"]
 
@@ -154,6 +155,16 @@ def test_a_run_leaves_what_it_promises(whole_run):
         assert line["imbalance_per_layer"] == pytest.approx([max(load) * EXPERTS for load in line["load"]])
         assert line["imbalance"] == pytest.approx(sum(line["imbalance_per_layer"]) / LAYERS)
         assert ("validation_bpb" in line) == (line["step"] % 3 == 0)
+        assert line["skipped"] == 0 and line["spikes"] == []
+        assert set(line["gradient_norms"]) == {"embedding", "attention", "experts", "router", "norms", "head"}
+        squares = sum(norm**2 for norm in line["gradient_norms"].values())
+        assert squares == pytest.approx(line["gradient_norm"] ** 2, rel=1e-12)
+        assert 0 < line["data_seconds"] < line["step_seconds"] < line["seconds"]
+        assert line["memory"] > 1 << 20
+        # 16 wide: per layer attention, router, two of five experts of two matrices; the head. 24 positions.
+        weights = LAYERS * (4 * 16 * 16 + EXPERTS * 16 + 2 * 2 * 16 * 24) + 256 * 16
+        flops = 6 * (weights + LAYERS * 16 * SEQUENCE_LENGTH)
+        assert line["model_tflops"] == pytest.approx(line["tokens_per_second"] * flops / 2 / 1e12)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert (whole_run / "sample.txt").read_bytes().startswith(b"In the beginning ")
     assert len((whole_run / "sample.txt").read_bytes()) == len("In the beginning \n") + 12
