@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ._parts import Part
+from ._parts import Experts
 from .steps import is_watched
 
 _seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -52,7 +52,8 @@ def fsdp_refusal(name: str) -> str:
     return (
         f"FSDP would shard {name}, each rank's own experts, as if they were the same on all ranks. Leave them out: "
         "experts = {p for _, p in anabranch.expert_parameters(model)}, then fully_shard(model, ignored_params=experts), "
-        "or FullyShardedDataParallel(model, ignored_states=experts, use_orig_params=True)"
+        "or FullyShardedDataParallel(model, ignored_states=experts, use_orig_params=True); or have them as DTensors "
+        "(dtensor=True), which fully_shard takes over the replicas' mesh"
     )
 
 
@@ -69,7 +70,7 @@ def refuse_active_ddp() -> None:
     _seen.add(active)
 
 
-class SpreadExperts(Part):
+class SpreadExperts(Experts):
     """Those of experts that are spread over several ranks. Refuses what FSDP sets in their place."""
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ._held import first_expert
+from ._spread import rows_of
 from ._wrappers import managed_by_fsdp1
 from .gradients import ParallelGroups, only_group
 from .moe import MoE
@@ -43,7 +45,7 @@ def save_checkpoint(
     """
     model = _within(model)
     groups = groups or only_group(model)
-    contents, optimizers = _contents_of(model), _listed(optimizer)
+    contents, optimizers = _contents_of(model, groups), _listed(optimizer)
     for each in optimizers:
         for p in _updated(each, contents):
             for slot, value in each.state.get(p, {}).items():
@@ -71,7 +73,7 @@ def load_checkpoint(
     groups = groups or only_group(model)
     world, expert_parallel = _named(groups)
     index, names, kind, metadata = torch.ops.anabranch.read_checkpoint_index(os.fspath(folder), world)
-    contents, optimizers = _contents_of(model), _listed(optimizer)
+    contents, optimizers = _contents_of(model, groups), _listed(optimizer)
     if optimizers and kind != _kind(optimizers):
         raise RuntimeError(f"the checkpoint holds {kind or 'no optimizer'}, state was asked for {_kind(optimizers)}")
     slots = _stored_slots(names)
@@ -98,7 +100,7 @@ class _Contents:
 
     def add(self, name: str, tensor: Tensor, place: tuple[int, int] = (0, 0)) -> None:
         """`place`: this rank's first expert and how many all ranks have; 0 of them: replicated."""
-        self._all.append((name, tensor.detach(), *place))
+        self._all.append((name, rows_of(tensor.detach()), *place))
 
     def add_parameter(self, name: str, parameter: nn.Parameter, place: tuple[int, int]) -> None:
         self.names[id(parameter)] = name
@@ -136,17 +138,18 @@ def _within(model: nn.Module) -> nn.Module:
         model = compiled
 
 
-def _contents_of(model: nn.Module) -> _Contents:
+def _contents_of(model: nn.Module, groups: ParallelGroups) -> _Contents:
     contents = _Contents()
     places: dict[int, tuple[int, int]] = {}
     for module in model.modules():
         if isinstance(module, MoE):
-            first, _, num_experts = module.get_extra_state().tolist()
-            place = (first, num_experts)
+            num_experts = module.options["num_experts"]
+            place = (first_expert(num_experts, module.group), num_experts)
             places |= {id(p): place for p in module.get_submodule("experts").parameters()}
     flat = managed_by_fsdp1(model)
     for name, p in model.named_parameters():
-        if isinstance(p, DTensor) or id(p) in flat:
+        dtensor = isinstance(p, DTensor) and (id(p) not in places or p.device_mesh.size() != groups.expert_parallel.size)
+        if dtensor or id(p) in flat:
             raise ValueError(f"{name} is sharded by FSDP: save_checkpoint and load_checkpoint take plain parameters")
         contents.add_parameter(name, p, places.get(id(p), (0, 0)))
     for path, module in model.named_modules():

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ._drift import digest, drift_of
+from ._spread import rows_of
 from ._wrappers import averaged_by_ddp, ddp_refusal, fsdp_refusal, managed_by_fsdp1, spread_over
 from .groups import Group, alone, as_group, split_group
 from .moe import MoE
@@ -98,7 +99,7 @@ def finish_gradients(
     that a backward has added to since.
     """
     groups = groups or only_group(model)
-    found = _gradients_of(model)
+    found = _gradients_of(model, groups)
     device = found.device()
     world, replicas = groups.world.on(device), groups.expert_replicas.on(device)
     if world.size == 1:
@@ -106,12 +107,19 @@ def finish_gradients(
     asked = found.replicas[0] if found.replicas else None
     drift = drift_of(model)
     with torch.no_grad():
+        known = _nan_unless_finite(found.shards_of_experts)
+        found.replicated += known
         if asked is not None:
             drift.warn(asked[0])
             found.replicated.append(digest(asked[1]))
         not_finite = torch.ops.anabranch.finish_gradients(found.experts, found.replicated, world.name, replicas.name)
         if asked is not None:
             drift.keep(found.replicated[-1])
+        if known:  # FSDP has averaged them over the replicas
+            for shard in found.shards_of_experts:
+                shard.view(-1)[:1].add_(known[0] + not_finite)
+            expert_parallel = groups.expert_parallel.on(device)
+            torch.ops.anabranch.finish_gradients(found.shards_of_experts, [], expert_parallel.name, alone().name)
         if found.averaged:  # a rank without experts has nothing else that tells its scaler
             found.averaged[0].as_strided((1,), (1,)).add_(not_finite)
     for inf in _found_by(scaler):
@@ -129,7 +137,8 @@ def clip_gradient_norm(
     `max_norm`; returns the norm before, the same on every rank. Collective.
 
     Args:
-        model: not under FullyShardedDataParallel; parts under `fully_shard` over all ranks of the world.
+        model: not under FullyShardedDataParallel; parts under `fully_shard`, over all ranks of the world, or over as many
+            as share one set of experts, with replicas of both (hybrid sharding).
         scaler: the GradScaler in use. Gradients that it has not unscaled yet are clipped as if it had, and the norm is
             that of unscaled ones; one that is not finite is returned, and the gradients are left for the scaler to
             skip.
@@ -139,14 +148,14 @@ def clip_gradient_norm(
     if not max_norm > 0:
         raise ValueError(f"max_norm = {max_norm}, expected more than 0")
     groups = groups or only_group(model)
-    found = _gradients_of(model, shards_of=groups)
+    found = _gradients_of(model, groups, with_shards=True)
     world = groups.world.on(found.device())
     in_use = scaler is not None and scaler.is_enabled()
     norm = torch.ops.anabranch.clip_gradient_norm(
-        found.experts,
+        found.experts + found.shards_of_experts + found.shards,
         found.replicated + found.averaged,
         world.name,
-        groups.expert_parallel.size,
+        _ranks_of_a_copy(found, groups),
         max_norm,
         scaler.get_scale() if scaler is not None and in_use and not _found_by(scaler) else 1.0,
     )
@@ -179,24 +188,29 @@ def only_group(model: nn.Module) -> ParallelGroups:
 
 @dataclasses.dataclass
 class _Gradients:
-    """Of parameters that require them; None has become zeros."""
+    """Of parameters that require them; None has become zeros. Of DTensors this rank's part."""
 
     experts: list[Tensor] = dataclasses.field(default_factory=list)
     """Of this rank alone."""
+    shards_of_experts: list[Tensor] = dataclasses.field(default_factory=list)
+    """Of experts that `fully_shard` shards over their replicas."""
+    shards: list[Tensor] = dataclasses.field(default_factory=list)
+    """Of what else `fully_shard` shards, and averages."""
     replicated: list[Tensor] = dataclasses.field(default_factory=list)
     averaged: list[Tensor] = dataclasses.field(default_factory=list)
     """Replicated ones that DDP averages."""
     replicas: list[tuple[str, nn.Parameter]] = dataclasses.field(default_factory=list)
     """Parameters that are to be the same on all ranks, by name, routers first."""
+    ranks_of_a_copy: dict[int, str] = dataclasses.field(default_factory=dict)
+    """Over how many ranks shards lie, of which every so many have a copy, and the name of one such parameter."""
 
     def device(self) -> torch.device:
-        gradients = self.experts or self.replicated or self.averaged
+        gradients = self.experts or self.shards_of_experts or self.replicated or self.averaged or self.shards
         return gradients[0].device if gradients else torch.device("cpu")
 
 
-def _gradients_of(model: nn.Module, shards_of: ParallelGroups | None = None) -> _Gradients:
-    """Without those that FSDP shards and averages; with `shards_of`, whose world they are sharded over, their shards
-    are among the experts'."""
+def _gradients_of(model: nn.Module, groups: ParallelGroups, with_shards: bool = False) -> _Gradients:
+    """Without what FSDP shards and averages itself, unless `with_shards`."""
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     experts = {id(p) for _, p in expert_parameters(model)}
     spread = set().union(*(spread_over(layer) for layer in layers))
@@ -207,37 +221,80 @@ def _gradients_of(model: nn.Module, shards_of: ParallelGroups | None = None) -> 
         if not p.requires_grad:
             continue
         is_shard = isinstance(p, DTensor) or id(p) in by_fsdp1
-        if id(p) in spread and (is_shard or id(p) in by_ddp):
+        if id(p) in spread and (id(p) in by_ddp or (is_shard and not _is_spread_dtensor(p, groups))):
             raise ValueError(fsdp_refusal(name) if is_shard else ddp_refusal(name))
         if id(p) in routers and not is_shard and p.dim() != 2:
             raise ValueError(f"{name} is a flat shard of FSDP's: give the FullyShardedDataParallel model itself")
-        if is_shard:
-            if shards_of is not None:
-                found.experts += _shard(name, p, shards_of)
+        if is_shard and id(p) not in spread:
+            if with_shards:
+                _add_shard(found, name, p, groups)
             continue
         if p.grad is None:
             p.grad = torch.zeros_like(p)
         if p.grad.layout != torch.strided:
             raise ValueError(f"the gradient of {name} has layout {p.grad.layout}, expected a dense one")
-        if id(p) in by_ddp:
+        if isinstance(p, DTensor) and p.device_mesh.size() > groups.expert_parallel.size:
+            found.ranks_of_a_copy[_ranks_of_shards(name, p, groups)] = name
+            found.shards_of_experts.append(rows_of(p.grad))
+        elif id(p) in by_ddp:
             found.averaged.append(p.grad)
         else:
-            (found.experts if id(p) in experts else found.replicated).append(p.grad)
+            (found.experts if id(p) in experts else found.replicated).append(rows_of(p.grad))
         if id(p) not in experts:
             found.replicas.insert(0 if id(p) in routers else len(found.replicas), (name, p))
     return found
 
 
-def _shard(name: str, parameter: nn.Parameter, groups: ParallelGroups) -> list[Tensor]:
-    """The local part of a gradient of which every rank of the world has another, as each has other experts."""
+def _is_spread_dtensor(parameter: nn.Parameter, groups: ParallelGroups) -> bool:
+    """Whether it is one of `dtensor=True`: over the ranks that share one set of experts, or by `fully_shard` over their
+    replicas as well."""
+    return (
+        isinstance(parameter, DTensor)
+        and parameter.placements[-1].is_shard(0)
+        and parameter.device_mesh.size(-1) == groups.expert_parallel.size
+    )
+
+
+def _add_shard(found: _Gradients, name: str, parameter: nn.Parameter, groups: ParallelGroups) -> None:
+    """The local part of what `fully_shard` shards, and has averaged."""
     if not isinstance(parameter, DTensor):
         raise ValueError(f"{name} is sharded by FullyShardedDataParallel: clip_gradient_norm takes fully_shard's")
-    mesh = parameter.device_mesh
-    whole = mesh.size() == groups.world.size == groups.expert_parallel.size
-    if not whole or not all(placement.is_shard() for placement in parameter.placements):
+    found.ranks_of_a_copy[_ranks_of_shards(name, parameter, groups)] = name
+    if isinstance(parameter.grad, DTensor):
+        found.shards.append(rows_of(parameter.grad))
+
+
+def _ranks_of_shards(name: str, parameter: DTensor, groups: ParallelGroups) -> int:
+    """How many consecutive ranks of the world have different shards; the next ones have the same again."""
+    mesh, placements = parameter.device_mesh, parameter.placements
+    sharded = [not placement.is_replicate() for placement in placements]  # over two dimensions: _StridedShard
+    if mesh.size() != groups.world.size or sharded != sorted(sharded) or not sharded[-1]:
         raise ValueError(
-            f"{name} is a DTensor {parameter.placements} over {mesh.size()} of {groups.world.size} ranks: "
-            "clip_gradient_norm takes those that fully_shard shards over all of them, and experts spread over all"
+            f"{name} is a DTensor {placements} over {mesh.size()} of {groups.world.size} ranks: clip_gradient_norm takes "
+            "those that fully_shard shards over all of them, or over parts of them that are replicas of each other"
         )
-    gradient = parameter.grad
-    return [gradient.to_local()] if isinstance(gradient, DTensor) else []
+    return math.prod(size for size, is_sharded in zip(mesh.shape, sharded) if is_sharded)
+
+
+def _ranks_of_a_copy(found: _Gradients, groups: ParallelGroups) -> int:
+    """Over how many ranks whatever is not replicated lies."""
+    ranks = dict(found.ranks_of_a_copy)
+    if found.experts:
+        ranks.setdefault(groups.expert_parallel.size, "experts")
+    if len(ranks) > 1:
+        raise ValueError(
+            "clip_gradient_norm takes one way to lie over ranks, and these differ: "
+            + ", ".join(f"{name} over {size}" for size, name in ranks.items())
+        )
+    return next(iter(ranks), groups.expert_parallel.size)
+
+
+def _nan_unless_finite(gradients: list[Tensor]) -> list[Tensor]:
+    """One of [1]: 0, or NaN where a number in them is not finite; none for none."""
+    filled = [gradient for gradient in gradients if gradient.numel()]
+    if not gradients:
+        return []
+    if not filled:
+        return [gradients[0].new_zeros(1, dtype=torch.float32)]
+    largest = torch._foreach_norm(filled, math.inf)
+    return [torch.stack([value.float() for value in largest]).mul(0).sum().reshape(1)]

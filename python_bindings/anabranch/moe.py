@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from . import _fakes  # noqa: F401
 from ._held import check_held, held, warn_of_unnamed
-from ._parts import Part
+from ._parts import Experts, Part
+from ._spread import mesh_of, spread
 from ._wrappers import SpreadExperts, refuse_active_ddp
 from .dialects import options_from
-from .groups import as_group
+from .groups import alone, as_group
 from .stats import LayerStats, Probe
 from .steps import watch
 
@@ -95,6 +96,9 @@ class MoE(nn.Module):
         seed: of the parameters; the same seed gives the same layer at any number of ranks, and that of
             the C++ library. None: drawn from torch's generator, which is then to be the same on all ranks.
         router: False: the layer has no router, and every forward is given its routing, of any top_k.
+        dtensor: the experts' parameters are DTensors [E, …] over the group's ranks, of which each has its experts: so
+            torch.distributed.checkpoint, state_dict helpers, torch's clip_grad_norm_ and FSDP2 see all of them. The
+            group is a DeviceMesh or a process group, the device the one that the layer stays on.
         group: the expert-parallel group, see `as_group`.
         device: of the parameters; "meta": none yet (`to_empty`, then `reset_parameters`).
         dtype: fp32, fp64, bf16 or fp16.
@@ -126,6 +130,7 @@ class MoE(nn.Module):
         errors: str = "late",
         seed: int | None = None,
         router: bool = True,
+        dtensor: bool = False,
         group: object = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -165,7 +170,9 @@ class MoE(nn.Module):
         self._other_options = _to_json({name: value for name, value in options.items() if name != "top_k"})
         self._group = self.group.name
         self._probe = Probe()
-        self._make_parameters(dtype or torch.get_default_dtype(), torch.device(device or torch.get_default_device()))
+        device = torch.device(device or torch.get_default_device())
+        self.dtensor = dtensor and self.group.size > 1
+        self._make_parameters(dtype or torch.get_default_dtype(), device, group)
 
     @classmethod
     def from_config(cls, config: Any, dialect: str, **more: Any) -> MoE:
@@ -181,8 +188,9 @@ class MoE(nn.Module):
         """
         return cls(**{**options_from(config, dialect), **more})
 
-    def _make_parameters(self, dtype: torch.dtype, device: torch.device) -> None:
+    def _make_parameters(self, dtype: torch.dtype, device: torch.device, source: object) -> None:
         operators = torch.ops.anabranch
+        mesh = mesh_of(source, self.group, device) if self.dtensor else None
         options = _to_json({**self.options, "seed": self.seed})
         names = operators.parameter_names(options)
         values = operators.initial_parameters(options, self.group.rank, self.group.size, dtype, device)
@@ -194,8 +202,9 @@ class MoE(nn.Module):
                 continue
             self._places.append((path, name))
             if path and path not in self._modules:
-                spread = path == "experts" and self.group.size > 1
-                self.add_module(path, SpreadExperts() if spread else Part())
+                self.add_module(path, self._new_part(path))
+            if path == "experts" and mesh is not None:
+                value = spread(value, self.options["num_experts"], mesh)
             part = self.get_submodule(path)
             if name == "expert_bias":
                 part.register_buffer(name, value)
@@ -206,6 +215,11 @@ class MoE(nn.Module):
         self._join_device()
         self._join_watched()
 
+    def _new_part(self, path: str) -> Part:
+        if path != "experts":
+            return Part()
+        return SpreadExperts() if self.group.size > 1 and not self.dtensor else Experts()
+
     def reset_parameters(self) -> None:
         """Fills the parameters as at first: what `to_empty` leaves empty, or training has changed."""
         options = _to_json({**self.options, "seed": self.seed})
@@ -214,8 +228,9 @@ class MoE(nn.Module):
             options, self.group.rank, self.group.size, weight.dtype, weight.device
         )
         of_name = dict(zip(torch.ops.anabranch.parameter_names(options), values))
-        parts = self._parts(None)
         with torch.no_grad():
+            experts = self._modules["experts"](None, lambda _, tensors: tensors)  # type: ignore[misc]
+            parts = {**self._parts_but_experts(None), "experts": experts}
             for path, name in self._places:
                 parts[path][name].copy_(of_name[f"{path}.{name}".lstrip(".")])
 
@@ -230,26 +245,30 @@ class MoE(nn.Module):
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x is a {type(x).__name__}, expected a Tensor [..., {self.options['hidden_size']}]")
-        parameters = self._parameter_list(x)
-        if x.device.type != parameters[-1].device.type:
-            raise ValueError(f"x is on {x.device}, the layer on {parameters[-1].device}")
-        if not torch.compiler.is_compiling():
-            refuse_active_ddp()
-        expert_ids, weights, options = None, None, self._options
-        if routing is not None:
-            expert_ids, weights = _checked_routing(routing)
+        expert_ids, weights = (None, None) if routing is None else _checked_routing(routing)
+        options = self._options
         if not self.has_router:
             if expert_ids is None:
                 raise ValueError("routing is None, expected expert ids and weights: the layer has no router")
             options = f'{{"top_k": {expert_ids.shape[-1]}, {self._other_options[1:]}'
-        output, balance_loss, z_loss, importance_loss, load_loss, load = torch.ops.anabranch.moe(
-            x, parameters, expert_ids, weights, options, self._group, self.training, self._probe.tensor
-        )
-        if routing is not None:
-            return MoEOutput(output, None, None, load)
-        if self.options["gate"] != "noisy_top_k":
-            return MoEOutput(output, balance_loss, z_loss, load)
-        return MoEOutput(output, balance_loss, z_loss, load, importance_loss, load_loss)
+        parts = self._parts_but_experts(x)
+
+        def through(x: Tensor, experts: dict[str, Tensor]) -> MoEOutput:
+            parameters = self._parameter_list({**parts, "experts": experts}, x)
+            if x.device.type != parameters[-1].device.type:
+                raise ValueError(f"x is on {x.device}, the layer on {parameters[-1].device}")
+            if not torch.compiler.is_compiling():
+                refuse_active_ddp()
+            output, balance_loss, z_loss, importance_loss, load_loss, load = torch.ops.anabranch.moe(
+                x, parameters, expert_ids, weights, options, self._group, self.training, self._probe.tensor
+            )
+            if expert_ids is not None:
+                return MoEOutput(output, None, None, load)
+            if self.options["gate"] != "noisy_top_k":
+                return MoEOutput(output, balance_loss, z_loss, load)
+            return MoEOutput(output, balance_loss, z_loss, load, importance_loss, load_loss)
+
+        return self._modules["experts"](x, through)  # type: ignore[misc]
 
     def update_expert_bias(self, expert_load: Tensor, rate: float) -> None:
         """Balances without a loss: after each step, adds `rate` (DeepSeek-V3: 0.001) to the biases of experts
@@ -257,7 +276,8 @@ class MoE(nn.Module):
         load is to be summed over the replicas of the experts. No communication."""
         if not self.options["expert_bias"]:
             raise ValueError("update_expert_bias: the layer has no bias of its experts (expert_bias=True)")
-        torch.ops.anabranch.update_expert_bias(self._parts(None)["router"]["expert_bias"], expert_load, rate)
+        bias = self._parts_but_experts(None)["router"]["expert_bias"]
+        torch.ops.anabranch.update_expert_bias(bias, expert_load, rate)
 
     def stats(self) -> LayerStats:
         """What this rank's layer has done since `reset_stats`. Waits for the device; no communication."""
@@ -271,20 +291,24 @@ class MoE(nn.Module):
         """Where the parameters are, and of which type."""
         return next(parameter for parameter in self.get_submodule("experts").parameters() if parameter.dim() == 3)
 
-    def _parts(self, x: Tensor | None) -> dict[str, dict[str, Tensor]]:
+    def _parts_but_experts(self, x: Tensor | None) -> dict[str, dict[str, Tensor]]:
         """The layer's tensors, by part and name; those of no part under ""."""
         parts: dict[str, dict[str, Tensor]] = {"": {}}
         for path, name in self._places:
             if not path:
                 parts[path][name] = getattr(self, name)
-            elif path not in parts:
+            elif path not in parts and path != "experts":
                 parts[path] = self._modules[path](x)  # type: ignore[misc]
         return parts
 
-    def _parameter_list(self, x: Tensor) -> list[Tensor]:
-        """In the order of the operators."""
-        parts = self._parts(x)
+    def _parameter_list(self, parts: dict[str, dict[str, Tensor]], x: Tensor) -> list[Tensor]:
+        """In the order of the operators. Beside rows of 16 bits, experts of 32 are cast for the step, as a wrapper's mixed
+        precision has it: their gradients have their own type."""
         found = [parts[path][name] for path, name in self._places]
+        if x.dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(x.device.type):
+            for i, (path, _) in enumerate(self._places):
+                if path != "router" and found[i].dtype == torch.float32:
+                    found[i] = found[i].to(x.dtype)
         if self.has_router:
             return found
         nothing = found[0].new_zeros((), dtype=torch.float64 if found[0].dtype == torch.float64 else torch.float32)
@@ -304,8 +328,8 @@ class MoE(nn.Module):
             watch(self)
 
     def get_extra_state(self) -> Tensor:
-        """[3] int64: which experts the state holds."""
-        return held(self.options["num_experts"], self.group)
+        """[3] int64: which experts the state holds; as DTensors all of them."""
+        return held(self.options["num_experts"], alone() if self.dtensor else self.group)
 
     def set_extra_state(self, state: Tensor) -> None:
         """ValueError for the state of other experts, before any of them is copied."""
@@ -318,7 +342,7 @@ class MoE(nn.Module):
         key = f"{prefix}_extra_state"
         if key in missing:
             missing.remove(key)
-        if key not in state_dict and self.group.size > 1 and any(k.startswith(f"{prefix}experts.") for k in state_dict):
+        if key not in state_dict and self.group.size > 1 and not self.dtensor and any(k.startswith(f"{prefix}experts.") for k in state_dict):
             warn_of_unnamed(self.group, prefix.rstrip(".") or "the layer")
 
     def _join_device(self) -> None:

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from ._spread import rows_of
 
 REFUSE = True
 """Whether a step with experts' gradients that `finish_gradients` has not finished is a RuntimeError. False for
@@ -34,10 +37,12 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     experts = [p for layer in list(_layers) for p in layer.get_submodule("experts").parameters()]
     _refuse_partition(optimizer, experts)
-    trained = [p for p in experts if type(p.grad) is Tensor]
-    if torch.ops.anabranch.gradients_are_finished([p.grad for p in trained]):
+    trained = {id(p): rows_of(p.grad) for p in experts if type(p.grad) in (Tensor, DTensor)}  # type: ignore[arg-type]
+    if torch.ops.anabranch.gradients_are_finished(list(trained.values())):
         return
-    if any(not torch.ops.anabranch.gradients_are_finished([p.grad]) for p in _held_by(optimizer, trained)):
+    held = [trained[id(p)] for p in _held_by(optimizer, experts) if id(p) in trained]
+    unfinished = [gradient for gradient in held if not torch.ops.anabranch.gradients_are_finished([gradient])]
+    if any(bool(gradient.any()) for gradient in unfinished):  # torch's state_dict helpers make a step with zeros
         raise RuntimeError(
             "the optimizer's step would use gradients of experts that are not those of the mean of the ranks' losses: "
             "call anabranch.finish_gradients(model) after the last backward and before the step, and change what it "

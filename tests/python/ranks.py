@@ -11,7 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "anabranch"])
+_context.set_forkserver_preload(
+    ["torch", "anabranch", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"]
+)
 _TIMEOUT = 120
 
 

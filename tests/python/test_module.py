@@ -234,13 +234,14 @@ def test_parts_are_called(device):
     seen = []
     for name in ("router", "experts", "shared_expert"):
         layer.get_submodule(name).register_forward_hook(lambda module, x, found, name=name: seen.append((name, x[0].shape)))
-    layer.experts.register_forward_hook(lambda module, x, found: {**found, "up_weight": 2 * found["up_weight"]})
+    layer.shared_expert.register_forward_hook(lambda module, x, found: {**found, "up_weight": 2 * found["up_weight"]})
+    layer.experts.register_forward_hook(lambda module, x, out: out._replace(output=2 * out.output))  # the layer's
     doubled = make(device)
     with torch.no_grad():
-        doubled.experts.up_weight.mul_(2)
+        doubled.shared_expert.up_weight.mul_(2)
     x = torch.randn(5, 8, device=device)
-    assert torch.equal(layer(x).output, doubled(x).output)
-    assert seen == [(name, (5, 8)) for name in ("router", "experts", "shared_expert")]
+    assert torch.equal(layer(x).output, 2 * doubled(x).output)
+    assert seen == [(name, (5, 8)) for name in ("router", "shared_expert", "experts")]
 
 
 def test_without_a_router(device):
