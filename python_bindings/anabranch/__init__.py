@@ -9,6 +9,7 @@ from __future__ import annotations
 from . import _library  # noqa: F401  first: it says what does not fit
 from . import functional
 from ._build import VERSION as __version__
+from ._loading import from_pretrained
 from .checkpoint import load_checkpoint, save_checkpoint
 from .discovery import RankInfo, discover_rank
 from .engines import grouped_gemm_engines
@@ -41,6 +42,7 @@ __all__ = [
     "discover_rank",
     "expert_parameters",
     "finish_gradients",
+    "from_pretrained",
     "functional",
     "grouped_gemm_engines",
     "hierarchical",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ._held import first_expert
+from ._saving import CollectiveSaving
+from ._spread import rows_of
 from .groups import Group, as_group
 from .moe import MoE
 from .stacked_experts import Layout, recognised
@@ -41,8 +43,8 @@ def convert(model: Model, group: object = None) -> Model:
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model is a {type(model).__name__}, expected a PreTrainedModel of transformers")
-    found = [(name, experts, *recognised(name, experts)) for name, experts in _stacked_experts(model)]
     ranks = as_group(group)
+    found = [(name, experts, *recognised(name, experts, ranks.size)) for name, experts in stacked_experts(model)]
     for name, experts, layout, activation in found:
         model.set_submodule(name, ConvertedExperts(experts, layout, activation, ranks))
     for module in model.modules():
@@ -51,7 +53,7 @@ def convert(model: Model, group: object = None) -> Model:
     return model
 
 
-def _stacked_experts(model: Any) -> list[tuple[str, Any]]:
+def stacked_experts(model: Any) -> list[tuple[str, Any]]:
     """By name. ValueError where there are none."""
     found = []
     for name, module in model.named_modules():
@@ -116,69 +118,6 @@ class ConvertedExperts(nn.Module):
 
 def _fill(parameter: nn.Parameter, values: nn.Parameter, name: str, layout: Layout, first: int) -> None:
     with torch.no_grad():
-        parameter.copy_(layout.to_layer(name, values[first : first + parameter.shape[0]]))
+        rows = rows_of(values) if isinstance(values, DTensor) else values[first : first + parameter.shape[0]]
+        parameter.copy_(layout.to_layer(name, rows))
     parameter.requires_grad_(values.requires_grad)
-
-
-class CollectiveSaving:
-    """`save_pretrained` of a converted model: what it writes is the family's checkpoint."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = weakref.ref(model)  # which has this in turn
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CollectiveSaving:
-        return CollectiveSaving(memo.get(id(self._model()), self._model()))
-
-    def __reduce__(self) -> Any:
-        return CollectiveSaving, (self._model(),)
-
-    def __call__(
-        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **options: Any
-    ) -> None:
-        """As transformers' own. Collective over the layers' group: every rank makes the call, rank 0 has the whole
-        model in host memory and writes it, and all return when that is done; RuntimeError on all if it failed."""
-        model: Any = self._model()
-        group = next(module for module in model.modules() if isinstance(module, ConvertedExperts)).moe.group
-        whole = _whole_state_dict(model, model.state_dict() if state_dict is None else state_dict)
-        error: Exception | None = None
-        if group.rank == 0:
-            try:
-                type(model).save_pretrained(model, save_directory, is_main_process, whole, **options)
-            except Exception as raised:  # the other ranks are waiting to hear of it
-                error = raised
-        failed = torch.tensor([float(error is not None)], device=model.device)
-        group.all_reduce(failed)
-        if error is not None:
-            raise error
-        if failed.item() > 0:
-            raise RuntimeError(f"rank 0 could not save the model in {save_directory}")
-
-
-def _whole_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The family's, from the layers' own: complete on rank 0. Collective."""
-    whole = dict(state_dict)
-    converted = [(name, module) for name, module in model.named_modules() if isinstance(module, ConvertedExperts)]
-    for name, _ in converted:
-        whole.pop(f"{name}.moe._extra_state", None)
-    missing = [
-        key
-        for name, module in converted
-        for key in module.state_dict(prefix=f"{name}.")
-        if key not in whole and not key.endswith("_extra_state")
-    ]
-    if missing:
-        raise ValueError(f"state_dict has no {missing[0]}, expected model.state_dict() of the converted model")
-    for name, module in converted:
-        keys = module.state_dict(prefix=f"{name}.")
-        mine = {key: whole.pop(key) for key in keys if not key.endswith("_extra_state")}
-        for theirs, ours in module.layout.names.items():
-            experts = _gathered(mine[f"{name}.moe.experts.{ours}"], module.moe.group)
-            whole[f"{name}.{theirs}"] = module.layout.to_family(theirs, experts)
-    return whole
-
-
-def _gathered(experts: Tensor, group: Group) -> Tensor:
-    """Those of all ranks, on rank 0; none elsewhere. Collective."""
-    if group.size == 1:
-        return experts
-    return torch.ops.anabranch.gather_rows(experts.detach(), group.on(experts.device).name)

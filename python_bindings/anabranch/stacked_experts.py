@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from .activations import ACTIVATIONS, activation_name
 
@@ -47,12 +48,12 @@ class Layout:
         return values.contiguous()
 
 
-def recognised(name: str, experts: Any) -> tuple[Layout, str]:
+def recognised(name: str, experts: Any, ranks: int = 1) -> tuple[Layout, str]:
     """The layout of a module of stacked experts, and its activation.
 
     Known by transformers' interface for them, use_experts_implementation: down(activation(gate) · up), or
     down(activation(up)), weighted by the routing in the end. ValueError, with the module's name and the reason,
-    for experts that compute something else, or whose weights are no plain parameters.
+    for experts that compute something else, or whose weights are no plain parameters, nor DTensors with rows on `ranks`.
     """
     from transformers.integrations import moe
 
@@ -74,12 +75,13 @@ def recognised(name: str, experts: Any) -> tuple[Layout, str]:
         glu, bool(experts.has_bias), bool(experts.is_transposed), glu and not getattr(experts, "is_concatenated", True)
     )
     for weight in layout.names:
-        _check_parameter(f"{name}.{weight}", getattr(experts, weight, None))
+        _check_parameter(f"{name}.{weight}", getattr(experts, weight, None), ranks)
     return layout, activation
 
 
-def _check_parameter(name: str, weight: Any) -> None:
-    if type(weight) is not nn.Parameter:
+def _check_parameter(name: str, weight: Any, ranks: int) -> None:
+    is_spread = isinstance(weight, DTensor) and weight.placements == (Shard(0),) and weight.device_mesh.size() == ranks
+    if type(weight) is not nn.Parameter and not is_spread:
         raise ValueError(
             f"{name} is a {type(weight).__name__}, expected a plain parameter: quantized, adapted or sharded models "
             "cannot be converted. Convert first, then adapt"
