@@ -12,7 +12,13 @@ from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch", "anabranch", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"]
+    [
+        "torch",
+        "anabranch",
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint.state_dict",
+        "transformers.modeling_utils",
+    ]
 )
 _TIMEOUT = 120
 
