@@ -14,6 +14,7 @@
 #include <anabranch/grouped_gemm.h>
 #include <anabranch/experts.h>
 #include <anabranch/moe_layer.h>
+#include <anabranch/memory_plan.h>
 #include <anabranch/parameters.h>
 #include <anabranch/gradients.h>
 #include <anabranch/checkpoint.h>

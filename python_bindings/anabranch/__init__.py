@@ -23,6 +23,7 @@ from .gradients import (
 )
 from .groups import Group, as_group, hierarchical
 from .huggingface import convert
+from .memory import MemoryPlan, plan_memory
 from .moe import MoE, MoEOutput, check
 from .plots import plot_load
 from .stats import LayerStats, imbalance
@@ -30,6 +31,7 @@ from .stats import LayerStats, imbalance
 __all__ = [
     "Group",
     "LayerStats",
+    "MemoryPlan",
     "MoE",
     "MoEOutput",
     "ParallelGroups",
@@ -50,6 +52,7 @@ __all__ = [
     "imbalance",
     "load_checkpoint",
     "make_parallel_groups",
+    "plan_memory",
     "plot_load",
     "save_checkpoint",
 ]

@@ -2,6 +2,7 @@
 
 #include <anabranch/build.h>
 #include <anabranch/hierarchical.h>
+#include <anabranch/memory_plan.h>
 #include <anabranch/moe_layer.h>
 #include <anabranch/process_group.h>
 #include <anabranch/rank_discovery.h>
@@ -153,6 +154,28 @@ std::string discover() {
   return json.dump();
 }
 
+/// A MemoryPlan as a JSON object; items of a list in their order.
+std::string memory_plan(std::string options, at::ScalarType dtype, at::Device device,
+                        int64_t tokens, int64_t ranks, double load) {
+  auto all = options_from_json(options);
+  all.dtype = dtype;
+  all.device = device;
+  const MemoryPlan plan = plan_memory(all, tokens, ranks, load);
+  const auto listed = [](const std::vector<MemoryPlan::Item>& items) {
+    nlohmann::ordered_json object = nlohmann::ordered_json::object();
+    for (const auto& item : items) object[item.name] = item.bytes;
+    return object;
+  };
+  const nlohmann::ordered_json json = {{"parameters", listed(plan.parameters)},
+                                       {"saved", listed(plan.saved)},
+                                       {"forward", listed(plan.forward)},
+                                       {"backward", listed(plan.backward)},
+                                       {"mailboxes", listed(plan.mailboxes)},
+                                       {"peak", plan.peak()},
+                                       {"text", plan.explain()}};
+  return json.dump();
+}
+
 void update_bias(at::Tensor expert_bias, const at::Tensor& expert_load, double rate) {
   update_expert_bias(expert_bias, expert_load, rate);
 }
@@ -173,6 +196,11 @@ TORCH_LIBRARY(anabranch, library) {
       "initial_parameters(str options, int rank, int num_ranks, ScalarType dtype, Device device) "
       "-> Tensor[]",
       make_parameters);
+  library.def(
+      "plan_memory(str options, ScalarType dtype, Device device, int tokens, int ranks, float "
+      "load) "
+      "-> str",
+      memory_plan);
   library.def("check() -> ()", check);
   library.def("agree(str options, ScalarType dtype, Device device, str group) -> ()", agree);
   library.def("self_group(str name) -> str", self_group);

@@ -1,13 +1,13 @@
 #include "experts/feed_forward.h"
 
 #include <ATen/OpMathType.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <numeric>
 
+#include "experts/parts.h"
 #include "kernels/activation.h"
 #include "kernels/bias.h"
 #include "kernels/rows.h"
@@ -72,11 +72,8 @@ std::vector<Part> cut(const ExpertCounts& counts, int64_t parts) {
   return result;
 }
 
-/// Only one part's intermediate values are alive at a time, in memory that is warm from the part
-/// before; many threads want larger parts to share. On a GPU every launch counts, and an engine
-/// balances itself over all experts: one part.
 std::vector<Part> parts_of(const ExpertCounts& counts, torch::Device device) {
-  return cut(counts, device.is_cpu() ? std::clamp(32 / at::get_num_threads(), 1, 8) : 1);
+  return cut(counts, most_parts(device));
 }
 
 /// rows [P, in] → result [P, out].

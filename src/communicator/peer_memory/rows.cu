@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "communicator/peer_memory/rows.cuh"
 #include "support/cuda_check.h"
 
@@ -7,9 +5,6 @@ namespace anabranch::peer {
 namespace {
 
 constexpr int kThreads = 256;
-/// Lanes to all other ranks together, about: one alone does not fill a link, and all of them leave
-/// multiprocessors to another library's collectives, for whose end a peer may have to wait first.
-constexpr int kLanesOfAll = 48;
 /// Blocks that move a rank's own rows.
 constexpr int kOwnBlocks = 32;
 
@@ -20,8 +15,6 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 }  // namespace
-
-int lanes_for(int size) { return std::max(1, kLanesOfAll / std::max(1, size - 1)); }
 
 void launch_exchange(const Arguments& arguments, cudaStream_t stream) {
   int64_t own = 0;

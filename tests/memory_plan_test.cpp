@@ -1,0 +1,153 @@
+// What plan_memory foresees, against what LibTorch's allocator hands out in a step.
+#include <anabranch/memory_plan.h>
+#include <anabranch/moe_layer.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+
+#include "support/devices.h"
+#include "support/memory_meter.h"
+#include "support/random.h"
+#include "support/thrown.h"
+#include "support/world.h"
+
+namespace anabranch::test {
+namespace {
+
+struct Measured {
+  int64_t parameters = 0;
+  int64_t saved = 0;
+  int64_t forward = 0;
+  int64_t backward = 0;
+  double load = 0;  ///< of this rank
+};
+
+MoEOptions options_of(torch::Dtype dtype) {
+  MoEOptions options;
+  options.hidden_size = 192;
+  options.expert_hidden_size = 256;
+  options.num_experts = 12;  // as many on each of 1 to 4 ranks
+  options.top_k = 2;
+  options.glu = true;
+  options.activation = Activation::kSilu;
+  options.engine = "deterministic";  // measures nothing in its first step
+  options.dtype = dtype;
+  options.device = device();
+  return options;
+}
+
+/// Of the second step of a layer: in the first, kernels and libraries find what they keep.
+Measured measure(const MoEOptions& options, int64_t tokens, Random& random) {
+  Measured found;
+  MemoryMeter meter(options.device.type());
+  MoELayer layer(options, world());
+  found.parameters = meter.alive();
+  const auto draw = [&] {
+    return random.normal({tokens, options.hidden_size}, torch::kFloat32)
+        .to(options.device, options.dtype);
+  };
+  const auto x = draw().requires_grad_();
+  const auto dy = draw();
+  layer->forward(x).output.backward(dy);
+  layer->zero_grad();
+  x.mutable_grad() = torch::Tensor();
+  meter.take_most();
+  const int64_t before = meter.alive();
+  auto out = layer->forward(x);
+  found.saved = meter.alive() - before;
+  found.forward = meter.take_most() - before;
+  out.output.backward(dy);
+  found.backward = meter.take_most() - before;
+  const ExpertPlacement placement{options.num_experts, world()->size()};
+  const auto received = out.expert_load.narrow(0, placement.first_expert(world()->rank()),
+                                               placement.local_experts(world()->rank()));
+  found.load = static_cast<double>(received.sum().item<int64_t>()) /
+               static_cast<double>(tokens * options.top_k);
+  return found;
+}
+
+class MemoryPlanTest : public ::testing::Test {
+ protected:
+  void expect_foreseen(const MoEOptions& options, int64_t tokens) {
+    const Measured measured = measure(options, tokens, random_);
+    const auto plan = plan_memory(options, tokens, world()->size(), measured.load);
+    SCOPED_TRACE(plan.explain());
+    const auto expect_near = [](const char* what, const std::vector<MemoryPlan::Item>& items,
+                                int64_t bytes) {
+      const auto foreseen = static_cast<double>(total_bytes(items));
+      EXPECT_NEAR(foreseen, static_cast<double>(bytes), 0.1 * static_cast<double>(bytes))
+          << what << ": " << foreseen / static_cast<double>(bytes) << " of what it was";
+    };
+    expect_near("parameters", plan.parameters, measured.parameters);
+    expect_near("saved", plan.saved, measured.saved);
+    expect_near("forward", plan.forward, measured.forward);
+    expect_near("backward", plan.backward, measured.backward);
+  }
+
+  Random random_{test_seed()};
+};
+
+TEST_F(MemoryPlanTest, WithinATenthOfWhatIsAllocated) {
+  for (const auto dtype : {torch::kFloat32, torch::kBFloat16}) {
+    SCOPED_TRACE(dtype);
+    auto options = options_of(dtype);
+    expect_foreseen(options, 1500);
+    options.recompute = true;
+    expect_foreseen(options, 1500);
+  }
+}
+
+TEST_F(MemoryPlanTest, OfOtherLayers) {
+  auto wide = options_of(torch::kFloat32);
+  wide.num_experts = 24;
+  wide.top_k = 4;
+  wide.glu = false;
+  wide.bias = true;
+  wide.expert_hidden_size = 96;
+  expect_foreseen(wide, 1000);
+  auto shared = options_of(torch::kFloat32);
+  shared.shared_expert_hidden_size = 320;
+  expect_foreseen(shared, 1200);
+  shared.shared_expert_gate = true;
+  expect_foreseen(shared, 1200);
+}
+
+// Nearly all is parameters and their gradients then.
+TEST_F(MemoryPlanTest, OfHardlyAnyTokens) {
+  const auto options = options_of(torch::kFloat32);
+  const Measured measured = measure(options, 4, random_);
+  const auto most =
+      static_cast<double>(measured.parameters + std::max(measured.forward, measured.backward));
+  const auto plan = plan_memory(options, 4, world()->size(), measured.load);
+  const auto foreseen = static_cast<double>(plan.peak() - total_bytes(plan.mailboxes));
+  EXPECT_NEAR(foreseen, most, 0.1 * most) << plan.explain();
+}
+
+TEST_F(MemoryPlanTest, GrowsWithTheLoadAndNoFurtherThanAnyRoutingGoes) {
+  const auto options = options_of(torch::kBFloat16);
+  const auto peak = [&](double load) { return plan_memory(options, 1000, 4, load).peak(); };
+  EXPECT_LT(peak(1), peak(2));
+  EXPECT_LT(peak(2), peak(4));
+  EXPECT_EQ(peak(4), peak(100));  // 4 ranks' tokens, all for the experts of one
+  EXPECT_LT(plan_memory(options, 0, 4, 0).peak(), peak(0.1));
+}
+
+TEST_F(MemoryPlanTest, Explains) {
+  const auto plan = plan_memory(options_of(torch::kBFloat16), 1 << 20, 8);
+  const auto text = plan.explain();
+  for (const char* word : {"parameters", "experts", "hidden", "rows received", "at most", "MiB"}) {
+    EXPECT_NE(text.find(word), std::string::npos) << word << " in\n" << text;
+  }
+  EXPECT_EQ(total_bytes(plan.mailboxes) > 0, device().is_cuda());
+}
+
+TEST_F(MemoryPlanTest, RefusesWhatNoLayerHas) {
+  const auto options = options_of(torch::kFloat32);
+  EXPECT_INPUT_ERROR(plan_memory(options, -1), "-1");
+  EXPECT_INPUT_ERROR(plan_memory(options, 1, 0), "ranks = 0");
+  EXPECT_INPUT_ERROR(plan_memory(options, 1, 1, -0.5), "-0.5");
+  EXPECT_INPUT_ERROR(plan_memory(MoEOptions{}, 1), "hidden_size");
+}
+
+}  // namespace
+}  // namespace anabranch::test
