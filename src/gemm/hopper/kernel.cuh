@@ -107,7 +107,7 @@ __device__ __forceinline__ void multiply(Accumulators<shape>& sums, int k_blocks
   using Product = WarpgroupProduct<shape::kColumns>;
   const auto release = [&](int stage) {
     const uint32_t lane = threadIdx.x % 32;
-    if (lane < kClusterSize) arrive_at(shared.empty + stage * 8, lane);
+    if (lane < shape::kClusterSize) arrive_at(shared.empty + stage * 8, lane);
   };
   int previous = 0;
 #pragma unroll 1
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp == 0) {
     count_units<shape>(problem, first_unit);
   } else if (threadIdx.x == 32) {
-    constexpr int kReleasingWarps = (shape::kPingpong ? 4 : 8) * kClusterSize;
+    constexpr int kReleasingWarps = (shape::kPingpong ? 4 : 8) * shape::kClusterSize;
     for (int stage = 0; stage < shape::kStages; ++stage) {
       init_barrier(shared.full + stage * 8, 1);
       init_barrier(shared.empty + stage * 8, kReleasingWarps);

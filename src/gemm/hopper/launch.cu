@@ -15,9 +15,10 @@ void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
              "cudaFuncSetAttribute");
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kClusterSize, 1, 1};
+  cluster.val.clusterDim = {shape::kClusterSize, 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = cuda::grid_size(cuda::multiprocessors() / kClusterSize * kClusterSize);
+  constexpr int kSize = shape::kClusterSize;
+  config.gridDim = cuda::grid_size(cuda::multiprocessors() / kSize * kSize);
   config.blockDim = kThreads;
   config.dynamicSmemBytes = shape::kSharedBytes;
   config.stream = stream;
@@ -30,8 +31,9 @@ void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
 
 template <Operation kOperation, Share kShare, Epilogue kEpilogue = Epilogue::kStore>
 using Pingpong = Shape<kOperation, 2, 128, true, 6, 2, kShare, kEpilogue>;
-template <Operation kOperation, Epilogue kEpilogue = Epilogue::kStore, bool kGlu = false>
-using Cooperative = Shape<kOperation, 1, 256, false, 4, 2, Share::kB, kEpilogue, kGlu>;
+template <Operation kOperation, Epilogue kEpilogue = Epilogue::kStore, bool kGlu = false,
+          Share kShare = Share::kB>
+using Cooperative = Shape<kOperation, 1, 256, false, 4, 2, kShare, kEpilogue, kGlu>;
 
 template <typename scalar_t, Operation kOperation, Epilogue kEpilogue = Epilogue::kStore>
 void launch(Tiling tiling, const Maps& maps, const Problem& problem, cudaStream_t stream) {
@@ -42,6 +44,11 @@ void launch(Tiling tiling, const Maps& maps, const Problem& problem, cudaStream_
       return launch<scalar_t, Pingpong<kOperation, Share::kB, kEpilogue>>(maps, problem, stream);
     case Tiling::kCooperative:
       return launch<scalar_t, Cooperative<kOperation, kEpilogue>>(maps, problem, stream);
+    case Tiling::kCooperativeAlone:
+      if constexpr (kOperation != Operation::kWgrad) {
+        return launch<scalar_t, Cooperative<kOperation, kEpilogue, false, Share::kNone>>(
+            maps, problem, stream);
+      }
   }
 }
 

@@ -12,9 +12,9 @@ constexpr int kWarpgroup = 128;           // threads
 constexpr int kThreads = 3 * kWarpgroup;  // a producer warpgroup loads, two consumers multiply
 
 /// What the two CTAs of a cluster have in common: tiles above one another read the same b, tiles
-/// beside one another the same a. Each CTA loads one half for both.
-enum class Share { kA, kB };
-constexpr int kClusterSize = 2;
+/// beside one another the same a. Each CTA loads one half for both. With nothing to share a CTA is a
+/// cluster by itself.
+enum class Share { kNone, kA, kB };
 
 /// Places in shared memory for the numbers of experts' first tiles; of more experts several share one.
 constexpr int kMostSlots = 256;
@@ -36,6 +36,7 @@ struct Shape {
   static constexpr Epilogue kEpilogue = kEpilogue_;
   static constexpr bool kGlu = kGlu_;
 
+  static constexpr int kClusterSize = kShare == Share::kNone ? 1 : 2;
   static constexpr bool kTransposedA = kOperation == Operation::kWgrad;
   static constexpr bool kTransposedB = kOperation != Operation::kForward;
   static constexpr bool kRaggedK = kOperation == Operation::kWgrad;

@@ -27,6 +27,9 @@ enum class Tiling {
   /// Tiles of 128 × 256, both warpgroups on one: fewest bytes into shared memory, and so least power,
   /// which is what bounds a chip that multiplies for long. CTAs above one another share b.
   kCooperative,
+  /// The same tiles, each CTA alone: an expert's rows are rounded up to 128 and not to 256. Of plain
+  /// products (kStore, forward and dgrad).
+  kCooperativeAlone,
 };
 
 Tiling choose_tiling(const Task& task, const LaunchSizes& sizes);

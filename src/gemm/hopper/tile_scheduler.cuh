@@ -8,7 +8,7 @@
 namespace anabranch::hopper {
 
 /// The experts in the order in which they are multiplied, and how many units each is. A unit is what a
-/// cluster takes at once: two tiles that share a or b.
+/// cluster takes at once: two tiles that share a or b, or one tile.
 template <typename shape>
 class ExpertUnits {
  public:
@@ -54,7 +54,7 @@ class TileScheduler {
         all_(problem),
         first_unit_(first_unit),
         end_(first_unit[all_.slots()]),
-        unit_(blockIdx.x / kClusterSize),
+        unit_(blockIdx.x / shape::kClusterSize),
         rank_(cluster_rank()) {}
 
   __device__ bool next(Tile& tile) {
@@ -83,7 +83,7 @@ class TileScheduler {
     }
     const int k = shape::kRaggedK ? group.rows : problem_.k;
     tile = {group, row * shape::kRows, column * shape::kTileColumns, (k + kBox - 1) / kBox};
-    unit_ += gridDim.x / kClusterSize;
+    unit_ += gridDim.x / shape::kClusterSize;
     return true;
   }
 
