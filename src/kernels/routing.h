@@ -45,7 +45,8 @@ class RoutingKernels : public Kernels<RoutingKernels> {
   static const RoutingKernels& cpu();
   static const RoutingKernels& cuda();
 
-  /// `expert_bias` [E] of the logits' type or undefined.
+  /// `expert_bias` [E] of the logits' type or undefined. On a GPU the fp32 logits of a plain rule may be
+  /// sums, of [T, 3, E].
   virtual RouteResult route(const torch::Tensor& logits, const RoutingRule& rule,
                             const torch::Tensor& expert_bias) const = 0;
   /// Of probabilities [T, E] and logsumexp [T].
@@ -59,13 +60,18 @@ class RoutingKernels : public Kernels<RoutingKernels> {
   /// fp64; 0 where there are no tokens.
   virtual BatchLosses batch_losses(const torch::Tensor& sums, const torch::Tensor& chosen,
                                    int64_t top_k, torch::Dtype dtype) const = 0;
+  /// The same of one rank alone, whose own counts and sums are the batch's; of the type of `sums`.
+  virtual BatchLosses losses_of_one(const torch::Tensor& counts, int64_t tokens,
+                                    const RoutingSums& sums, int64_t top_k) const = 0;
   /// dlogits [T, E] from the gradients of the weights [T, k], of the probability sum [E] and of the
   /// sum of squared logsumexp [], of which the sums' may be undefined: zero. Of `routed` ids, weights and logsumexp are read, and
-  /// `probabilities`, in the place of which sigmoids take the logits.
+  /// `probabilities`, in the place of which sigmoids take the logits. `split`: the fp32 result apart as
+  /// GateKernels::split has it with kSplitGradient, side by side.
   virtual torch::Tensor route_backward(const RouteResult& routed, const RoutingRule& rule,
                                        const torch::Tensor& dweights,
                                        const torch::Tensor& dprobability_sum,
-                                       const torch::Tensor& dsquared_logsumexp_sum) const = 0;
+                                       const torch::Tensor& dsquared_logsumexp_sum,
+                                       bool split = false) const = 0;
 };
 
 }  // namespace anabranch

@@ -39,6 +39,10 @@ int64_t count_sums(Gate gate, int64_t experts) {
   return of_experts * experts + 2;
 }
 
+RoutingSums own_sums(const Routing& routing) {
+  return {routing.probability_sum.detach().contiguous(), routing.squared_logsumexp_sum.detach()};
+}
+
 /// The batch's sums, in one fp64 vector: assignments of each expert [E]; unless the routing is from
 /// outside, what else RoutingKernels::batch_sums has; then, of gates that have them, first choices [E],
 /// importance [E], smooth load [E]. Between ranks zeros make up for what a routing from outside lacks.
@@ -47,9 +51,7 @@ torch::Tensor sums_of_batch(const Routing& routing, const torch::Tensor& counts,
   std::vector<torch::Tensor> parts;
   if (routing.probability_sum.defined()) {
     parts.push_back(RoutingKernels::on(counts.device())
-                        .batch_sums(counts, routing.expert_ids.size(0),
-                                    {routing.probability_sum.detach().contiguous(),
-                                     routing.squared_logsumexp_sum.detach()}));
+                        .batch_sums(counts, routing.expert_ids.size(0), own_sums(routing)));
   } else {
     parts.push_back(counts.to(torch::kFloat64));
   }
@@ -104,15 +106,21 @@ struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
                                Communicator* communicator) {
     const int64_t experts = own_counts->size(0);
     const auto dtype = routing->weights.scalar_type();
-    const auto sums = sums_of_batch(*routing, *own_counts, gate, *communicator);
+    const bool first = routing->first_counts.defined();
+    const bool by_scores = routing->probability_sum.defined();
+    const bool no_sums = communicator->size() == 1 && by_scores && !first &&
+                         !routing->importance.defined();  // the rank's own are the batch's
+    const auto sums =
+        no_sums ? torch::Tensor() : sums_of_batch(*routing, *own_counts, gate, *communicator);
     AuxiliaryLosses found;
     variable_list slopes;  // of the losses, in their order
-    if (routing->probability_sum.defined()) {
-      const bool first = routing->first_counts.defined();
+    if (by_scores) {
+      const RoutingKernels& kernels = RoutingKernels::on(own_counts->device());
       const auto losses =
-          RoutingKernels::on(sums.device())
-              .batch_losses(sums, sums.narrow(0, first ? 2 * experts + 2 : 0, experts),
-                            first ? 1 : routing->expert_ids.size(1), dtype);
+          no_sums ? kernels.losses_of_one(*own_counts, routing->expert_ids.size(0),
+                                          own_sums(*routing), routing->expert_ids.size(1))
+                  : kernels.batch_losses(sums, sums.narrow(0, first ? 2 * experts + 2 : 0, experts),
+                                         first ? 1 : routing->expert_ids.size(1), dtype);
       found.expert_load = losses.expert_load;
       found.balance_loss = losses.balance;
       found.z_loss = losses.z;

@@ -13,69 +13,119 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-/// GateKernels::split as one matrix: fp32 has three times the digits of bf16.
-torch::Tensor split(const torch::Tensor& x, const std::array<int, 3>& parts, bool side_by_side) {
-  const auto places = GateKernels::on(x.device()).split(x.contiguous(), parts, side_by_side);
-  return side_by_side ? places.view({x.size(0), 3 * x.size(1)})
-                      : places.view({3 * x.size(0), x.size(1)});
+bool is_split(const torch::Tensor& x, const torch::Tensor& weight) {
+  return x.is_cuda() && x.scalar_type() == torch::kBFloat16 &&
+         weight.scalar_type() == torch::kFloat;
 }
 
-/// dᵀ · x in fp32, of bf16 numbers; d [T, m], x [T, n] → [m, n]. The sum over tokens is taken in parts:
-/// cuBLAS 13.1 splits sums over more than 8192 rows among blocks of its own, and then loses some where
-/// their number is uneven.
+/// dᵀ · x in fp32, of bf16 numbers: d [T, 3 E] in the first three places of kSplitGradient, x [T, h] → [E, h].
+/// The sum over tokens is taken in pieces: cuBLAS 13.1 splits sums over more than 8192 rows among blocks of
+/// its own, and then loses some where their number is uneven.
 torch::Tensor sum_over_tokens(const torch::Tensor& d, const torch::Tensor& x) {
-  constexpr int64_t kPart = 4096;
-  const int64_t parts = x.size(0) / kPart;
-  const int64_t whole = parts * kPart;
-  const auto rest = [&] { return at::mm(d.slice(0, whole).t(), x.slice(0, whole), torch::kFloat); };
-  if (parts == 0) {
-    return rest();
-  }
-  const auto in_parts = [&](const torch::Tensor& rows) {
-    return rows.slice(0, 0, whole).view({parts, kPart, rows.size(1)});
+  constexpr int64_t kPiece = 4096;
+  const int64_t pieces = x.size(0) / kPiece;
+  const int64_t whole = pieces * kPiece;
+  const auto in_places = [&](const torch::Tensor& sums, int64_t count) {
+    return sums.view({count, 3, d.size(1) / 3, x.size(1)});
   };
-  const auto sums = at::bmm(in_parts(d).transpose(1, 2), in_parts(x), torch::kFloat);
-  return whole == x.size(0) ? sums.sum(0) : sums.sum(0).add_(rest());
+  torch::Tensor rest;
+  if (whole < x.size(0) || pieces == 0) {
+    rest = in_places(at::mm(d.slice(0, whole).t(), x.slice(0, whole), torch::kFloat), 1);
+  }
+  torch::Tensor sums;
+  if (pieces > 0) {
+    const auto in_pieces = [&](const torch::Tensor& rows) {
+      return rows.slice(0, 0, whole).view({pieces, kPiece, rows.size(1)});
+    };
+    sums = in_places(at::bmm(in_pieces(d).transpose(1, 2), in_pieces(x), torch::kFloat), pieces);
+  } else {
+    std::swap(sums, rest);
+  }
+  // In places 1, 2, 0 are the three parts, the largest first.
+  return GateKernels::on(x.device()).sum_split(sums, rest, {1, 2, 0});
+}
+
+GateGradient split_gate_gradient(const torch::Tensor& dlogits, const torch::Tensor& x,
+                                 const torch::Tensor& split_weight, bool x_wanted,
+                                 bool weight_wanted) {
+  const int64_t experts = dlogits.size(2);
+  const auto d = dlogits.view({dlogits.size(0), 4 * experts});
+  GateGradient gradient;
+  if (weight_wanted) {
+    gradient.weight = sum_over_tokens(d.narrow(1, 0, 3 * experts), x);
+  }
+  if (x_wanted) {  // rounded to bf16: twice its digits are enough, d0·w0 + d1·w0 + d0·w1
+    const auto weights = split_weight.view({4 * experts, x.size(1)}).narrow(0, 0, 3 * experts);
+    gradient.x = at::mm(d.narrow(1, experts, 3 * experts), weights);
+  }
+  return gradient;
 }
 
 /// The tensors that backward needs.
 struct Saved {
   torch::Tensor x;       ///< [T, h]
   torch::Tensor weight;  ///< [E, h]
+  torch::Tensor split_weight;
 
-  auto tensors() { return std::tie(x, weight); }
+  auto tensors() { return std::tie(x, weight, split_weight); }
 };
 
 /// Exact products of bf16 numbers, summed in fp32.
 struct SplitGate : torch::autograd::Function<SplitGate> {
   static torch::Tensor forward(AutogradContext* context, const torch::Tensor& x,
                                const torch::Tensor& weight) {
-    context->save_for_backward(pack(Saved{x, weight}));
-    const auto parts = at::mm(x, split(weight, {0, 1, 2}, false).t(), torch::kFloat);
-    return parts.view({x.size(0), 3, weight.size(0)}).sum(1);
+    const auto [parts, split_weight] = gate_product(x, weight);
+    context->save_for_backward(pack(Saved{x, weight, split_weight}));
+    return parts.sum(1);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     refuse_double_backward("router");
     const torch::NoGradGuard no_grad;
-    const auto [x, weight] = unpack<Saved>(context->get_saved_variables());
-    const auto& dlogits = gradients[0];
-    const auto dweight = sum_over_tokens(split(dlogits, {0, 1, 2}, true), x)
-                             .view({3, weight.size(0), x.size(1)})
-                             .sum(0);
-    // dx is rounded to bf16: twice its digits are enough, d0·w0 + d1·w0 + d0·w1.
-    const auto dx = at::mm(split(dlogits, {0, 1, 0}, true), split(weight, {0, 0, 1}, false));
-    return {dx, dweight};
+    const auto [x, weight, split_weight] = unpack<Saved>(context->get_saved_variables());
+    const auto dlogits =
+        GateKernels::on(x.device())
+            .split(gradients[0].contiguous(), kSplitGradient, /*side_by_side=*/true);
+    auto [dx, dweight] = gate_gradient(dlogits, x, weight, split_weight,
+                                       context->needs_input_grad(0), context->needs_input_grad(1));
+    return {std::move(dx), std::move(dweight)};
   }
 };
 
 }  // namespace
 
 torch::Tensor gate_logits(const torch::Tensor& x, const torch::Tensor& weight) {
-  if (x.is_cuda() && x.scalar_type() == torch::kBFloat16 && weight.scalar_type() == torch::kFloat) {
+  if (is_split(x, weight)) {
     return SplitGate::apply(x, weight);
   }
   return torch::linear(x.to(weight.scalar_type()), weight);
+}
+
+GateProduct gate_product(const torch::Tensor& x, const torch::Tensor& weight) {
+  if (!is_split(x, weight)) {
+    return {torch::linear(x.to(weight.scalar_type()), weight), {}};
+  }
+  const int64_t experts = weight.size(0);
+  const auto split =
+      GateKernels::on(x.device()).split(weight.contiguous(), kSplitWeight, /*side_by_side=*/false);
+  const auto all = split.view({4 * experts, weight.size(1)}).narrow(0, experts, 3 * experts);
+  return {at::mm(x, all.t(), torch::kFloat).view({x.size(0), 3, experts}), split};
+}
+
+GateGradient gate_gradient(const torch::Tensor& dlogits, const torch::Tensor& x,
+                           const torch::Tensor& weight, const torch::Tensor& split_weight,
+                           bool x_wanted, bool weight_wanted) {
+  if (split_weight.defined()) {
+    return split_gate_gradient(dlogits, x, split_weight, x_wanted, weight_wanted);
+  }
+  GateGradient gradient;
+  if (weight_wanted) {
+    gradient.weight = dlogits.t().mm(x.to(weight.scalar_type()));
+  }
+  if (x_wanted) {
+    gradient.x = dlogits.mm(weight).to(x.scalar_type());
+  }
+  return gradient;
 }
 
 }  // namespace anabranch

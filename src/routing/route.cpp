@@ -2,8 +2,11 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "kernels/routing.h"
+#include "routing/gate.h"
+#include "routing/route.h"
 #include "routing/rule.h"
 #include "support/check.h"
+#include "support/given.h"
 #include "support/single_backward.h"
 #include "support/stage.h"
 #include "support/tensor_list.h"
@@ -34,33 +37,46 @@ struct Routed {
   }
 };
 
-/// What RoutingKernels::route_backward reads of a RouteResult.
+/// What RoutingKernels::route_backward reads of a RouteResult, and gate_gradient.
 struct Saved {
   torch::Tensor expert_ids;
   torch::Tensor weights;
   torch::Tensor probabilities;  ///< of sigmoids: the logits
   torch::Tensor logsumexp;
+  // Undefined where the logits were given.
+  torch::Tensor x;
+  torch::Tensor gate_weight;
+  torch::Tensor split_gate_weight;
 
-  auto tensors() { return std::tie(expert_ids, weights, probabilities, logsumexp); }
+  auto tensors() {
+    return std::tie(expert_ids, weights, probabilities, logsumexp, x, gate_weight,
+                    split_gate_weight);
+  }
 };
 
-/// logits [T, E] → Routed.
+/// logits [T, E] → Routed; with `gate_weight` [E, h], rows x [T, h] → their logits → Routed.
 struct Route : torch::autograd::Function<Route> {
-  static variable_list forward(AutogradContext* context, const torch::Tensor& logits,
+  static variable_list forward(AutogradContext* context, const torch::Tensor& input,
+                               const std::optional<torch::Tensor>& gate_weight,
                                const std::optional<torch::Tensor>& expert_bias,
                                const c10::intrusive_ptr<RuleHolder>& holder) {
     const RoutingRule& rule = holder->rule;
-    const auto contiguous = logits.contiguous();
+    const auto bias = expert_bias.value_or(torch::Tensor());
+    auto [logits, split_weight] =
+        gate_weight ? gate_product(input, *gate_weight) : GateProduct{input.contiguous(), {}};
+    if (logits.dim() == 3 && !is_plain(rule, bias)) {
+      logits = logits.sum(1);
+    }
     const RoutingKernels& kernels = RoutingKernels::on(logits.device());
-    const RouteResult routed =
-        kernels.route(contiguous, rule, expert_bias.value_or(torch::Tensor()));
+    const RouteResult routed = kernels.route(logits, rule, bias);
     const RoutingSums sums = kernels.routing_sums(routed.probabilities, routed.logsumexp);
     const bool sigmoid = rule.router_score == RouterScore::kSigmoid;
     context->saved_data["rule"] = torch::IValue::make_capsule(holder);
     context->set_materialize_grads(false);
     context->save_for_backward(
-        pack(Saved{routed.expert_ids, routed.weights, sigmoid ? contiguous : routed.probabilities,
-                   routed.logsumexp}));
+        pack(Saved{routed.expert_ids, routed.weights, sigmoid ? logits : routed.probabilities,
+                   routed.logsumexp, gate_weight ? input : torch::Tensor(),
+                   gate_weight.value_or(torch::Tensor()), split_weight}));
     context->mark_non_differentiable(
         {routed.expert_ids, routed.counts, routed.first_nonfinite_token});
     return pack(Routed{routed.weights, sums.probabilities, sums.squared_logsumexp,
@@ -86,12 +102,17 @@ struct Route : torch::autograd::Function<Route> {
     };
     const auto dweights = gradient.weights.defined() ? gradient.weights.contiguous()
                                                      : torch::zeros_like(routed.weights);
-    return {
+    auto dlogits =
         RoutingKernels::on(routed.weights.device())
             .route_backward(routed, holder->rule, dweights, contiguous(gradient.probability_sum),
-                            gradient.squared_logsumexp_sum),
-        {},
-        {}};
+                            gradient.squared_logsumexp_sum,
+                            /*split=*/saved.split_gate_weight.defined());
+    if (!saved.gate_weight.defined()) {
+      return {std::move(dlogits), {}, {}, {}};
+    }
+    auto [dx, dweight] = gate_gradient(dlogits, saved.x, saved.gate_weight, saved.split_gate_weight,
+                                       context->needs_input_grad(0), context->needs_input_grad(1));
+    return {std::move(dx), std::move(dweight), {}, {}};
   }
 };
 
@@ -104,7 +125,29 @@ void check_bias(const torch::Tensor& expert_bias, const torch::Tensor& logits) {
               logits.sizes().slice(1), " on ", logits.device());
 }
 
+Routing routed(const torch::Tensor& input, const torch::Tensor& gate_weight,
+               const RoutingRule& rule, const torch::Tensor& expert_bias) {
+  const auto found = unpack<Routed>(Route::apply(input, given(gate_weight), given(expert_bias),
+                                                 c10::make_intrusive<RuleHolder>(rule)));
+  return {.expert_ids = found.expert_ids,
+          .weights = found.weights,
+          .counts = found.counts,
+          .probability_sum = found.probability_sum,
+          .squared_logsumexp_sum = found.squared_logsumexp_sum,
+          .importance = {},
+          .smooth_load = {},
+          .first_counts = {},
+          .first_nonfinite_token = found.first_nonfinite_token};
+}
+
 }  // namespace
+
+Routing route_rows(const torch::Tensor& x, const torch::Tensor& gate_weight,
+                   const RoutingRule& rule, const torch::Tensor& expert_bias) {
+  check_rule(rule, gate_weight.size(0), "route");
+  return routed(x, gate_weight, rule,
+                expert_bias.defined() ? expert_bias.detach().contiguous() : expert_bias);
+}
 
 Routing route(const torch::Tensor& logits, const RoutingRule& rule,
               const torch::Tensor& expert_bias) {
@@ -114,22 +157,11 @@ Routing route(const torch::Tensor& logits, const RoutingRule& rule,
   check_input(logits.scalar_type() == torch::kFloat32 || logits.scalar_type() == torch::kFloat64,
               "route: logits are ", logits.scalar_type(), ", expected fp32 or fp64");
   check_rule(rule, logits.size(1), "route");
-  std::optional<torch::Tensor> bias;
   if (expert_bias.defined()) {
     check_bias(expert_bias, logits);
-    bias = expert_bias.detach().contiguous();
   }
-  const auto routed =
-      unpack<Routed>(Route::apply(logits, bias, c10::make_intrusive<RuleHolder>(rule)));
-  return {.expert_ids = routed.expert_ids,
-          .weights = routed.weights,
-          .counts = routed.counts,
-          .probability_sum = routed.probability_sum,
-          .squared_logsumexp_sum = routed.squared_logsumexp_sum,
-          .importance = {},
-          .smooth_load = {},
-          .first_counts = {},
-          .first_nonfinite_token = routed.first_nonfinite_token};
+  return routed(logits, {}, rule,
+                expert_bias.defined() ? expert_bias.detach().contiguous() : expert_bias);
 }
 
 Routing route(const torch::Tensor& logits, int64_t top_k, bool renormalize) {

@@ -7,6 +7,7 @@
 
 #include "routing/gate.h"
 #include "routing/noisy_top_k.h"
+#include "routing/route.h"
 #include "routing/rule.h"
 #include "support/check.h"
 #include "support/initialize.h"
@@ -20,16 +21,17 @@ torch::Dtype gate_type(torch::Dtype dtype) {
   return dtype == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
 }
 
-Routing noisy_top_k(const torch::Tensor& x, const torch::Tensor& logits,
-                    const torch::Tensor& noise_weight, const MoEOptions& options, bool training) {
+Routing noisy_top_k(const torch::Tensor& x, const RouterParameters& parameters,
+                    const MoEOptions& options, bool training) {
   const auto rule = routing_rule(options);
   if (!training) {
-    auto routing = route(logits, rule);
+    auto routing = route_rows(x, parameters.weight, rule, {});
     routing.importance = weights_per_expert(routing, options.num_experts);
-    routing.smooth_load = routing.counts.to(logits.scalar_type());
+    routing.smooth_load = routing.counts.to(parameters.weight.scalar_type());
     return routing;
   }
-  const auto deviation = torch::softplus(gate_logits(x, noise_weight)) + kLeastDeviation;
+  const auto logits = gate_logits(x, parameters.weight);
+  const auto deviation = torch::softplus(gate_logits(x, parameters.noise_weight)) + kLeastDeviation;
   const auto noisy = logits + torch::randn_like(logits) * deviation;
   auto routing = route(noisy, rule);
   routing.importance = weights_per_expert(routing, options.num_experts);
@@ -37,8 +39,9 @@ Routing noisy_top_k(const torch::Tensor& x, const torch::Tensor& logits,
   return routing;
 }
 
-Routing gshard(const torch::Tensor& logits, const MoEOptions& options, bool training) {
-  auto routing = route(logits, routing_rule(options));
+Routing gshard(const torch::Tensor& x, const torch::Tensor& weight, const MoEOptions& options,
+               bool training) {
+  auto routing = route_rows(x, weight, routing_rule(options), {});
   const auto second = routing.expert_ids.select(1, 1);
   const auto count = [&](const torch::Tensor& of_token) {
     return torch::zeros_like(routing.counts).scatter_add_(0, second, of_token);
@@ -105,16 +108,15 @@ Routing route_tokens(const torch::Tensor& x, const RouterParameters& parameters,
     gate_input =
         gate_input * torch::empty_like(gate_input).uniform_(1 - options.jitter, 1 + options.jitter);
   }
-  const auto logits = gate_logits(gate_input, weight);
   switch (options.gate) {
     case Gate::kTopK:
       break;
     case Gate::kNoisyTopK:
-      return noisy_top_k(gate_input, logits, parameters.noise_weight, options, training);
+      return noisy_top_k(gate_input, parameters, options, training);
     case Gate::kGShard:
-      return gshard(logits, options, training);
+      return gshard(gate_input, weight, options, training);
   }
-  return route(logits, routing_rule(options), parameters.expert_bias);
+  return route_rows(gate_input, weight, routing_rule(options), parameters.expert_bias);
 }
 
 void update_expert_bias(torch::Tensor& expert_bias, const torch::Tensor& expert_load, double rate) {

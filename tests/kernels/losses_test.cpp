@@ -49,5 +49,26 @@ TEST_P(LossesTest, BatchLossesEqualTheirFormulas) {
   }
 }
 
+TEST_P(LossesTest, OfOneRankTheyAreThoseOfItsBatch) {
+  for (const auto dtype : {torch::kFloat32, torch::kFloat64}) {
+    for (const int64_t experts : {1, 7, 255, 256, 1000}) {
+      for (const int64_t tokens : {0, 1, 5000}) {
+        const auto counts = on_device((random_.uniform({experts}) * 100).floor().to(torch::kInt64));
+        const RoutingSums own{on_device(random_.uniform({experts}).to(dtype)),
+                              on_device(random_.uniform({}).to(dtype))};
+        const int64_t top_k = random_.integer(1, 8);
+        const auto found = routing_.losses_of_one(counts, tokens, own, top_k);
+        const auto sums = routing_.batch_sums(counts, tokens, own);
+        const auto expected = routing_.batch_losses(sums, sums.narrow(0, 0, experts), top_k, dtype);
+        EXPECT_TRUE(identical(found.balance.cpu(), expected.balance.cpu()));
+        EXPECT_TRUE(identical(found.z.cpu(), expected.z.cpu()));
+        EXPECT_TRUE(identical(found.balance_slope.cpu(), expected.balance_slope.cpu()));
+        EXPECT_TRUE(identical(found.z_slope.cpu(), expected.z_slope.cpu()));
+        EXPECT_EQ(numbers(found.expert_load), numbers(counts));
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace anabranch::test

@@ -7,6 +7,7 @@
 
 #include "reference/dense_moe.h"
 #include "routing/gate.h"
+#include "routing/route.h"
 #include "support/devices.h"
 #include "support/random.h"
 #include "support/thrown.h"
@@ -47,6 +48,55 @@ TEST_P(RouteTest, TheGatesGradientLosesNoToken) {
       gate_logits(x, weight).backward(dlogits);
       const auto expected = dlogits.cpu().to(torch::kFloat64).t().mm(x.cpu().to(torch::kFloat64));
       EXPECT_TRUE(weight.grad().cpu().to(torch::kFloat64).equal(expected));
+    }
+  }
+}
+
+// Bit for bit: gate and routing in one step of autograd are the two of them.
+TEST_P(RouteTest, RowsAreRoutedAsTheirLogitsAre) {
+  for (int64_t i = 0; i < effort(40); ++i) {
+    const auto num_experts = random_.pick<int64_t>({1, 3, 8, 64, 130});
+    const auto tokens = random_.pick<int64_t>({0, 1, 65, 4100});
+    const auto dtype =
+        random_.pick<torch::Dtype>({torch::kBFloat16, torch::kFloat32, torch::kFloat64});
+    const auto gate_type = dtype == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
+    RoutingRule rule;
+    rule.top_k = random_.integer(1, std::min<int64_t>(num_experts, 4));
+    rule.renormalize = random_.chance();
+    rule.router_score = random_.chance() ? RouterScore::kSigmoid : RouterScore::kSoftmax;
+    SCOPED_TRACE(c10::str("T ", tokens, " E ", num_experts, " k ", rule.top_k, " ",
+                          to_string(dtype),
+                          rule.router_score == RouterScore::kSigmoid ? " sigmoid" : " softmax"));
+    const auto bias =
+        random_.chance() ? on_device(random_.normal({num_experts}, gate_type)) : torch::Tensor();
+    const auto rows = on_device(random_.normal({tokens, 40}).to(dtype));
+    const auto gate = on_device(random_.normal({num_experts, 40}, gate_type));
+    const auto dweights = on_device(random_.normal({tokens, rule.top_k}, gate_type));
+    const auto dsum = on_device(random_.normal({num_experts}, gate_type));
+    const bool x_wanted = random_.chance(0.8);
+    const auto run = [&](const auto& route_them) {
+      const auto x = rows.detach().clone().requires_grad_(x_wanted);
+      const auto weight = gate.detach().clone().requires_grad_();
+      const Routing routing = route_them(x, weight);
+      ((routing.weights * dweights).sum() + (routing.probability_sum * dsum).sum() +
+       0.5 * routing.squared_logsumexp_sum)
+          .backward();
+      return std::vector<torch::Tensor>{routing.expert_ids,
+                                        routing.weights,
+                                        routing.counts,
+                                        routing.probability_sum,
+                                        routing.squared_logsumexp_sum,
+                                        routing.first_nonfinite_token,
+                                        weight.grad(),
+                                        x_wanted ? x.grad() : rows};
+    };
+    const auto found =
+        run([&](const auto& x, const auto& weight) { return route_rows(x, weight, rule, bias); });
+    const auto expected = run([&](const auto& x, const auto& weight) {
+      return route(gate_logits(x, weight), rule, bias);
+    });
+    for (size_t t = 0; t < found.size(); ++t) {
+      EXPECT_TRUE(found[t].equal(expected[t])) << "tensor " << t;
     }
   }
 }

@@ -1,3 +1,5 @@
+#include <atomic>
+
 #include "gemm/hopper/kernel.cuh"
 #include "gemm/hopper/launch.h"
 #include "gemm/hopper/tile_choice.h"
@@ -7,12 +9,24 @@
 namespace anabranch::hopper {
 namespace {
 
+/// Lets a kernel take as much shared memory as a shape needs, once for each device.
+template <typename scalar_t, typename shape>
+void allow_shared_memory() {
+  static std::atomic<uint64_t> allowed = 0;  // a bit for each of the first 64
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if ((allowed.load(std::memory_order_relaxed) & bit) != 0) return;
+  check_cuda(cudaFuncSetAttribute(grouped_gemm_kernel<scalar_t, shape>,
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, shape::kSharedBytes),
+             "cudaFuncSetAttribute");
+  allowed.fetch_or(bit, std::memory_order_relaxed);
+}
+
 template <typename scalar_t, typename shape>
 void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
   const auto kernel = grouped_gemm_kernel<scalar_t, shape>;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  shape::kSharedBytes),
-             "cudaFuncSetAttribute");
+  allow_shared_memory<scalar_t, shape>();
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {shape::kClusterSize, 1, 1};

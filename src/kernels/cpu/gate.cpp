@@ -1,4 +1,5 @@
 #include <ATen/ops/stack.h>
+#include <ATen/ops/sum.h>
 
 #include "kernels/gate.h"
 
@@ -7,11 +8,11 @@ namespace {
 
 class CpuGateKernels final : public GateKernels {
  public:
-  torch::Tensor split(const torch::Tensor& x, const std::array<int, 3>& parts,
+  torch::Tensor split(const torch::Tensor& x, const SplitPlaces& parts,
                       bool side_by_side) const override {
     std::vector<torch::Tensor> all;
     auto rest = x;
-    for (size_t i = 0; i < parts.size(); ++i) {
+    for (int i = 0; i < 3; ++i) {
       all.push_back(rest.to(torch::kBFloat16));
       rest = rest - all.back();
     }
@@ -20,6 +21,13 @@ class CpuGateKernels final : public GateKernels {
       places.push_back(all.at(part));
     }
     return at::stack(places, side_by_side ? 1 : 0);
+  }
+
+  torch::Tensor sum_split(const torch::Tensor& pieces, const torch::Tensor& rest,
+                          const std::array<int, 3>& order) const override {
+    auto sums = pieces.sum(0);
+    if (rest.defined()) sums.add_(rest);
+    return sums[order[0]] + sums[order[1]] + sums[order[2]];
   }
 };
 

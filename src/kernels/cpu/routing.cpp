@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/cpu/rows_per_task.h"
+#include "kernels/gate.h"
 #include "kernels/routing.h"
 #include "kernels/score_sum.h"
 
@@ -317,17 +318,29 @@ class CpuRoutingKernels final : public RoutingKernels {
             (sums.select(0, 2 * experts + 1) / tokens).to(dtype), slope, tokens.reciprocal()};
   }
 
+  BatchLosses losses_of_one(const torch::Tensor& counts, int64_t tokens, const RoutingSums& sums,
+                            int64_t top_k) const override {
+    const auto of_batch = batch_sums(counts, tokens, sums);
+    return batch_losses(of_batch, of_batch.narrow(0, 0, counts.size(0)), top_k,
+                        sums.probabilities.scalar_type());
+  }
+
   torch::Tensor route_backward(const RouteResult& routed, const RoutingRule& rule,
                                const torch::Tensor& dweights, const torch::Tensor& dprobability_sum,
-                               const torch::Tensor& dsquared_logsumexp_sum) const override {
-    return AT_DISPATCH_FLOATING_TYPES(routed.weights.scalar_type(), "route_backward", [&] {
-      return route_backward_tokens<scalar_t>(
-          routed, rule, dweights,
-          dprobability_sum.defined()
-              ? dprobability_sum
-              : at::zeros({routed.probabilities.size(1)}, routed.weights.options()),
-          dsquared_logsumexp_sum.defined() ? dsquared_logsumexp_sum.item<scalar_t>() : scalar_t(0));
-    });
+                               const torch::Tensor& dsquared_logsumexp_sum,
+                               bool split) const override {
+    const auto dlogits =
+        AT_DISPATCH_FLOATING_TYPES(routed.weights.scalar_type(), "route_backward", [&] {
+          return route_backward_tokens<scalar_t>(
+              routed, rule, dweights,
+              dprobability_sum.defined()
+                  ? dprobability_sum
+                  : at::zeros({routed.probabilities.size(1)}, routed.weights.options()),
+              dsquared_logsumexp_sum.defined() ? dsquared_logsumexp_sum.item<scalar_t>()
+                                               : scalar_t(0));
+        });
+    return split ? GateKernels::cpu().split(dlogits, kSplitGradient, /*side_by_side=*/true)
+                 : dlogits;
   }
 };
 

@@ -6,8 +6,12 @@
 
 namespace anabranch::cuda {
 
-/// `parts`: three of them. See GateKernels::split.
+/// `parts`: four of them. See GateKernels::split.
 void launch_split(const float* x, int64_t m, int64_t n, const int* parts, bool side_by_side,
                   void* out, cudaStream_t stream);
+
+/// `order`: three of them; `count`: elements of a place; `rest` may be null. See GateKernels::sum_split.
+void launch_sum_split(const float* pieces, int64_t num_pieces, const float* rest, int64_t count,
+                      const int* order, float* out, cudaStream_t stream);
 
 }  // namespace anabranch::cuda

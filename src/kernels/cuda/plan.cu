@@ -79,9 +79,11 @@ struct DigitPass {
   __device__ int digit(int64_t key) const { return static_cast<int>(key >> shift) & (digits - 1); }
 };
 
-/// histogram [digits, blocks]
+/// histogram [digits, blocks]. One block alone has counted all: then nothing comes before its own, and
+/// `totals`, null otherwise, are its counts.
 __global__ void __launch_bounds__(kThreads)
-    count_digits_kernel(DigitPass pass, int64_t* __restrict__ histogram) {
+    count_digits_kernel(DigitPass pass, int64_t* __restrict__ histogram,
+                        int64_t* __restrict__ totals) {
   __shared__ int counts[kMostDigits];
   for (int digit = threadIdx.x; digit < pass.digits; digit += kThreads) {
     counts[digit] = 0;
@@ -94,7 +96,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   for (int digit = threadIdx.x; digit < pass.digits; digit += kThreads) {
-    histogram[digit * pass.blocks + blockIdx.x] = counts[digit];
+    histogram[digit * pass.blocks + blockIdx.x] = totals != nullptr ? 0 : counts[digit];
+    if (totals != nullptr) totals[digit] = counts[digit];
   }
 }
 
@@ -430,10 +433,13 @@ void launch_group(const int64_t* keys, int64_t count, int64_t groups, int64_t* s
   DigitPass pass{keys, nullptr, count, groups - 1, 0, digits, blocks, one_pass ? offsets : nullptr};
   for (int i = 0; i < passes && count > 0; ++i, pass.shift += digit_bits) {
     int64_t* const target = (passes - i) % 2 == 1 ? members : spare_members;
-    count_digits_kernel<<<grid_size(blocks), kThreads, 0, stream>>>(pass, histogram);
+    count_digits_kernel<<<grid_size(blocks), kThreads, 0, stream>>>(pass, histogram,
+                                                                    blocks == 1 ? totals : nullptr);
     check_launch("count_digits");
-    scan_digits_kernel<<<digits, kThreads, 0, stream>>>(blocks, histogram, totals);
-    check_launch("scan_digits");
+    if (blocks > 1) {
+      scan_digits_kernel<<<digits, kThreads, 0, stream>>>(blocks, histogram, totals);
+      check_launch("scan_digits");
+    }
     place_kernel<<<grid_size(blocks), kThreads, kWarps * digits * sizeof(int), stream>>>(
         pass, histogram, totals, sorted_keys[i % 2], target);
     check_launch("place");

@@ -1,18 +1,33 @@
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/empty.h>
 
+#include "kernels/gate.h"
 #include "kernels/routing.h"
 #include "kernels/cuda/routing.h"
 #include "kernels/cuda/tensors.h"
+#include "support/cuda_check.h"
 
 namespace anabranch {
 
 namespace {
 
-cuda::RouteArguments route_arguments(const torch::Tensor& logits, const RoutingRule& rule) {
-  return {cuda::scalar_of(logits), logits.size(0),    logits.size(1), rule.top_k,
-          rule.renormalize,        rule.routing_scale};
+cuda::RouteArguments route_arguments(const torch::Tensor& probabilities, const RoutingRule& rule) {
+  return {cuda::scalar_of(probabilities),
+          probabilities.size(0),
+          probabilities.size(1),
+          rule.top_k,
+          rule.renormalize,
+          rule.routing_scale};
+}
+
+cuda::Losses addresses_of(const BatchLosses& losses) {
+  return {losses.expert_load.data_ptr<int64_t>(), losses.balance.data_ptr(), losses.z.data_ptr(),
+          losses.balance_slope.data_ptr<double>(), losses.z_slope.data_ptr<double>()};
+}
+
+BatchLosses empty_losses(int64_t experts, const torch::TensorOptions& options, torch::Dtype dtype) {
+  const auto slopes = options.dtype(torch::kFloat64);
+  return {at::empty({experts}, options.dtype(torch::kInt64)), at::empty({}, options.dtype(dtype)),
+          at::empty({}, options.dtype(dtype)), at::empty({experts}, slopes), at::empty({}, slopes)};
 }
 
 class CudaRoutingKernels final : public RoutingKernels {
@@ -21,19 +36,27 @@ class CudaRoutingKernels final : public RoutingKernels {
                     const torch::Tensor& expert_bias) const override {
     const OnDevice stream(logits);
     const int64_t tokens = logits.size(0);
-    const int64_t experts = logits.size(1);
+    const int64_t experts = logits.size(-1);
     const auto index = logits.options().dtype(torch::kInt64);
+    const auto found = at::empty({experts + 1}, index);  // counts, and the token that has none
     RouteResult result{at::empty({tokens, rule.top_k}, index),
                        at::empty({tokens, rule.top_k}, logits.options()),
-                       at::empty_like(logits),
+                       at::empty({tokens, experts}, logits.options()),
                        at::empty({tokens}, logits.options()),
-                       at::zeros({experts}, index),
-                       at::full({}, -1, index)};
+                       found.narrow(0, 0, experts),
+                       found.select(0, experts)};
+    check_cuda(cudaMemsetAsync(found.data_ptr(), 0xFF, found.nbytes(), stream), "cudaMemsetAsync");
+    if (tokens == 0) {
+      result.counts.zero_();
+    }
     const cuda::RouteResults out{
         result.expert_ids.data_ptr<int64_t>(), result.weights.data_ptr(),
         result.probabilities.data_ptr(),       result.logsumexp.data_ptr(),
         result.counts.data_ptr<int64_t>(),     result.first_nonfinite_token.data_ptr<int64_t>()};
-    const auto arguments = route_arguments(logits, rule);
+    auto arguments = route_arguments(result.probabilities, rule);
+    if (logits.dim() == 3) {
+      arguments.logit_parts = logits.size(1);
+    }
     if (is_plain(rule, expert_bias)) {
       cuda::launch_route(arguments, logits.const_data_ptr(), out, stream);
     } else {
@@ -77,24 +100,39 @@ class CudaRoutingKernels final : public RoutingKernels {
                            torch::Dtype dtype) const override {
     const OnDevice stream(sums);
     const int64_t experts = chosen.size(0);
-    const auto of_type = [&](torch::Dtype type) { return sums.options().dtype(type); };
-    BatchLosses losses{at::empty({experts}, of_type(torch::kInt64)), at::empty({}, of_type(dtype)),
-                       at::empty({}, of_type(dtype)), at::empty({experts}, sums.options()),
-                       at::empty({}, sums.options())};
-    cuda::launch_batch_losses(
-        cuda::scalar_of(losses.balance), sums.const_data_ptr<double>(),
-        chosen.const_data_ptr<double>(), experts, top_k,
-        {losses.expert_load.data_ptr<int64_t>(), losses.balance.data_ptr(), losses.z.data_ptr(),
-         losses.balance_slope.data_ptr<double>(), losses.z_slope.data_ptr<double>()},
-        stream);
+    const auto losses = empty_losses(experts, sums.options(), dtype);
+    cuda::launch_batch_losses(cuda::scalar_of(losses.balance), sums.const_data_ptr<double>(),
+                              chosen.const_data_ptr<double>(), experts, top_k, addresses_of(losses),
+                              stream);
+    return losses;
+  }
+
+  BatchLosses losses_of_one(const torch::Tensor& counts, int64_t tokens, const RoutingSums& sums,
+                            int64_t top_k) const override {
+    const OnDevice stream(counts);
+    const int64_t experts = counts.size(0);
+    const auto losses = empty_losses(experts, counts.options(), sums.probabilities.scalar_type());
+    cuda::launch_losses_of_one(cuda::scalar_of(losses.balance), counts.const_data_ptr<int64_t>(),
+                               tokens, experts, sums.probabilities.const_data_ptr(),
+                               sums.squared_logsumexp.const_data_ptr(), top_k, addresses_of(losses),
+                               stream);
     return losses;
   }
 
   torch::Tensor route_backward(const RouteResult& routed, const RoutingRule& rule,
                                const torch::Tensor& dweights, const torch::Tensor& dprobability_sum,
-                               const torch::Tensor& dsquared_logsumexp_sum) const override {
+                               const torch::Tensor& dsquared_logsumexp_sum,
+                               bool split) const override {
     const OnDevice stream(routed.probabilities);
-    torch::Tensor dlogits = at::empty_like(routed.probabilities);
+    const auto& probabilities = routed.probabilities;
+    const auto options = probabilities.options();
+    torch::Tensor dlogits = split ? at::empty({probabilities.size(0), 4, probabilities.size(1)},
+                                              options.dtype(torch::kBFloat16))
+                                  : at::empty(probabilities.sizes(), options);
+    const auto& places = kSplitGradient;
+    const cuda::LogitGradient gradient{split ? nullptr : dlogits.data_ptr(),
+                                       split ? dlogits.data_ptr() : nullptr,
+                                       {places[0], places[1], places[2], places[3]}};
     const cuda::RouteInputs inputs{routed.expert_ids.const_data_ptr<int64_t>(),
                                    routed.weights.const_data_ptr(),
                                    routed.probabilities.const_data_ptr(),
@@ -105,7 +143,7 @@ class CudaRoutingKernels final : public RoutingKernels {
     const auto launch = rule.router_score == RouterScore::kSigmoid
                             ? cuda::launch_route_backward_of_sigmoids
                             : cuda::launch_route_backward;
-    launch(route_arguments(dlogits, rule), inputs, dlogits.data_ptr(), stream);
+    launch(route_arguments(probabilities, rule), inputs, gradient, stream);
     return dlogits;
   }
 };

@@ -3,6 +3,19 @@
 namespace anabranch::cuda {
 namespace {
 
+/// A token's logits, as they are or in three parts.
+template <typename value_t>
+struct LogitsRow {
+  const value_t* row;
+  int experts;
+  bool in_parts;
+
+  __device__ value_t operator[](int expert) const {
+    const value_t value = row[expert];
+    return in_parts ? value + row[experts + expert] + row[2 * experts + expert] : value;
+  }
+};
+
 /// One lane's share of a token's logits, and which of them are left to choose from: in registers.
 template <typename value_t, int kLanes, int kPerLane>
 struct Logits {
@@ -10,7 +23,7 @@ struct Logits {
   int experts;
   int lane;
 
-  __device__ Logits(const value_t* row, int num_experts, int own_lane)
+  __device__ Logits(const LogitsRow<value_t>& row, int num_experts, int own_lane)
       : experts(num_experts), lane(own_lane) {
 #pragma unroll
     for (int r = 0; r < kPerLane; ++r) {
@@ -42,13 +55,13 @@ struct Logits {
 /// The same for more experts than registers: read again each time.
 template <typename value_t, int kLanes>
 struct Logits<value_t, kLanes, 0> {
-  const value_t* row;
+  LogitsRow<value_t> row;
   int experts;
   int lane;
   value_t last = kInfinity<value_t>;  // what is left comes after the last that was taken
   int last_expert = -1;
 
-  __device__ Logits(const value_t* values, int num_experts, int own_lane)
+  __device__ Logits(const LogitsRow<value_t>& values, int num_experts, int own_lane)
       : row(values), experts(num_experts), lane(own_lane) {}
 
   template <typename Body>
@@ -111,8 +124,8 @@ __device__ void select(Logits<value_t, kLanes, kPerLane>& logits,
 }
 
 template <typename value_t, int kLanes, int kPerLane>
-__device__ void route_token(int64_t token, const value_t* logits_row, int experts, int top_k,
-                            bool renormalize, const RouteOutput<value_t>& out,
+__device__ void route_token(int64_t token, const LogitsRow<value_t>& logits_row, int experts,
+                            int top_k, bool renormalize, const RouteOutput<value_t>& out,
                             unsigned* histogram) {
   const Lanes<value_t, kLanes> lanes;
   Logits<value_t, kLanes, kPerLane> logits(logits_row, experts, lanes.lane);
@@ -159,15 +172,15 @@ __device__ void route_token(int64_t token, const value_t* logits_row, int expert
 
 template <typename value_t, int kLanes, int kPerLane>
 __global__ void __launch_bounds__(kThreads)
-    route_kernel(const value_t* __restrict__ logits, int64_t tokens, int experts, int top_k,
-                 bool renormalize, RouteOutput<value_t> out) {
+    route_kernel(const value_t* __restrict__ logits, int parts, int64_t tokens, int experts,
+                 int top_k, bool renormalize, RouteOutput<value_t> out) {
   extern __shared__ unsigned histogram[];  // [experts]
   clear_histogram(histogram, experts);
   constexpr int kTokens = kThreads / kLanes;
   for (int64_t token = static_cast<int64_t>(blockIdx.x) * kTokens + threadIdx.x / kLanes;
        token < tokens; token += static_cast<int64_t>(gridDim.x) * kTokens) {
-    route_token<value_t, kLanes, kPerLane>(token, logits + token * experts, experts, top_k,
-                                           renormalize, out, histogram);
+    const LogitsRow<value_t> row{logits + token * parts * experts, experts, parts > 1};
+    route_token<value_t, kLanes, kPerLane>(token, row, experts, top_k, renormalize, out, histogram);
   }
   add_histogram(histogram, experts, out.counts);
 }
@@ -177,7 +190,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename value_t, int kLanes>
 __global__ void __launch_bounds__(kThreads)
     route_backward_kernel(RouteState<value_t> state, int64_t tokens, int experts, int top_k,
-                          bool renormalize, value_t scale, value_t* __restrict__ dlogits) {
+                          bool renormalize, value_t scale, LogitGradient gradient) {
   const int64_t token = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
   if (token >= tokens) {
     return;
@@ -206,16 +219,16 @@ __global__ void __launch_bounds__(kThreads)
   }
   mean = lanes.sum(mean);
   const value_t rest = 2 * state.logsumexp[token] * state.dsquared_logsumexp() - mean;
-  value_t* target = dlogits + token * experts;
+  const TokenGradient<value_t> target(gradient, token, experts);
   for (int expert = lanes.lane; expert < experts; expert += kLanes) {
-    target[expert] = p[expert] * (state.dprobability(expert) + rest);
+    target.store(expert, p[expert] * (state.dprobability(expert) + rest));
   }
   __syncwarp(lanes.mask);  // the selected experts' are written again, by other lanes
   for (int slot = lanes.lane; slot < top_k; slot += kLanes) {
     const int64_t expert = ids[slot];
     const value_t dprobability =
         state.dprobability(expert) + (scale * dweights[slot] - inner) / sum;
-    target[expert] = p[expert] * (dprobability + rest);
+    target.store(expert, p[expert] * (dprobability + rest));
   }
 }
 
@@ -233,8 +246,8 @@ void launch_route(const RouteArguments& arguments, const void* logits, const Rou
       const auto kernel = route_kernel<value_t, kLanes, decltype(per_lane)::value>;
       const RouteGrid grid = route_grid(arguments, kLanes, kernel);
       kernel<<<grid.blocks, kThreads, grid.shared, stream>>>(
-          static_cast<const value_t*>(logits), arguments.tokens,
-          static_cast<int>(arguments.experts), static_cast<int>(arguments.top_k),
+          static_cast<const value_t*>(logits), static_cast<int>(arguments.logit_parts),
+          arguments.tokens, static_cast<int>(arguments.experts), static_cast<int>(arguments.top_k),
           arguments.renormalize, RouteOutput<value_t>(results));
       check_launch("route");
     });
@@ -242,7 +255,7 @@ void launch_route(const RouteArguments& arguments, const void* logits, const Rou
 }
 
 void launch_route_backward(const RouteArguments& arguments, const RouteInputs& inputs,
-                           void* dlogits, cudaStream_t stream) {
+                           const LogitGradient& gradient, cudaStream_t stream) {
   if (arguments.tokens == 0) {
     return;
   }
@@ -254,7 +267,7 @@ void launch_route_backward(const RouteArguments& arguments, const RouteInputs& i
       route_backward_kernel<value_t, kLanes><<<blocks, kThreads, 0, stream>>>(
           RouteState<value_t>(inputs), arguments.tokens, static_cast<int>(arguments.experts),
           static_cast<int>(arguments.top_k), arguments.renormalize,
-          static_cast<value_t>(arguments.scale), static_cast<value_t*>(dlogits));
+          static_cast<value_t>(arguments.scale), gradient);
       check_launch("route_backward");
     });
   });

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/gate.cuh"
 #include "kernels/cuda/routing.h"
 #include "kernels/score_sum.h"
 
@@ -97,15 +97,50 @@ __device__ inline void clear_histogram(unsigned* histogram, int experts) {
   __syncthreads();
 }
 
+/// To counts that start at −1, which one of the blocks makes up for.
 __device__ inline void add_histogram(const unsigned* histogram, int experts,
                                      unsigned long long* counts) {
   __syncthreads();
   for (int expert = threadIdx.x; expert < experts; expert += kThreads) {
-    if (histogram[expert] != 0) {
-      atomicAdd(&counts[expert], static_cast<unsigned long long>(histogram[expert]));
+    const unsigned more = histogram[expert] + (blockIdx.x == 0 ? 1 : 0);
+    if (more != 0) {
+      atomicAdd(&counts[expert], static_cast<unsigned long long>(more));
     }
   }
 }
+
+/// Where a token's gradients go.
+template <typename value_t>
+class TokenGradient {
+ public:
+  __device__ TokenGradient(const LogitGradient& gradient, int64_t token, int experts)
+      : experts_(experts),
+        places_{gradient.places[0], gradient.places[1], gradient.places[2], gradient.places[3]} {
+    if (gradient.dlogits != nullptr) {
+      dlogits_ = static_cast<value_t*>(gradient.dlogits) + token * experts;
+    } else {
+      split_ = static_cast<__nv_bfloat16*>(gradient.split) + token * 4 * experts;
+    }
+  }
+
+  __device__ void store(int64_t expert, value_t value) const {
+    if (dlogits_ != nullptr) {
+      dlogits_[expert] = value;
+      return;
+    }
+    const Bf16Parts parts(static_cast<float>(value));
+#pragma unroll
+    for (int place = 0; place < 4; ++place) {
+      split_[place * experts_ + expert] = parts[places_.part[place]];
+    }
+  }
+
+ private:
+  value_t* dlogits_ = nullptr;
+  __nv_bfloat16* split_ = nullptr;
+  int experts_;
+  Places places_;
+};
 
 template <typename value_t>
 struct RouteState {
@@ -196,9 +231,12 @@ RouteGrid route_grid(const RouteArguments& arguments, int lanes, Kernel kernel) 
   const int64_t blocks =
       std::min(divide_up(arguments.tokens, kThreads / lanes), kRouteBlocks * multiprocessors());
   const size_t shared = arguments.experts * sizeof(unsigned);
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(shared)),
-             "cudaFuncSetAttribute");
+  constexpr size_t kWithoutAsking = 48 << 10;
+  if (shared > kWithoutAsking) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared)),
+               "cudaFuncSetAttribute");
+  }
   return {grid_size(blocks), shared};
 }
 

@@ -10,6 +10,7 @@ namespace anabranch::cuda {
 
 // routing.cu
 
+/// Of sums of `logit_parts` the logits are given as [T, parts, E].
 struct RouteArguments {
   Scalar scalar;
   int64_t tokens;
@@ -17,9 +18,10 @@ struct RouteArguments {
   int64_t top_k;
   bool renormalize;
   double scale;
+  int64_t logit_parts = 1;
 };
 
-/// `counts` [E] starts at 0 and `first_nonfinite_token` at −1.
+/// `counts` [E] and `first_nonfinite_token` start at −1: one memset.
 struct RouteResults {
   int64_t* expert_ids;
   void* weights;
@@ -29,7 +31,7 @@ struct RouteResults {
   int64_t* first_nonfinite_token;
 };
 
-/// Softmax, and the experts with the largest logits; `scale` is 1.
+/// Softmax, and the experts with the largest logits; `scale` is 1. Logits in parts are fp32.
 void launch_route(const RouteArguments& arguments, const void* logits, const RouteResults& results,
                   cudaStream_t stream);
 
@@ -43,9 +45,16 @@ struct RouteInputs {
   const void* dsquared_logsumexp_sum;  ///< [], may be null: zero
 };
 
+/// Where dlogits goes: [T, E], or in bf16 parts [T, 4, E], see GateKernels::split.
+struct LogitGradient {
+  void* dlogits;  ///< null: in parts, of fp32
+  void* split;
+  int places[4];
+};
+
 /// Of softmax scores, however they were chosen.
 void launch_route_backward(const RouteArguments& arguments, const RouteInputs& inputs,
-                           void* dlogits, cudaStream_t stream);
+                           const LogitGradient& gradient, cudaStream_t stream);
 
 // routing_by_scores.cu
 
@@ -62,7 +71,7 @@ void launch_route_by_scores(const RouteArguments& arguments, const ChoiceArgumen
                             const void* logits, const RouteResults& results, cudaStream_t stream);
 
 void launch_route_backward_of_sigmoids(const RouteArguments& arguments, const RouteInputs& inputs,
-                                       void* dlogits, cudaStream_t stream);
+                                       const LogitGradient& gradient, cudaStream_t stream);
 
 // routing_sums.cu
 
@@ -98,5 +107,10 @@ struct Losses {
 /// See RoutingKernels::batch_losses; `scalar`, of the losses, is kFloat or kDouble.
 void launch_batch_losses(Scalar scalar, const double* sums, const double* chosen, int64_t experts,
                          int64_t top_k, const Losses& losses, cudaStream_t stream);
+
+/// See RoutingKernels::losses_of_one; the sums are of the losses' type.
+void launch_losses_of_one(Scalar scalar, const int64_t* counts, int64_t tokens, int64_t experts,
+                          const void* probability_sum, const void* squared_logsumexp_sum,
+                          int64_t top_k, const Losses& losses, cudaStream_t stream);
 
 }  // namespace anabranch::cuda

@@ -234,7 +234,7 @@ template <typename value_t, int kLanes>
 __global__ void __launch_bounds__(kThreads)
     route_backward_of_sigmoids_kernel(RouteState<value_t> state, int64_t tokens, int experts,
                                       int top_k, bool renormalize, value_t scale,
-                                      value_t* __restrict__ dlogits) {
+                                      LogitGradient gradient) {
   const int64_t token = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
   if (token >= tokens) {
     return;
@@ -265,18 +265,18 @@ __global__ void __launch_bounds__(kThreads)
   mean = lanes.sum(mean) / sum;
   const value_t logsumexp = state.logsumexp[token];
   const value_t dlogsumexp = 2 * logsumexp * state.dsquared_logsumexp();
-  value_t* target = dlogits + token * experts;
+  const TokenGradient<value_t> target(gradient, token, experts);
   const auto dlogit = [&](int64_t expert, value_t through_weight) {
     const value_t score = sigmoid_of(logits[expert]);
     const value_t dscore = through_weight + (state.dprobability(expert) - mean) / sum;
     return score * (1 - score) * dscore + exp(logits[expert] - logsumexp) * dlogsumexp;
   };
   for (int expert = lanes.lane; expert < experts; expert += kLanes) {
-    target[expert] = dlogit(expert, 0);
+    target.store(expert, dlogit(expert, 0));
   }
   __syncwarp(lanes.mask);  // the chosen experts' are written again, by other lanes
   for (int slot = lanes.lane; slot < top_k; slot += kLanes) {
-    target[ids[slot]] = dlogit(ids[slot], (scale * dweights[slot] - inner) / chosen_sum);
+    target.store(ids[slot], dlogit(ids[slot], (scale * dweights[slot] - inner) / chosen_sum));
   }
 }
 
@@ -311,7 +311,7 @@ void launch_route_by_scores(const RouteArguments& arguments, const ChoiceArgumen
 }
 
 void launch_route_backward_of_sigmoids(const RouteArguments& arguments, const RouteInputs& inputs,
-                                       void* dlogits, cudaStream_t stream) {
+                                       const LogitGradient& gradient, cudaStream_t stream) {
   if (arguments.tokens == 0) {
     return;
   }
@@ -323,7 +323,7 @@ void launch_route_backward_of_sigmoids(const RouteArguments& arguments, const Ro
       route_backward_of_sigmoids_kernel<value_t, kLanes><<<blocks, kThreads, 0, stream>>>(
           RouteState<value_t>(inputs), arguments.tokens, static_cast<int>(arguments.experts),
           static_cast<int>(arguments.top_k), arguments.renormalize,
-          static_cast<value_t>(arguments.scale), static_cast<value_t*>(dlogits));
+          static_cast<value_t>(arguments.scale), gradient);
       check_launch("route_backward_of_sigmoids");
     });
   });

@@ -115,23 +115,54 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-/// One block.
+/// A batch's sums, in one vector: see RoutingKernels::batch_sums.
+struct SumsOfBatch {
+  const double* sums;
+  const double* chosen_of_expert;
+  int experts;
+
+  __device__ double tokens() const { return sums[experts]; }
+  __device__ double chosen(int expert) const { return chosen_of_expert[expert]; }
+  __device__ int64_t load(int expert) const { return static_cast<int64_t>(sums[expert]); }
+  __device__ double probabilities(int expert) const { return sums[experts + 1 + expert]; }
+  __device__ double squared_logsumexp() const { return sums[2 * experts + 1]; }
+};
+
+/// The same of one rank alone, where they are.
 template <typename value_t>
+struct SumsOfOne {
+  const int64_t* counts;
+  const value_t* probability_sum;
+  const value_t* squared_logsumexp_sum;
+  int64_t num_tokens;
+
+  __device__ double tokens() const { return static_cast<double>(num_tokens); }
+  __device__ double chosen(int expert) const { return static_cast<double>(counts[expert]); }
+  __device__ int64_t load(int expert) const { return counts[expert]; }
+  __device__ double probabilities(int expert) const {
+    return static_cast<double>(probability_sum[expert]);
+  }
+  __device__ double squared_logsumexp() const {
+    return static_cast<double>(*squared_logsumexp_sum);
+  }
+};
+
+/// One block.
+template <typename value_t, typename Sums>
 __global__ void __launch_bounds__(kThreads)
-    batch_losses_kernel(const double* __restrict__ sums, const double* __restrict__ chosen,
-                        int experts, double scale, Losses losses) {
-  const double tokens = fmax(sums[experts], 1.0);  // none at all: losses are 0
+    batch_losses_kernel(Sums sums, int experts, double scale, Losses losses) {
+  const double tokens = fmax(sums.tokens(), 1.0);  // none at all: losses are 0
   double balance = 0;
   for (int expert = threadIdx.x; expert < experts; expert += kThreads) {
-    const double slope = chosen[expert] * scale / (tokens * tokens);
+    const double slope = sums.chosen(expert) * scale / (tokens * tokens);
     losses.balance_slope[expert] = slope;
-    losses.expert_load[expert] = static_cast<int64_t>(sums[expert]);
-    balance += slope * sums[experts + 1 + expert];
+    losses.expert_load[expert] = sums.load(expert);
+    balance += slope * sums.probabilities(expert);
   }
   balance = block_sum(balance);
   if (threadIdx.x == 0) {
     *static_cast<value_t*>(losses.balance) = static_cast<value_t>(balance);
-    *static_cast<value_t*>(losses.z) = static_cast<value_t>(sums[2 * experts + 1] / tokens);
+    *static_cast<value_t*>(losses.z) = static_cast<value_t>(sums.squared_logsumexp() / tokens);
     *losses.z_slope = 1 / tokens;
   }
 }
@@ -182,10 +213,26 @@ void launch_batch_sums(Scalar scalar, const int64_t* counts, int64_t tokens, int
 void launch_batch_losses(Scalar scalar, const double* sums, const double* chosen, int64_t experts,
                          int64_t top_k, const Losses& losses, cudaStream_t stream) {
   const double scale = static_cast<double>(experts) / static_cast<double>(top_k);
-  const auto kernel =
-      scalar == Scalar::kDouble ? batch_losses_kernel<double> : batch_losses_kernel<float>;
-  kernel<<<1, kThreads, 0, stream>>>(sums, chosen, static_cast<int>(experts), scale, losses);
+  const int count = static_cast<int>(experts);
+  const auto kernel = scalar == Scalar::kDouble ? batch_losses_kernel<double, SumsOfBatch>
+                                                : batch_losses_kernel<float, SumsOfBatch>;
+  kernel<<<1, kThreads, 0, stream>>>({sums, chosen, count}, count, scale, losses);
   check_launch("batch_losses");
+}
+
+void launch_losses_of_one(Scalar scalar, const int64_t* counts, int64_t tokens, int64_t experts,
+                          const void* probability_sum, const void* squared_logsumexp_sum,
+                          int64_t top_k, const Losses& losses, cudaStream_t stream) {
+  const double scale = static_cast<double>(experts) / static_cast<double>(top_k);
+  const auto launch = [&](auto zero) {
+    using value_t = decltype(zero);
+    const SumsOfOne<value_t> sums{counts, static_cast<const value_t*>(probability_sum),
+                                  static_cast<const value_t*>(squared_logsumexp_sum), tokens};
+    batch_losses_kernel<value_t>
+        <<<1, kThreads, 0, stream>>>(sums, static_cast<int>(experts), scale, losses);
+    check_launch("losses_of_one");
+  };
+  scalar == Scalar::kDouble ? launch(double{}) : launch(float{});
 }
 
 }  // namespace anabranch::cuda

@@ -1,0 +1,28 @@
+#pragma once
+
+#include "kernels/cuda/device.cuh"
+
+namespace anabranch::cuda {
+
+/// A number in bf16 parts: see GateKernels::split.
+struct Bf16Parts {
+  __nv_bfloat16 part[3];
+
+  __device__ explicit Bf16Parts(float value) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      part[i] = __float2bfloat16_rn(value);
+      value -= __bfloat162float(part[i]);
+    }
+  }
+  __device__ __nv_bfloat16 operator[](int i) const {
+    return i == 0 ? part[0] : i == 1 ? part[1] : part[2];
+  }
+};
+
+/// Which part goes to which place.
+struct Places {
+  int part[4];
+};
+
+}  // namespace anabranch::cuda
