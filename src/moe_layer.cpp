@@ -184,8 +184,12 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
                                     parameters.shared_expert_main_grad, expert, std::move(ahead)),
               tokens, parameters.shared_expert_gate);
   }
-  return {y.view(x.sizes()),      losses.balance_loss, losses.z_loss,
-          losses.importance_loss, losses.load_loss,    losses.expert_load};
+  return {x.dim() == 2 ? y : y.view(x.sizes()),
+          losses.balance_loss,
+          losses.z_loss,
+          losses.importance_loss,
+          losses.load_loss,
+          losses.expert_load};
 }
 
 MoELayerImpl::MoELayerImpl(const MoEOptions& options, std::shared_ptr<Communicator> communicator)

@@ -118,7 +118,7 @@ torch::Tensor layer_tokens(const torch::Tensor& x, const MoEOptions& options) {
   check_input(x.device().type() == options.device.type() &&
                   (!options.device.has_index() || x.device() == options.device),
               "MoELayer: input is on ", x.device(), ", expected ", options.device);
-  return x.reshape({-1, options.hidden_size}).contiguous();
+  return (x.dim() == 2 ? x : x.reshape({-1, options.hidden_size})).contiguous();
 }
 
 void check_layer_routing(const Routing& routing, int64_t tokens, const MoEOptions& options) {

@@ -173,23 +173,34 @@ void implement(torch::Library& library) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(anabranch, library) {
+  // They keep what a compiler's own CUDA graphs know nothing of, wait for the device, or read counts in host
+  // memory, which a replay would not read again.
+  const std::vector<at::Tag> not_recorded = {at::Tag::cudagraph_unsafe};
   library.def(
       "route_forward(Tensor logits, int top_k, bool renormalize, bool needs_gradient) -> "
       "(Tensor weights, Tensor probability_sum, Tensor squared_logsumexp_sum, Tensor expert_ids, "
-      "Tensor counts, Tensor state)");
-  library.def("route_backward(Tensor[] gradients, Tensor state, Tensor logits) -> Tensor");
-  library.def("plan(Tensor expert_ids, Tensor weights, int num_experts, str group) -> Tensor[]");
+      "Tensor counts, Tensor state)",
+      not_recorded);
+  library.def("route_backward(Tensor[] gradients, Tensor state, Tensor logits) -> Tensor",
+              not_recorded);
+  library.def("plan(Tensor expert_ids, Tensor weights, int num_experts, str group) -> Tensor[]",
+              not_recorded);
   library.def(
       "dispatch(Tensor rows, Tensor? values, Tensor[] plan, int top_k, int num_experts, str group) "
-      "-> (Tensor rows, Tensor values)");
+      "-> (Tensor rows, Tensor values)",
+      not_recorded);
   library.def(
       "combine(Tensor rows, Tensor? values, Tensor[] plan, int top_k, int num_experts, str group) "
-      "-> (Tensor rows, Tensor values)");
+      "-> (Tensor rows, Tensor values)",
+      not_recorded);
   library.def("permute(Tensor rows, Tensor[] plan) -> Tensor");
   library.def("unpermute(Tensor assignments, Tensor? weights, Tensor[] plan) -> Tensor");
-  library.def("grouped_gemm(Tensor x, Tensor weight, Tensor counts, str engine) -> Tensor");
-  library.def("grouped_gemm_dgrad(Tensor dy, Tensor weight, Tensor counts, str engine) -> Tensor");
-  library.def("grouped_gemm_wgrad(Tensor dy, Tensor x, Tensor counts, str engine) -> Tensor");
+  library.def("grouped_gemm(Tensor x, Tensor weight, Tensor counts, str engine) -> Tensor",
+              not_recorded);
+  library.def("grouped_gemm_dgrad(Tensor dy, Tensor weight, Tensor counts, str engine) -> Tensor",
+              not_recorded);
+  library.def("grouped_gemm_wgrad(Tensor dy, Tensor x, Tensor counts, str engine) -> Tensor",
+              not_recorded);
 }
 
 TORCH_LIBRARY_IMPL(anabranch, CPU, library) { implement(library); }

@@ -47,8 +47,18 @@ std::vector<torch::Tensor> run_backward(const RecordedGraph& graph,
   for (const auto& input : graph.inputs) {
     inputs.push_back(torch::autograd::impl::gradient_edge(input));
   }
+  std::vector<torch::autograd::Edge> outputs;
+  std::vector<torch::Tensor> of_outputs;
+  for (size_t i = 0; i < graph.outputs.size(); ++i) {
+    if (!gradients[i].defined()) continue;
+    outputs.push_back(graph.outputs[i]);
+    of_outputs.push_back(gradients[i]);
+  }
+  if (outputs.empty()) {
+    return std::vector<torch::Tensor>(inputs.size());
+  }
   return torch::autograd::Engine::get_default_engine().execute(
-      graph.outputs, gradients, torch::autograd::get_current_graph_task_keep_graph(),
+      outputs, of_outputs, torch::autograd::get_current_graph_task_keep_graph(),
       /*create_graph=*/false, /*accumulate_grad=*/false, inputs);
 }
 

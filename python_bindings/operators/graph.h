@@ -24,7 +24,7 @@ torch::Tensor as_tensor(RecordedGraph graph);
 /// InputError where `state` is a copy: of what it owns there is none.
 const RecordedGraph& recorded_graph(const torch::Tensor& state);
 
-/// The gradients of `graph.inputs`, of those of its outputs. The graph can be used again where the
+/// The gradients of `graph.inputs`, of those of its outputs, some of which may be undefined: zero. The graph can be used again where the
 /// backward that runs is to keep its own.
 std::vector<torch::Tensor> run_backward(const RecordedGraph& graph,
                                         const std::vector<torch::Tensor>& gradients);

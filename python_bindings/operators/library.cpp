@@ -27,7 +27,7 @@ std::vector<std::string> parameter_names(std::string options) {
   MoEParameters parameters;
   std::vector<std::string> names;
   for (const auto& parameter : named_parameters(parameters, options_from_json(options))) {
-    names.push_back(parameter.name);
+    names.emplace_back(parameter.name);
   }
   return names;
 }

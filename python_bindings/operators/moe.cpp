@@ -10,6 +10,7 @@
 #include "probe.h"
 #include "registry.h"
 #include "support/check.h"
+#include "support/given.h"
 #include "support/single_backward.h"
 #include "support/tensor_list.h"
 
@@ -153,15 +154,18 @@ OutputAndStateTuple moe_forward(const at::Tensor& x, at::TensorList parameters,
 
 /// The gradients of `inputs`: those that moe_forward was told of, in its order. `gradients` are of
 /// its differentiable outputs: output and the losses that there are, which come first of them all.
-/// `read`: other tensors that the state reads; whoever plans memory must see that they are.
-std::vector<at::Tensor> moe_backward(at::TensorList gradients, const at::Tensor& state,
-                                     const at::Tensor& probe, at::TensorList inputs,
-                                     at::TensorList /*read*/) {
+/// One that is none costs nothing. `read`: other tensors that the state reads; whoever plans memory must see that
+/// they are.
+std::vector<at::Tensor> moe_backward(const c10::List<std::optional<at::Tensor>>& gradients,
+                                     const at::Tensor& state, const at::Tensor& probe,
+                                     at::TensorList inputs, at::TensorList /*read*/) {
   const RecordedGraph& graph = recorded_graph(state);
   TORCH_CHECK_VALUE(graph.inputs.size() == inputs.size(), "moe_backward: ", inputs.size(),
                     " inputs, expected the ", graph.inputs.size(), " of the forward");
-  std::vector<at::Tensor> of_outputs(
-      gradients.begin(), gradients.begin() + static_cast<int64_t>(graph.outputs.size()));
+  std::vector<at::Tensor> of_outputs;
+  for (size_t i = 0; i < graph.outputs.size(); ++i) {
+    of_outputs.push_back(gradients.get(i).value_or(at::Tensor()));
+  }
   const Observing observing(probe, graph.function->exchange().communicator(),
                             inputs.empty() ? at::kCPU : inputs[0].device());
   auto result = run_backward(graph, of_outputs);
@@ -185,9 +189,9 @@ OutputsAndState call_forward(const at::Tensor& x, at::TensorList parameters,
   return found;
 }
 
-std::vector<at::Tensor> call_backward(at::TensorList gradients, const at::Tensor& state,
-                                      const at::Tensor& probe, at::TensorList inputs,
-                                      at::TensorList read) {
+std::vector<at::Tensor> call_backward(const c10::List<std::optional<at::Tensor>>& gradients,
+                                      const at::Tensor& state, const at::Tensor& probe,
+                                      at::TensorList inputs, at::TensorList read) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("anabranch::moe_backward", "")
                              .typed<decltype(moe_backward)>();
@@ -239,6 +243,7 @@ struct MoE : torch::autograd::Function<MoE> {
     context->saved_data["places"] = places;
     context->saved_data["arguments"] = place + 5;
     context->mark_non_differentiable({outputs.expert_load});
+    context->set_materialize_grads(false);  // a loss that nobody uses has no backward
     return pack(outputs);
   }
 
@@ -249,9 +254,12 @@ struct MoE : torch::autograd::Function<MoE> {
     const at::Tensor& state = saved[0];
     const at::Tensor& probe = saved[1];
     const auto tensors = at::TensorList(saved).slice(2);
-    const auto found =
-        call_backward(at::TensorList(gradients).slice(0, kDifferentiable), state, probe,
-                      tensors.slice(0, places.size()), tensors.slice(places.size()));
+    c10::List<std::optional<at::Tensor>> of_outputs;
+    for (size_t i = 0; i < kDifferentiable; ++i) {
+      of_outputs.push_back(given(gradients[i]));
+    }
+    const auto found = call_backward(of_outputs, state, probe, tensors.slice(0, places.size()),
+                                     tensors.slice(places.size()));
     variable_list result(context->saved_data["arguments"].toInt());
     for (size_t i = 0; i < places.size(); ++i) result[places[i]] = found[i];
     return result;
@@ -307,8 +315,10 @@ OutputTuple moe_autocast(const at::Tensor& x, at::TensorList parameters,
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(anabranch, library) {
-  // Jitter, noise and chance: who runs them again must give them the same generator.
-  const std::vector<at::Tag> draws = {at::Tag::nondeterministic_seeded};
+  // Jitter, noise and chance: who runs them again must give them the same generator. What the forward leaves for
+  // the backward lies in memory that a compiler's own CUDA graphs (mode="reduce-overhead") know nothing of, and
+  // which they would use again: they are to end before these operators and begin anew behind them.
+  const std::vector<at::Tag> draws = {at::Tag::nondeterministic_seeded, at::Tag::cudagraph_unsafe};
   library.def(
       "moe(Tensor x, Tensor[] parameters, Tensor? expert_ids, Tensor? weights, str options, "
       "str group, bool training, Tensor probe) -> (Tensor output, Tensor balance_loss, Tensor "
@@ -321,9 +331,9 @@ TORCH_LIBRARY_FRAGMENT(anabranch, library) {
       "Tensor expert_load, Tensor state)",
       draws);
   library.def(
-      "moe_backward(Tensor[] gradients, Tensor state, Tensor probe, Tensor[] inputs, Tensor[] "
-      "read) "
-      "-> Tensor[]");
+      "moe_backward(Tensor?[] gradients, Tensor state, Tensor probe, Tensor[] inputs, Tensor[] "
+      "read) -> Tensor[]",
+      {at::Tag::cudagraph_unsafe});
 }
 
 TORCH_LIBRARY_IMPL(anabranch, CPU, library) {

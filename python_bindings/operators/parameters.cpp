@@ -7,35 +7,34 @@
 #include "support/check.h"
 
 namespace anabranch::operators {
-namespace {
-
-void add_projections(std::vector<NamedParameter>& all, const std::string& prefix,
-                     ExpertProjections& projections, bool bias, bool is_expert) {
-  all.push_back({prefix + ".up_weight", &projections.up.weight, is_expert});
-  all.push_back({prefix + ".down_weight", &projections.down.weight, is_expert});
-  if (bias) {
-    all.push_back({prefix + ".up_bias", &projections.up.bias, is_expert});
-    all.push_back({prefix + ".down_bias", &projections.down.bias, is_expert});
-  }
-}
-
-}  // namespace
+namespace {}  // namespace
 
 std::vector<NamedParameter> named_parameters(MoEParameters& parameters, const MoEOptions& options) {
-  std::vector<NamedParameter> all = {{"router.weight", &parameters.router.weight}};
+  auto& [router, experts, main_grad, shared, shared_main_grad, shared_gate] = parameters;
+  std::vector<NamedParameter> all = {{"router.weight", &router.weight}};
+  all.reserve(12);  // the most there are
   if (options.gate == Gate::kNoisyTopK) {
-    all.push_back({"router.noise_weight", &parameters.router.noise_weight});
+    all.push_back({"router.noise_weight", &router.noise_weight});
   }
   if (options.expert_bias) {
-    all.push_back({"router.expert_bias", &parameters.router.expert_bias});
+    all.push_back({"router.expert_bias", &router.expert_bias});
   }
-  add_projections(all, "experts", parameters.experts, options.bias, /*is_expert=*/true);
+  all.push_back({"experts.up_weight", &experts.up.weight, /*is_expert=*/true});
+  all.push_back({"experts.down_weight", &experts.down.weight, /*is_expert=*/true});
+  if (options.bias) {
+    all.push_back({"experts.up_bias", &experts.up.bias, /*is_expert=*/true});
+    all.push_back({"experts.down_bias", &experts.down.bias, /*is_expert=*/true});
+  }
   if (options.shared_expert_hidden_size > 0) {
-    add_projections(all, "shared_expert", parameters.shared_expert, options.bias,
-                    /*is_expert=*/false);
+    all.push_back({"shared_expert.up_weight", &shared.up.weight});
+    all.push_back({"shared_expert.down_weight", &shared.down.weight});
+    if (options.bias) {
+      all.push_back({"shared_expert.up_bias", &shared.up.bias});
+      all.push_back({"shared_expert.down_bias", &shared.down.bias});
+    }
   }
   if (options.shared_expert_gate) {
-    all.push_back({"shared_expert_gate", &parameters.shared_expert_gate});
+    all.push_back({"shared_expert_gate", &shared_gate});
   }
   return all;
 }

@@ -2,7 +2,7 @@
 
 #include <anabranch/moe_layer.h>
 
-#include <string>
+#include <string_view>
 #include <vector>
 
 namespace anabranch::operators {
@@ -11,7 +11,7 @@ namespace anabranch::operators {
 // first, then the experts'.
 
 struct NamedParameter {
-  std::string name;        ///< as MoELayer names it: "experts.up_weight"
+  std::string_view name;   ///< as MoELayer names it: "experts.up_weight"
   torch::Tensor* tensor;   ///< its place in MoEParameters
   bool is_expert = false;  ///< spread over the ranks
 };

@@ -2,6 +2,7 @@
 
 #include <map>
 #include <mutex>
+#include <string_view>
 #include <tuple>
 
 #include "options.h"
@@ -10,16 +11,18 @@
 namespace anabranch::operators {
 namespace {
 
-/// What has been made so far, of one kind.
+/// What has been made so far, of one kind. What is there is found by a key's view, without a copy of strings.
 template <typename Key, typename Value>
 class Made {
  public:
-  template <typename Make>
-  std::shared_ptr<Value> get(const Key& key, const Make& make) {
+  template <typename View, typename Make>
+  std::shared_ptr<Value> get(const View& key, const Make& make) {
     const std::scoped_lock lock(mutex_);
-    auto& entry = entries_[key];
-    if (!entry) entry = make();
-    return entry;
+    auto found = entries_.find(key);
+    if (found == entries_.end()) {
+      found = entries_.emplace(Key(key), make()).first;
+    }
+    return found->second;
   }
   template <typename Condition>
   void forget(const Condition& condition) {
@@ -29,12 +32,15 @@ class Made {
 
  private:
   std::mutex mutex_;
-  std::map<Key, std::shared_ptr<Value>> entries_;
+  std::map<Key, std::shared_ptr<Value>, std::less<>> entries_;
 };
 
-/// Group first.
-using FunctionKey = std::tuple<std::string, std::string, torch::Dtype, std::string>;
+/// Group first; the device by its kind and number.
+using FunctionKey = std::tuple<std::string, std::string, torch::Dtype, torch::DeviceType, int>;
+using FunctionView =
+    std::tuple<std::string_view, std::string_view, torch::Dtype, torch::DeviceType, int>;
 using ExchangeKey = std::tuple<std::string, int64_t>;
+using ExchangeView = std::tuple<std::string_view, int64_t>;
 
 struct Registry {
   Made<std::string, Communicator> groups;
@@ -75,7 +81,8 @@ std::shared_ptr<Communicator> group_named(const std::string& name) {
 std::shared_ptr<const MoEFunction> function_for(const std::string& options,
                                                 const std::string& group, torch::Dtype dtype,
                                                 torch::Device device) {
-  return registry().functions.get({group, options, dtype, device.str()}, [&] {
+  const FunctionView key(group, options, dtype, device.type(), device.index());
+  return registry().functions.get(key, [&] {
     auto all = options_from_json(options);
     all.dtype = dtype;
     all.device = device;
@@ -84,13 +91,13 @@ std::shared_ptr<const MoEFunction> function_for(const std::string& options,
 }
 
 std::shared_ptr<const Exchange> exchange_for(const std::string& group, int64_t num_experts) {
-  return registry().exchanges.get({group, num_experts}, [&] {
+  return registry().exchanges.get(ExchangeView(group, num_experts), [&] {
     return std::make_shared<const Exchange>(group_named(group), num_experts);
   });
 }
 
 std::shared_ptr<GroupedGemmEngine> engine_for(torch::Device device, const std::string& name) {
-  return registry().engines.get({device.str(), name},
+  return registry().engines.get(std::tuple(device.str(), name),
                                 [&] { return make_grouped_gemm_engine(device, name); });
 }
 

@@ -17,6 +17,11 @@
 namespace anabranch {
 namespace {
 
+/// Some of the first dimension. All of it is the tensor itself: a view costs the host a microsecond.
+torch::Tensor narrowed(const torch::Tensor& tensor, int64_t first, int64_t count) {
+  return !tensor.defined() || tensor.size(0) == count ? tensor : tensor.narrow(0, first, count);
+}
+
 /// Neighbouring experts and their rows.
 struct Part {
   int64_t first_expert = 0;
@@ -25,7 +30,7 @@ struct Part {
   ExpertCounts counts;
 
   torch::Tensor rows_of(const torch::Tensor& tensor) const {
-    return tensor.defined() ? tensor.narrow(0, first_row, rows) : tensor;
+    return narrowed(tensor, first_row, rows);
   }
   torch::Tensor take(const IndexedRows& from) const {
     if (!from.index.defined()) {
@@ -37,7 +42,7 @@ struct Part {
                                       : kernels.gather_rows(from.rows, rows_of(from.index));
   }
   torch::Tensor experts_of(const torch::Tensor& tensor) const {
-    return tensor.defined() ? tensor.narrow(0, first_expert, counts.experts()) : tensor;
+    return narrowed(tensor, first_expert, counts.experts());
   }
   Projection experts_of(const Projection& projection) const {
     return {experts_of(projection.weight), experts_of(projection.bias)};

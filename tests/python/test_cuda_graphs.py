@@ -113,3 +113,39 @@ def test_make_graphed_callables():
         assert torch.equal(y, expected) and torch.equal(x.grad, x_reference.grad)
         for ours, theirs in zip(block.parameters(), reference.parameters()):
             assert torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["backward at once", "backward later"])
+def test_reduce_overhead(kept):
+    """The compiler's own graphs end before the layer and begin anew behind it: whatever is computed between a
+    forward and its backward, what the layer has kept is as it was."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.moe = make_layer()
+
+        def forward(self, x):
+            out = self.moe(x * 2)
+            return out.output + x, out.balance_loss
+
+    def step(block, x, dy, between=lambda: None):
+        x = x.clone().requires_grad_()
+        y, loss = block(x)
+        y, loss = y.clone(), loss.clone()
+        between()
+        torch.autograd.backward([y, 0.01 * loss], [dy, torch.ones_like(loss)])
+        return [y.detach(), x.grad.clone()] + [p.grad.clone() for p in block.parameters()]
+
+    block = Block()
+    compiled = torch.compile(block, mode="reduce-overhead", fullgraph=True)
+    for turn in range(8):
+        x, dy = tensors(turn)
+        block.zero_grad(set_to_none=True)
+        torch.compiler.cudagraph_mark_step_begin()
+        # Memory that was free is written over.
+        found = step(compiled, x, dy, (lambda: [torch.full((2**16,), float("nan"), device="cuda") for _ in range(50)]) if kept else lambda: None)
+        block.zero_grad(set_to_none=True)
+        for ours, expected in zip(found, step(block, x, dy), strict=True):
+            assert torch.equal(ours, expected), turn
+    anabranch.check()

@@ -35,6 +35,15 @@ ROUTER = dict(
 )
 
 
+def test_compilers_record_into_their_graphs_what_is_safe_there():
+    """Not what keeps memory of its own, waits, or reads host memory; permute and unpermute do none of that."""
+    for name in ("moe", "moe_forward", "moe_backward", "route_forward", "route_backward", "plan", "dispatch", "combine",
+                 "grouped_gemm", "grouped_gemm_dgrad", "grouped_gemm_wgrad"):  # fmt: skip
+        assert torch.Tag.cudagraph_unsafe in getattr(OPERATORS, name).default.tags, name
+    for name in ("permute", "unpermute"):
+        assert torch.Tag.cudagraph_unsafe not in getattr(OPERATORS, name).default.tags, name
+
+
 @pytest.mark.parametrize("more", [{}, {"bias": True, "shared_expert_hidden_size": 6}, ROUTER], ids=str)
 def test_opcheck_of_the_layer(more, device):
     layer = layer_of(device, **more)
