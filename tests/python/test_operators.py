@@ -13,7 +13,8 @@ OPERATORS = torch.ops.anabranch
 
 
 def arguments(layer, x, routing=(None, None)):
-    return (x, layer._parameter_list(x), *routing, layer._options, layer._group, True, layer._probe.tensor)
+    parts = {**layer._parts_but_experts(x), "experts": dict(layer.experts.named_parameters())}
+    return (x, layer._parameter_list(parts, x), *routing, layer._options, layer._group, True, layer._probe.tensor)
 
 
 def layer_of(device, **more):
