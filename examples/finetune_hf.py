@@ -13,7 +13,7 @@ import argparse
 import anabranch
 import torch
 import transformers
-from byte_text import Text
+from lm_data import Text
 from tqdm import tqdm
 
 

@@ -18,7 +18,7 @@ import time
 import anabranch
 import torch
 import torch.nn.functional as F
-from byte_text import Text, generator_of, seed_of
+from lm_data import generator_of, open_data, seed_of
 from lm_metrics import MetricsLog, flops_per_token, gradient_norms, peak_flops, peak_memory
 from torch import nn
 from tqdm import tqdm
@@ -95,13 +95,13 @@ def summed_loss(logits, targets):
 
 
 @torch.no_grad()
-def validate(model, text, world):
-    """Nats per byte of the held-out text."""
+def validate(model, data, world):
+    """Nats per token of the held-out data."""
     total = torch.zeros((), dtype=torch.float64)
-    for inputs, targets in text.validation_batches():
+    for inputs, targets in data.validation_batches():
         total += summed_loss(model(inputs)[0], targets).cpu()
     world.all_reduce(total)
-    return total.item() / (text.options.validation_sequences * text.options.sequence_length)
+    return total.item() / (data.options.validation_sequences * data.options.sequence_length)
 
 
 def learning_rate(step, options):
@@ -111,10 +111,10 @@ def learning_rate(step, options):
     return options.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def train_step(model, optimizer, text, step, options, world, due):
+def train_step(model, optimizer, data, step, options, world, due):
     """One step; what there is to say of it, and more of it where a line is `due`."""
     begin = time.perf_counter()
-    inputs, targets = text.training_batch(step)
+    inputs, targets = data.training_batch(step)
     data_seconds = time.perf_counter() - begin
     logits, outputs = model(inputs)
     loss = summed_loss(logits, targets) / (options.batch_size * options.sequence_length)
@@ -150,7 +150,10 @@ def train_step(model, optimizer, text, step, options, world, due):
 
 
 def train(options, world):
-    text, model = Text(options, world), LanguageModel(options)
+    data = open_data(options, world)
+    if data.vocabulary > VOCABULARY:
+        raise SystemExit(f"--data has a vocabulary of {data.vocabulary}, the model one of {VOCABULARY}")
+    model = LanguageModel(options)
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
@@ -162,12 +165,13 @@ def train(options, world):
     bar = tqdm(range(1, options.steps + 1), disable=world.rank != 0, unit="step")
     for step in bar:
         due = [step == options.steps or step % every == 0 for every in (options.log_interval, options.validation_interval)]
-        spent, line = train_step(model, optimizer, text, step, options, world, any(due))
+        spent, line = train_step(model, optimizer, data, step, options, world, any(due))
         if log:
             log.add(step, line["loss"], **spent)
         if due[1]:
-            line["validation_loss"] = validate(model.eval(), text, world)
-            line["validation_bpb"] = line["validation_loss"] / math.log(2)
+            line["validation_loss"] = validate(model.eval(), data, world)
+            if data.bytes_per_token:
+                line["validation_bpb"] = line["validation_loss"] / data.bytes_per_token / math.log(2)
             model.train()
         if not any(due):
             continue
@@ -181,7 +185,7 @@ def train(options, world):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="text to train on (any file)")
+    parser.add_argument("--data", required=True, help="token files, any other file, or synthetic:V")
     parser.add_argument("--glu", action="store_true", help="gated experts (SwiGLU) instead of GELU")
     for name, value in DEFAULTS.items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value, help=f"default: {value}")

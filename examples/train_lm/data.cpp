@@ -37,6 +37,9 @@ std::unique_ptr<TokenSource> open_token_source(const std::filesystem::path& data
         vocabulary_of(std::string_view(data.native()).substr(kSynthetic.size()));
     return make_synthetic_source(vocabulary, sequence_length, seed);
   }
+  if (has_token_files(data)) {
+    return open_token_files(data, sequence_length, seed);
+  }
   return open_text(data, sequence_length, seed);
 }
 

@@ -60,8 +60,8 @@ class TokenSource {
   virtual std::string summary() const = 0;
 };
 
-/// `data`: a file, whose bytes become the tokens; or "synthetic:V", uniformly random tokens of a
-/// vocabulary of V. Throws std::invalid_argument if it cannot be read or a part of it is shorter than
+/// `data`: token files (data_files.h), one or a directory of them; another file, whose bytes become the
+/// tokens; or "synthetic:V", uniformly random tokens of a vocabulary of V. Throws std::invalid_argument if it cannot be read or a part of it is shorter than
 /// a sequence and its next token.
 std::unique_ptr<TokenSource> open_token_source(const std::filesystem::path& data,
                                                int64_t sequence_length, uint64_t seed);
@@ -69,6 +69,14 @@ std::unique_ptr<TokenSource> open_token_source(const std::filesystem::path& data
 /// One byte a token; the last twentieth of the file is held out.
 std::unique_ptr<TokenSource> open_text(const std::filesystem::path& file, int64_t sequence_length,
                                        uint64_t seed);
+
+/// A token file, or all (*.bin) of a directory in the order of their names. What tools/tokenize says of them
+/// (NAME.json, or DIRECTORY/tokens.json) tells the vocabulary; without it, the largest token does, for
+/// which all are read. Held out are the files with "_val_" in their names; where there are none, what
+/// TokenFile::last_part() tells of each.
+std::unique_ptr<TokenSource> open_token_files(const std::filesystem::path& data,
+                                              int64_t sequence_length, uint64_t seed);
+bool has_token_files(const std::filesystem::path& data);
 
 /// Nothing to be learnt, for measurements of speed: no file is read.
 std::unique_ptr<TokenSource> make_synthetic_source(int64_t vocabulary, int64_t sequence_length,

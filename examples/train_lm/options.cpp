@@ -49,8 +49,10 @@ void add_training_options(CLI::App& app, TrainingOptions& training) {
 }
 
 void add_run_options(CLI::App& app, Options& options) {
-  app.add_option("--data", options.data,
-                 "text to train on (any file), or synthetic:V, random tokens below V")
+  app.add_option(
+         "--data", options.data,
+         "what to train on: a token file or a directory of them, any other file (its bytes), or "
+         "synthetic:V, random tokens below V")
       ->required();
   app.add_option("--output", options.output, "DIR for all that the run writes");
   app.add_flag("--resume", options.resume, "continue the run in DIR from its checkpoint");

@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import time
 from pathlib import Path
@@ -213,6 +214,23 @@ def test_random_tokens_are_the_same_at_any_number_of_ranks(train):
     # Of a token nobody knows how many bytes it is.
     assert ["validation_loss" in line for line in alone] == [False, False, True] * 2
     assert not any("validation_bpb" in line for line in alone)
+
+
+@pytest.fixture(scope="session")
+def token_file(tmp_path_factory):
+    """llm.c's, smaller than what a run reads: its header, then tokens of 16 bits."""
+    file = tmp_path_factory.mktemp("tokens") / "tokens.bin"
+    tokens = random.Random(20240520).choices(range(7), k=25 * 40)
+    file.write_bytes(struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253) + struct.pack(f"<{len(tokens)}H", *tokens))
+    return file
+
+
+def test_token_files_resume_at_another_number_of_ranks(token_file, train, tmp_path):
+    options = {"data": token_file, "sample_length": 0}
+    whole = read_metrics(train(0, **options))
+    half = train(2, stop_at=STEPS // 2, **options)
+    resumed = read_metrics(resume_copy(half, token_file, tmp_path / "run", 4))
+    assert_same_curve(resumed, whole, tolerance("float64", 6))
 
 
 def resume_copy(half_run, text, directory, ranks):
@@ -458,7 +476,7 @@ def test_wrong_options_are_named_once(text, tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [("missing.txt", "missing.txt: No such file"), (".", ": Is a directory")],
+    [("missing.txt", "missing.txt: No such file"), (".", " is a directory without token files")],
 )
 def test_data_that_is_no_text_is_refused(tmp_path, data, message):
     output = run(2, "--data", tmp_path / data, "--output", tmp_path / "run", expect=2)

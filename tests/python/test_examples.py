@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import random
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 from anabranch.features import transports
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 PROJECT = pathlib.Path(__file__).parents[2]
 TRAIN_LM_CPP = pathlib.Path(anabranch.__file__).parents[2] / "examples" / "train_lm"
@@ -83,6 +85,33 @@ def test_two_ranks_train_as_one(launcher, alone, tmp_path):
 def test_it_is_the_twin_of_the_cpp_program(glu, tmp_path):
     run(TRAIN_LM_CPP, "--data", PROJECT / "README.md", "--output", tmp_path / "cpp", "--sample-length", 0, *SMALL, *glu)
     assert_same_training(train(ALONE, tmp_path / "python", *glu), metrics_of(tmp_path / "cpp"), ranks=1)
+
+
+@pytest.mark.skipif(not TRAIN_LM_CPP.exists(), reason="examples/train_lm is not built")
+@pytest.mark.parametrize("kind", ["megatron", "llm.c", "synthetic"])
+def test_it_reads_what_the_cpp_program_reads(kind, tmp_path):
+    """The files for several epochs."""
+    data = "synthetic:100"
+    if kind != "synthetic":
+        words = "the river carries what rain has given to it".split()
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*words, "</s>"])}, unk_token="it"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        chance = random.Random(os.environ.get("ANABRANCH_TEST_SEED", "1"))
+        texts = [" ".join(chance.choices(words, k=30)) for _ in range(40)]
+        (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        data = tmp_path / "tokens"
+        tokenize = [PROJECT / "tools/anabranch-tokenize", tmp_path / "text.jsonl", "--output", data, "--format", kind]
+        run(*tokenize, "--tokenizer", tmp_path / "tokenizer.json", "--shard-tokens", 700)
+    longer = " ".join(SMALL).replace("--steps 5", "--steps 40").replace("--log-interval 2", "--log-interval 1")
+    options = ["--data", data, *longer.split(), "--dtype", "float64"]
+    run(TRAIN_LM_CPP, "--output", tmp_path / "cpp", "--sample-length", 0, *options)
+    run(*ALONE, PROJECT / "examples/train_lm.py", "--output", tmp_path / "python", *options)
+    mine, theirs = metrics_of(tmp_path / "python"), metrics_of(tmp_path / "cpp")
+    for name in ("loss", "validation_loss", "validation_bpb"):
+        expected = [line.get(name) for line in theirs]
+        assert [line.get(name) for line in mine] == pytest.approx(expected, rel=1e-6), name
+    assert len(mine) == 40 and ("validation_bpb" in mine[-1]) == (kind != "synthetic")
 
 
 def test_what_cannot_be_trained_on(tmp_path):
