@@ -70,6 +70,11 @@ def refuse_active_ddp() -> None:
     _seen.add(active)
 
 
+def ddp_around(model: nn.Module) -> nn.Module:
+    """The DistributedDataParallel in whose forward layers of `model` have been, or the model itself."""
+    return next((ddp for ddp in _seen if ddp.module is model), model)
+
+
 class SpreadExperts(Experts):
     """Those of experts that are spread over several ranks. Refuses what FSDP sets in their place."""
 

@@ -211,6 +211,11 @@ class _Gradients:
 
 def _gradients_of(model: nn.Module, groups: ParallelGroups, with_shards: bool = False) -> _Gradients:
     """Without what FSDP shards and averages itself, unless `with_shards`."""
+    if type(model).__module__.partition(".")[0] == "deepspeed":
+        raise TypeError(
+            f"model is a {type(model).__name__} of DeepSpeed, which averages and partitions parameters as if they were the "
+            "same on all ranks, and each rank has experts of its own: take fully_shard for the other parameters"
+        )
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     experts = {id(p) for _, p in expert_parameters(model)}
     spread = set().union(*(spread_over(layer) for layer in layers))
