@@ -245,30 +245,10 @@ class MoE(nn.Module):
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x is a {type(x).__name__}, expected a Tensor [..., {self.options['hidden_size']}]")
-        expert_ids, weights = (None, None) if routing is None else _checked_routing(routing)
-        options = self._options
-        if not self.has_router:
-            if expert_ids is None:
-                raise ValueError("routing is None, expected expert ids and weights: the layer has no router")
-            options = f'{{"top_k": {expert_ids.shape[-1]}, {self._other_options[1:]}'
-        parts = self._parts_but_experts(x)
-
-        def through(x: Tensor, experts: dict[str, Tensor]) -> MoEOutput:
-            parameters = self._parameter_list({**parts, "experts": experts}, x)
-            if x.device.type != parameters[-1].device.type:
-                raise ValueError(f"x is on {x.device}, the layer on {parameters[-1].device}")
-            if not torch.compiler.is_compiling():
-                refuse_active_ddp()
-            output, balance_loss, z_loss, importance_loss, load_loss, load = torch.ops.anabranch.moe(
-                x, parameters, expert_ids, weights, options, self._group, self.training, self._probe.tensor
-            )
-            if expert_ids is not None:
-                return MoEOutput(output, None, None, load)
-            if self.options["gate"] != "noisy_top_k":
-                return MoEOutput(output, balance_loss, z_loss, load)
-            return MoEOutput(output, balance_loss, z_loss, load, importance_loss, load_loss)
-
-        return self._modules["experts"](x, through)  # type: ignore[misc]
+        given = None if routing is None else _checked_routing(routing)
+        if given is None and not self.has_router:
+            raise ValueError("routing is None, expected expert ids and weights: the layer has no router")
+        return self._modules["experts"](x, Through(self, self._parts_but_experts(x), given))  # type: ignore[misc]
 
     def update_expert_bias(self, expert_load: Tensor, rate: float) -> None:
         """Balances without a loss: after each step, adds `rate` (DeepSeek-V3: 0.001) to the biases of experts
@@ -351,6 +331,37 @@ class MoE(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items()) + f", group={self.group}"
+
+
+class Through:
+    """The way of a step's rows through a layer, when the experts' parameters are known."""
+
+    def __init__(
+        self, layer: MoE, parts: dict[str, dict[str, Tensor]], routing: tuple[Tensor, Tensor] | None
+    ) -> None:
+        self.layer = layer
+        self.routing = routing
+        self._parts = parts
+
+    def __call__(self, x: Tensor, experts: dict[str, Tensor]) -> MoEOutput:
+        layer = self.layer
+        expert_ids, weights = self.routing or (None, None)
+        options = layer._options
+        if not layer.has_router and expert_ids is not None:
+            options = f'{{"top_k": {expert_ids.shape[-1]}, {layer._other_options[1:]}'
+        parameters = layer._parameter_list({**self._parts, "experts": experts}, x)
+        if x.device.type != parameters[-1].device.type:
+            raise ValueError(f"x is on {x.device}, the layer on {parameters[-1].device}")
+        if not torch.compiler.is_compiling():
+            refuse_active_ddp()
+        output, balance_loss, z_loss, importance_loss, load_loss, load = torch.ops.anabranch.moe(
+            x, parameters, expert_ids, weights, options, layer._group, layer.training, layer._probe.tensor
+        )
+        if expert_ids is not None:
+            return MoEOutput(output, None, None, load)
+        if layer.options["gate"] != "noisy_top_k":
+            return MoEOutput(output, balance_loss, z_loss, load)
+        return MoEOutput(output, balance_loss, z_loss, load, importance_loss, load_loss)
 
 
 def check() -> None:
