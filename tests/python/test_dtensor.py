@@ -48,6 +48,10 @@ def seen_whole(rank, size, seed, given):
         assert torch.equal(p.full_tensor(), whole_parameters(seed)[name])
     with pytest.raises(ValueError, match="finished already"):
         anabranch.finish_gradients(model)
+    model.zero_grad()
+    backward(torch.compile(model, backend="aot_eager", fullgraph=True), seed, rank, size)
+    anabranch.finish_gradients(model)
+    assert_gradients(model, expected, 0, 1)
 
 
 @pytest.mark.parametrize("given, size", [("mesh", 2), ("nothing", 4)])

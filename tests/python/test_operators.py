@@ -148,6 +148,19 @@ def test_equal_layers_share_what_is_compiled():
     assert counter.frame_count == 1
 
 
+def test_export_of_inference(device, tmp_path):
+    block = Block(device, shared_expert_hidden_size=6).eval()
+    tokens = torch.export.Dim("tokens", min=2, max=1000)
+    with torch.no_grad():
+        program = torch.export.export(block, (torch.randn(11, 8, device=device),), dynamic_shapes=({0: tokens},))
+        torch.export.save(program, tmp_path / "block.pt2")
+        again = torch.export.load(tmp_path / "block.pt2").module()
+        for count in (5, 40):
+            x = torch.randn(count, 8, device=device)
+            for found in (program.module()(x), again(x)):
+                torch.testing.assert_close(found, block(x))
+
+
 def test_compile_under_autocast(device):
     block = Block(device)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
