@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Draws what a training run measured: DIR/loss.png and DIR/load.png from DIR/metrics.jsonl.
+"""Draws what a training run measured: loss.png, load.png, speed.png and report.html in DIR from its metrics.jsonl.
 
-metrics.jsonl holds one JSON object a logged step: `step` and `loss` (nats a byte), where they were
-measured `validation_bpb`, and per layer the experts' shares of the assignments in `load` and the
+metrics.jsonl holds one JSON object a logged step: `step` and `loss` (nats a token), where they were
+measured `validation_loss` and `validation_bpb` (bits a byte of the text), `tokens_per_second` and what else
+examples/train_lm/metrics.cpp writes, and per layer the experts' shares of the assignments in `load` and the
 fullest expert over the mean in `imbalance_per_layer`. A step logged twice, as by a resumed run, counts
 as it was logged last.
 """
@@ -18,8 +19,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
-
-NATS_PER_BIT = math.log(2)
+from run_report import flops_unit, write_report  # noqa: E402
 
 
 def note(message):
@@ -63,17 +63,28 @@ def finish(figure, path):
     print(f"    {path}")
 
 
+def unit_of_loss(records):
+    """Its name, and what a nat a token is of it: bits a byte where the bytes of a token are known."""
+    for record in records:
+        bits, nats = record.get("validation_bpb"), record.get("validation_loss")
+        if all(isinstance(value, (int, float)) and math.isfinite(value) and value > 0 for value in (bits, nats)):
+            return "bits per byte", bits / nats
+    return "nats per token", 1.0
+
+
 def plot_loss(records, path):
+    unit, factor = unit_of_loss(records)
     steps, loss = series(records, "loss")
-    bits = [value / NATS_PER_BIT for value in loss]
-    validation_steps, validation = series(records, "validation_bpb")
+    loss = [value * factor for value in loss]
+    validation_steps, validation = series(records, "validation_loss")
+    validation = [value * factor for value in validation]
     if not steps and not validation_steps:
-        note(f"no loss and no validation_bpb in any record: no {path.name}")
+        note(f"no loss and no validation_loss in any record: no {path.name}")
         return False
 
     figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
     if steps:
-        axes.plot(steps, bits, color="tab:blue", linewidth=1.2, label="training")
+        axes.plot(steps, loss, color="tab:blue", linewidth=1.2, label="training")
     if validation_steps:
         axes.plot(
             validation_steps, validation, "o-", color="tab:red", markersize=4, linewidth=1.2,
@@ -84,16 +95,52 @@ def plot_loss(records, path):
             xytext=(0, 8), textcoords="offset points", ha="right", color="tab:red",
         )
     else:
-        note("no validation_bpb in any record: loss.png shows training only")
+        note("no validation_loss in any record: loss.png shows training only")
     axes.set_title(title_of(records, "Loss"))
-    axes.set_xlabel("step")
-    axes.set_ylabel("bits per byte")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.secondary_yaxis(
-        "right", functions=(lambda b: b * NATS_PER_BIT, lambda n: n / NATS_PER_BIT)
-    ).set_ylabel("nats per byte")
-    axes.grid(alpha=0.3)
+    label_steps(axes)
+    axes.set_ylabel(unit)
+    if factor != 1:
+        nats = (lambda value: value / factor, lambda value: value * factor)
+        axes.secondary_yaxis("right", functions=nats).set_ylabel("nats per token")
     axes.legend()
+    finish(figure, path)
+    return True
+
+
+def label_steps(axes):
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.grid(alpha=0.3)
+
+
+def plot_speed(records, path):
+    steps, speed = series(records, "tokens_per_second")
+    if not steps:
+        note(f"no tokens_per_second in any record: no {path.name}")
+        return False
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), layout="constrained", sharex=True)
+    figure.suptitle(title_of(records, "Speed"))
+    top.plot(steps, speed, color="tab:blue", linewidth=1.2)
+    top.set_ylim(0, 1.08 * max(speed))
+    top.set_ylabel("tokens/s")
+    top.grid(alpha=0.3)
+    flops = [r["model_tflops"] / r["tokens_per_second"] for r in records if r.get("model_tflops") and r.get("ranks")]
+    if flops and len({r.get("ranks") for r in records}) == 1:
+        name, factor = flops_unit(records)
+        per_token = flops[-1] * factor
+        both_ways = (lambda value: value * per_token, lambda value: value / per_token)
+        top.secondary_yaxis("right", functions=both_ways).set_ylabel(f"model {name} of a rank")
+    names = {"step_seconds": "step", "data_seconds": "of it, until the batch is there"}
+    names["exposed_communication_seconds"] = "of it, communication alone"
+    for name, label in names.items():
+        found, seconds = series(records, name)
+        if found:
+            bottom.plot(found, seconds, linewidth=1.2, label=label)
+    label_steps(bottom)
+    bottom.set_ylabel("seconds")
+    if bottom.lines:
+        bottom.set_yscale("log")
+        bottom.legend()
     finish(figure, path)
     return True
 
@@ -164,10 +211,8 @@ def draw_imbalance(axes, records):
     axes.plot(steps, mean, color="black", linewidth=1.8, label="mean")
     axes.axhline(1, color="grey", linestyle=":", linewidth=1)
     axes.set_title("Imbalance: the fullest expert's load over the mean")
-    axes.set_xlabel("step")
+    label_steps(axes)
     axes.set_ylabel("imbalance")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.grid(alpha=0.3)
     axes.legend(ncols=2, fontsize="small")
 
 
@@ -207,7 +252,15 @@ def main():
     records = read_metrics(metrics)
     if not records:
         sys.exit(f"plot.py: {metrics} holds no metrics")
-    drawn = [plot_loss(records, directory / "loss.png"), plot_load(records, directory / "load.png")]
+    drawn = [
+        plot_loss(records, directory / "loss.png"),
+        plot_load(records, directory / "load.png"),
+        plot_speed(records, directory / "speed.png"),
+    ]
+    if write_report(records, unit_of_loss(records), *mean_load(records), directory):
+        print(f"    {directory / 'report.html'}")
+    else:
+        note("plotly is not installed: no report.html")
     if not all(drawn):
         sys.exit(1)
 

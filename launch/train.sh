@@ -18,7 +18,8 @@
 #   --mpirun-flags "FLAGS"  further flags of mpirun, such as "--hostfile hosts"
 #   --help                  this text, and all of the example's options
 #
-# DIR then holds metrics.jsonl, loss.png, load.png, sample.txt and checkpoint/ (safetensors).
+# DIR then holds metrics.jsonl, TensorBoard's events, report.html, loss.png, load.png, speed.png, sample.txt
+# and checkpoint/ (safetensors).
 # Ctrl-C, SIGINT and SIGTERM end the run after the current step with a checkpoint, for --resume.
 # OMP_NUM_THREADS, unless it is set, becomes the cores that each rank can have.
 set -euo pipefail
@@ -117,7 +118,7 @@ case $exit_code in
     exit "$exit_code"
     ;;
 esac
-for name in metrics.jsonl loss.png load.png sample.txt checkpoint; do
+for name in report.html metrics.jsonl loss.png load.png speed.png sample.txt checkpoint; do
   if [[ -e $output/$name ]]; then note "$output/$name"; fi
 done
 exit "$exit_code"

@@ -47,7 +47,7 @@ std::string gibibytes(int64_t bytes) {
 }  // namespace
 
 MetricsLog::MetricsLog(const std::filesystem::path& file, int64_t last_step, const StepCost& cost)
-    : cost_(cost) {
+    : events_(file.parent_path(), last_step + 1), cost_(cost) {
   std::ostringstream kept;
   std::ifstream earlier(file);
   for (std::string line; std::getline(earlier, line);) {
@@ -127,6 +127,9 @@ nlohmann::json MetricsLog::describe(const StepRecord& record) const {
 std::string MetricsLog::write(const StepRecord& record, int64_t steps) {
   const nlohmann::json json = describe(record);
   stream_ << json.dump() << std::endl;
+  nlohmann::json numbers = json;
+  numbers.erase("spikes");  // are steps
+  events_.write(numbers);
 
   std::ostringstream line;
   line << std::fixed << "step " << record.step << '/' << steps << std::setprecision(3) << "  loss "

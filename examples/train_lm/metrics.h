@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "metrics_cost.h"
+#include "metrics_events.h"
 #include "metrics_spikes.h"
 
 namespace train_lm {
@@ -38,7 +39,8 @@ struct StepRecord {
 };
 
 /// What a run says of its steps: every one is added, some are written. Of rank 0 alone.
-/// metrics.jsonl has one object a line, on disk as soon as it is written.
+/// metrics.jsonl has one object a line, on disk as soon as it is written; a file for TensorBoard beside it
+/// has its numbers.
 class MetricsLog {
  public:
   /// Keeps the lines of steps up to `last_step` that an earlier run wrote; 0: none.
@@ -65,6 +67,7 @@ class MetricsLog {
   double model_flops(const StepRecord& record) const;
 
   std::ofstream stream_;
+  EventFile events_;
   StepCost cost_;
   SpikeDetector spikes_;
   Interval interval_;

@@ -17,7 +17,8 @@ constexpr const char* kDescription =
     "experts spread over them.  mpirun -n 2 train_lm --data FILE";
 
 constexpr const char* kFooter =
-    "\nDIR holds metrics.jsonl, options.json, sample.txt and checkpoint/.\n"
+    "\nDIR holds metrics.jsonl, TensorBoard's events, options.json, sample.txt and checkpoint/;\n"
+    "launch/plot.py DIR draws them and writes report.html.\n"
     "SIGINT, SIGTERM and SIGUSR1 (taken for SIGTERM) end the run after the current step, with a\n"
     "checkpoint.\n"
     "Exit code: 0 done; 2 wrong options or data; 128 + signal interrupted, to be continued with\n"

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = Path(os.environ.get("ANABRANCH_EXAMPLES", ROOT / "build/release/examples"))
@@ -231,6 +232,40 @@ def test_token_files_resume_at_another_number_of_ranks(token_file, train, tmp_pa
     half = train(2, stop_at=STEPS // 2, **options)
     resumed = read_metrics(resume_copy(half, token_file, tmp_path / "run", 4))
     assert_same_curve(resumed, whole, tolerance("float64", 6))
+
+
+def scalars_of(directory):
+    """{name: {step: value}}, as TensorBoard itself reads them."""
+    accumulator = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    names = accumulator.Tags()["scalars"]
+    return {name: {event.step: event.value for event in accumulator.Scalars(name)} for name in names}
+
+
+def test_tensorboard_reads_what_the_metrics_say(half_run, text, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(half_run, directory)
+    # What a run wrote after its checkpoint and before it died is void.
+    run(2, "--data", text, "--output", directory, *model_options(stop_at=STEPS - 1), "--resume")
+    resume_from_before(half_run, directory)
+    time.sleep(1.1)  # TensorBoard orders files by their names, which have seconds
+    run(2, "--data", text, "--output", directory, *model_options(learning_rate=0.1), "--resume")
+    metrics, scalars = read_metrics(directory), scalars_of(directory)
+    for name in ("loss", "tokens_per_second", "memory", "imbalance", "validation_bpb", "learning_rate"):
+        expected = {line["step"]: line[name] for line in metrics if name in line}
+        assert scalars[name] == pytest.approx(expected, rel=1e-6), name
+    for line in metrics:
+        for part, norm in line["gradient_norms"].items():
+            assert scalars[f"gradient_norms/{part}"][line["step"]] == pytest.approx(norm, rel=1e-6)
+        for layer, imbalance in enumerate(line["imbalance_per_layer"]):
+            assert scalars[f"imbalance_per_layer/{layer}"][line["step"]] == pytest.approx(imbalance, rel=1e-6)
+    assert not {"step", "load", "load/0", "spikes", "spikes/0"} & scalars.keys()
+
+
+def resume_from_before(half_run, directory):
+    """The checkpoint of half of the run, again."""
+    shutil.rmtree(directory / "checkpoint")
+    shutil.copytree(half_run / "checkpoint", directory / "checkpoint")
 
 
 def resume_copy(half_run, text, directory, ranks):

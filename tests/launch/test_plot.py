@@ -1,6 +1,9 @@
 """launch/plot.py on metrics as a run writes them, and on metrics that lack things."""
 
 import json
+import math
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +23,15 @@ def record(step, loss=2.0, ranks=2, load=((0.5, 0.3, 0.2), (0.3, 0.3, 0.4)), **m
         "step": step,
         "loss": loss,
         "ranks": ranks,
-        "tokens_per_second": 1000.0,
+        "tokens_per_second": 1000.0 + step,
+        "model_tflops": 0.5 + step / 2000,
+        "step_seconds": 0.25,
+        "data_seconds": 0.001 * step,
+        "memory": 3 << 30,
+        "gradient_norm": 1.0,
+        "gradient_norms": {"experts": 0.8, "head": 0.6},
+        "skipped": 0,
+        "spikes": [],
         "load": load,
         "imbalance": sum(imbalance) / len(imbalance),
         "imbalance_per_layer": imbalance,
@@ -50,22 +61,25 @@ def has_curve_of_colour(path, colour):
     return (distance < 0.05).sum() > 100
 
 
-def test_a_run_gives_two_pictures(tmp_path):
+VALIDATED = {"validation_loss": 4.0 * math.log(2), "validation_bpb": 4.0}
+
+
+def test_a_run_gives_three_pictures(tmp_path):
     write(
         tmp_path,
-        [record(s, 3 - s / 50, **({"validation_bpb": 4.0} if s % 20 == 0 else {})) for s in range(1, 101)],
+        [record(s, 3 - s / 50, **(VALIDATED if s % 20 == 0 else {})) for s in range(1, 101)],
     )
     run(tmp_path)
     assert has_curve_of_colour(tmp_path / "loss.png", "tab:blue")  # training
     assert has_curve_of_colour(tmp_path / "loss.png", "tab:red")  # validation
-    for name in ("loss.png", "load.png"):
+    for name in ("loss.png", "load.png", "speed.png"):
         height, width = pixels(tmp_path / name).shape[:2]
         assert width >= 800 and height >= 500
 
 
 def test_without_validation_there_is_no_validation_curve_and_it_is_said(tmp_path):
     write(tmp_path, [record(s) for s in range(1, 30)])
-    assert "no validation_bpb" in run(tmp_path)
+    assert "no validation_loss" in run(tmp_path)
     assert not has_curve_of_colour(tmp_path / "loss.png", "tab:red")
 
 
@@ -127,17 +141,19 @@ def test_a_loss_that_is_not_finite_does_not_stop_the_picture(tmp_path):
 @pytest.mark.parametrize(
     ("missing", "message", "pictures"),
     [
-        ({"load"}, "no heat map", {"loss.png", "load.png"}),
-        ({"imbalance"}, "no imbalance", {"loss.png", "load.png"}),
-        ({"imbalance_per_layer"}, "", {"loss.png", "load.png"}),
-        ({"load", "imbalance"}, "no load.png", {"loss.png"}),
-        ({"loss"}, "no loss.png", {"load.png"}),
-        ({"ranks"}, "", {"loss.png", "load.png"}),
+        ({"load"}, "no heat map", {"loss.png", "load.png", "speed.png"}),
+        ({"imbalance"}, "no imbalance", {"loss.png", "load.png", "speed.png"}),
+        ({"imbalance_per_layer"}, "", {"loss.png", "load.png", "speed.png"}),
+        ({"load", "imbalance"}, "no load.png", {"loss.png", "speed.png"}),
+        ({"loss"}, "no loss.png", {"load.png", "speed.png"}),
+        ({"tokens_per_second"}, "no speed.png", {"loss.png", "load.png"}),
+        ({"model_tflops", "step_seconds", "data_seconds", "memory", "gradient_norms"}, "", {"loss.png", "load.png", "speed.png"}),
+        ({"ranks"}, "", {"loss.png", "load.png", "speed.png"}),
     ],
 )
 def test_missing_fields_are_said_and_the_rest_is_drawn(tmp_path, missing, message, pictures):
     write(tmp_path, [{k: v for k, v in record(s).items() if k not in missing} for s in (1, 2, 3)])
-    output = run(tmp_path, expect=0 if len(pictures) == 2 else 1)
+    output = run(tmp_path, expect=0 if len(pictures) == 3 else 1)
     assert message in output
     assert {path.name for path in tmp_path.glob("*.png")} == pictures
 
@@ -148,3 +164,63 @@ def test_nothing_to_plot_is_an_error(tmp_path, text):
         (tmp_path / "metrics.jsonl").write_text(text)
     output = run(tmp_path, expect=1)
     assert "metrics.jsonl" in output and "Traceback" not in output
+
+
+def test_losses_are_in_bits_a_byte_where_a_token_s_bytes_are_known():
+    assert plot.unit_of_loss([record(1)]) == ("nats per token", 1)
+    # Of two bytes a token, a nat a token is 1 / (2 ln 2) bits a byte.
+    found = plot.unit_of_loss([record(1), record(2, validation_loss=3.0, validation_bpb=3.0 / 2 / math.log(2))])
+    assert found == ("bits per byte", pytest.approx(0.5 / math.log(2)))
+
+
+def write_eventful_run(folder):
+    records = [record(s, 3 - s / 50, **(VALIDATED if s % 20 == 0 else {})) for s in range(1, 101)]
+    records[40] |= {"spikes": [40, 41], "skipped": 3}
+    write(folder, records)
+    (folder / "options.json").write_text('{"model": {"hidden": 128, "note": "<b>"}, "data": 3}')
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(tmp_path):
+    pytest.importorskip("plotly")
+    write_eventful_run(tmp_path)
+    assert "report.html" in run(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r"<(?:script|link|img)[^>]*(?:src|href)=", page)
+    assert "model: hidden</td><td>128" in page and "<b>&lt;b&gt;" not in page and "&lt;b&gt;" in page
+    for what, value in {
+        "steps": "100",
+        "training, bits per byte": f"{(3 - 2) / math.log(2):.3f}",
+        "held out, bits per byte": "4.000",
+        "tokens/s": "1,100",
+        "model GFLOP/s of a rank": "550",
+        "peak memory of a rank": "3.00 GiB",
+        "steps skipped": "3",
+        "leaps of the loss": "2",
+    }.items():
+        assert f"<b>{value}</b><span>{what}</span>" in page, what
+    assert page.count('class="chart') - page.count('class="charts') == 7
+
+
+def test_a_browser_draws_the_report(tmp_path):
+    """Every chart of it, without a network and without an error: the page as a browser leaves it."""
+    pytest.importorskip("plotly")
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium")
+    write_eventful_run(tmp_path)
+    run(tmp_path)
+    page = tmp_path / "report.html"
+    # Errors go into the page, where they are found.
+    listener = "<script>addEventListener('error', e => document.title = 'error: ' + e.message)</script>"
+    page.write_text(page.read_text().replace("<head>", "<head>" + listener, 1))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--window-size=1280,2400"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    result = subprocess.run(
+        [browser, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=False
+    )
+    drawn = result.stdout
+    assert "<title>Training run " in drawn, result.stderr
+    assert drawn.count('class="plot-container plotly"') == 7
+    assert drawn.count('class="trace scatter') >= 10
+    for text in ("training", "held out", "leaps before", "experts", "of it, until the batch is there", "load / mean"):
+        assert f">{text}</text>" in drawn, text
