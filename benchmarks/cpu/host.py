@@ -2,7 +2,7 @@
 """What a step of the layer asks of the host besides its kernels: operators of LibTorch's and nodes of autograd, by stage,
 counted by the profiler in a tiny layer on the CPU; and the microseconds of such a step, of which little is arithmetic.
 
-    PYTHONPATH=build/release/python OMP_NUM_THREADS=32 benchmarks/cpu/host.py [--glu] [--gate gshard] [--all]
+    PYTHONPATH=build/release/python OMP_NUM_THREADS=32 benchmarks/cpu/host.py [--loss] [--gate gshard] [--all]
 
 The stages before and behind the experts call the same operators on a GPU, but for what their kernels do. With 32 threads
 or more the experts are taken in one part, as there.
@@ -51,6 +51,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--glu", action="store_true")
     parser.add_argument("--gate", default="top_k")
+    parser.add_argument("--loss", action="store_true", help="the balance loss is used as well")
     parser.add_argument("--all", action="store_true", help="every operator by name")
     arguments = parser.parse_args()
     layer = anabranch.MoE(16, 16, 4, 2, glu=arguments.glu, gate=arguments.gate, seed=1)
@@ -58,7 +59,10 @@ def main():
 
     def step():
         out = layer(x)
-        torch.autograd.backward([out.output, out.balance_loss], [dy, torch.ones_like(out.balance_loss)])
+        if arguments.loss:
+            torch.autograd.backward([out.output, out.balance_loss], [dy, torch.ones_like(out.balance_loss)])
+        else:
+            out.output.backward(dy)
         x.grad = None
         layer.zero_grad(set_to_none=True)
 
