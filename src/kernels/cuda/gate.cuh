@@ -12,7 +12,8 @@ struct Bf16Parts {
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
       part[i] = __float2bfloat16_rn(value);
-      value -= __bfloat162float(part[i]);
+      // By name, or it would be one instruction with the product that `value` may be, and not its rounded rest.
+      value = __fsub_rn(value, __bfloat162float(part[i]));
     }
   }
   __device__ __nv_bfloat16 operator[](int i) const {
