@@ -241,7 +241,7 @@ std::shared_ptr<Lanes> shared_lanes(torch::Device device) {
   return lanes;
 }
 
-class CublasLoop final : public CublasProductsEngine {
+class CublasLoop final : public CublasAccumulatingEngine {
  public:
   CublasLoop(std::shared_ptr<Lanes> lanes, int streams)
       : lanes_(std::move(lanes)), streams_(streams) {}
@@ -249,12 +249,6 @@ class CublasLoop final : public CublasProductsEngine {
   std::string name() const override { return c10::str("cublas_loop_", streams_); }
 
  private:
-  void do_wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
-                           const ExpertCounts& counts, torch::Tensor& sum) override {
-    const OnDevice stream(dy);
-    lanes_->run(wgrad_accumulate_products(dy, x, counts.on_host(), sum, stream), streams_, stream);
-  }
-
   void run(const CublasProducts& products, torch::Device /*device*/, cudaStream_t stream) override {
     lanes_->run(products, streams_, stream);
   }

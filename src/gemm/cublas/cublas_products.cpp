@@ -172,4 +172,10 @@ void CublasProductsEngine::do_wgrad(const torch::Tensor& dy, const torch::Tensor
   run(wgrad_products(dy, x, counts.on_host(), dweight, stream), dy.device(), stream);
 }
 
+void CublasAccumulatingEngine::do_wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
+                                                   const ExpertCounts& counts, torch::Tensor& sum) {
+  const OnDevice stream(dy);
+  run(wgrad_accumulate_products(dy, x, counts.on_host(), sum, stream), dy.device(), stream);
+}
+
 }  // namespace anabranch

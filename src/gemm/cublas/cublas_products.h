@@ -77,9 +77,15 @@ class CublasProductsEngine : public GroupedGemmEngine {
   void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,
                 torch::Tensor& dweight) override;
 
- private:
   /// On `stream`, the current one of `device`.
   virtual void run(const CublasProducts& products, torch::Device device, cudaStream_t stream) = 0;
+};
+
+/// One whose products may add to numbers of another type, a main gradient's.
+class CublasAccumulatingEngine : public CublasProductsEngine {
+ protected:
+  void do_wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
+                           const ExpertCounts& counts, torch::Tensor& sum) override;
 };
 
 }  // namespace anabranch

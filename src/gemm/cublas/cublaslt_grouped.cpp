@@ -61,7 +61,7 @@ class DeviceArrays {
   torch::Tensor on_device_;
 };
 
-class CublasLtGrouped final : public CublasProductsEngine {
+class CublasLtGrouped final : public CublasAccumulatingEngine {
  public:
   CublasLtGrouped()
       : create_layout_(cublaslt_grouped::find_layout_create()), handle_(make_lt_handle()) {}
@@ -75,12 +75,6 @@ class CublasLtGrouped final : public CublasProductsEngine {
   }
 
  private:
-  void do_wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
-                           const ExpertCounts& counts, torch::Tensor& sum) override {
-    const OnDevice stream(dy);
-    run(wgrad_accumulate_products(dy, x, counts.on_host(), sum, stream), dy.device(), stream);
-  }
-
   /// What an algorithm is chosen by.
   using Key = std::array<int64_t, 9>;
 
