@@ -18,6 +18,8 @@ struct OptionField {
   const char* name;
   T MoEOptions::*member;
 };
+template <typename T>
+OptionField(const char*, T MoEOptions::*) -> OptionField<T>;  // clang 16 and older ask for it
 
 inline constexpr std::tuple kOptionFields = {
     OptionField{"hidden_size", &MoEOptions::hidden_size},

@@ -5,13 +5,14 @@
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
-#include <array>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "checkpoint/checkpoint_case.h"
 #include "checkpoint/index.h"
 #include "checkpoint/safetensors.h"
+#include "fuzz/crc32.h"
+#include "fuzz/targets.h"
 #include "support/mutations.h"
 #include "support/random.h"
 #include "support/shared_directory.h"
@@ -22,33 +23,6 @@ namespace {
 
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
-
-const std::vector<std::string> kJsonWords{"{",
-                                          "}",
-                                          "[",
-                                          "]",
-                                          ":",
-                                          ",",
-                                          "\"",
-                                          "\\u0000",
-                                          "null",
-                                          "true",
-                                          "-1",
-                                          "0",
-                                          "1.5",
-                                          "1e300",
-                                          "9223372036854775807",
-                                          "9223372036854775808",
-                                          "18446744073709551616",
-                                          "\"\":",
-                                          "[[",
-                                          "{\"a\":"};
-
-std::vector<std::string> with(std::vector<std::string> words,
-                              const std::vector<std::string>& more) {
-  words.insert(words.end(), more.begin(), more.end());
-  return words;
-}
 
 std::string read_file(const fs::path& path) {
   std::ifstream file(path, std::ios::binary);
@@ -67,33 +41,10 @@ std::string safetensors_with(const std::string& header, size_t bytes = 0) {
   return text + header + std::string(bytes, 'x');
 }
 
-/// CRC-32 from its definition, bit by bit.
-uint32_t crc32_of(const std::string& text) {
-  uint32_t state = 0xffffffffu;
-  for (const unsigned char byte : text) {
-    state ^= byte;
-    for (int bit = 0; bit < 8; ++bit) state = (state >> 1) ^ (state & 1 ? 0xedb88320u : 0);
-  }
-  return ~state;
-}
-
 std::string repeat(const std::string& word, int64_t times) {
   std::string text;
   for (int64_t i = 0; i < times; ++i) text += word;
   return text;
-}
-
-/// The index with the checksum that belongs to it, where it is JSON of a depth that this can handle.
-std::string seal(const std::string& text) {
-  if (std::count(text.begin(), text.end(), '{') + std::count(text.begin(), text.end(), '[') >
-      1000) {
-    return text;
-  }
-  auto json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (!json.is_object()) return text;
-  json.erase("index_crc32");
-  json["index_crc32"] = crc32_of(json.dump());
-  return json.dump();
 }
 
 class HostileFile : public ::testing::Test {
@@ -148,48 +99,6 @@ TEST_F(HostileFile, APipeIsNoFileAndNobodyWaitsForItsWriter) {
   expect_checkpoint_error([&] { SafetensorsReader reader(path_); }, "not a regular file");
 }
 
-TEST_F(HostileFile, FuzzedSafetensors) {
-  Random random(test_seed());
-  std::vector<std::string> samples;
-  for (int64_t count = 0; count < 4; ++count) {
-    std::vector<NamedTensor> tensors;
-    for (int64_t i = 0; i < count; ++i) {
-      tensors.push_back(
-          {c10::str("t", i), random.normal({random.integer(0, 3), random.integer(0, 3)})
-                                 .to(random.chance() ? torch::kBFloat16 : torch::kInt64)});
-    }
-    fs::remove(path_);
-    write_safetensors(path_, tensors);
-    samples.push_back(read_file(path_));
-  }
-  const auto words = with(kJsonWords, {"\"dtype\"", "\"F32\"", "\"BF16\"", "\"BOOL\"", "\"shape\"",
-                                       "\"data_offsets\"", "\"__metadata__\"", "[0,0]", "[]"});
-  int64_t sound = 0;
-  const int64_t count =
-      fuzz("safetensors", Mutator(random.next(), samples, words), [&](const std::string& bytes) {
-        try {
-          const auto reader = reader_of(bytes);
-          int64_t total = 0;
-          for (const auto& [name, entry] : reader.entries()) {
-            const auto tensor = reader.read(name);
-            // Its bytes, as they lie in the file.
-            ASSERT_EQ(static_cast<int64_t>(tensor.nbytes()), entry.bytes);
-            ASSERT_EQ(tensor.sizes(), torch::IntArrayRef(entry.shape));
-            ASSERT_LE(entry.offset + entry.bytes, std::ssize(bytes));
-            const auto* data = static_cast<const char*>(tensor.const_data_ptr());
-            ASSERT_TRUE(std::equal(data, data + entry.bytes, bytes.data() + entry.offset));
-            total += entry.bytes;
-          }
-          ASSERT_LE(total, std::ssize(bytes) - 8);
-          ++sound;
-        } catch (const CheckpointError&) {
-        }
-      });
-  RecordProperty("inputs", std::to_string(count));
-  EXPECT_GT(sound, 0);
-  EXPECT_LT(sound, count);
-}
-
 class HostileIndex : public ::testing::Test {
  protected:
   HostileIndex()
@@ -219,11 +128,11 @@ TEST_F(HostileIndex, OtherNumbersThanSizes) {
     for (const std::string field : {"bytes", "header_crc32"}) {
       auto json = Json::parse(sound_);
       json["files"].front()[field] = Json::parse(number);
-      expect_checkpoint_error([&] { load(seal(json.dump())); }, "expected a whole number");
+      expect_checkpoint_error([&] { load(with_checksum(json.dump())); }, "expected a whole number");
     }
     auto json = Json::parse(sound_);
     json["crc32"].front() = Json::parse(number);
-    expect_checkpoint_error([&] { load(seal(json.dump())); }, "expected a whole number");
+    expect_checkpoint_error([&] { load(with_checksum(json.dump())); }, "expected a whole number");
   }
   before.expect_unchanged();
 }
@@ -232,11 +141,13 @@ TEST_F(HostileIndex, NamesThatLeadElsewhere) {
   for (const std::string name : {"../x", "/etc/passwd", ".hidden", "", "a\nb", "a\tb"}) {
     auto json = Json::parse(sound_);
     json["files"][name] = json["files"].front();
-    expect_checkpoint_error([&] { load(seal(json.dump())); }, "cannot be a checkpoint's file");
+    expect_checkpoint_error([&] { load(with_checksum(json.dump())); },
+                            "cannot be a checkpoint's file");
   }
   auto json = Json::parse(sound_);
   json["files"][std::string("a\0b", 3)] = json["files"].front();
-  expect_checkpoint_error([&] { load(seal(json.dump())); }, "cannot be a checkpoint's file");
+  expect_checkpoint_error([&] { load(with_checksum(json.dump())); },
+                          "cannot be a checkpoint's file");
 }
 
 TEST_F(HostileIndex, ATerabyteOfNothing) {
@@ -264,16 +175,15 @@ TEST_F(HostileIndex, APipe) {
   }
 }
 
-TEST_F(HostileIndex, Fuzzed) {
+TEST_F(HostileIndex, FuzzedAndLoaded) {
   Random random(test_seed());
-  const auto words = with(kJsonWords, {"\"format\"", "\"version\"", "\"metadata\"", "\"optimizer\"",
-                                       "\"files\"", "\"weight_map\"", "\"crc32\"", "\"bytes\""});
+  const auto words = fuzz_target("index").words;
   auto snapshot = std::make_unique<Snapshot>(training_);
   int64_t loaded = 0;
   const int64_t count =
-      fuzz("index", Mutator(random.next(), {sound_}, words), [&](const std::string& text) {
+      fuzz("loaded_index", Mutator(random.next(), {sound_}, words), [&](const std::string& text) {
         try {
-          load(seal(text));
+          load(with_checksum(text));
           ++loaded;
           expect_part_of(training_, saved_);
           snapshot = std::make_unique<Snapshot>(training_);

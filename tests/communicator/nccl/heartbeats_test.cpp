@@ -180,12 +180,18 @@ TEST_F(HeartbeatsTest, AFloodHoldsNobodyForLong) {
   world_->barrier();
 }
 
-/// While this lives, this thread, and no other rank's, is in a network of its own that has nothing but
-/// the loop device.
+/// While this lives, this thread is in a new network, alone, that has nothing but the loop device; or in one
+/// that another thread has made.
 class NetworkOfItsOwn {
  public:
   NetworkOfItsOwn() : former_(open("/proc/thread-self/ns/net", O_RDONLY | O_CLOEXEC)) {
     made_ = former_ >= 0 && unshare(CLONE_NEWNET) == 0;
+  }
+  explicit NetworkOfItsOwn(const std::string& place)
+      : former_(open("/proc/thread-self/ns/net", O_RDONLY | O_CLOEXEC)) {
+    const int joined = open(place.c_str(), O_RDONLY | O_CLOEXEC);
+    made_ = former_ >= 0 && joined >= 0 && setns(joined, CLONE_NEWNET) == 0;
+    close(joined);
   }
   ~NetworkOfItsOwn() {
     if (made_) {
@@ -197,16 +203,27 @@ class NetworkOfItsOwn {
   NetworkOfItsOwn& operator=(const NetworkOfItsOwn&) = delete;
 
   bool is_made() const { return made_; }
+  /// Where another thread finds this one's.
+  static std::string place() { return c10::str("/proc/", getpid(), "/task/", gettid(), "/ns/net"); }
   static void use_loop_device() {
-    const int any = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     ifreq request = {};
-    std::strcpy(request.ifr_name, "lo");
     request.ifr_flags = IFF_UP | IFF_RUNNING;
-    EXPECT_EQ(ioctl(any, SIOCSIFFLAGS, &request), 0);
-    close(any);
+    of_loop_device(SIOCSIFFLAGS, request);
+  }
+  static void take_ipv4_away() {
+    ifreq request = {};
+    request.ifr_addr.sa_family = AF_INET;  // and 0.0.0.0
+    of_loop_device(SIOCSIFADDR, request);
   }
 
  private:
+  static void of_loop_device(unsigned long what, ifreq& request) {
+    const int any = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    std::strcpy(request.ifr_name, "lo");
+    EXPECT_EQ(ioctl(any, what, &request), 0);
+    close(any);
+  }
+
   int former_;
   bool made_ = false;
 };
@@ -251,6 +268,40 @@ TEST_F(HeartbeatsTest, WhereDatagramsDoNotComeThroughNobodyIsNamed) {
   NetworkOfItsOwn::use_loop_device();
   const Variable device("NCCL_SOCKET_IFNAME", "lo");
   expect_nobody("no datagram has come from rank");
+}
+
+// All ranks in one network that has no IPv4.
+TEST_F(HeartbeatsTest, OverIPv6AloneTheSilentRankIsNamed) {
+  ANABRANCH_NEEDS_RANKS(2);
+  std::optional<NetworkOfItsOwn> network;
+  if (world_->rank() == 0) {
+    network.emplace();
+  }
+  const auto places = all_gather_strings(*world_, NetworkOfItsOwn::place());
+  if (world_->rank() > 0) {
+    network.emplace(places.front());
+  }
+  const auto made = world_->all_gather(torch::tensor(network->is_made()));
+  if (!made.all().item<bool>()) {
+    GTEST_SKIP() << "needs the right to make networks";
+  }
+  if (world_->rank() == 0) {
+    NetworkOfItsOwn::use_loop_device();
+    NetworkOfItsOwn::take_ipv4_away();
+  }
+  world_->barrier();
+  if (network_interfaces().empty()) {
+    GTEST_SKIP() << "needs IPv6";
+  }
+  {
+    const NcclHeartbeats heartbeats(*world_);
+    EXPECT_EQ(heartbeats.obstacle(), "");
+    EXPECT_EQ(heartbeats.address().family(), AF_INET6);
+  }
+  const auto missing = found_missing(7, std::nullopt);
+  if (world_->rank() == 0) {
+    EXPECT_EQ(missing, std::vector<int>{world_->size() - 1});
+  }
 }
 
 }  // namespace
