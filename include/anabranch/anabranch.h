@@ -17,5 +17,6 @@
 #include <anabranch/memory_plan.h>
 #include <anabranch/parameters.h>
 #include <anabranch/gradients.h>
+#include <anabranch/gradient_reducer.h>
 #include <anabranch/checkpoint.h>
 #include <anabranch/error.h>

@@ -6,6 +6,9 @@
 
 namespace anabranch {
 
+/// The least size of a message of gradients, where there are as many.
+inline constexpr int64_t kBucketBytes = 16 << 20;
+
 /// Makes every gradient that of the mean of the ranks' losses: once a step, after its last backward and
 /// before the optimizer. Replicated parameters: averaged over the world. Expert parameters: they already
 /// hold every token of their expert-parallel group, so they are summed over their replicas and divided by
@@ -20,7 +23,7 @@ namespace anabranch {
 /// Throws InputError, before any communication, for experts' gradients that it has finished before: where
 /// nothing has changed them since, or one more backward has added to them.
 void finish_gradients(torch::nn::Module& model, const ParallelGroups& groups,
-                      int64_t bucket_bytes = 64 << 20);
+                      int64_t bucket_bytes = kBucketBytes);
 
 /// L2 norm of the whole model's finished gradient, each expert counted once. The same value on
 /// every rank, summed in fp64. Collective. Throws InputError on every rank for gradients that are not
@@ -44,12 +47,14 @@ double clip_gradient_norm(torch::nn::Module& model, double max_norm, const Paral
 struct Gradients {
   std::vector<torch::Tensor> experts;
   std::vector<torch::Tensor> replicated;
+  /// Few numbers to be averaged over the world as well, in the last message.
+  std::vector<torch::Tensor> beside = {};
 };
 
 /// Returns [1]: 0, or NaN if an expert's gradient on some rank was not finite; it has been added to a
 /// number of each expert's, and of the first replicated one. Collective over both.
 torch::Tensor finish_gradients(const Gradients& gradients, Communicator& world,
-                               Communicator& expert_replicas, int64_t bucket_bytes = 64 << 20);
+                               Communicator& expert_replicas, int64_t bucket_bytes = kBucketBytes);
 
 /// Whether finish_gradients has finished it, whatever has changed it since.
 bool is_finished(const torch::Tensor& gradient);

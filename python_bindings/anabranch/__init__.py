@@ -13,6 +13,7 @@ from ._loading import from_pretrained
 from .checkpoint import load_checkpoint, save_checkpoint
 from .discovery import RankInfo, discover_rank
 from .engines import grouped_gemm_engines
+from .gradient_reducer import GradientReducer
 from .gradients import (
     ParallelGroups,
     clip_gradient_norm,
@@ -29,6 +30,7 @@ from .plots import plot_load
 from .stats import LayerStats, imbalance
 
 __all__ = [
+    "GradientReducer",
     "Group",
     "LayerStats",
     "MemoryPlan",

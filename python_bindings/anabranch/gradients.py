@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from ._spread import rows_of
 from ._wrappers import averaged_by_ddp, ddp_refusal, fsdp_refusal, managed_by_fsdp1, spread_over
 from .groups import Group, alone, as_group, split_group
 from .moe import MoE
+
+BUCKET_BYTES = 16 << 20
+"""The least size of a message of gradients, where there are as many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,29 +102,51 @@ def finish_gradients(
     that a backward has added to since.
     """
     groups = groups or only_group(model)
-    found = _gradients_of(model, groups)
-    device = found.device()
-    world, replicas = groups.world.on(device), groups.expert_replicas.on(device)
+    found = parameters_of(model, groups)
+    world, replicas = found.groups_of(groups)
     if world.size == 1:
         return
+
+    def average(beside: list[Tensor]) -> Tensor:
+        experts, replicated = gradients_of(found.experts), gradients_of(found.replicated)
+        return torch.ops.anabranch.finish_gradients(
+            experts, replicated, beside, world.name, replicas.name, BUCKET_BYTES
+        )
+
+    finish_by(average, model, found, groups, scaler)
+
+
+def finish_by(
+    average: Callable[[list[Tensor]], Tensor],
+    model: nn.Module,
+    found: Parameters,
+    groups: ParallelGroups,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    """`average` finishes the gradients of `found`'s experts and replicated parameters, replaces a few more tensors by
+    their means, and returns [1]: NaN if an expert's gradient was not finite on some rank."""
     asked = found.replicas[0] if found.replicas else None
     drift = drift_of(model)
     with torch.no_grad():
-        known = _nan_unless_finite(found.shards_of_experts)
-        found.replicated += known
+        shards_of_experts = gradients_of(found.shards_of_experts)
+        known = _nan_unless_finite(shards_of_experts)
+        means = list(known)
         if asked is not None:
             drift.warn(asked[0])
-            found.replicated.append(digest(asked[1]))
-        not_finite = torch.ops.anabranch.finish_gradients(found.experts, found.replicated, world.name, replicas.name)
+            means.append(digest(asked[1]))
+        not_finite = average(means)
         if asked is not None:
-            drift.keep(found.replicated[-1])
+            drift.keep(means[-1])
         if known:  # FSDP has averaged them over the replicas
-            for shard in found.shards_of_experts:
+            for shard in shards_of_experts:
                 shard.view(-1)[:1].add_(known[0] + not_finite)
-            expert_parallel = groups.expert_parallel.on(device)
-            torch.ops.anabranch.finish_gradients(found.shards_of_experts, [], expert_parallel.name, alone().name)
-        if found.averaged:  # a rank without experts has nothing else that tells its scaler
-            found.averaged[0].as_strided((1,), (1,)).add_(not_finite)
+            expert_parallel = groups.expert_parallel.on(known[0].device)
+            torch.ops.anabranch.finish_gradients(
+                shards_of_experts, [], [], expert_parallel.name, alone().name, BUCKET_BYTES
+            )
+        # A rank without experts has nothing else that tells its scaler.
+        for gradient in [*gradients_of(found.averaged), *found.shards()][:1]:
+            gradient.as_strided((1,), (1,)).add_(not_finite)
     for inf in _found_by(scaler):
         groups.world.all_reduce(inf)
 
@@ -148,14 +173,15 @@ def clip_gradient_norm(
     if not max_norm > 0:
         raise ValueError(f"max_norm = {max_norm}, expected more than 0")
     groups = groups or only_group(model)
-    found = _gradients_of(model, groups, with_shards=True)
-    world = groups.world.on(found.device())
+    found = parameters_of(model, groups)
+    ranks_of_a_copy = _ranks_of_a_copy(found, groups)
+    world, _ = found.groups_of(groups)
     in_use = scaler is not None and scaler.is_enabled()
     norm = torch.ops.anabranch.clip_gradient_norm(
-        found.experts + found.shards_of_experts + found.shards,
-        found.replicated + found.averaged,
+        gradients_of(found.experts + found.shards_of_experts) + found.shards(),
+        gradients_of(found.replicated + found.averaged),
         world.name,
-        _ranks_of_a_copy(found, groups),
+        ranks_of_a_copy,
         max_norm,
         scaler.get_scale() if scaler is not None and in_use and not _found_by(scaler) else 1.0,
     )
@@ -186,31 +212,53 @@ def only_group(model: nn.Module) -> ParallelGroups:
     return ParallelGroups(layers[0], layers[0], alone())
 
 
+Named = tuple[str, nn.Parameter]
+
+
 @dataclasses.dataclass
-class _Gradients:
-    """Of parameters that require them; None has become zeros. Of DTensors this rank's part."""
+class Parameters:
+    """Those that require gradients, each with its name."""
 
-    experts: list[Tensor] = dataclasses.field(default_factory=list)
+    experts: list[Named] = dataclasses.field(default_factory=list)
     """Of this rank alone."""
-    shards_of_experts: list[Tensor] = dataclasses.field(default_factory=list)
+    shards_of_experts: list[Named] = dataclasses.field(default_factory=list)
     """Of experts that `fully_shard` shards over their replicas."""
-    shards: list[Tensor] = dataclasses.field(default_factory=list)
-    """Of what else `fully_shard` shards, and averages."""
-    replicated: list[Tensor] = dataclasses.field(default_factory=list)
-    averaged: list[Tensor] = dataclasses.field(default_factory=list)
+    sharded: list[Named] = dataclasses.field(default_factory=list)
+    """What else FSDP shards, and averages."""
+    replicated: list[Named] = dataclasses.field(default_factory=list)
+    averaged: list[Named] = dataclasses.field(default_factory=list)
     """Replicated ones that DDP averages."""
-    replicas: list[tuple[str, nn.Parameter]] = dataclasses.field(default_factory=list)
-    """Parameters that are to be the same on all ranks, by name, routers first."""
-    ranks_of_a_copy: dict[int, str] = dataclasses.field(default_factory=dict)
-    """Over how many ranks shards lie, of which every so many have a copy, and the name of one such parameter."""
+    replicas: list[Named] = dataclasses.field(default_factory=list)
+    """Parameters that are to be the same on all ranks, routers first."""
 
-    def device(self) -> torch.device:
-        gradients = self.experts or self.shards_of_experts or self.replicated or self.averaged or self.shards
-        return gradients[0].device if gradients else torch.device("cpu")
+    def names(self) -> list[list[str]]:
+        return [[name for name, _ in kind] for kind in vars(self).values()]
+
+    def groups_of(self, groups: ParallelGroups) -> tuple[Group, Group]:
+        """The world and the experts' replicas, for tensors where the gradients are."""
+        parameters = self.experts or self.shards_of_experts or self.replicated or self.averaged or self.sharded
+        device = parameters[0][1].device if parameters else torch.device("cpu")
+        return groups.world.on(device), groups.expert_replicas.on(device)
+
+    def shards(self) -> list[Tensor]:
+        """This rank's parts of the gradients of `sharded`, those that there are and that hold numbers."""
+        parts = [rows_of(p.grad) for _, p in self.sharded if p.grad is not None]
+        return [part for part in parts if part.numel() > 0]
 
 
-def _gradients_of(model: nn.Module, groups: ParallelGroups, with_shards: bool = False) -> _Gradients:
-    """Without what FSDP shards and averages itself, unless `with_shards`."""
+def gradients_of(parameters: list[Named]) -> list[Tensor]:
+    """Of each; None has become zeros. Of DTensors this rank's part."""
+    gradients = []
+    for name, p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        if p.grad.layout != torch.strided:
+            raise ValueError(f"the gradient of {name} has layout {p.grad.layout}, expected a dense one")
+        gradients.append(rows_of(p.grad))
+    return gradients
+
+
+def parameters_of(model: nn.Module, groups: ParallelGroups) -> Parameters:
     if type(model).__module__.partition(".")[0] == "deepspeed":
         raise TypeError(
             f"model is a {type(model).__name__} of DeepSpeed, which averages and partitions parameters as if they were the "
@@ -221,7 +269,7 @@ def _gradients_of(model: nn.Module, groups: ParallelGroups, with_shards: bool = 
     spread = set().union(*(spread_over(layer) for layer in layers))
     routers = {id(getattr(layer._modules.get("router"), "weight", None)) for layer in layers}
     by_ddp, by_fsdp1 = averaged_by_ddp(model), managed_by_fsdp1(model)
-    found = _Gradients()
+    found = Parameters()
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -231,20 +279,14 @@ def _gradients_of(model: nn.Module, groups: ParallelGroups, with_shards: bool = 
         if id(p) in routers and not is_shard and p.dim() != 2:
             raise ValueError(f"{name} is a flat shard of FSDP's: give the FullyShardedDataParallel model itself")
         if is_shard and id(p) not in spread:
-            if with_shards:
-                _add_shard(found, name, p, groups)
+            found.sharded.append((name, p))
             continue
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        if p.grad.layout != torch.strided:
-            raise ValueError(f"the gradient of {name} has layout {p.grad.layout}, expected a dense one")
         if isinstance(p, DTensor) and p.device_mesh.size() > groups.expert_parallel.size:
-            found.ranks_of_a_copy[_ranks_of_shards(name, p, groups)] = name
-            found.shards_of_experts.append(rows_of(p.grad))
+            found.shards_of_experts.append((name, p))
         elif id(p) in by_ddp:
-            found.averaged.append(p.grad)
+            found.averaged.append((name, p))
         else:
-            (found.experts if id(p) in experts else found.replicated).append(rows_of(p.grad))
+            (found.experts if id(p) in experts else found.replicated).append((name, p))
         if id(p) not in experts:
             found.replicas.insert(0 if id(p) in routers else len(found.replicas), (name, p))
     return found
@@ -260,17 +302,10 @@ def _is_spread_dtensor(parameter: nn.Parameter, groups: ParallelGroups) -> bool:
     )
 
 
-def _add_shard(found: _Gradients, name: str, parameter: nn.Parameter, groups: ParallelGroups) -> None:
-    """The local part of what `fully_shard` shards, and has averaged."""
+def _ranks_of_shards(name: str, parameter: nn.Parameter, groups: ParallelGroups) -> int:
+    """How many consecutive ranks of the world have different shards; the next ones have the same again."""
     if not isinstance(parameter, DTensor):
         raise ValueError(f"{name} is sharded by FullyShardedDataParallel: clip_gradient_norm takes fully_shard's")
-    found.ranks_of_a_copy[_ranks_of_shards(name, parameter, groups)] = name
-    if isinstance(parameter.grad, DTensor):
-        found.shards.append(rows_of(parameter.grad))
-
-
-def _ranks_of_shards(name: str, parameter: DTensor, groups: ParallelGroups) -> int:
-    """How many consecutive ranks of the world have different shards; the next ones have the same again."""
     mesh, placements = parameter.device_mesh, parameter.placements
     sharded = [not placement.is_replicate() for placement in placements]  # over two dimensions: _StridedShard
     if mesh.size() != groups.world.size or sharded != sorted(sharded) or not sharded[-1]:
@@ -281,9 +316,9 @@ def _ranks_of_shards(name: str, parameter: DTensor, groups: ParallelGroups) -> i
     return math.prod(size for size, is_sharded in zip(mesh.shape, sharded) if is_sharded)
 
 
-def _ranks_of_a_copy(found: _Gradients, groups: ParallelGroups) -> int:
+def _ranks_of_a_copy(found: Parameters, groups: ParallelGroups) -> int:
     """Over how many ranks whatever is not replicated lies."""
-    ranks = dict(found.ranks_of_a_copy)
+    ranks = {_ranks_of_shards(name, p, groups): name for name, p in found.shards_of_experts + found.sharded}
     if found.experts:
         ranks.setdefault(groups.expert_parallel.size, "experts")
     if len(ranks) > 1:

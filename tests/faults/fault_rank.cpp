@@ -4,6 +4,7 @@
 #include <ATen/Context.h>
 #include <anabranch/communicator.h>
 #include <anabranch/error.h>
+#include <anabranch/gradient_reducer.h>
 #include <anabranch/moe_layer.h>
 #include <mpi.h>
 #include <sys/wait.h>
@@ -99,6 +100,21 @@ void killed_in_a_training_step(Communicator& communicator) {
   while (true) {
     const auto x = torch::randn({200, 64}, device).requires_grad_();
     layer->forward(x).output.sum().backward();
+  }
+}
+
+/// Two threads of each rank wait: backward's, and the one that sums gradients.
+void killed_while_gradients_are_summed(Communicator& communicator) {
+  const auto groups = anabranch::make_parallel_groups(share(communicator));
+  anabranch::MoELayer layer(layer_options(), groups.expert_parallel);
+  anabranch::GradientReducer reducer(*layer, groups, /*bucket_bytes=*/1);
+  schedule(communicator, SIGKILL);
+  while (true) {
+    layer->zero_grad();
+    const auto loss = layer->forward(torch::randn({200, 64}, device)).output.sum();
+    reducer.start();
+    loss.backward();
+    reducer.finish();
   }
 }
 
@@ -281,6 +297,7 @@ const std::map<std::string, std::function<void(Communicator&)>> scenarios = {
     {"absent_from_nccl", [](Communicator& communicator) { communicator.barrier(); }},
     {"killed", killed},
     {"killed_in_a_training_step", killed_in_a_training_step},
+    {"killed_while_gradients_are_summed", killed_while_gradients_are_summed},
     {"stalled", stalled},
     {"late", late},
     {"destroyed", destroyed},

@@ -102,3 +102,24 @@ def overflown_without_experts(rank, size, seed):
 
 def test_a_rank_without_experts_skips_too(seed):
     assert run_ranks(3, overflown_without_experts, seed) == [(4.0, 1), (4.0, 1), (4.0, 0)]
+
+
+def overflown_without_experts_under_fsdp2(rank, size, seed):
+    """Of 2 experts on 3 ranks, everything else sharded: the last has no gradient that is replicated, either."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(8, 8), anabranch.MoE(8, 12, 2, 1, renormalize=False, seed=seed))
+    experts = [p for _, p in anabranch.expert_parameters(model)]
+    fully_shard(model, mesh=init_device_mesh("cpu", (size,)), ignored_params=set(experts))
+    others = [p for p in model.parameters() if all(p is not expert for expert in experts)]
+    x, dy = batch_of(seed, rank, size, dtype=torch.float32)
+    (model(x).output * dy).sum().backward()
+    if rank == 0:
+        model[1].experts.up_weight.grad[0, 0, 0] = float("nan")
+    anabranch.finish_gradients(model)
+    return all(p.grad.to_local().isfinite().all().item() for p in others)
+
+
+def test_a_rank_without_experts_hears_of_it_under_fsdp2(seed):
+    assert run_ranks(3, overflown_without_experts_under_fsdp2, seed) == [False] * 3

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <mutex>
 #include <thread>
 
 #include "communicator/errors.h"
@@ -24,6 +25,22 @@ bool contains(const std::vector<int>& ranks, int rank) {
   return std::find(ranks.begin(), ranks.end(), rank) != ranks.end();
 }
 
+/// What the threads of this process wait in, each by the number of its question, and the answers that have
+/// come to it.
+struct Threads {
+  struct Waiting {
+    MpiWait wait;
+    std::map<int, std::vector<MpiWait>> answers;
+  };
+  std::mutex mutex;
+  std::map<int32_t, Waiting> waiting;
+};
+
+Threads& threads() {
+  static auto* const all = new Threads;  // waits may outlive static objects
+  return *all;
+}
+
 }  // namespace
 
 void refuse_after(const MpiFailure& failure, const MpiGroup& group, int rank, Collective call) {
@@ -39,6 +56,11 @@ MpiWatch::MpiWatch(MpiRuntime& runtime, const MpiGroup& group, MpiCallId call,
   question_ = ++questions;
 }
 
+MpiWatch::~MpiWatch() {
+  const std::lock_guard lock(threads().mutex);
+  threads().waiting.erase(question_);
+}
+
 void MpiWatch::keep_waiting(const std::function<std::vector<int>()>& pending) {
   const auto waited = waiting_.so_far();
   if (waited >= std::min(kQuietTime, deadline_ / 4)) {
@@ -46,8 +68,10 @@ void MpiWatch::keep_waiting(const std::function<std::vector<int>()>& pending) {
     listen(ranks);
     if (waited >= deadline_ - std::min(kLongestInquiry, deadline_ / 4)) {
       ask(ranks);
-      for (const auto& [rank, answer] : answers_) {
-        ask(answer.waits_for);
+      for (const auto& [rank, waits] : answers_) {
+        for (const MpiWait& wait : waits) {
+          ask(wait.waits_for);
+        }
       }
     }
     if (waited >= deadline_) {
@@ -58,30 +82,52 @@ void MpiWatch::keep_waiting(const std::function<std::vector<int>()>& pending) {
 }
 
 void MpiWatch::listen(const std::vector<int>& pending) {
+  {
+    const std::lock_guard lock(threads().mutex);
+    threads().waiting[question_].wait = {call_, pending};
+  }
   while (const auto received = receive_mpi_notice(runtime_)) {
     const MpiNotice& notice = received->notice;
     if (notice.kind == MpiNotice::Kind::kQuestion) {
-      answer(received->source, notice.question, pending);
-    } else if (notice.kind == MpiNotice::Kind::kAnswer && notice.question == question_) {
+      answer(received->source, notice.question);
+    } else if (notice.kind == MpiNotice::Kind::kAnswer) {
       const MpiCallId call{notice.group, static_cast<Collective>(notice.call), notice.sequence};
-      answers_[received->source] = {call, notice.get_ranks()};
+      const std::lock_guard lock(threads().mutex);
+      const auto asked = threads().waiting.find(notice.question);
+      if (asked != threads().waiting.end()) {
+        asked->second.answers[received->source].push_back({call, notice.get_ranks()});
+      }
     } else if (notice.kind == MpiNotice::Kind::kFailure) {
-      const MpiFailure failure{notice.text.data(), notice.get_ranks()};
-      announce_failure(runtime_, failure);
-      refuse_after(failure, group_, runtime_.rank(), call_.collective);
+      announce_failure(runtime_, {notice.text.data(), notice.get_ranks()});
+      break;
     }
   }
+  if (const auto failure = runtime_.failure()) {  // of this call's, or another thread's
+    refuse_after(*failure, group_, runtime_.rank(), call_.collective);
+  }
+  const std::lock_guard lock(threads().mutex);
+  answers_ = threads().waiting[question_].answers;
 }
 
-void MpiWatch::answer(int rank, int32_t question, const std::vector<int>& pending) {
-  MpiNotice notice;
-  notice.kind = MpiNotice::Kind::kAnswer;
-  notice.question = question;
-  notice.group = call_.group;
-  notice.call = static_cast<int32_t>(call_.collective);
-  notice.sequence = call_.sequence;
-  notice.set_ranks(pending);
-  send_mpi_notice(runtime_, rank, notice);
+/// For all threads.
+void MpiWatch::answer(int rank, int32_t question) {
+  std::vector<MpiWait> waits;
+  {
+    const std::lock_guard lock(threads().mutex);
+    for (const auto& [number, waiting] : threads().waiting) {
+      waits.push_back(waiting.wait);
+    }
+  }
+  for (const MpiWait& wait : waits) {
+    MpiNotice notice;
+    notice.kind = MpiNotice::Kind::kAnswer;
+    notice.question = question;
+    notice.group = wait.call.group;
+    notice.call = static_cast<int32_t>(wait.call.collective);
+    notice.sequence = wait.call.sequence;
+    notice.set_ranks(wait.waits_for);
+    send_mpi_notice(runtime_, rank, notice);
+  }
 }
 
 void MpiWatch::ask(const std::vector<int>& ranks) {
@@ -99,8 +145,11 @@ std::vector<int> MpiWatch::reached_from(const std::vector<int>& pending) const {
   std::vector<int> reached = pending;
   for (size_t i = 0; i < reached.size(); ++i) {
     const auto answer = answers_.find(reached[i]);
-    if (answer != answers_.end()) {
-      for (const int rank : answer->second.waits_for) {
+    if (answer == answers_.end()) {
+      continue;
+    }
+    for (const MpiWait& wait : answer->second) {
+      for (const int rank : wait.waits_for) {
         if (rank != runtime_.rank() && !contains(reached, rank)) {
           reached.push_back(rank);
         }
@@ -117,7 +166,8 @@ void MpiWatch::give_up(const std::vector<int>& pending) {
     const auto answer = answers_.find(rank);
     if (answer == answers_.end()) {
       silent.push_back(rank);
-    } else if (answer->second.call != call_) {
+    } else if (std::none_of(answer->second.begin(), answer->second.end(),
+                            [&](const MpiWait& wait) { return wait.call == call_; })) {
       elsewhere.push_back(rank);
     }
   }
@@ -129,7 +179,7 @@ void MpiWatch::give_up(const std::vector<int>& pending) {
   } else if (!silent.empty()) {
     fail(c10::str(waited, ", held up by ", group_.describe(silent), " (dead or stalled)"), silent);
   } else if (!elsewhere.empty()) {
-    const MpiCallId& other = answers_.at(elsewhere.front()).call;
+    const MpiCallId& other = answers_.at(elsewhere.front()).front().call;
     if (other.group == kNoMpiGroup) {
       fail(c10::str(waited, ": ", group_.describe({elsewhere.front()}),
                     " has come to the end of its program"),

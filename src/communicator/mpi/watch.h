@@ -28,16 +28,26 @@ struct MpiCallId {
 [[noreturn]] void refuse_after(const MpiFailure& failure, const MpiGroup& group, int rank,
                                Collective call);
 
+/// A call that a thread of a rank waits in, and for whom (ranks of MPI_COMM_WORLD).
+struct MpiWait {
+  MpiCallId call;
+  std::vector<int> waits_for;
+};
+
 /// Finds out whom a waiting rank waits for in the end.
 ///
 /// A rank may wait for a live one that itself waits for a dead one. So, shortly before its
 /// deadline, a rank asks those it waits for, and those they wait for. Whoever waits answers;
 /// whoever does not answer is to blame. A rank that gives up tells all others, which end at once
-/// and blame the same.
+/// and blame the same. Several threads of a rank may wait: each answers for all of them, and
+/// receives what is meant for another.
 class MpiWatch {
  public:
   MpiWatch(MpiRuntime& runtime, const MpiGroup& group, MpiCallId call,
            std::chrono::milliseconds deadline);
+  ~MpiWatch();
+  MpiWatch(const MpiWatch&) = delete;
+  MpiWatch& operator=(const MpiWatch&) = delete;
 
   const MpiCallId& call() const noexcept { return call_; }
 
@@ -49,13 +59,8 @@ class MpiWatch {
   [[noreturn]] void fail(const std::string& reason, const std::vector<int>& culprits);
 
  private:
-  struct Answer {
-    MpiCallId call;
-    std::vector<int> waits_for;
-  };
-
   void listen(const std::vector<int>& pending);
-  void answer(int rank, int32_t question, const std::vector<int>& pending);
+  void answer(int rank, int32_t question);
   void ask(const std::vector<int>& ranks);
   std::vector<int> reached_from(const std::vector<int>& pending) const;
   [[noreturn]] void give_up(const std::vector<int>& pending);
@@ -67,7 +72,7 @@ class MpiWatch {
   WaitingTime waiting_;
   int32_t question_;
   std::set<int> asked_;
-  std::map<int, Answer> answers_;
+  std::map<int, std::vector<MpiWait>> answers_;  ///< by rank, for each of its threads
 };
 
 }  // namespace anabranch

@@ -37,7 +37,10 @@ class Meeting {
   Meeting(const Meeting&) = delete;
   Meeting& operator=(const Meeting&) = delete;
 
-  c10d::Store& store() { return *store_; }
+  /// For one thread: a wait holds up all else that goes through it.
+  c10::intrusive_ptr<c10d::Store> store() { return store_; }
+  /// For another one.
+  c10::intrusive_ptr<c10d::Store> another_way() { return store_->clone(); }
 
  private:
   static std::string left(int rank) { return c10::str("left/", rank); }
@@ -50,10 +53,11 @@ class Meeting {
 /// Messages between host memories, each a key of the store that its receiver deletes.
 class StoreCommunicator final : public Communicator {
  public:
-  StoreCommunicator(std::shared_ptr<Meeting> meeting, std::string group, int rank, int size,
-                    CommunicatorOptions options)
+  StoreCommunicator(std::shared_ptr<Meeting> meeting, c10::intrusive_ptr<c10d::Store> store,
+                    std::string group, int rank, int size, CommunicatorOptions options)
       : Communicator(rank, size),
         meeting_(std::move(meeting)),
+        store_(std::move(store)),
         group_(std::move(group)),
         options_(options) {}
 
@@ -64,7 +68,7 @@ class StoreCommunicator final : public Communicator {
                 const std::function<void()>& meanwhile) override;
   std::shared_ptr<Communicator> regroup(const std::vector<int>& members, int rank) override {
     // No two groups have a first member and an exchange of their parent's in common.
-    return std::make_shared<StoreCommunicator>(meeting_,
+    return std::make_shared<StoreCommunicator>(meeting_, meeting_->another_way(),
                                                c10::str(group_, '.', exchanges_, '.', members[0]),
                                                rank, static_cast<int>(members.size()), options_);
   }
@@ -82,6 +86,7 @@ class StoreCommunicator final : public Communicator {
   void receive(const Message& message, int number);
 
   std::shared_ptr<Meeting> meeting_;
+  c10::intrusive_ptr<c10d::Store> store_;
   std::string group_;
   CommunicatorOptions options_;
   int64_t exchanges_ = 0;
@@ -91,17 +96,17 @@ void StoreCommunicator::send(const Message& message, int number) {
   const auto* data = reinterpret_cast<const uint8_t*>(message.source());
   for (int64_t begin = 0; begin < message.bytes; begin += kPieceBytes) {
     const int64_t end = std::min(begin + kPieceBytes, message.bytes);
-    meeting_->store().set(key(rank(), message.peer, number, begin),
-                          std::vector<uint8_t>(data + begin, data + end));
+    store_->set(key(rank(), message.peer, number, begin),
+                std::vector<uint8_t>(data + begin, data + end));
   }
 }
 
 void StoreCommunicator::receive(const Message& message, int number) {
   for (int64_t begin = 0; begin < message.bytes; begin += kPieceBytes) {
     const std::string piece = key(message.peer, rank(), number, begin);
-    meeting_->store().wait({piece}, options_.deadline);
-    const std::vector<uint8_t> value = meeting_->store().get(piece);
-    meeting_->store().deleteKey(piece);
+    store_->wait({piece}, options_.deadline);
+    const std::vector<uint8_t> value = store_->get(piece);
+    store_->deleteKey(piece);
     const auto expected = static_cast<size_t>(std::min(kPieceBytes, message.bytes - begin));
     check_input(value.size() == expected, value.size(), " bytes came where ", expected,
                 " were expected: the ranks' arguments do not fit");
@@ -154,7 +159,9 @@ std::shared_ptr<Communicator> make_store_communicator(c10::intrusive_ptr<c10d::S
                                                       int rank, int size,
                                                       const CommunicatorOptions& options) {
   auto meeting = std::make_shared<Meeting>(std::move(store), rank, size);
-  return std::make_shared<StoreCommunicator>(std::move(meeting), "world", rank, size, options);
+  auto way = meeting->store();
+  return std::make_shared<StoreCommunicator>(std::move(meeting), std::move(way), "world", rank,
+                                             size, options);
 }
 
 std::shared_ptr<Communicator> make_store_communicator(const std::string& host, int port, int rank,

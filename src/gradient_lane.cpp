@@ -1,0 +1,126 @@
+#include "gradient_lane.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <algorithm>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace anabranch {
+namespace {
+
+c10::Stream current_stream(c10::Device device) {
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+}
+
+/// LibTorch's calls on this thread take no other: those that the program computes with have a team already.
+void use_one_thread() {
+  at::get_num_threads();  // the first call sets what is set here
+#ifdef _OPENMP
+  omp_set_num_threads(1);
+#endif
+}
+
+}  // namespace
+
+void NotedStreams::note(c10::Device device) {
+  if (device.is_cpu()) return;
+  const auto stream = current_stream(device);
+  auto found = std::find_if(noted_.begin(), noted_.end(),
+                            [&](const auto& entry) { return entry.first == stream; });
+  if (found == noted_.end()) {
+    found = noted_.emplace(found, stream, c10::Event(device.type()));
+  }
+  found->second.record(stream);
+}
+
+void NotedStreams::block(const c10::Stream& then) {
+  for (auto& [stream, event] : noted_) event.block(then);
+}
+
+GradientLane::GradientLane(std::shared_ptr<Communicator> communicator, int64_t divisor)
+    : communicator_(std::move(communicator)), divisor_(divisor) {}
+
+GradientLane::~GradientLane() {
+  {
+    const std::scoped_lock lock(mutex_);
+    given_up_ = true;
+  }
+  changed_.notify_all();
+  if (working_.valid()) working_.wait();
+}
+
+void GradientLane::begin(size_t messages) {
+  slots_ = std::vector<Slot>(messages);
+  summed_ = 0;
+  if (messages > 0) working_ = std::async(std::launch::async, [this] { work(); });
+}
+
+void GradientLane::note(size_t message, c10::Device device) { slots_[message].noted.note(device); }
+
+void GradientLane::send(size_t message, std::vector<torch::Tensor> gradients) {
+  auto& slot = slots_[message];
+  slot.noted.note(gradients.front().device());
+  slot.gradients = std::move(gradients);
+  {
+    const std::scoped_lock lock(mutex_);
+    slot.is_complete = true;
+  }
+  changed_.notify_all();
+}
+
+void GradientLane::work() {
+  const at::NoGradGuard no_grad;
+  use_one_thread();
+  for (auto& slot : slots_) {
+    {
+      std::unique_lock lock(mutex_);
+      changed_.wait(lock, [&] { return slot.is_complete || given_up_; });
+      if (!slot.is_complete) return;
+    }
+    average(slot);
+    ++summed_;
+  }
+}
+
+void GradientLane::average(Slot& slot) {
+  const auto device = slot.gradients.front().device();
+  if (!device.is_cpu()) {
+    if (!stream_) {
+      stream_ = c10::impl::VirtualGuardImpl(device.type()).getStreamFromGlobalPool(device);
+    }
+    slot.noted.block(*stream_);
+  }
+  const c10::OptionalStreamGuard guard(stream_);
+  slot.message.emplace(std::move(slot.gradients));
+  slot.message->average(*communicator_, divisor_);
+}
+
+void GradientLane::end() {
+  if (working_.valid()) working_.get();
+  if (stream_) {
+    const c10::StreamGuard guard(*stream_);
+    NotedStreams done;
+    done.note(stream_->device());
+    done.block(guard.original_stream());
+  }
+}
+
+void GradientLane::bring_back() {
+  NotedStreams back;
+  for (auto& slot : slots_) {
+    slot.message->bring_back();
+  }
+  if (stream_) {  // whose memory the messages are
+    back.note(stream_->device());
+    back.block(*stream_);
+  }
+  slots_.clear();
+}
+
+}  // namespace anabranch
