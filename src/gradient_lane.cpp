@@ -57,6 +57,7 @@ GradientLane::~GradientLane() {
 
 void GradientLane::begin(size_t messages) {
   slots_ = std::vector<Slot>(messages);
+  averaged_.clear();
   summed_ = 0;
   if (messages > 0) working_ = std::async(std::launch::async, [this] { work(); });
 }
@@ -97,8 +98,8 @@ void GradientLane::average(Slot& slot) {
     slot.noted.block(*stream_);
   }
   const c10::OptionalStreamGuard guard(stream_);
-  slot.message.emplace(std::move(slot.gradients));
-  slot.message->average(*communicator_, divisor_);
+  averaged_.emplace_back(std::move(slot.gradients));
+  averaged_.back().average(*communicator_, divisor_);
 }
 
 void GradientLane::end() {
@@ -112,15 +113,13 @@ void GradientLane::end() {
 }
 
 void GradientLane::bring_back() {
-  NotedStreams back;
-  for (auto& slot : slots_) {
-    slot.message->bring_back();
-  }
+  for (const auto& message : averaged_) message.bring_back();
   if (stream_) {  // whose memory the messages are
+    NotedStreams back;
     back.note(stream_->device());
     back.block(*stream_);
   }
-  slots_.clear();
+  averaged_.clear();
 }
 
 }  // namespace anabranch

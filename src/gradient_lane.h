@@ -60,7 +60,6 @@ class GradientLane {
     NotedStreams noted;
     std::vector<torch::Tensor> gradients;
     bool is_complete = false;
-    std::optional<MeanMessage> message;
   };
   void work();
   void average(Slot& slot);
@@ -69,6 +68,7 @@ class GradientLane {
   int64_t divisor_;
   std::optional<c10::Stream> stream_;  ///< once a message is on a GPU
   std::vector<Slot> slots_;
+  std::vector<MeanMessage> averaged_;
   std::mutex mutex_;  ///< guards is_complete and given_up_
   std::condition_variable changed_;
   bool given_up_ = false;
