@@ -5,27 +5,17 @@
 #include <cmath>
 
 #include "finished_gradients.h"
+#include "kernels/optimizer.h"
 #include "support/check.h"
 
 namespace anabranch {
 namespace {
 
-/// Σ x² in fp64, in pieces, so that the fp64 copy stays small.
-torch::Tensor sum_of_squares(const torch::Tensor& x) {
-  constexpr int64_t kPiece = int64_t{1} << 22;
-  const auto flat = x.reshape({-1});
-  auto sum = at::zeros({}, x.options().dtype(at::kDouble));
-  for (int64_t start = 0; start < flat.numel(); start += kPiece) {
-    const auto length = std::min(kPiece, flat.numel() - start);
-    sum.add_(flat.narrow(0, start, length).to(at::kDouble).square().sum());
-  }
-  return sum;
-}
-
 torch::Tensor sum_of_squares(const std::vector<torch::Tensor>& gradients,
                              const torch::TensorOptions& options) {
   auto sum = at::zeros({}, options);
-  for (const auto& gradient : gradients) sum.add_(sum_of_squares(gradient).to(options.device()));
+  for (const auto& gradient : gradients)
+    sum.add_(OptimizerKernels::on(gradient.device()).sum_of_squares(gradient).to(options.device()));
   return sum;
 }
 
@@ -50,6 +40,24 @@ void check_finished(const double* squares, int64_t ranks, int64_t expert_paralle
   }
 }
 
+/// [W, 2] fp64 on the gradients' device: each rank's sums of squares, its experts' and the replicated ones'.
+/// Collective.
+torch::Tensor gather_squares(const Gradients& gradients, Communicator& world) {
+  const at::NoGradGuard no_grad;
+  const auto& first = gradients.experts.empty() ? gradients.replicated : gradients.experts;
+  const auto device = first.empty() ? torch::Device(at::kCPU) : first.front().device();
+  const auto options = at::TensorOptions(at::kDouble).device(device);
+  return world.all_gather(at::stack(
+      {sum_of_squares(gradients.experts, options), sum_of_squares(gradients.replicated, options)}));
+}
+
+/// [] of these. One group of expert-parallel ranks holds every expert once; replicated ones are rank 0's.
+torch::Tensor norm_of(const torch::Tensor& squares, int64_t expert_parallel_size) {
+  auto sum = squares[0][1];
+  for (int64_t rank = 0; rank < expert_parallel_size; ++rank) sum = sum + squares[rank][0];
+  return sum.sqrt();
+}
+
 /// Of this rank: those that there are.
 Gradients gradients_of(const torch::nn::Module& model, const ParallelGroups& groups) {
   Gradients gradients;
@@ -65,20 +73,19 @@ Gradients gradients_of(const torch::nn::Module& model, const ParallelGroups& gro
 
 double gradient_norm(const Gradients& gradients, Communicator& world,
                      int64_t expert_parallel_size) {
-  const at::NoGradGuard no_grad;
-  const auto& first = gradients.experts.empty() ? gradients.replicated : gradients.experts;
-  const auto device = first.empty() ? torch::Device(at::kCPU) : first.front().device();
-  const auto options = at::TensorOptions(at::kDouble).device(device);
-  const auto squares = at::stack(
-      {sum_of_squares(gradients.experts, options), sum_of_squares(gradients.replicated, options)});
-  const auto gathered = world.all_gather(squares).cpu();
+  const auto gathered = gather_squares(gradients, world).cpu();
   world.check();
-  const auto* values = gathered.const_data_ptr<double>();
-  check_finished(values, world.size(), expert_parallel_size);
-  // One group of expert-parallel ranks holds every expert once; replicated ones are rank 0's.
-  double sum = values[1];
-  for (int64_t rank = 0; rank < expert_parallel_size; ++rank) sum += values[2 * rank];
-  return std::sqrt(sum);
+  check_finished(gathered.const_data_ptr<double>(), world.size(), expert_parallel_size);
+  return norm_of(gathered, expert_parallel_size).item<double>();
+}
+
+GradientScale gradient_scale(const Gradients& gradients, double max_norm, Communicator& world,
+                             int64_t expert_parallel_size) {
+  check_input(max_norm >= 0, "max_norm must not be negative, got ", max_norm);
+  const at::NoGradGuard no_grad;
+  const auto norm = norm_of(gather_squares(gradients, world), expert_parallel_size);
+  const auto nothing = norm - norm;  // or NaN
+  return {norm, max_norm > 0 ? (max_norm / norm).clamp_max(1) + nothing : nothing + 1};
 }
 
 double gradient_norm(const torch::nn::Module& model, const ParallelGroups& groups) {

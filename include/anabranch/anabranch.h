@@ -18,5 +18,6 @@
 #include <anabranch/parameters.h>
 #include <anabranch/gradients.h>
 #include <anabranch/gradient_reducer.h>
+#include <anabranch/optimizers.h>
 #include <anabranch/checkpoint.h>
 #include <anabranch/error.h>

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <anabranch/error.h>
+#include <anabranch/optimizers.h>
 #include <anabranch/parameters.h>
 #include <torch/optim/optimizer.h>
 
@@ -33,6 +34,13 @@ void save_checkpoint(const std::filesystem::path& directory, const torch::nn::Mo
 CheckpointMetadata load_checkpoint(const std::filesystem::path& directory, torch::nn::Module& model,
                                    torch::optim::Optimizer* optimizer,
                                    const ParallelGroups& groups);
+
+/// The same with an optimizer of this library's, whose tensors are loaded where they lie.
+void save_checkpoint(const std::filesystem::path& directory, const torch::nn::Module& model,
+                     const ParallelOptimizer& optimizer, const CheckpointMetadata& metadata,
+                     const ParallelGroups& groups);
+CheckpointMetadata load_checkpoint(const std::filesystem::path& directory, torch::nn::Module& model,
+                                   ParallelOptimizer& optimizer, const ParallelGroups& groups);
 
 // The same for models and optimizers that are not LibTorch's.
 

@@ -62,6 +62,16 @@ bool is_finished(const torch::Tensor& gradient);
 /// The experts are spread over `expert_parallel_size` consecutive ranks of the world. Collective.
 double gradient_norm(const Gradients& gradients, Communicator& world, int64_t expert_parallel_size);
 
+/// What clipping multiplies gradients by, on their device.
+struct GradientScale {
+  torch::Tensor norm;   ///< [] fp64: L2 norm of the whole model's finished gradient
+  torch::Tensor scale;  ///< [] fp64: at most 1; NaN where the norm is not finite
+};
+/// The same norm and, for a norm of at most `max_norm` (0: any), its factor; nothing is scaled, and the host
+/// does not wait for a GPU. Whether the gradients are finished is not checked. Collective.
+GradientScale gradient_scale(const Gradients& gradients, double max_norm, Communicator& world,
+                             int64_t expert_parallel_size);
+
 /// Returns a norm that is not finite, and then leaves the gradients alone. Collective.
 double clip_gradient_norm(const Gradients& gradients, double max_norm, Communicator& world,
                           int64_t expert_parallel_size, double loss_scale = 1);

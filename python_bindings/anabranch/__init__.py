@@ -26,6 +26,7 @@ from .groups import Group, as_group, hierarchical
 from .huggingface import convert
 from .memory import MemoryPlan, plan_memory
 from .moe import MoE, MoEOutput, check
+from .muon import Muon
 from .plots import plot_load
 from .stats import LayerStats, imbalance
 
@@ -36,6 +37,7 @@ __all__ = [
     "MemoryPlan",
     "MoE",
     "MoEOutput",
+    "Muon",
     "ParallelGroups",
     "RankInfo",
     "__version__",

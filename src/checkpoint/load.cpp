@@ -187,6 +187,12 @@ std::string read_index(const fs::path& directory, Communicator& world) {
   return broadcast_string(world, text);
 }
 
+void check_optimizer(const CheckpointIndex& index, const std::string& kind) {
+  require(index.optimizer == kind, "the checkpoint holds ",
+          index.optimizer.empty() ? "no optimizer" : index.optimizer, ", state was asked for ",
+          kind);
+}
+
 Staged stage(const fs::path& directory, const CheckpointIndex& index,
              const torch::nn::Module& model, const torch::optim::Optimizer* optimizer,
              const ParallelGroups& groups) {
@@ -195,10 +201,7 @@ Staged stage(const fs::path& directory, const CheckpointIndex& index,
   auto expected = tensors;
   std::vector<ExpectedState> states;
   if (optimizer != nullptr) {
-    const auto kind = state_of(*optimizer).kind();
-    require(index.optimizer == kind, "the checkpoint holds ",
-            index.optimizer.empty() ? "no optimizer" : index.optimizer, ", state was asked for ",
-            kind);
+    check_optimizer(index, state_of(*optimizer).kind());
     states = expected_states(model, *optimizer, source);
   }
   for (const auto& state : states) {
@@ -239,6 +242,25 @@ CheckpointMetadata load_checkpoint(const fs::path& directory, torch::nn::Module&
     optimizer->state().clear();
     for (auto& [parameter, state] : staged.states) optimizer->state()[parameter] = std::move(state);
   }
+  return index.metadata;
+}
+
+CheckpointMetadata load_checkpoint(const fs::path& directory, torch::nn::Module& model,
+                                   ParallelOptimizer& optimizer, const ParallelGroups& groups) {
+  const at::NoGradGuard no_grad;
+  const auto text = read_index(directory, *groups.world);
+  CheckpointIndex index;
+  std::vector<ParallelParameter> tensors;
+  std::vector<torch::Tensor> parts;
+  do_together(*groups.world, [&] {
+    index = parse_index(text);
+    check_optimizer(index, optimizer.name());
+    tensors = with_state(model_tensors(model, groups), optimizer);
+    TensorSource source(directory, index);
+    check_names(tensors, index, source, /*with_optimizer=*/true);
+    parts = read_parts(tensors, source);
+  });
+  for (size_t i = 0; i < parts.size(); ++i) tensors[i].tensor.copy_(parts[i]);
   return index.metadata;
 }
 

@@ -242,6 +242,16 @@ void save_checkpoint(const fs::path& directory, const torch::nn::Module& model,
   save_collected(directory, collect, metadata, groups);
 }
 
+void save_checkpoint(const fs::path& directory, const torch::nn::Module& model,
+                     const ParallelOptimizer& optimizer, const CheckpointMetadata& metadata,
+                     const ParallelGroups& groups) {
+  const auto collect = [&] {
+    return CheckpointContents{with_state(model_tensors(model, groups), optimizer),
+                              optimizer.name()};
+  };
+  save_collected(directory, collect, metadata, groups);
+}
+
 void save_checkpoint(const fs::path& directory, const CheckpointContents& contents,
                      const CheckpointMetadata& metadata, const ParallelGroups& groups) {
   const auto collect = [&] {

@@ -31,6 +31,12 @@ std::vector<ParallelParameter> model_tensors(const torch::nn::Module& model,
   return tensors;
 }
 
+std::vector<ParallelParameter> with_state(std::vector<ParallelParameter> tensors,
+                                          const ParallelOptimizer& optimizer) {
+  for (auto& tensor : optimizer.state()) tensors.push_back(std::move(tensor));
+  return tensors;
+}
+
 std::vector<OptimizedParameter> optimized_parameters(const torch::optim::Optimizer& optimizer,
                                                      const torch::nn::Module& model) {
   std::unordered_map<const c10::TensorImpl*, ParallelParameter> known;

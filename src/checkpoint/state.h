@@ -1,5 +1,6 @@
 #pragma once
 
+#include <anabranch/optimizers.h>
 #include <anabranch/parameters.h>
 #include <torch/optim/optimizer.h>
 
@@ -13,6 +14,10 @@ namespace anabranch {
 /// Parameters and buffers. Throws if a name could be taken for the optimizer's.
 std::vector<ParallelParameter> model_tensors(const torch::nn::Module& model,
                                              const ParallelGroups& groups);
+
+/// And what an optimizer of this library's keeps of them.
+std::vector<ParallelParameter> with_state(std::vector<ParallelParameter> tensors,
+                                          const ParallelOptimizer& optimizer);
 
 /// A parameter of the model that the optimizer updates.
 struct OptimizedParameter {

@@ -1,4 +1,5 @@
 #include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
 #include <anabranch/experts.h>
 
 #include "support/initialize.h"
@@ -22,9 +23,12 @@ ExpertsImpl::ExpertsImpl(const MoEOptions& options, const ExpertPlacement& place
   const auto tensor_options = torch::TensorOptions().dtype(options.dtype).device(options.device);
   const auto add = [&](const char* name, at::IntArrayRef sizes, int64_t fan_in, Stream stream) {
     auto parameter = register_parameter(name, torch::empty(sizes, tensor_options));
-    for (int64_t e = 0; e < local; ++e) {
-      fill_uniform(parameter[e], fan_in, options.seed, (first_expert_ + e) * kStreams + stream);
-    }
+    // Numbers are drawn on the host: billions of them, in a large model.
+    at::parallel_for(0, local, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t e = begin; e < end; ++e) {
+        fill_uniform(parameter[e], fan_in, options.seed, (first_expert_ + e) * kStreams + stream);
+      }
+    });
     return parameter;
   };
   up_weight = add("up_weight", {local, up, hidden}, hidden, kUpWeight);

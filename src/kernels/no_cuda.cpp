@@ -3,6 +3,7 @@
 #include "kernels/activation.h"
 #include "kernels/bias.h"
 #include "kernels/gate.h"
+#include "kernels/optimizer.h"
 #include "kernels/plan.h"
 #include "kernels/routing.h"
 #include "kernels/rows.h"
@@ -20,6 +21,7 @@ namespace {
 const ActivationKernels& ActivationKernels::cuda() { refuse(); }
 const BiasKernels& BiasKernels::cuda() { refuse(); }
 const GateKernels& GateKernels::cuda() { refuse(); }
+const OptimizerKernels& OptimizerKernels::cuda() { refuse(); }
 const PlanKernels& PlanKernels::cuda() { refuse(); }
 const RoutingKernels& RoutingKernels::cuda() { refuse(); }
 const RowKernels& RowKernels::cuda() { refuse(); }

@@ -1,0 +1,98 @@
+#include <ATen/ATen.h>
+#include <anabranch/optimizers.h>
+
+#include "checkpoint/optimizer_state.h"
+#include "checkpoint/state.h"
+#include "kernels/optimizer.h"
+#include "optimizers/masters.h"
+#include "support/check.h"
+
+namespace anabranch {
+namespace {
+
+/// One parameter and what is kept of it.
+struct Updated {
+  ParallelParameter parameter;
+  torch::Tensor master;
+  torch::Tensor mean;
+  torch::Tensor square;
+
+  /// The number of the first element, counted over all experts.
+  int64_t first_element() const {
+    const auto& tensor = parameter.tensor;
+    const bool has_experts = parameter.is_expert && tensor.size(0) > 0;
+    return has_experts ? parameter.first_expert * (tensor.numel() / tensor.size(0)) : 0;
+  }
+};
+
+Updated make_updated(const ParallelParameter& parameter, torch::Dtype state) {
+  const auto master = master_of(parameter.tensor);
+  const auto type = master.scalar_type() == at::kFloat ? state : master.scalar_type();
+  const auto zeros = [&] { return at::zeros_like(master, master.options().dtype(type)); };
+  return {parameter, master, zeros(), zeros()};
+}
+
+class AdamW final : public ParallelOptimizer {
+ public:
+  AdamW(const std::vector<ParallelParameter>& parameters, const AdamWOptions& options)
+      : options_(options) {
+    check_input(options.state == at::kFloat || options.state == at::kBFloat16,
+                "AdamW keeps its state in fp32 or bf16, not in ", options.state);
+    const at::NoGradGuard no_grad;
+    for (const auto& parameter : parameters) {
+      updated_.push_back(make_updated(parameter, options.state));
+    }
+    const auto device = parameters.empty() ? at::kCPU : parameters[0].tensor.device();
+    steps_ = at::zeros({}, at::TensorOptions(at::kLong).device(device));
+  }
+
+  void step(double learning_rate, const torch::Tensor& scale) override {
+    const at::NoGradGuard no_grad;
+    steps_.add_(scale.isfinite());
+    for (const auto& updated : updated_) {
+      const auto& [parameter, master, mean, square] = updated;
+      const auto& gradient = parameter.gradient();
+      if (!gradient.defined()) continue;
+      const bool is_matrix = parameter.tensor.dim() > 1;
+      OptimizerKernels::on(master.device())
+          .adamw({master, gradient, mean, square, rounded_of(parameter.tensor)},
+                 {.learning_rate = learning_rate,
+                  .beta1 = options_.beta1,
+                  .beta2 = options_.beta2,
+                  .epsilon = options_.epsilon,
+                  .decay = is_matrix ? options_.weight_decay : 0,
+                  .noise_seed = options_.seed ^ hash_of(parameter.name),
+                  .first_noise = updated.first_element()},
+                 scale, steps_);
+    }
+  }
+
+  std::vector<ParallelParameter> state() const override {
+    std::vector<ParallelParameter> tensors;
+    for (const auto& [parameter, master, mean, square] : updated_) {
+      tensors.push_back(optimizer_tensor(kStep, parameter, steps_));
+      tensors.push_back(optimizer_tensor("exp_avg", parameter, mean));
+      tensors.push_back(optimizer_tensor("exp_avg_sq", parameter, square));
+      if (rounded_of(parameter.tensor).defined()) {
+        tensors.push_back(optimizer_tensor("master", parameter, master));
+      }
+    }
+    return tensors;
+  }
+
+  std::string name() const override { return "AdamW"; }
+
+ private:
+  AdamWOptions options_;
+  std::vector<Updated> updated_;
+  torch::Tensor steps_;  // [] int64: updates made
+};
+
+}  // namespace
+
+std::unique_ptr<ParallelOptimizer> make_adamw(const std::vector<ParallelParameter>& parameters,
+                                              const AdamWOptions& options) {
+  return std::make_unique<AdamW>(parameters, options);
+}
+
+}  // namespace anabranch
