@@ -4,12 +4,9 @@
 
 #include <algorithm>
 
-namespace train_lm {
+#include "loss.h"
 
-torch::Tensor summed_loss(const torch::Tensor& logits, const torch::Tensor& targets) {
-  return at::cross_entropy_loss(logits.flatten(0, 1), targets.flatten(), /*weight=*/{},
-                                at::Reduction::Sum);
-}
+namespace train_lm {
 
 double validation_loss(LanguageModel& model, const TokenSource& data, const Options& options,
                        anabranch::Communicator& world) {
@@ -25,7 +22,9 @@ double validation_loss(LanguageModel& model, const TokenSource& data, const Opti
     Share share = share_of(piece, world.rank(), world.size());
     share.first += first;
     const Batch batch = Batch::of(data.validation_windows(sequences, share)).to(device);
-    sum += summed_loss(model(batch.inputs).logits, batch.targets).to(at::kCPU, at::kDouble);
+    const auto output = model(batch.inputs);
+    const auto loss = cross_entropy(output.hidden, model->head(), batch.targets, 1);
+    sum += loss.sum.to(at::kCPU, at::kDouble);
   }
   world.all_reduce(sum);
   model->train();

@@ -8,9 +8,6 @@
 
 namespace train_lm {
 
-/// [] Σ over tokens of −ln p(target); zero for no tokens.
-torch::Tensor summed_loss(const torch::Tensor& logits, const torch::Tensor& targets);
-
 /// Mean of −ln p over held-out sequences that are the same for any number of ranks. Collective.
 double validation_loss(LanguageModel& model, const TokenSource& data, const Options& options,
                        anabranch::Communicator& world);

@@ -2,9 +2,11 @@
 // spread over them.  mpirun -n 2 train_lm --data FILE   (--help tells all)
 
 #include <ATen/Context.h>
+#include <ATen/SDPBackend.h>
 #include <anabranch/communicator.h>
 #include <anabranch/error.h>
 #include <anabranch/hierarchical.h>
+#include <anabranch/optimizers.h>
 #include <anabranch/rank_discovery.h>
 
 #include <chrono>
@@ -53,6 +55,21 @@ std::shared_ptr<anabranch::Communicator> move_to_device(
                                            communicator_options(options));
 }
 
+/// Attention's kernels on a GPU, the first that can takes it.
+void prefer_attention(const std::string& first) {
+  using at::SDPBackend;
+  std::vector<int64_t> order;
+  if (first == "cudnn") {
+    order.push_back(static_cast<int64_t>(SDPBackend::cudnn_attention));
+  }
+  for (const auto backend :
+       {SDPBackend::flash_attention, SDPBackend::efficient_attention, SDPBackend::math}) {
+    order.push_back(static_cast<int64_t>(backend));
+  }
+  at::globalContext().setSDPUseCuDNN(first == "cudnn");
+  at::globalContext().setSDPPriorityOrder(order);
+}
+
 /// Its all-to-all as --all-to-all says. Collective.
 std::shared_ptr<anabranch::Communicator> with_all_to_all(
     const Options& options, std::shared_ptr<anabranch::Communicator> world) {
@@ -96,8 +113,8 @@ std::unique_ptr<TokenSource> check_and_open(const Options& options,
   together(world, [&] {
     check_options(options, world.size());
     data = open_token_source(options.data, options.training.sequence_length, options.training.seed);
-    require(data->vocabulary() <= kVocabulary, "--data has a vocabulary of ", data->vocabulary(),
-            ", the model one of ", kVocabulary);
+    require(data->vocabulary() <= options.model.vocabulary, "--data has a vocabulary of ",
+            data->vocabulary(), ", the model one of ", options.model.vocabulary, " (--vocabulary)");
   });
   check_same_data(*data, world);
   return data;
@@ -114,9 +131,11 @@ std::string greeting(const Options& options, const RunState& state, const TokenS
 /// The whole run, on every rank; returns the exit code.
 int train(const Options& options, const std::shared_ptr<anabranch::Communicator>& world) {
   const auto data = check_and_open(options, *world);
+  prefer_attention(options.attention);
   const auto groups = anabranch::make_parallel_groups(world, options.expert_parallel);
   LanguageModel model(options, groups.expert_parallel);
-  const auto optimizer = make_optimizer(*model, options.training);
+  const auto parameters = anabranch::trained_parameters(*model, groups);
+  const auto optimizer = make_optimizer(parameters, options);
 
   const RunDirectory directory(options, *data);
   std::vector<std::string> notes;
@@ -132,8 +151,14 @@ int train(const Options& options, const std::shared_ptr<anabranch::Communicator>
   }
   progress.say(greeting(options, state, *data, *world));
 
-  Trainer trainer(options, *data, groups, model, *optimizer, directory);
+  Trainer trainer(options, *data, groups, model, parameters, *optimizer, directory);
   const Outcome outcome = trainer.run(state, progress);
+  if (outcome.diverged) {
+    progress.say(
+        c10::str("the last steps' gradients are not finite; what was before them is saved in ",
+                 directory.checkpoint().string()));
+    return kFailed;
+  }
   if (!outcome.complete) {
     progress.say(c10::str("stopped after step ", outcome.last.step, ", saved in ",
                           directory.checkpoint().string(),

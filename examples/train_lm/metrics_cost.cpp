@@ -24,11 +24,13 @@ constexpr std::array kDataSheets = {
 double flops_per_token(const torch::nn::Module& model, int64_t top_k, int64_t attention_width,
                        int64_t sequence_length) {
   double weights = 0;
+  const bool tied = !model.named_parameters().contains("head");
   for (const auto& parameter : anabranch::parallel_parameters(model)) {
     const auto& tensor = parameter.tensor;
     if (parameter.is_expert && tensor.dim() == 3) {
       weights += static_cast<double>(tensor[0].numel() * top_k);
-    } else if (tensor.dim() == 2 && !parameter.is_expert && parameter.name != "embedding") {
+    } else if (tensor.dim() >= 2 && !parameter.is_expert &&
+               (tied || parameter.name != "embedding")) {
       weights += static_cast<double>(tensor.numel());
     }
   }

@@ -29,12 +29,13 @@ size_t part_of(const anabranch::ParallelParameter& parameter) {
 }  // namespace
 
 std::vector<std::pair<std::string, double>> gradient_norms(
-    const torch::nn::Module& model, const anabranch::ParallelGroups& groups) {
+    const std::vector<anabranch::ParallelParameter>& parameters,
+    const anabranch::ParallelGroups& groups) {
   const torch::NoGradGuard no_grad;
   std::array<bool, kParts.size()> there = {};
   // Experts' squares are added up over the ranks that share one set; replicated ones' are everywhere.
   std::array<std::array<torch::Tensor, kParts.size()>, 2> squares;
-  for (const auto& parameter : parallel_parameters(model, groups)) {
+  for (const auto& parameter : parameters) {
     const size_t part = part_of(parameter);
     there[part] = true;
     if (const auto& gradient = parameter.gradient(); gradient.defined()) {

@@ -8,51 +8,45 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
+#include "feed_forward.h"
 #include "options.h"
+#include "timeline.h"
 
 namespace train_lm {
 
-constexpr int64_t kVocabulary = 256;  // bytes
-
-/// Causal self-attention with rotary positions.
-class AttentionImpl : public torch::nn::Module {
- public:
-  AttentionImpl(const ModelOptions& options, class Initializer& initializer);
-
-  /// `x`: [B, S, h], `rotation`: [S, 1, 1, h / heads / 2] complex → [B, S, h].
-  torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& rotation);
-
- private:
-  int64_t heads_;
-  torch::Tensor qkv_weight_;     // [3 h, h]
-  torch::Tensor output_weight_;  // [h, h]
-};
-TORCH_MODULE(Attention);
-
-/// x + attention(norm(x)), then x + MoE(norm(x)).
+/// x + attention(norm(x)), then x + MoE(norm(x)), or in the first layers x + feed_forward(norm(x)).
 class BlockImpl : public torch::nn::Module {
  public:
-  BlockImpl(const ModelOptions& options, const anabranch::MoEOptions& moe_options,
+  /// `moe_options`: null for a layer without experts.
+  BlockImpl(const ModelOptions& options, const anabranch::MoEOptions* moe_options,
             std::shared_ptr<anabranch::Communicator> expert_parallel, Initializer& initializer);
 
-  anabranch::MoEOutput forward(const torch::Tensor& x, const torch::Tensor& rotation);
+  /// Without experts the losses and the load are undefined.
+  anabranch::MoEOutput forward(const torch::Tensor& x, const torch::Tensor& rotation,
+                               Timeline& timeline);
+
+  /// Empty without experts.
+  anabranch::MoELayer& moe() { return moe_; }
 
  private:
+  ModelOptions options_;
   Attention attention_{nullptr};
   anabranch::MoELayer moe_{nullptr};
+  FeedForward feed_forward_{nullptr};
   torch::Tensor attention_norm_;  // [h]
   torch::Tensor moe_norm_;        // [h]
 };
 TORCH_MODULE(Block);
 
 struct ModelOutput {
-  torch::Tensor logits;                    ///< [B, S, kVocabulary]
-  torch::Tensor balance_loss;              ///< [] summed over layers
-  torch::Tensor z_loss;                    ///< [] summed over layers
-  std::vector<torch::Tensor> expert_load;  ///< per layer [experts], over all ranks
+  torch::Tensor hidden;                    ///< [B, S, h], which the head is to be multiplied by
+  torch::Tensor balance_loss;              ///< [] summed over layers with experts
+  torch::Tensor z_loss;                    ///< [] summed over layers with experts
+  std::vector<torch::Tensor> expert_load;  ///< of each of them [experts], over all ranks
 };
 
-/// A decoder-only transformer whose every feed-forward layer is a Mixture of Experts. Replicated
+/// A decoder-only transformer whose feed-forward layers are Mixtures of Experts. Replicated
 /// parameters are the same on every rank, and all of them at any number of ranks: each is drawn by
 /// its own generator.
 class LanguageModelImpl : public torch::nn::Module {
@@ -63,12 +57,25 @@ class LanguageModelImpl : public torch::nn::Module {
   /// `tokens`: [B, S] int64; B and S may differ between ranks, and B be 0. Collective.
   ModelOutput forward(const torch::Tensor& tokens);
 
+  /// [vocabulary, h]: logits are hidden · headᵀ.
+  const torch::Tensor& head() const { return head_.defined() ? head_ : embedding_; }
+  /// Of each layer with experts the load of a step, [layers, experts] on its device, over all ranks:
+  /// moves their selection biases.
+  void update_expert_biases(const torch::Tensor& expert_load);
+  /// Where the time of a step goes.
+  Timeline& timeline() { return timeline_; }
+
  private:
-  int64_t head_size_;
-  torch::Tensor embedding_;  // [kVocabulary, h]
+  anabranch::MoEOutput through_block(Block& block, const torch::Tensor& x,
+                                     const torch::Tensor& rotation);
+
+  ModelOptions options_;
+  bool recompute_blocks_;
+  Timeline timeline_;
+  torch::Tensor embedding_;  // [vocabulary, h]
   std::vector<Block> blocks_;
   torch::Tensor norm_;  // [h]
-  torch::Tensor head_;  // [kVocabulary, h]
+  torch::Tensor head_;  // [vocabulary, h]; undefined where it is the embedding
 };
 TORCH_MODULE(LanguageModel);
 

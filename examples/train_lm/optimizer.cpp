@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <numbers>
-#include <vector>
 
 namespace train_lm {
 namespace {
@@ -12,24 +11,45 @@ constexpr double kBeta1 = 0.9;
 constexpr double kBeta2 = 0.95;
 constexpr double kLastPart = 0.1;  // of the peak learning rate
 
+/// Matrices of hidden layers: not the embedding, the head, the routers.
+bool is_hidden_matrix(const anabranch::ParallelParameter& parameter) {
+  const auto& name = parameter.name;
+  return parameter.tensor.dim() >= 2 && name != "embedding" && name != "head" &&
+         name.find("router") == std::string::npos && !name.ends_with("bias") &&
+         !name.ends_with("_gate");
+}
+
+/// A GLU's gate and up part lie one below the other.
+int64_t parts_of(const anabranch::ParallelParameter& parameter, const ModelOptions& model) {
+  const auto& name = parameter.name;
+  return model.glu && (name.ends_with("up_weight") || name.ends_with("feed_forward.up")) ? 2 : 1;
+}
+
 }  // namespace
 
-std::unique_ptr<torch::optim::AdamW> make_optimizer(const torch::nn::Module& model,
-                                                    const TrainingOptions& options) {
-  std::vector<torch::Tensor> matrices, vectors;
-  for (const auto& parameter : model.parameters()) {
-    (parameter.dim() > 1 ? matrices : vectors).push_back(parameter);
+std::unique_ptr<anabranch::ParallelOptimizer> make_optimizer(
+    const std::vector<anabranch::ParallelParameter>& parameters, const Options& options) {
+  const TrainingOptions& training = options.training;
+  const anabranch::AdamWOptions adamw{
+      .beta1 = kBeta1,
+      .beta2 = kBeta2,
+      .weight_decay = training.weight_decay,
+      .state = training.optimizer_state == "bfloat16" ? at::kBFloat16 : at::kFloat,
+      .seed = training.seed};
+  if (training.optimizer == "adamw") {
+    return anabranch::make_adamw(parameters, adamw);
   }
-  const auto defaults = torch::optim::AdamWOptions(options.learning_rate).betas({kBeta1, kBeta2});
-  const auto with_decay = [&](double decay) {
-    auto group = std::make_unique<torch::optim::AdamWOptions>(defaults);
-    group->weight_decay(decay);
-    return group;
-  };
-  std::vector<torch::optim::OptimizerParamGroup> groups;
-  groups.emplace_back(matrices, with_decay(options.weight_decay));
-  groups.emplace_back(vectors, with_decay(0));
-  return std::make_unique<torch::optim::AdamW>(groups, defaults);
+  std::vector<anabranch::MuonParameter> matrices;
+  std::vector<anabranch::ParallelParameter> others;
+  for (const auto& parameter : parameters) {
+    if (is_hidden_matrix(parameter)) {
+      matrices.push_back({parameter, parts_of(parameter, options.model)});
+    } else {
+      others.push_back(parameter);
+    }
+  }
+  return anabranch::make_muon(matrices, others,
+                              {.weight_decay = training.weight_decay, .adamw = adamw});
 }
 
 double learning_rate_at(int64_t step, const TrainingOptions& options) {
@@ -41,12 +61,6 @@ double learning_rate_at(int64_t step, const TrainingOptions& options) {
   const double cosine =
       0.5 * (1 + std::cos(std::numbers::pi * std::min(after_warmup / length, 1.0)));
   return options.learning_rate * (kLastPart + (1 - kLastPart) * cosine);
-}
-
-void set_learning_rate(torch::optim::Optimizer& optimizer, double learning_rate) {
-  for (auto& group : optimizer.param_groups()) {
-    group.options().set_lr(learning_rate);
-  }
 }
 
 }  // namespace train_lm

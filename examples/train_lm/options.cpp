@@ -24,18 +24,6 @@ constexpr const char* kFooter =
     "Exit code: 0 done; 2 wrong options or data; 128 + signal interrupted, to be continued with\n"
     "--resume; 1 any other error.";
 
-void add_model_options(CLI::App& app, ModelOptions& model) {
-  app.add_option("--hidden", model.hidden, "width of a token");
-  app.add_option("--expert-hidden", model.expert_hidden, "inner width of an expert");
-  app.add_option("--layers", model.layers, "transformer blocks");
-  app.add_option("--heads", model.heads, "attention heads");
-  app.add_option("--experts", model.experts, "experts in every block");
-  app.add_option("--top-k", model.top_k, "experts a token goes to");
-  app.add_flag("--glu", model.glu, "gated experts (SwiGLU) instead of GELU");
-  app.add_option("--dtype", model.dtype, "type of the parameters")
-      ->check(CLI::IsMember({"float32", "float64"}));
-}
-
 void add_training_options(CLI::App& app, TrainingOptions& training) {
   app.add_option("--steps", training.steps, "optimizer steps, over all resumed runs");
   app.add_option("--batch-size", training.batch_size, "sequences a step, over all ranks");
@@ -47,6 +35,12 @@ void add_training_options(CLI::App& app, TrainingOptions& training) {
   app.add_option("--clip", training.clip, "largest gradient norm; 0: no clipping");
   app.add_option("--balance-loss", training.balance_loss, "its coefficient, per layer");
   app.add_option("--z-loss", training.z_loss, "its coefficient, per layer");
+  app.add_option("--optimizer", training.optimizer,
+                 "muon: for hidden matrices, each expert's its own; AdamW for the rest")
+      ->check(CLI::IsMember({"adamw", "muon"}));
+  app.add_option("--optimizer-state", training.optimizer_state,
+                 "type of AdamW's means and squares; bfloat16: rounded stochastically")
+      ->check(CLI::IsMember({"float32", "bfloat16"}));
 }
 
 void add_run_options(CLI::App& app, Options& options) {
@@ -65,7 +59,17 @@ void add_run_options(CLI::App& app, Options& options) {
   app.add_option("--all-to-all", options.all_to_all,
                  "the way of tokens between nodes; auto: the faster, as measured")
       ->check(CLI::IsMember({"flat", "hierarchical", "auto"}));
-  app.add_flag("--recompute", options.recompute, "less memory for more work in backward");
+  app.add_option("--micro-batch", options.micro_batch,
+                 "sequences of a rank at a time, whose gradients are summed; 0: all of a step's");
+  app.add_option(
+         "--recompute", options.recompute,
+         "less memory for more work in backward: of experts (also without a word) or blocks")
+      ->expected(0, 1)
+      ->transform(CLI::Transformer(std::map<std::string, std::string>{{"true", "experts"}}))
+      ->check(CLI::IsMember({"none", "experts", "block"}));
+  app.add_option("--attention", options.attention, "whose attention a GPU is to take, if it can")
+      ->check(CLI::IsMember({"flash", "cudnn"}));
+  app.add_flag("--stage-times", options.stage_times, "say at the end where a step's time went");
   app.add_option("--deadline", options.deadline, "seconds a rank waits for another");
   app.add_option("--log-interval", options.log_interval, "steps between lines of metrics");
   app.add_option("--validation-interval", options.validation_interval,
@@ -81,34 +85,6 @@ void add_run_options(CLI::App& app, Options& options) {
       ->check(CLI::IsMember({"auto", "bar", "lines"}));
 }
 
-void at_least(const char* name, int64_t value, int64_t minimum) {
-  require(value >= minimum, name, " must be at least ", minimum, ", got ", value);
-}
-
-void not_negative(const char* name, double value) {
-  require(std::isfinite(value) && value >= 0, name, " must be finite and not negative, got ",
-          value);
-}
-
-void positive(const char* name, double value) {
-  require(std::isfinite(value) && value > 0, name, " must be finite and positive, got ", value);
-}
-
-void check_model(const ModelOptions& model) {
-  at_least("--hidden", model.hidden, 1);
-  at_least("--expert-hidden", model.expert_hidden, 1);
-  at_least("--layers", model.layers, 1);
-  at_least("--heads", model.heads, 1);
-  at_least("--experts", model.experts, 1);
-  at_least("--top-k", model.top_k, 1);
-  require(model.top_k <= model.experts, "--top-k ", model.top_k, " is more than --experts ",
-          model.experts);
-  require(model.hidden % model.heads == 0, "--hidden ", model.hidden,
-          " is not divisible by --heads ", model.heads);
-  require(model.hidden / model.heads % 2 == 0, "--hidden / --heads must be even, got ",
-          model.hidden / model.heads);
-}
-
 void check_training(const TrainingOptions& training) {
   at_least("--steps", training.steps, 1);
   at_least("--batch-size", training.batch_size, 1);
@@ -121,6 +97,19 @@ void check_training(const TrainingOptions& training) {
   not_negative("--z-loss", training.z_loss);
 }
 
+/// Before all other options, whose defaults it sets.
+void take_preset(int argc, char** argv, ModelOptions& model) {
+  CLI::App app;
+  app.set_help_flag();
+  app.allow_extras();
+  std::string preset;
+  app.add_option("--preset", preset)->check(CLI::IsMember(presets()));
+  app.parse(argc, argv);
+  if (!preset.empty()) {
+    apply_preset(preset, model);
+  }
+}
+
 }  // namespace
 
 CommandLine parse_command_line(int argc, char** argv) {
@@ -128,10 +117,14 @@ CommandLine parse_command_line(int argc, char** argv) {
   CLI::App app(kDescription, "train_lm");
   app.footer(kFooter);
   app.option_defaults()->always_capture_default();
+  std::string preset;
+  app.add_option("--preset", preset, "a published model; its options below are then the defaults")
+      ->check(CLI::IsMember(presets()));
   add_run_options(app, result.options);
   add_model_options(app, result.options.model);
   add_training_options(app, result.options.training);
   try {
+    take_preset(argc, argv, result.options.model);
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     std::ostringstream message;
@@ -151,6 +144,7 @@ void check_options(const Options& options, int64_t ranks) {
   require(options.expert_parallel == 0 || ranks % options.expert_parallel == 0,
           "--expert-parallel ", options.expert_parallel, " does not divide the number of ranks, ",
           ranks);
+  at_least("--micro-batch", options.micro_batch, 0);
   at_least("--deadline", options.deadline, 1);
   at_least("--log-interval", options.log_interval, 1);
   at_least("--validation-interval", options.validation_interval, 1);
@@ -159,13 +153,6 @@ void check_options(const Options& options, int64_t ranks) {
   at_least("--sample-length", options.sample.length, 0);
   require(!options.sample.prompt.empty(), "--prompt must not be empty");
   positive("--temperature", options.sample.temperature);
-}
-
-void to_json(nlohmann::json& json, const ModelOptions& options) {
-  json = {{"hidden", options.hidden},   {"expert-hidden", options.expert_hidden},
-          {"layers", options.layers},   {"heads", options.heads},
-          {"experts", options.experts}, {"top-k", options.top_k},
-          {"glu", options.glu},         {"dtype", options.dtype}};
 }
 
 void to_json(nlohmann::json& json, const TrainingOptions& options) {
@@ -178,7 +165,9 @@ void to_json(nlohmann::json& json, const TrainingOptions& options) {
           {"weight-decay", options.weight_decay},
           {"clip", options.clip},
           {"balance-loss", options.balance_loss},
-          {"z-loss", options.z_loss}};
+          {"z-loss", options.z_loss},
+          {"optimizer", options.optimizer},
+          {"optimizer-state", options.optimizer_state}};
 }
 
 }  // namespace train_lm

@@ -5,19 +5,9 @@
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 
-namespace train_lm {
+#include "model_options.h"
 
-/// What the model is. A checkpoint can only be resumed by the same model.
-struct ModelOptions {
-  int64_t hidden = 128;
-  int64_t expert_hidden = 256;
-  int64_t layers = 4;
-  int64_t heads = 4;
-  int64_t experts = 8;
-  int64_t top_k = 2;
-  bool glu = false;
-  std::string dtype = "float32";
-};
+namespace train_lm {
 
 /// What the curve depends on beside the model.
 struct TrainingOptions {
@@ -31,6 +21,8 @@ struct TrainingOptions {
   double clip = 1.0;  ///< 0: gradients are not clipped
   double balance_loss = 0.01;
   double z_loss = 0.001;
+  std::string optimizer = "adamw";          ///< or "muon"
+  std::string optimizer_state = "float32";  ///< or "bfloat16", rounded stochastically
 };
 
 struct SampleOptions {
@@ -53,7 +45,10 @@ struct Options {
   std::string device = "cpu";
   int64_t expert_parallel = 0;  ///< ranks that share one set of experts; 0: all
   std::string all_to_all = "flat";
-  bool recompute = false;
+  int64_t micro_batch = 0;          ///< sequences of a rank at a time; 0: all of its share
+  std::string recompute = "none";   ///< in backward: "experts", or the whole "block"
+  std::string attention = "flash";  ///< or "cudnn": the first choice on a GPU
+  bool stage_times = false;
   int64_t deadline = 300;  ///< seconds
 
   int64_t log_interval = 10;

@@ -93,13 +93,13 @@ std::vector<std::string> RunDirectory::compare_with_description() const {
   return notes;
 }
 
-RunState RunDirectory::resume(torch::nn::Module& model, torch::optim::Optimizer& optimizer,
+RunState RunDirectory::resume(torch::nn::Module& model, anabranch::ParallelOptimizer& optimizer,
                               const anabranch::ParallelGroups& groups,
                               std::vector<std::string>& notes) const {
   on_rank_zero(*groups.world, [&] { notes = compare_with_description(); });
   RunState state;
   try {
-    const auto metadata = anabranch::load_checkpoint(checkpoint(), model, &optimizer, groups);
+    const auto metadata = anabranch::load_checkpoint(checkpoint(), model, optimizer, groups);
     state.step = number_of<int64_t>(metadata, "step");
     state.sequences = number_of<int64_t>(metadata, "sequences");
     state.seconds = number_of<double>(metadata, "seconds");
@@ -112,14 +112,14 @@ RunState RunDirectory::resume(torch::nn::Module& model, torch::optim::Optimizer&
 }
 
 void RunDirectory::save(const RunState& state, const torch::nn::Module& model,
-                        const torch::optim::Optimizer& optimizer,
+                        const anabranch::ParallelOptimizer& optimizer,
                         const anabranch::ParallelGroups& groups) const {
   const auto description = describe(options_, data_);
   const anabranch::CheckpointMetadata metadata = {{"step", std::to_string(state.step)},
                                                   {"sequences", std::to_string(state.sequences)},
                                                   {"seconds", std::to_string(state.seconds)},
                                                   {"options", description.dump()}};
-  anabranch::save_checkpoint(checkpoint(), model, &optimizer, metadata, groups);
+  anabranch::save_checkpoint(checkpoint(), model, optimizer, metadata, groups);
 }
 
 }  // namespace train_lm

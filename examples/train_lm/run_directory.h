@@ -1,7 +1,8 @@
 #pragma once
 
+#include <anabranch/optimizers.h>
 #include <anabranch/parameters.h>
-#include <torch/optim/optimizer.h>
+#include <torch/nn/module.h>
 
 #include <filesystem>
 #include <string>
@@ -37,12 +38,12 @@ class RunDirectory {
   /// Fills model and optimizer from the checkpoint. Throws Refusal if there is none or it is
   /// another model's. `notes` become the differences that change the curve but not the model.
   /// Collective.
-  RunState resume(torch::nn::Module& model, torch::optim::Optimizer& optimizer,
+  RunState resume(torch::nn::Module& model, anabranch::ParallelOptimizer& optimizer,
                   const anabranch::ParallelGroups& groups, std::vector<std::string>& notes) const;
 
   /// Collective.
   void save(const RunState& state, const torch::nn::Module& model,
-            const torch::optim::Optimizer& optimizer,
+            const anabranch::ParallelOptimizer& optimizer,
             const anabranch::ParallelGroups& groups) const;
 
  private:

@@ -35,7 +35,8 @@ std::string sample_text(LanguageModel& model, const Options& options,
       model(no_tokens);
       continue;
     }
-    const auto logits = model(context_of(text, options.training.sequence_length).to(device)).logits;
+    const auto hidden = model(context_of(text, options.training.sequence_length).to(device)).hidden;
+    const auto logits = at::linear(hidden, model->head());
     const auto last = logits.select(1, -1).squeeze(0).to(at::kCPU, at::kDouble);
     const auto probabilities = at::softmax(last / options.sample.temperature, 0);
     const auto drawn = at::multinomial(probabilities, 1, /*replacement=*/false, generator);

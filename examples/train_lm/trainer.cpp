@@ -1,117 +1,31 @@
 #include "trainer.h"
 
-#include <ATen/ATen.h>
-#include <anabranch/gradients.h>
-
-#include <chrono>
 #include <cmath>
-#include <csignal>
 #include <numbers>
 #include <utility>
 
 #include "evaluation.h"
-#include "interrupt.h"
 #include "metrics_device.h"
-#include "metrics_norms.h"
-#include "optimizer.h"
 
 namespace train_lm {
 namespace {
 
-class Stopwatch {
- public:
-  double seconds() const {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
-  }
-
- private:
-  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-};
+constexpr int64_t kMostSkipped = 3;   // in a row
+constexpr int64_t kUntimedSteps = 3;  // the first ones: kernels are chosen, memory is asked for
 
 }  // namespace
 
 Trainer::Trainer(const Options& options, const TokenSource& data,
                  const anabranch::ParallelGroups& groups, LanguageModel model,
-                 torch::optim::Optimizer& optimizer, const RunDirectory& directory)
+                 std::vector<anabranch::ParallelParameter> parameters,
+                 anabranch::ParallelOptimizer& optimizer, const RunDirectory& directory)
     : options_(options),
       data_(data),
       groups_(groups),
-      model_(std::move(model)),
+      model_(model),
       optimizer_(optimizer),
       directory_(directory),
-      global_tokens_(static_cast<double>(options.training.batch_size) *
-                     static_cast<double>(options.training.sequence_length)) {}
-
-std::pair<StepRecord, int> Trainer::step(const BatchPosition& position) {
-  const Stopwatch time;
-  const Share share = share_of(position.size, groups_.world->rank(), groups_.world->size());
-  StepRecord record;
-  record.step = position.step;
-  record.ranks = groups_.world->size();
-  record.tokens = position.size * options_.training.sequence_length;
-  const auto batch =
-      Batch::of(data_.training_windows(position, share)).to(torch::Device(options_.device));
-  record.data_seconds = time.seconds();
-  const double loss_sum = backward(batch, record);
-  if (is_reported(position.step)) {
-    record.gradient_norms = gradient_norms(*model_, groups_);
-  }
-  update(record);
-  const int signal = sum_over_ranks(loss_sum, record);
-  if (!std::isfinite(record.loss)) {
-    throw std::runtime_error(c10::str("the loss of step ", position.step, " is not finite"));
-  }
-  record.seconds = time.seconds();
-  return {std::move(record), signal};
-}
-
-double Trainer::backward(const Batch& batch, StepRecord& record) {
-  const TrainingOptions& training = options_.training;
-  const ModelOutput output = model_(batch.inputs);
-  const torch::Tensor loss_sum = summed_loss(output.logits, batch.targets);
-  // finish_gradients takes the mean over ranks, whose shares differ: this makes that mean the one
-  // over the global batch.
-  const double scale = groups_.world->size() / global_tokens_;
-  const torch::Tensor loss = loss_sum * scale + output.balance_loss * training.balance_loss +
-                             output.z_loss * training.z_loss;
-  loss.backward();
-  anabranch::finish_gradients(*model_, groups_);
-
-  const auto layers = static_cast<double>(options_.model.layers);
-  record.balance_loss = output.balance_loss.item<double>() / layers;
-  record.z_loss = output.z_loss.item<double>() / layers;
-  record.expert_load = at::stack(output.expert_load).to(at::kCPU);
-  return loss_sum.item<double>();
-}
-
-void Trainer::update(StepRecord& record) {
-  const TrainingOptions& training = options_.training;
-  record.gradient_norm = training.clip > 0
-                             ? anabranch::clip_gradient_norm(*model_, training.clip, groups_)
-                             : anabranch::gradient_norm(*model_, groups_);
-  record.learning_rate = learning_rate_at(record.step, training);
-  set_learning_rate(optimizer_, record.learning_rate);
-  optimizer_.step();
-  optimizer_.zero_grad();
-}
-
-int Trainer::sum_over_ranks(double loss_sum, StepRecord& record) {
-  const int signal = pending_interrupt();
-  const double ranks = groups_.world->size();
-  // One message also carries whether some rank is to stop, so that all do after this step. The
-  // auxiliary losses are the same on all ranks of an expert-parallel group.
-  torch::Tensor shared =
-      at::tensor({loss_sum / global_tokens_, record.balance_loss / ranks, record.z_loss / ranks,
-                  signal == SIGINT ? 1.0 : 0.0, signal == SIGTERM ? 1.0 : 0.0},
-                 at::kDouble);
-  groups_.world->all_reduce(shared);
-  groups_.expert_replicas->all_reduce(record.expert_load);
-  const auto* sums = shared.const_data_ptr<double>();
-  record.loss = sums[0];
-  record.balance_loss = sums[1];
-  record.z_loss = sums[2];
-  return sums[3] > 0 ? SIGINT : sums[4] > 0 ? SIGTERM : 0;
-}
+      stepper_(options, data, groups, model, std::move(parameters), optimizer) {}
 
 bool Trainer::is_due(int64_t step, int64_t interval) const {
   return step == options_.training.steps || (interval > 0 && step % interval == 0);
@@ -119,6 +33,11 @@ bool Trainer::is_due(int64_t step, int64_t interval) const {
 
 bool Trainer::is_reported(int64_t step) const {
   return is_due(step, options_.log_interval) || is_due(step, options_.validation_interval);
+}
+
+bool Trainer::waits_for(int64_t step) const {
+  return options_.device == "cpu" || in_a_row_ > 0 || step == options_.stop_at ||
+         is_due(step, options_.validation_interval) || is_due(step, options_.checkpoint_interval);
 }
 
 void Trainer::validate(StepRecord& record) {
@@ -141,44 +60,104 @@ void Trainer::report(StepRecord& record, Progress& progress) {
 StepCost Trainer::cost() const {
   const ModelOptions& model = options_.model;
   const auto gpu = name_of(torch::Device(options_.device));
-  return {flops_per_token(*model_, model.top_k, model.layers * model.hidden,
+  return {flops_per_token(*model_, model.top_k, model.layers * model.heads * model.head_width(),
                           options_.training.sequence_length),
-          peak_flops_of(gpu, model_->parameters().front().scalar_type())};
+          peak_flops_of(gpu, model.parameter_type())};
+}
+
+void Trainer::note_skipped(const StepResult& result) {
+  in_a_row_ = result.record.skipped ? in_a_row_ + 1 : 0;
+  outcome_.diverged = in_a_row_ == kMostSkipped;
+  if (!result.record.skipped) {
+    sound_.sequences += (result.record.step - sound_.step) * options_.training.batch_size;
+    sound_.step = result.record.step;
+  }
+}
+
+void Trainer::settle(Progress& progress) {
+  StepResult result = stepper_.finish(std::move(under_way_.front()));
+  under_way_.pop_front();
+  note_skipped(result);
+  outcome_.signal = result.signal;
+  StepRecord& record = outcome_.last = std::move(result.record);
+  record.seconds = lap_.seconds();
+  if (const auto remark = log_ ? log_->add(record) : ""; !remark.empty()) {
+    progress.say(result.refusal.empty() ? remark : remark + "; " + result.refusal);
+  }
+  if (is_due(record.step, options_.validation_interval)) {
+    end_stage_times(record.step, progress);
+    validate(record);
+  }
+  record.run_seconds = seconds_before_ + run_time_.seconds();
+  if (is_reported(record.step)) {
+    report(record, progress);
+  }
+  progress.show(record.step, progress.time_left(record.step) + " left");
+  lap_ = Stopwatch();
+}
+
+void Trainer::begin_stage_times(int64_t step) {
+  if (options_.stage_times && step == first_step_ + kUntimedSteps) {
+    model_->timeline().start(torch::Device(options_.device));
+  }
+}
+
+void Trainer::end_stage_times(int64_t step, Progress& progress) {
+  auto& timeline = model_->timeline();
+  if (!timeline.is_on()) {
+    return;
+  }
+  timeline.stop();
+  const auto steps = static_cast<double>(step - first_step_ - kUntimedSteps);
+  const double seconds = timeline.milliseconds() / steps / 1e3;
+  const double per_rank =
+      static_cast<double>(outcome_.last.tokens) / seconds / groups_.world->size();
+  progress.say(timeline.table(steps));
+  progress.say(c10::str(std::llround(per_rank), " tokens/s, ",
+                        std::llround(per_rank * cost().flops_per_token / 1e12),
+                        " model TFLOP/s of each rank"));
+}
+
+bool Trainer::step_forward(RunState& state, Progress& progress) {
+  begin_stage_times(state.step);
+  const int64_t step = ++state.step;
+  under_way_.push_back(stepper_.launch({step, state.sequences, options_.training.batch_size},
+                                       /*with_norms=*/is_reported(step)));
+  state.sequences += options_.training.batch_size;
+  const size_t kept = waits_for(state.step) ? 0 : 1;
+  while (under_way_.size() > kept) {
+    settle(progress);
+  }
+  return outcome_.signal == 0 && !outcome_.diverged && state.step != options_.stop_at;
+}
+
+void Trainer::save(const RunState& state) {
+  RunState saved = outcome_.diverged ? sound_ : state;
+  saved.seconds = seconds_before_ + run_time_.seconds();
+  directory_.save(saved, *model_, optimizer_, groups_);
+  lap_ = Stopwatch();
 }
 
 Outcome Trainer::run(RunState state, Progress& progress) {
-  const Stopwatch run_time;
-  const double seconds_before = state.seconds;
   if (groups_.world->rank() == 0) {
     log_.emplace(directory_.metrics(), state.step, cost());
   }
-  Outcome outcome;
-  while (state.step < options_.training.steps) {
-    auto [record, signal] = step({++state.step, state.sequences, options_.training.batch_size});
-    state.sequences += options_.training.batch_size;
-    if (const auto remark = log_ ? log_->add(record) : ""; !remark.empty()) {
-      progress.say(remark);
+  sound_ = state;
+  first_step_ = state.step;
+  seconds_before_ = state.seconds;
+  run_time_ = lap_ = Stopwatch();
+  bool goes_on = true;
+  while (goes_on && state.step < options_.training.steps) {
+    goes_on = step_forward(state, progress);
+    while (!goes_on && !under_way_.empty()) {
+      settle(progress);
     }
-    const bool stop = signal != 0 || state.step == options_.stop_at;
-    if (is_due(state.step, options_.validation_interval)) {
-      validate(record);
-    }
-    record.run_seconds = state.seconds = seconds_before + run_time.seconds();
-    if (is_reported(state.step)) {
-      report(record, progress);
-    }
-    progress.show(state.step, progress.time_left(state.step) + " left");
-    if (stop || is_due(state.step, options_.checkpoint_interval)) {
-      directory_.save(state, *model_, optimizer_, groups_);
-    }
-    outcome.last = std::move(record);
-    outcome.signal = signal;
-    if (stop) {
-      break;
+    if (!goes_on || is_due(state.step, options_.checkpoint_interval)) {
+      save(state);
     }
   }
-  outcome.complete = state.step >= options_.training.steps;
-  return outcome;
+  outcome_.complete = state.step >= options_.training.steps && !outcome_.diverged;
+  return outcome_;
 }
 
 }  // namespace train_lm

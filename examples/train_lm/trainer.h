@@ -1,10 +1,11 @@
 #pragma once
 
+#include <anabranch/optimizers.h>
 #include <anabranch/parameters.h>
 
-#include <memory>
+#include <chrono>
+#include <deque>
 #include <optional>
-#include <utility>
 
 #include "data.h"
 #include "metrics.h"
@@ -12,38 +13,55 @@
 #include "options.h"
 #include "progress.h"
 #include "run_directory.h"
+#include "step.h"
 
 namespace train_lm {
+
+class Stopwatch {
+ public:
+  double seconds() const {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
 
 /// How training ended.
 struct Outcome {
   StepRecord last;        ///< of the last step; default values if there was none left to do
   int signal = 0;         ///< the signal that interrupted it, or 0
   bool complete = false;  ///< false: there are steps left for --resume
+  bool diverged = false;  ///< steps in a row whose gradients were not finite have ended it
 };
 
-/// The steps of a run, from `state` on. Every rank has one.
+/// The steps of a run, from `state` on. Every rank has one. On a GPU a step is launched before the
+/// host has the numbers of the one before.
 class Trainer {
  public:
   Trainer(const Options& options, const TokenSource& data, const anabranch::ParallelGroups& groups,
-          LanguageModel model, torch::optim::Optimizer& optimizer, const RunDirectory& directory);
+          LanguageModel model, std::vector<anabranch::ParallelParameter> parameters,
+          anabranch::ParallelOptimizer& optimizer, const RunDirectory& directory);
 
   /// Trains, measures, logs and saves until the last step, `stop_at` or a signal. Collective.
   Outcome run(RunState state, Progress& progress);
 
  private:
-  /// One step, on the batch at `position`; what there is to report of it, and the signal that any rank has received, or 0.
-  std::pair<StepRecord, int> step(const BatchPosition& position);
-  /// Leaves the gradients of the global batch's mean loss; returns this rank's Σ of losses.
-  double backward(const Batch& batch, StepRecord& record);
-  void update(StepRecord& record);
-  /// Makes what `record` holds of this rank or its group that of all; returns the signal.
-  int sum_over_ranks(double loss_sum, StepRecord& record);
+  /// One step more; whether another is to follow.
+  bool step_forward(RunState& state, Progress& progress);
+  /// Whether the host is to have the numbers of `step` before the next is launched.
+  bool waits_for(int64_t step) const;
+  /// Waits for the oldest step under way, and reports it.
+  void settle(Progress& progress);
   /// Fills in what held-out data says. Collective.
   void validate(StepRecord& record);
   /// Collective.
   void report(StepRecord& record, Progress& progress);
   StepCost cost() const;
+  void note_skipped(const StepResult& result);
+  void save(const RunState& state);
+  void begin_stage_times(int64_t step);
+  void end_stage_times(int64_t step, Progress& progress);
   bool is_reported(int64_t step) const;
   bool is_due(int64_t step, int64_t interval) const;
 
@@ -51,10 +69,20 @@ class Trainer {
   const TokenSource& data_;
   const anabranch::ParallelGroups& groups_;
   LanguageModel model_;
-  torch::optim::Optimizer& optimizer_;
+  anabranch::ParallelOptimizer& optimizer_;
   const RunDirectory& directory_;
-  double global_tokens_;           // of one step
+  Stepper stepper_;
   std::optional<MetricsLog> log_;  // on rank 0
+
+  std::deque<LaunchedStep> under_way_;
+  Outcome outcome_;
+  RunState sound_;        // after the last step that was not skipped
+  int64_t in_a_row_ = 0;  // skipped
+
+  int64_t first_step_ = 0;     // done before this run
+  double seconds_before_ = 0;  // that earlier runs took
+  Stopwatch run_time_;
+  Stopwatch lap_;  // since a step was settled, or what else there was to do
 };
 
 }  // namespace train_lm

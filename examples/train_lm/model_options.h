@@ -1,0 +1,66 @@
+#pragma once
+
+#include <torch/types.h>
+
+#include <cstdint>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+
+namespace CLI {
+class App;
+}
+
+namespace train_lm {
+
+/// What the model is. A checkpoint can only be resumed by the same model.
+struct ModelOptions {
+  int64_t vocabulary = 256;  ///< bytes
+  int64_t hidden = 128;
+  int64_t layers = 4;
+  std::string norm = "layer";  ///< or "rms"
+  double norm_epsilon = 1e-5;
+  bool tied_head = false;  ///< the head is the embedding
+
+  int64_t heads = 4;
+  int64_t kv_heads = 0;   ///< heads of keys and values, each for several of queries; 0: as many
+  int64_t head_size = 0;  ///< 0: hidden / heads
+  /// RMSNorm of queries and keys before their rotation: "none", of each "head", or across "all".
+  std::string qk_norm = "none";
+  double rope_theta = 1e4;
+  bool attention_bias = false;
+
+  int64_t experts = 8;
+  int64_t top_k = 2;
+  int64_t expert_hidden = 256;
+  bool glu = false;
+  bool expert_biases = false;
+  int64_t shared_expert_hidden = 0;  ///< of an expert that sees every token; 0: none
+  int64_t dense_layers = 0;          ///< the first layers, which have no experts
+  int64_t dense_hidden = 0;          ///< inner width of their feed-forward network
+  std::string router_score = "softmax";
+  /// Of a token's weights to 1: "yes", "no", or "auto": of several, but not of a single expert's, whose
+  /// weight trains the router.
+  std::string renormalize = "auto";
+  double routing_scale = 1;
+  /// What a step adds to the selection bias of experts with too few tokens: balance without a loss; 0: none.
+  double bias_rate = 0;
+
+  std::string dtype = "float32";
+
+  int64_t query_heads() const { return heads; }
+  int64_t key_heads() const { return kv_heads > 0 ? kv_heads : heads; }
+  int64_t head_width() const { return head_size > 0 ? head_size : hidden / heads; }
+  int64_t moe_layers() const { return layers - dense_layers; }
+  torch::Dtype parameter_type() const;
+};
+
+/// Becomes the model of that name, one of presets(). Throws std::invalid_argument for another.
+void apply_preset(const std::string& name, ModelOptions& model);
+const std::vector<std::string>& presets();
+
+void add_model_options(CLI::App& app, ModelOptions& model);
+/// Throws std::invalid_argument naming the first option that no model can be made of.
+void check_model(const ModelOptions& model);
+void to_json(nlohmann::json& json, const ModelOptions& options);
+
+}  // namespace train_lm

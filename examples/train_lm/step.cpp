@@ -1,0 +1,191 @@
+#include "step.h"
+
+#include <ATen/ATen.h>
+#include <anabranch/error.h>
+#include <anabranch/gradients.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <csignal>
+#include <limits>
+#include <utility>
+
+#include "interrupt.h"
+#include "loss.h"
+#include "metrics_norms.h"
+#include "optimizer.h"
+
+namespace train_lm {
+namespace {
+
+/// Its values on the host, once the device's stream has come there.
+torch::Tensor to_host(const torch::Tensor& tensor) {
+  if (tensor.is_cpu()) {
+    return tensor;
+  }
+  auto host = at::empty(tensor.sizes(), at::TensorOptions(tensor.dtype()).pinned_memory(true));
+  return host.copy_(tensor, /*non_blocking=*/true);
+}
+
+torch::Tensor to_device(const torch::Tensor& tensor, torch::Device device) {
+  return device.is_cpu() ? tensor : tensor.pin_memory().to(device, /*non_blocking=*/true);
+}
+
+}  // namespace
+
+Stepper::Stepper(const Options& options, const TokenSource& data,
+                 const anabranch::ParallelGroups& groups, LanguageModel model,
+                 std::vector<anabranch::ParallelParameter> parameters,
+                 anabranch::ParallelOptimizer& optimizer)
+    : options_(options),
+      data_(data),
+      groups_(groups),
+      model_(std::move(model)),
+      parameters_(std::move(parameters)),
+      optimizer_(optimizer),
+      device_(options.device),
+      global_tokens_(static_cast<double>(options.training.batch_size) *
+                     static_cast<double>(options.training.sequence_length)) {}
+
+LaunchedStep Stepper::launch(const BatchPosition& position, bool with_norms) {
+  const auto start = std::chrono::steady_clock::now();
+  const Share share = share_of(position.size, groups_.world->rank(), groups_.world->size());
+  LaunchedStep step;
+  step.record.step = position.step;
+  step.record.ranks = groups_.world->size();
+  step.record.learning_rate = learning_rate_at(position.step, options_.training);
+  const auto windows = to_device(data_.training_windows(position, share), device_);
+  step.record.tokens = position.size * options_.training.sequence_length;
+  step.record.data_seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  model_->timeline().mark("data");
+  Sums sums = gradients_of_batch(windows, step.refusal);
+  const auto norm = update(step.record, with_norms);
+  groups_.expert_replicas->all_reduce(sums.load);
+  model_->update_expert_biases(sums.load);
+  step.load = to_host(sums.load);
+  step.numbers = to_host(shared_numbers(sums, norm));
+  if (!device_.is_cpu()) {
+    step.done.emplace(device_.type());
+    step.done->record(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
+  }
+  model_->timeline().mark("metrics");
+  return step;
+}
+
+Stepper::Sums Stepper::gradients_of_batch(const torch::Tensor& windows, std::string& refusal) {
+  // A GPU alone may hear only now that an earlier step's routing was refused.
+  const int tries = groups_.world->size() == 1 && !device_.is_cpu() ? 2 : 1;
+  for (int i = 0; i < tries; ++i) {
+    try {
+      return forward_and_backward(windows);
+    } catch (const anabranch::InputError& error) {
+      refusal = error.what();
+      zero_gradients(parameters_);
+    }
+  }
+  // Every rank of the group comes here, others do not: all hear of it by the gradients' sums.
+  const at::NoGradGuard no_grad;
+  anabranch::gradients_of(parameters_)
+      .replicated.front()
+      .fill_(std::numeric_limits<double>::quiet_NaN());
+  const auto options = at::TensorOptions(at::kDouble).device(device_);
+  const auto nothing = at::full({}, std::numeric_limits<double>::quiet_NaN(), options);
+  return {
+      nothing, nothing, nothing,
+      at::zeros({options_.model.moe_layers(), options_.model.experts}, options.dtype(at::kLong))};
+}
+
+Stepper::Sums Stepper::forward_and_backward(const torch::Tensor& windows) {
+  const int64_t most = share_of(options_.training.batch_size, 0, groups_.world->size()).count;
+  const int64_t size = options_.micro_batch > 0 ? options_.micro_batch : std::max<int64_t>(most, 1);
+  const int64_t pieces = std::max<int64_t>((most + size - 1) / size, 1);  // on every rank
+  Sums sums;
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const int64_t first = std::min(piece * size, windows.size(0));
+    const int64_t count = std::min(size, windows.size(0) - first);
+    add_micro_batch(windows.narrow(0, first, count), pieces, sums);
+  }
+  return sums;
+}
+
+void Stepper::add_micro_batch(const torch::Tensor& windows, int64_t pieces, Sums& sums) {
+  const TrainingOptions& training = options_.training;
+  const Batch batch = Batch::of(windows);
+  const ModelOutput output = model_(batch.inputs);
+  // finish_gradients takes the mean over ranks, whose shares differ: this makes that mean the one
+  // over the global batch.
+  const double scale = groups_.world->size() / global_tokens_;
+  const TokenLoss loss = cross_entropy(output.hidden, model_->head(), batch.targets, scale);
+  const auto parts = static_cast<double>(pieces);
+  const torch::Tensor total = loss.scaled + output.balance_loss * (training.balance_loss / parts) +
+                              output.z_loss * (training.z_loss / parts);
+  model_->timeline().mark("head and loss");
+  total.backward();
+  anabranch::accumulate_gradients(parameters_);
+  model_->timeline().mark("embedding, backward");
+
+  const at::NoGradGuard no_grad;
+  const double layers = static_cast<double>(options_.model.moe_layers()) * parts;
+  const auto add = [](torch::Tensor& sum, const torch::Tensor& value) {
+    sum = sum.defined() ? sum + value : value;
+  };
+  add(sums.loss, loss.sum.to(at::kDouble));
+  add(sums.balance_loss, output.balance_loss.detach().to(at::kDouble) / layers);
+  add(sums.z_loss, output.z_loss.detach().to(at::kDouble) / layers);
+  add(sums.load, at::stack(output.expert_load));
+}
+
+torch::Tensor Stepper::update(StepRecord& record, bool with_norms) {
+  auto& timeline = model_->timeline();
+  const auto gradients = anabranch::gradients_of(parameters_);
+  if (groups_.world->size() > 1) {
+    anabranch::finish_gradients(gradients, *groups_.world, *groups_.expert_replicas);
+    timeline.mark("gradients between ranks");
+  }
+  const auto [norm, scale] = anabranch::gradient_scale(
+      gradients, options_.training.clip, *groups_.world, groups_.expert_parallel->size());
+  if (with_norms) {
+    record.gradient_norms = gradient_norms(parameters_, groups_);
+  }
+  timeline.mark("gradient norm");
+  optimizer_.step(record.learning_rate, scale);
+  timeline.mark("optimizer");
+  anabranch::zero_gradients(parameters_);
+  timeline.mark("zero gradients");
+  return norm;
+}
+
+torch::Tensor Stepper::shared_numbers(const Sums& sums, const torch::Tensor& norm) {
+  const int signal = pending_interrupt();
+  const double ranks = groups_.world->size();
+  const auto options = at::TensorOptions(at::kDouble).device(device_);
+  const auto flag = [&](int number) { return at::full({}, signal == number ? 1.0 : 0.0, options); };
+  // One message also carries whether some rank is to stop, so that all do after this step. The
+  // auxiliary losses are the same on all ranks of an expert-parallel group.
+  torch::Tensor shared = at::stack({sums.loss / global_tokens_, sums.balance_loss / ranks,
+                                    sums.z_loss / ranks, flag(SIGINT), flag(SIGTERM)});
+  groups_.world->all_reduce(shared);
+  return at::cat({shared, norm.view(1)});
+}
+
+StepResult Stepper::finish(LaunchedStep step) {
+  if (step.done) {
+    step.done->synchronize();
+  }
+  groups_.world->check();
+  const auto* numbers = step.numbers.const_data_ptr<double>();
+  StepResult result{std::move(step.record), 0, std::move(step.refusal)};
+  result.record.loss = numbers[0];
+  result.record.balance_loss = numbers[1];
+  result.record.z_loss = numbers[2];
+  result.record.gradient_norm = numbers[5];
+  result.record.skipped = !std::isfinite(numbers[5]);
+  result.record.expert_load = step.load;
+  result.signal = numbers[3] > 0 ? SIGINT : numbers[4] > 0 ? SIGTERM : 0;
+  return result;
+}
+
+}  // namespace train_lm

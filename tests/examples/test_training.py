@@ -1,0 +1,151 @@
+"""Training with train_lm beyond its default: presets, bf16, recomputation, micro-batches, steps that are skipped.
+
+The program and what it needs: see test_train_lm.py.
+"""
+
+import json
+import shutil
+
+import pytest
+from safetensors import safe_open
+from test_train_lm import (
+    STEPS,
+    assert_same_curve,
+    gpus,
+    model_options,
+    read_metrics,
+    run,
+    text,  # noqa: F401 a fixture
+    tolerance,
+    train,  # noqa: F401 a fixture
+    without_timing,
+)
+
+# All that a model may have, in few numbers.
+TINY = {
+    "preset": "tiny",
+    "hidden": 16,
+    "head_size": 8,
+    "expert_hidden": 12,
+    "shared_expert_hidden": 6,
+    "dense_hidden": 20,
+    "layers": 3,
+    "sample_length": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_run(train):  # noqa: F811
+    """On one rank, without mpirun."""
+    return read_metrics(train(0, **TINY))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_preset_trains_the_same_at_any_number_of_ranks(train, tiny_run, ranks):  # noqa: F811
+    assert_same_curve(read_metrics(train(ranks, **TINY)), tiny_run, tolerance("float64", 6))
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("recompute", ["experts", "block"])
+def test_recomputation_changes_nothing(train, tiny_run, recompute, ranks):  # noqa: F811
+    metrics = read_metrics(train(ranks, recompute=recompute, **TINY))
+    assert_same_curve(metrics, tiny_run, tolerance("float64", 6))
+
+
+@pytest.mark.parametrize(("ranks", "size"), [(0, 1), (0, 4), (2, 2)])
+def test_micro_batches_have_the_gradient_of_the_batch(train, ranks, size):  # noqa: F811
+    # Without auxiliary losses, which each micro-batch has of its own tokens.
+    options = TINY | {"balance_loss": 0, "z_loss": 0}
+    metrics = read_metrics(train(ranks, micro_batch=size, **options))
+    expected = read_metrics(train(0, **options))
+    for line in metrics + expected:
+        del line["balance_loss"], line["z_loss"]
+    assert_same_curve(metrics, expected, tolerance("float64", 6))
+
+
+@pytest.mark.parametrize("changes", [{"tied_head": "true"}, {"qk_norm": "all"}, {"router_score": "sigmoid", "bias_rate": 0.01}])
+def test_other_models_train_the_same_at_two_ranks(train, changes):  # noqa: F811
+    options = TINY | changes
+    flags = [f"--{name.replace('_', '-')}" for name, value in options.items() if value == "true"]
+    options = {name: value for name, value in options.items() if value != "true"}
+    alone = read_metrics(train(0, *flags, **options))
+    assert_same_curve(read_metrics(train(2, *flags, **options)), alone, tolerance("float64", 6))
+    assert alone[-1]["loss"] < alone[0]["loss"]
+
+
+@pytest.mark.parametrize("state", ["float32", "bfloat16"])
+def test_a_bf16_curve_is_near_that_of_fp32(train, state):  # noqa: F811
+    options = TINY | {"steps": 20, "layers": 2, "validation_interval": 20}
+    exact = read_metrics(train(0, **options | {"dtype": "float32"}))
+    rounded = read_metrics(train(2, **options | {"dtype": "bfloat16", "optimizer_state": state}))
+    # A loss is a mean over tokens of what has passed through roundings of 2⁻⁸ each.
+    for line, other in zip(rounded, exact, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=2**-8)
+    assert exact[-1]["loss"] < exact[0]["loss"] - 0.1
+
+
+@pytest.mark.parametrize("changes", [{"qk_norm": norm} for norm in ("none", "head", "all")] + [{"head_size": 128}])
+def test_the_kernels_of_a_gpu_train_as_the_cpu_does(train, changes):  # noqa: F811
+    if gpus() < 1:
+        pytest.skip("no GPU, or a build without NCCL")
+    options = TINY | {"head_size": 64, "vocabulary": 260, "dtype": "bfloat16", "steps": 20, "validation_interval": 20}
+    expected = read_metrics(train(0, **options | changes))
+    metrics = read_metrics(train(0, device="cuda", **options | changes))
+    for line, other in zip(metrics, expected, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=2**-8)
+        assert line["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=2**-4)
+
+
+def test_a_bf16_run_resumes_exactly(train, text, tmp_path):  # noqa: F811
+    options = TINY | {"dtype": "bfloat16", "optimizer_state": "bfloat16"}
+    whole = train(2, **options)
+    half = train(2, stop_at=STEPS // 2, **options)
+    directory = tmp_path / "run"
+    shutil.copytree(half, directory)
+    run(2, "--data", text, "--output", directory, *model_options(**options), "--resume")
+    assert without_timing(read_metrics(directory)) == without_timing(read_metrics(whole))
+
+
+def test_muon_learns_and_trains_the_same_at_any_number_of_ranks(train):  # noqa: F811
+    options = TINY | {"optimizer": "muon"}
+    alone = read_metrics(train(0, **options))
+    assert alone[-1]["loss"] < alone[0]["loss"] - 0.1
+    for ranks in (2, 4):
+        # An orthogonalized matrix is up to 3.4445⁵ < 500 times as sensitive as the matrix.
+        assert_same_curve(read_metrics(train(ranks, **options)), alone, 500 * tolerance("float64", 6))
+
+
+def stored_step(checkpoint):
+    index = json.loads((checkpoint / "checkpoint.index.json").read_text())
+    return int(index["metadata"]["step"])
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_three_steps_without_a_finite_gradient_end_the_run(train, text, tmp_path, ranks):  # noqa: F811
+    # A step this large leaves parameters whose products are not finite.
+    options = TINY | {"dtype": "float32", "steps": 50, "learning_rate": 1e37, "warmup": 0, "validation_interval": 50}
+    directory = tmp_path / "run"
+    output = run(ranks, "--data", text, "--output", directory, *model_options(**options), expect=1)
+    assert "gradients are not finite" in output
+    metrics = read_metrics(directory)
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    assert [line["skipped"] for line in metrics] == [0, 1, 1, 1]
+    assert stored_step(directory / "checkpoint") == 1
+    for file in (directory / "checkpoint").glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            assert all(int(tensors.get_tensor(name)) == 1 for name in tensors.keys() if ".step." in name)  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--preset", "gpt-2"], "--preset"),
+        (["--kv-heads", "3"], "--heads 2 is not divisible by --kv-heads 3"),
+        (["--dense-layers", "2"], "--dense-layers 2 leaves none of --layers 2 to the experts"),
+        (["--vocabulary", "7"], "--data has a vocabulary of 256, the model one of 7 (--vocabulary)"),
+        (["--recompute", "all"], "--recompute"),
+    ],
+)
+def test_wrong_models_are_refused(text, tmp_path, wrong, message):  # noqa: F811
+    output = run(0, "--data", text, "--output", tmp_path / "run", *model_options(), *wrong, expect=2)
+    assert message in output
