@@ -76,7 +76,7 @@ class SgdState final : public OptimizerState {
 
 const OptimizerState& state_of(const torch::optim::Optimizer& optimizer) {
   using namespace torch::optim;
-  static const AdamState<AdamWOptions, AdamWParamState> adamw("AdamW");
+  static const AdamState<torch::optim::AdamWOptions, AdamWParamState> adamw("AdamW");
   static const AdamState<AdamOptions, AdamParamState> adam("Adam");
   static const SgdState sgd;
   if (dynamic_cast<const AdamW*>(&optimizer) != nullptr) return adamw;

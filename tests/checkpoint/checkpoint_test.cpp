@@ -260,8 +260,8 @@ void expect_resumes(const OptimizerOptions& options) {
 
 TEST(Checkpoint, ResumesEveryOptimizer) {
   using namespace torch::optim;
-  expect_resumes<AdamW>(AdamWOptions(0.01));
-  expect_resumes<AdamW>(AdamWOptions(0.01).amsgrad(true));
+  expect_resumes<AdamW>(torch::optim::AdamWOptions(0.01));
+  expect_resumes<AdamW>(torch::optim::AdamWOptions(0.01).amsgrad(true));
   expect_resumes<Adam>(AdamOptions(0.01).weight_decay(0.1));
   expect_resumes<SGD>(SGDOptions(0.1).momentum(0.9));
   expect_resumes<SGD>(SGDOptions(0.1));
