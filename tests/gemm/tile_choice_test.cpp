@@ -3,8 +3,13 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
+#include <numeric>
 #include <ostream>
+#include <vector>
 
+#include "gemm/hopper/unit_order.h"
 #include "support/random.h"
 #include "support/world.h"
 
@@ -104,6 +109,53 @@ TEST(TileChoiceTest, PairsWhereTheirRoundingIsATrifle) {
       EXPECT_EQ(choose_tiling(task, {experts, experts * 12800 + 1, 2048, 512}),
                 Tiling::kCooperative);
     }
+  }
+}
+
+TEST(UnitOrderTest, EveryUnitIsTakenOnceAndInAscendingOrder) {
+  test::Random random(test_seed());
+  for (int64_t i = 0; i < effort(200); ++i) {
+    const auto clusters = static_cast<int>(random.integer(1, 132));
+    const auto units = static_cast<int>(random.integer(0, 2000));
+    for (const bool falling : {false, true}) {
+      std::vector<int> taken(units, 0);
+      for (int cluster = 0; cluster < clusters; ++cluster) {
+        int last = -1;
+        for (UnitOrder order(cluster, clusters, falling); order.unit() < units; order.advance()) {
+          EXPECT_GT(order.unit(), last);
+          last = order.unit();
+          ++taken[last];
+        }
+      }
+      EXPECT_EQ(std::count(taken.begin(), taken.end(), 1), units)
+          << clusters << " clusters, " << units << " units";
+    }
+  }
+}
+
+/// The rows that the busiest of 66 clusters sums over, beside the mean: experts with rows by Zipf's law, each of
+/// so many units.
+double busiest(int experts, int units_of_expert, double skew, bool falling) {
+  constexpr int kClusters = 66;
+  std::vector<double> units;
+  for (int expert = 1; expert <= experts; ++expert) {
+    units.insert(units.end(), units_of_expert, std::pow(expert, -skew));
+  }
+  std::vector<double> load(kClusters, 0);
+  for (int cluster = 0; cluster < kClusters; ++cluster) {
+    UnitOrder order(cluster, kClusters, falling);
+    for (; order.unit() < static_cast<int>(units.size()); order.advance()) {
+      load[cluster] += units[order.unit()];
+    }
+  }
+  return *std::max_element(load.begin(), load.end()) * kClusters /
+         std::accumulate(units.begin(), units.end(), 0.0);
+}
+
+TEST(UnitOrderTest, UnequalUnitsAreSharedMoreEvenly) {
+  for (const auto& [experts, units] : {std::pair{128, 24}, {64, 32}, {128, 12}, {64, 16}}) {
+    EXPECT_LT(busiest(experts, units, 0.8, true), busiest(experts, units, 0.8, false) - 0.05);
+    EXPECT_DOUBLE_EQ(busiest(experts, 66, 0, true), 1);
   }
 }
 

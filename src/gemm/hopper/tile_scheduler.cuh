@@ -4,6 +4,7 @@
 #include "gemm/hopper/problem.h"
 #include "gemm/hopper/ptx.cuh"
 #include "gemm/hopper/shape.cuh"
+#include "gemm/hopper/unit_order.h"
 
 namespace anabranch::hopper {
 
@@ -43,8 +44,7 @@ class ExpertUnits {
   int columns_;
 };
 
-/// Walks over the tiles of this cluster: the same ones, in the same order, for all of its warps. Cluster c
-/// takes units c, c + clusters, ...
+/// Walks over the tiles of this cluster: the same ones, in the same order, for all of its warps.
 template <typename shape>
 class TileScheduler {
  public:
@@ -54,17 +54,18 @@ class TileScheduler {
         all_(problem),
         first_unit_(first_unit),
         end_(first_unit[all_.slots()]),
-        unit_(blockIdx.x / shape::kClusterSize),
+        order_(blockIdx.x / shape::kClusterSize, gridDim.x / shape::kClusterSize, shape::kRaggedK),
         rank_(cluster_rank()) {}
 
   __device__ bool next(Tile& tile) {
-    if (unit_ >= end_) {
+    const int unit = order_.unit();
+    if (unit >= end_) {
       return false;
     }
-    while (unit_ >= first_unit_[slot_ + 1]) {
+    while (unit >= first_unit_[slot_ + 1]) {
       ++slot_;
     }
-    int within = unit_ - first_unit_[slot_];
+    int within = unit - first_unit_[slot_];
     int place = slot_ * all_.experts_of_slot();
     Group group = all_.expert(place);
     for (int units; within >= (units = all_.units(group)); within -= units) {
@@ -83,7 +84,7 @@ class TileScheduler {
     }
     const int k = shape::kRaggedK ? group.rows : problem_.k;
     tile = {group, row * shape::kRows, column * shape::kTileColumns, (k + kBox - 1) / kBox};
-    unit_ += gridDim.x / shape::kClusterSize;
+    order_.advance();
     return true;
   }
 
@@ -92,7 +93,7 @@ class TileScheduler {
   ExpertUnits<shape> all_;
   const int* first_unit_;
   int end_;
-  int unit_;
+  UnitOrder order_;
   int rank_;
   int slot_ = 0;
 };
