@@ -20,6 +20,9 @@ namespace {
 
 using torch::autograd::variable_list;
 
+/// What owns the node that adds to a parameter's gradient: another pointer in torch 2.15 than before.
+using Accumulator = decltype(torch::autograd::impl::grad_accumulator(torch::Tensor()));
+
 /// Calls when a backward has added to a parameter's gradient, or had nothing to add.
 class AfterAccumulation : public torch::autograd::FunctionPostHook {
  public:
@@ -73,7 +76,7 @@ class GradientReducer::Step {
   struct Member {
     ParallelParameter parameter;
     Place place;
-    std::shared_ptr<torch::autograd::Node> accumulator;
+    Accumulator accumulator;
     uintptr_t hook = 0;
     torch::Tensor gradient;  ///< as taken in this step
     int64_t version = 0;     ///< of it
@@ -150,7 +153,7 @@ void GradientReducer::Step::add_hooks() {
 
 void GradientReducer::Step::remove_hooks() {
   for (auto& member : members_) {
-    if (member.accumulator != nullptr) member.accumulator->del_post_hook(member.hook);
+    if (member.accumulator) member.accumulator->del_post_hook(member.hook);
   }
 }
 
