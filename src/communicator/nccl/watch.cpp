@@ -105,6 +105,9 @@ bool NcclWatch::pause() {
 
 void NcclWatch::follow_streams(int device) {
   static_cast<void>(cudaSetDevice(device));  // its events' own calls will tell
+  // Else a question about an event invalidates the capture of a graph that another thread has under way.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode));
   while (pause()) {
     try {
       look_at_streams();
