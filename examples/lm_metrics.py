@@ -8,6 +8,7 @@ from pathlib import Path
 
 import anabranch
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 
 PARTS = ("embedding", "attention", "experts", "router", "norms", "head", "other")
@@ -23,8 +24,7 @@ def part_of(name, is_expert):
 
 def experts_of(model):
     """The ids of parameters that hold a rank's own experts."""
-    layers = [module for module in model.modules() if isinstance(module, anabranch.MoE)]
-    return {id(p) for layer in layers for name, p in layer.named_parameters() if "shared" not in name and p.dim() == 3}
+    return {id(parameter) for _, parameter in anabranch.expert_parameters(model)}
 
 
 def flops_per_token(model, top_k, attention_width, sequence_length):
@@ -32,7 +32,7 @@ def flops_per_token(model, top_k, attention_width, sequence_length):
     experts, weights = experts_of(model), 0
     for name, parameter in model.named_parameters():
         if id(parameter) in experts:
-            weights += parameter[0].numel() * top_k
+            weights += parameter[0].numel() * top_k if parameter.dim() == 3 else 0
         elif parameter.dim() == 2 and name != "embedding":
             weights += parameter.numel()
     return 6 * (weights + attention_width * sequence_length)
@@ -68,7 +68,8 @@ def gradient_norms(model, world):
         part = PARTS.index(part_of(name, is_expert))
         there.add(part)
         if parameter.grad is not None:
-            squares[int(is_expert), part] += parameter.grad.double().square().sum().cpu()
+            gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+            squares[int(is_expert), part] += gradient.double().square().sum().cpu()
     world.all_reduce(squares[1])
     norms = squares.sum(0).sqrt().tolist()
     return {PARTS[part]: norms[part] for part in sorted(there)}

@@ -26,6 +26,7 @@ SMALL = (
     "--log-interval 2 --validation-interval 3 --validation-sequences 7"
 ).split()
 CHANGING = {"seconds", "tokens_per_second", "model_tflops", "step_seconds", "data_seconds", "memory"}
+NOT_COMPARED = {"balance_loss": 0, "z_loss": 0}
 COUNTED = {"ranks", "load", "imbalance", "imbalance_per_layer"}
 
 
@@ -112,6 +113,46 @@ def test_it_reads_what_the_cpp_program_reads(kind, tmp_path):
         expected = [line.get(name) for line in theirs]
         assert [line.get(name) for line in mine] == pytest.approx(expected, rel=1e-6), name
     assert len(mine) == 40 and ("validation_bpb" in mine[-1]) == (kind != "synthetic")
+
+
+def test_its_dense_part_compiled(alone, tmp_path):
+    assert_same_training(train(ALONE, tmp_path, "--compile", "aot_eager"), alone[1], ranks=1)
+
+
+def test_micro_batches_are_a_batch(tmp_path):
+    # Without auxiliary losses, which each has of its own tokens.
+    plain = ["--balance-loss", "0", "--z-loss", "0"]
+    whole, pieces = (train(ALONE, tmp_path / n, *plain, "--micro-batch", n) for n in ("3", "1"))
+    assert_same_training([line | NOT_COMPARED for line in pieces], [line | NOT_COMPARED for line in whole], ranks=1)
+
+
+TINY = "--preset tiny --layers 2 --hidden 32 --expert-hidden 16 --heads 2 --head-size 16 --kv-heads 1".split()
+
+
+def test_a_preset_in_bf16_follows_fp32(tmp_path):
+    lines = {dtype: train(ALONE, tmp_path / dtype, *TINY, "--dtype", dtype) for dtype in ("float32", "bfloat16")}
+    for narrow, wide in zip(lines["bfloat16"], lines["float32"], strict=True):
+        # A logit has 8 bits, a sum of thousands of tokens' losses more.
+        assert narrow["loss"] == pytest.approx(wide["loss"], rel=2**-8)
+    assert lines["bfloat16"][-1]["loss"] < lines["bfloat16"][0]["loss"]
+
+
+def knows_presets():
+    return TRAIN_LM_CPP.exists() and "--preset" in run(TRAIN_LM_CPP, "--help")
+
+
+@pytest.mark.skipif(not TRAIN_LM_CPP.exists(), reason="examples/train_lm is not built")
+def test_it_has_the_presets_of_the_cpp_program(tmp_path):
+    if not knows_presets():
+        pytest.skip("train_lm has no presets")
+    options = ["--data", PROJECT / "README.md", *without(SMALL, TINY), *TINY, "--dtype", "float64"]
+    run(TRAIN_LM_CPP, "--output", tmp_path / "cpp", "--sample-length", 0, *options)
+    assert_same_training(train(ALONE, tmp_path / "python", *TINY, "--dtype", "float64"), metrics_of(tmp_path / "cpp"), 1)
+
+
+def without(options, others):
+    """Pairs of a name and a value, but for those whose names are among `others`."""
+    return [part for name, value in zip(options[::2], options[1::2]) if name not in others for part in (name, value)]
 
 
 def test_what_cannot_be_trained_on(tmp_path):
