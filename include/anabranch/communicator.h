@@ -5,9 +5,9 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace anabranch {
@@ -76,6 +76,23 @@ struct Messages {
   std::vector<Message> incoming = {};
 };
 
+/// What a communicator has under way. It may neither outlive the communicator nor be dropped before it is
+/// finished, but after a failure.
+class Pending {
+ public:
+  Pending() = default;
+  virtual ~Pending() = default;
+  Pending(const Pending&) = delete;
+  Pending& operator=(const Pending&) = delete;
+
+  /// Completes, or orders on the current stream, which is the one it was started on. Once. Ends as the
+  /// call would that does not come back before.
+  virtual void finish() = 0;
+  /// The caller turns to other work: what would only go on while somebody waits does so from now on by
+  /// itself.
+  virtual void run_in_background() {}
+};
+
 /// A group of ranks that can exchange tensors.
 ///
 /// Every rank of the group calls every collective, in the same order, whatever it holds. The public
@@ -97,6 +114,11 @@ class Communicator {
 
   /// Exchanges the rows of all transfers at once. Zero rows to or from any peer are fine.
   void all_to_all_v(const std::vector<Transfer>& transfers);
+  /// The same beside what the caller does until it calls `finish`: on a GPU on a stream of its own, behind
+  /// all that the current stream has been given. Until then the rows that are sent stay as they are, and
+  /// those that come are left alone. The deadline is that of `finish`. Several may be under way, and other
+  /// collectives be called in between, by all ranks in the same order.
+  std::unique_ptr<Pending> start_all_to_all_v(std::vector<Transfer> transfers);
   /// Replaces `tensor` with the sum over ranks; 16-bit types are summed in fp32 and rounded once.
   void all_reduce(torch::Tensor& tensor);
   /// `[size, *tensor.sizes()]`, the same shape on every rank.
@@ -115,10 +137,9 @@ class Communicator {
   void reset_traffic() noexcept { traffic_ = {}; }
 
  protected:
-  /// The one thing that a transport does: sends and receives all messages at once. Calls `meanwhile`
-  /// when they are under way. Completes, or orders on the current stream.
-  virtual void exchange(Collective call, const Messages& messages,
-                        const std::function<void()>& meanwhile) = 0;
+  /// The one thing that a transport does: sends and receives all messages at once, which have been posted,
+  /// or launched on the current stream, when this returns.
+  virtual std::unique_ptr<Pending> start(Collective call, Messages messages) = 0;
   /// A group of `members`, of which this rank is number `rank`. Collective: every rank gives the
   /// members of its own new group.
   virtual std::shared_ptr<Communicator> regroup(const std::vector<int>& members, int rank) = 0;
@@ -127,7 +148,7 @@ class Communicator {
 
   // The collectives, their arguments checked, made of exchanges. A transport that has something faster
   // overrides them, and counts what it moves.
-  virtual void do_all_to_all_v(const std::vector<Transfer>& transfers);
+  virtual std::unique_ptr<Pending> do_all_to_all_v(std::vector<Transfer> transfers);
   virtual void do_all_reduce(torch::Tensor& tensor);
   virtual void do_all_gather(const torch::Tensor& tensor, torch::Tensor& gathered);
   virtual void do_broadcast(torch::Tensor& tensor, int root);
@@ -137,9 +158,13 @@ class Communicator {
   void gather(Collective call, const torch::Tensor& tensor, const torch::Tensor& gathered);
   void count(int64_t bytes_sent, int64_t bytes_received);
   // What another communicator, which this one is over, does in its place.
-  static void exchange_by(Communicator& other, Collective call, const Messages& messages,
-                          const std::function<void()>& meanwhile) {
-    other.run(call, messages, meanwhile);
+  static std::unique_ptr<Pending> start_by(Communicator& other, Collective call,
+                                           Messages messages) {
+    return other.start_counted(call, std::move(messages));
+  }
+  static std::unique_ptr<Pending> start_rows_by(Communicator& other,
+                                                std::vector<Transfer> transfers) {
+    return other.start_rows(std::move(transfers));
   }
   static std::shared_ptr<Communicator> regroup_by(Communicator& other,
                                                   const std::vector<int>& members, int rank) {
@@ -147,8 +172,9 @@ class Communicator {
   }
 
  private:
-  /// `exchange`, counted.
-  void run(Collective call, const Messages& messages, const std::function<void()>& meanwhile);
+  std::unique_ptr<Pending> start_counted(Collective call, Messages messages);
+  /// On the current stream.
+  std::unique_ptr<Pending> start_rows(std::vector<Transfer> transfers);
 
   int rank_;
   int size_;

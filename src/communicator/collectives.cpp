@@ -13,8 +13,6 @@
 namespace anabranch {
 namespace {
 
-const auto nothing = [] {};
-
 void add(std::vector<Message>& messages, int peer, const torch::Tensor& tensor, int64_t begin,
          int64_t bytes) {
   if (bytes > 0) {
@@ -49,11 +47,38 @@ void take_own_rows(const Transfer& transfer, int rank) {
                  transfer.receive.narrow(0, to[rank], transfer.receive_rows[rank]));
 }
 
+/// Messages under way, and this rank's own rows, which are taken beside them.
+class MovingRows final : public Pending {
+ public:
+  MovingRows(std::vector<Transfer> transfers, torch::Device device)
+      : transfers_(std::move(transfers)), beside_(device) {}
+
+  /// Launched when the messages are under way, which then have the multiprocessors that they need.
+  void take_own_rows_beside(std::unique_ptr<Pending> messages, int rank) {
+    messages_ = std::move(messages);
+    beside_.run([&] {
+      for (const Transfer& transfer : transfers_) {
+        take_own_rows(transfer, rank);
+      }
+    });
+  }
+  void finish() override {
+    messages_->finish();
+    beside_.join();
+  }
+  void run_in_background() override { messages_->run_in_background(); }
+
+ private:
+  std::vector<Transfer> transfers_;
+  SideStream beside_;
+  std::unique_ptr<Pending> messages_;
+};
+
 }  // namespace
 
-void Communicator::do_all_to_all_v(const std::vector<Transfer>& transfers) {
+std::unique_ptr<Pending> Communicator::do_all_to_all_v(std::vector<Transfer> transfers) {
   Messages messages{transfers.empty() ? torch::kCPU : transfers.front().send.device()};
-  SideStream beside(messages.device);
+  auto moving = std::make_unique<MovingRows>(transfers, messages.device);
   for (const Transfer& transfer : transfers) {
     const torch::Tensor sent = rows_for_others(transfer, rank());
     const auto from = row_offsets(transfer.send_rows);
@@ -66,15 +91,8 @@ void Communicator::do_all_to_all_v(const std::vector<Transfer>& transfers) {
           transfer.receive_rows[peer] * bytes);
     }
   }
-  // Launched when the messages are under way, which then have the multiprocessors that they need.
-  run(Collective::kAllToAllV, messages, [&] {
-    beside.run([&] {
-      for (const Transfer& transfer : transfers) {
-        take_own_rows(transfer, rank());
-      }
-    });
-  });
-  beside.join();
+  moving->take_own_rows_beside(start_counted(Collective::kAllToAllV, std::move(messages)), rank());
+  return moving;
 }
 
 void Communicator::do_all_reduce(torch::Tensor& tensor) {
@@ -84,7 +102,9 @@ void Communicator::do_all_reduce(torch::Tensor& tensor) {
   std::vector<int> all(size());
   std::iota(all.begin(), all.end(), 0);
   sum_in_levels(tensor, rank(), {all},
-                [&](const Messages& messages) { run(Collective::kAllReduce, messages, nothing); });
+                [&](const Messages& messages) {
+                  start_counted(Collective::kAllReduce, messages)->finish();
+                });
 }
 
 void Communicator::gather(Collective call, const torch::Tensor& tensor,
@@ -95,7 +115,9 @@ void Communicator::gather(Collective call, const torch::Tensor& tensor,
     add(messages.outgoing, peer, tensor, 0, bytes_of(tensor));
     add(messages.incoming, peer, gathered, peer * bytes_of(tensor), bytes_of(tensor));
   }
-  run(call, messages, [&] { gathered[rank()].copy_(tensor); });
+  const auto pending = start_counted(call, std::move(messages));
+  gathered[rank()].copy_(tensor);
+  pending->finish();
 }
 
 void Communicator::do_all_gather(const torch::Tensor& tensor, torch::Tensor& gathered) {
@@ -110,7 +132,7 @@ void Communicator::do_broadcast(torch::Tensor& tensor, int root) {
   for (int step = 1; rank() == root && step < size(); ++step) {
     add(messages.outgoing, peer_at(step, *this), tensor, 0, bytes_of(tensor));
   }
-  run(Collective::kBroadcast, messages, nothing);
+  start_counted(Collective::kBroadcast, std::move(messages))->finish();
 }
 
 void Communicator::do_barrier() {

@@ -10,6 +10,7 @@
 #include <numeric>
 
 #include "support/check.h"
+#include "support/side_stream.h"
 
 namespace anabranch {
 namespace {
@@ -85,9 +86,34 @@ void check_transfer(const Transfer& transfer, int rank, int size) {
               "all_to_all_v: send and receive overlap in memory");
 }
 
+/// Rows that travel on a stream beside the caller's.
+class RowsBeside final : public Pending {
+ public:
+  explicit RowsBeside(const std::vector<Transfer>& transfers)
+      : transfers_(transfers),
+        beside_(transfers.empty() ? torch::kCPU : transfers.front().send.device()) {}
+
+  template <typename Start>
+  void start(const Start& start_rows) {
+    beside_.run([&] {
+      pending_ = start_rows();
+      pending_->run_in_background();
+    });
+  }
+  void finish() override {
+    beside_.run([&] { pending_->finish(); });
+    beside_.join();
+  }
+
+ private:
+  std::vector<Transfer> transfers_;  ///< whose memory is in use until the streams have joined
+  SideStream beside_;
+  std::unique_ptr<Pending> pending_;
+};
+
 }  // namespace
 
-void Communicator::all_to_all_v(const std::vector<Transfer>& transfers) {
+std::unique_ptr<Pending> Communicator::start_rows(std::vector<Transfer> transfers) {
   for (const Transfer& transfer : transfers) {
     check_transfer(transfer, rank_, size_);
     check_device(transfer.send.device());
@@ -96,8 +122,19 @@ void Communicator::all_to_all_v(const std::vector<Transfer>& transfers) {
                 transfer.send.device());
   }
   const at::NoGradGuard no_grad;
-  do_all_to_all_v(transfers);
+  auto pending = do_all_to_all_v(std::move(transfers));
   ++traffic_.collectives;
+  return pending;
+}
+
+void Communicator::all_to_all_v(const std::vector<Transfer>& transfers) {
+  start_rows(transfers)->finish();
+}
+
+std::unique_ptr<Pending> Communicator::start_all_to_all_v(std::vector<Transfer> transfers) {
+  auto pending = std::make_unique<RowsBeside>(transfers);
+  pending->start([&] { return start_rows(std::move(transfers)); });
+  return pending;
 }
 
 void Communicator::all_reduce(torch::Tensor& tensor) {
@@ -163,12 +200,11 @@ void Communicator::count(int64_t bytes_sent, int64_t bytes_received) {
   traffic_.bytes_received += bytes_received;
 }
 
-void Communicator::run(Collective call, const Messages& messages,
-                       const std::function<void()>& meanwhile) {
-  exchange(call, messages, meanwhile);
+std::unique_ptr<Pending> Communicator::start_counted(Collective call, Messages messages) {
   const auto add = [](int64_t bytes, const Message& message) { return bytes + message.bytes; };
   count(std::accumulate(messages.outgoing.begin(), messages.outgoing.end(), int64_t{0}, add),
         std::accumulate(messages.incoming.begin(), messages.incoming.end(), int64_t{0}, add));
+  return start(call, std::move(messages));
 }
 
 }  // namespace anabranch

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 
 #include <functional>
+#include <utility>
 
 namespace anabranch {
 namespace {
@@ -57,11 +58,11 @@ void copy(const std::vector<Message>& from, const std::vector<Message>& to, bool
 
 }  // namespace
 
-StagedMessages::StagedMessages(const Messages& messages, const at::TensorOptions& memory)
-    : originals_(messages),
-      staged_{memory.device(), with_room_for(messages.outgoing, memory),
-              with_room_for(messages.incoming, memory)} {
-  copy(messages.outgoing, staged_.outgoing, /*non_blocking=*/false);
+StagedMessages::StagedMessages(Messages messages, const at::TensorOptions& memory)
+    : originals_(std::move(messages)),
+      staged_{memory.device(), with_room_for(originals_.outgoing, memory),
+              with_room_for(originals_.incoming, memory)} {
+  copy(originals_.outgoing, staged_.outgoing, /*non_blocking=*/false);
 }
 
 void StagedMessages::bring_back() const {

@@ -8,7 +8,7 @@ namespace anabranch {
 class StagedMessages {
  public:
   /// Copies what goes out into `memory`, a device and whether it is pinned.
-  StagedMessages(const Messages& messages, const at::TensorOptions& memory);
+  StagedMessages(Messages messages, const at::TensorOptions& memory);
 
   const Messages& messages() const { return staged_; }
   /// Copies what has come to where it belongs: ordered on the current stream of a GPU, which pinned
@@ -16,7 +16,7 @@ class StagedMessages {
   void bring_back() const;
 
  private:
-  const Messages& originals_;
+  Messages originals_;
   Messages staged_;
 };
 

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <deque>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <thread>
 
@@ -134,6 +136,42 @@ TEST(AllToAllV, GathersTheRowsOfAnIndex) {
       expected.received = on_device(torch::cat(arriving));
       check_all_to_all(*world(), {expected, make_transfer(*world(), counts, 3, torch::kFloat32)});
     }
+  }
+}
+
+/// Up to four under way, of ranks that come and go at their own pace, and other collectives in between.
+TEST(AllToAllV, GoesOnBesideWhatTheCallerDoes) {
+  struct UnderWay {
+    Expected expected;
+    std::unique_ptr<Pending> pending;
+  };
+  Random random(test_seed());
+  Random pace(test_seed() + static_cast<uint64_t>(world()->rank()));
+  std::deque<UnderWay> under_way;
+  const auto finish_oldest = [&] {
+    under_way.front().pending->finish();
+    EXPECT_TRUE(identical(under_way.front().expected.transfer.receive,
+                          under_way.front().expected.received));
+    under_way.pop_front();
+  };
+  for (int64_t step = effort(60); step > 0; --step) {
+    const int64_t columns = random.pick<int64_t>({1, 300, 20'000});
+    const Counts counts = random_counts(random, world()->size(), 60);
+    UnderWay next{make_transfer(*world(), counts, columns, random.pick(kDtypes)), nullptr};
+    next.pending = world()->start_all_to_all_v({next.expected.transfer});
+    under_way.push_back(std::move(next));
+    std::this_thread::sleep_for(std::chrono::microseconds(pace.integer(0, 3000)));
+    if (random.chance(0.3)) {
+      auto sum = on_device(torch::full({2}, world()->rank() + 1));
+      world()->all_reduce(sum);
+      EXPECT_EQ(sum[0].item<int64_t>(), world()->size() * (world()->size() + 1) / 2);
+    }
+    while (under_way.size() == 4 || (!under_way.empty() && random.chance())) {
+      finish_oldest();
+    }
+  }
+  while (!under_way.empty()) {
+    finish_oldest();
   }
 }
 

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "communicator/agreement.h"
+#include "communicator/done.h"
 #include "communicator/hierarchical/two_hops.h"
 #include "communicator/sum.h"
 #include "communicator/transfer_rows.h"
@@ -46,7 +47,7 @@ class HierarchicalCommunicator final : public Communicator {
   const std::vector<AllToAllChoice>& choices() const { return choices_; }
 
  protected:
-  void do_all_to_all_v(const std::vector<Transfer>& transfers) override;
+  std::unique_ptr<Pending> do_all_to_all_v(std::vector<Transfer> transfers) override;
   void do_all_reduce(torch::Tensor& tensor) override {
     const auto levels = two_hops_.layout().levels_of_sum(rank(), tensor.nbytes());
     by_flat([&] {
@@ -55,7 +56,7 @@ class HierarchicalCommunicator final : public Communicator {
         return;
       }
       sum_in_levels(tensor, rank(), levels, [&](const Messages& messages) {
-        exchange_by(*flat_, Collective::kAllReduce, messages, [] {});
+        start_by(*flat_, Collective::kAllReduce, messages)->finish();
       });
     });
   }
@@ -68,9 +69,8 @@ class HierarchicalCommunicator final : public Communicator {
   void do_barrier() override {
     by_flat([&] { flat_->barrier(); });
   }
-  void exchange(Collective call, const Messages& messages,
-                const std::function<void()>& meanwhile) override {
-    exchange_by(*flat_, call, messages, meanwhile);
+  std::unique_ptr<Pending> start(Collective call, Messages messages) override {
+    return start_by(*flat_, call, std::move(messages));
   }
   std::shared_ptr<Communicator> regroup(const std::vector<int>& members, int rank) override {
     return make_hierarchical_communicator(regroup_by(*flat_, members, rank), options_);
@@ -79,7 +79,7 @@ class HierarchicalCommunicator final : public Communicator {
   void check_device(torch::Device /*device*/) const override {}
 
  private:
-  /// What `flat_` moves is moved by this one.
+  /// What `flat_` moves is moved by this one, and counted where it is started.
   template <typename Work>
   void by_flat(const Work& work) {
     const Traffic before = flat_->traffic();
@@ -87,7 +87,7 @@ class HierarchicalCommunicator final : public Communicator {
     count(flat_->traffic().bytes_sent - before.bytes_sent,
           flat_->traffic().bytes_received - before.bytes_received);
   }
-  void move(const std::vector<Transfer>& transfers, AllToAll way);
+  std::unique_ptr<Pending> start(const std::vector<Transfer>& transfers, AllToAll way);
   void measure(const std::vector<Transfer>& transfers);
   void choose(const std::vector<int64_t>& kind, const std::vector<double>& seconds);
 
@@ -100,26 +100,32 @@ class HierarchicalCommunicator final : public Communicator {
   std::vector<AllToAllChoice> choices_;
 };
 
-void HierarchicalCommunicator::move(const std::vector<Transfer>& transfers, AllToAll way) {
+std::unique_ptr<Pending> HierarchicalCommunicator::start(const std::vector<Transfer>& transfers,
+                                                         AllToAll way) {
+  std::unique_ptr<Pending> pending;
+  const auto start_flat = [&](std::vector<Transfer> of_flat) {
+    return start_rows_by(*flat_, std::move(of_flat));
+  };
   by_flat([&] {
-    if (way == AllToAll::kHierarchical) {
-      two_hops_.exchange(transfers);
-    } else {
-      flat_->all_to_all_v(transfers);
-    }
+    pending = way == AllToAll::kHierarchical ? two_hops_.start(transfers, start_flat)
+                                             : start_flat(transfers);
   });
+  return pending;
 }
 
-void HierarchicalCommunicator::do_all_to_all_v(const std::vector<Transfer>& transfers) {
+std::unique_ptr<Pending> HierarchicalCommunicator::do_all_to_all_v(
+    std::vector<Transfer> transfers) {
   if (options_.all_to_all != AllToAll::kAuto) {
-    move(transfers, options_.all_to_all);
-  } else if (!two_hops_.layout().has_two_levels()) {
-    move(transfers, AllToAll::kFlat);
-  } else if (const auto found = chosen_.find(kind_of(transfers)); found != chosen_.end()) {
-    move(transfers, found->second);
-  } else {
-    measure(transfers);
+    return start(transfers, options_.all_to_all);
   }
+  if (!two_hops_.layout().has_two_levels()) {
+    return start(transfers, AllToAll::kFlat);
+  }
+  if (const auto found = chosen_.find(kind_of(transfers)); found != chosen_.end()) {
+    return start(transfers, found->second);
+  }
+  measure(transfers);
+  return std::make_unique<Done>();
 }
 
 /// Every rank makes the same calls in the same order, so all take the same way without a word.
@@ -129,7 +135,7 @@ void HierarchicalCommunicator::measure(const std::vector<Transfer>& transfers) {
   auto& seconds = measured_[kind];
   wait_for_stream(device);  // what was launched before is not this call's
   const auto begin = std::chrono::steady_clock::now();
-  move(transfers, seconds.size() % 2 == 0 ? AllToAll::kFlat : AllToAll::kHierarchical);
+  start(transfers, seconds.size() % 2 == 0 ? AllToAll::kFlat : AllToAll::kHierarchical)->finish();
   wait_for_stream(device);
   const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
   check();

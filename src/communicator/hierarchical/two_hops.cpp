@@ -44,7 +44,8 @@ TwoHops::TwoHops(std::shared_ptr<Communicator> flat, NodeLayout layout)
 
 /// Only the forwarders do not know how much they will get: their node's ranks tell them. Host to host,
 /// who know these numbers: no stream is waited for.
-std::vector<TwoHops::Forwarded> TwoHops::exchange_counts(const std::vector<Transfer>& transfers) {
+std::vector<TwoHops::Forwarded> TwoHops::exchange_counts(
+    const std::vector<Transfer>& transfers) const {
   const auto kinds = static_cast<int64_t>(transfers.size());
   std::vector<int64_t> counts;
   Rows send_rows(flat_->size()), receive_rows(flat_->size());
@@ -150,24 +151,53 @@ void TwoHops::put_in_order(const Transfer& transfer, const torch::Tensor& from_n
   at::cat_out(receive, pieces);
 }
 
-void TwoHops::exchange(const std::vector<Transfer>& transfers) {
-  if (transfers.empty()) {
-    flat_->all_to_all_v(transfers);
-    return;
+/// Rows on their way between nodes.
+class TwoHops::SecondHop final : public Pending {
+ public:
+  SecondHop(const TwoHops& hops, std::vector<Transfer> transfers,
+            std::vector<Forwarded> forwarded, std::vector<Transfer> first)
+      : hops_(hops),
+        transfers_(std::move(transfers)),
+        forwarded_(std::move(forwarded)),
+        first_(std::move(first)) {
+    for (size_t t = 0; t < transfers_.size(); ++t) {
+      second_.push_back(hops_.second_hop(transfers_[t], first_[t].receive, forwarded_[t]));
+    }
   }
-  const auto forwarded = exchange_counts(transfers);
-  std::vector<Transfer> first, second;
+
+  void start(const StartFlat& start_flat) { pending_ = start_flat(second_); }
+  void finish() override {
+    pending_->finish();
+    for (size_t t = 0; t < transfers_.size(); ++t) {
+      hops_.put_in_order(transfers_[t], first_[t].receive, forwarded_[t], second_[t]);
+    }
+  }
+  void run_in_background() override { pending_->run_in_background(); }
+
+ private:
+  const TwoHops& hops_;
+  std::vector<Transfer> transfers_;
+  std::vector<Forwarded> forwarded_;
+  std::vector<Transfer> first_;
+  std::vector<Transfer> second_;
+  std::unique_ptr<Pending> pending_;
+};
+
+std::unique_ptr<Pending> TwoHops::start(const std::vector<Transfer>& transfers,
+                                        const StartFlat& start_flat) const {
+  if (transfers.empty()) {
+    return start_flat(transfers);
+  }
+  auto forwarded = exchange_counts(transfers);
+  std::vector<Transfer> first;
   for (size_t t = 0; t < transfers.size(); ++t) {
     first.push_back(first_hop(in_order(transfers[t]), forwarded[t]));
   }
-  flat_->all_to_all_v(first);
-  for (size_t t = 0; t < transfers.size(); ++t) {
-    second.push_back(second_hop(transfers[t], first[t].receive, forwarded[t]));
-  }
-  flat_->all_to_all_v(second);
-  for (size_t t = 0; t < transfers.size(); ++t) {
-    put_in_order(transfers[t], first[t].receive, forwarded[t], second[t]);
-  }
+  start_flat(first)->finish();
+  auto second =
+      std::make_unique<SecondHop>(*this, transfers, std::move(forwarded), std::move(first));
+  second->start(start_flat);
+  return second;
 }
 
 }  // namespace anabranch

@@ -2,6 +2,7 @@
 
 #include <anabranch/communicator.h>
 
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -16,15 +17,20 @@ class TwoHops {
   TwoHops(std::shared_ptr<Communicator> flat, NodeLayout layout);
 
   const NodeLayout& layout() const { return layout_; }
-  /// As `Communicator::all_to_all_v`. Collective.
-  void exchange(const std::vector<Transfer>& transfers);
+  /// How the flat communicator starts an all-to-all on the current stream.
+  using StartFlat = std::function<std::unique_ptr<Pending>(std::vector<Transfer>)>;
+  /// As `Communicator::all_to_all_v`: rows are within the node when this returns, and what is left is the
+  /// way between nodes. Collective.
+  std::unique_ptr<Pending> start(const std::vector<Transfer>& transfers,
+                                 const StartFlat& start_flat) const;
 
  private:
   using Rows = std::vector<int64_t>;
   /// Rows of one transfer that this rank forwards: [members of the node][forwarded destinations].
   using Forwarded = std::vector<Rows>;
 
-  std::vector<Forwarded> exchange_counts(const std::vector<Transfer>& transfers);
+  class SecondHop;
+  std::vector<Forwarded> exchange_counts(const std::vector<Transfer>& transfers) const;
   Transfer first_hop(const Transfer& transfer, const Forwarded& forwarded) const;
   Transfer second_hop(const Transfer& transfer, const torch::Tensor& arrived,
                       const Forwarded& forwarded) const;

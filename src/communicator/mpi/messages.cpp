@@ -49,7 +49,19 @@ void MpiMessages::start(const Message& message, Direction direction, int tag, in
   }
 }
 
+bool MpiMessages::poll_in_background() noexcept {
+  try {
+    return poll();
+  } catch (...) {
+    failure_ = std::current_exception();
+    return true;
+  }
+}
+
 bool MpiMessages::poll() {
+  if (failure_) {
+    std::rethrow_exception(failure_);
+  }
   if (outstanding_ == 0) {
     return true;
   }

@@ -2,6 +2,7 @@
 
 #include <anabranch/communicator.h>
 
+#include <exception>
 #include <vector>
 
 #include "communicator/mpi/runtime.h"
@@ -22,6 +23,8 @@ class MpiMessages {
   void post(int tag, int64_t piece_bytes);
   /// Whether all messages have come and gone. Throws MpiPeerError.
   bool poll();
+  /// The same, or whether they have failed: what `poll` then throws.
+  bool poll_in_background() noexcept;
   /// Ranks whose messages are outstanding.
   std::vector<int> pending() const;
 
@@ -43,6 +46,7 @@ class MpiMessages {
   std::vector<int> indices_;
   std::vector<MPI_Status> statuses_;
   size_t outstanding_ = 0;
+  std::exception_ptr failure_;  ///< met in the background
 };
 
 /// A message to or from `peer` went wrong.

@@ -6,11 +6,13 @@
 #include <anabranch/rank_discovery.h>
 
 #include <numeric>
+#include <optional>
 #include <utility>
 
 #include "communicator/agreement.h"
 #include "communicator/errors.h"
 #include "communicator/mpi/messages.h"
+#include "communicator/mpi/progress.h"
 #include "communicator/mpi/watch.h"
 #include "communicator/staged_messages.h"
 #include "support/check.h"
@@ -45,8 +47,7 @@ class MpiCommunicator final : public Communicator {
   std::string name() const override { return "mpi"; }
 
  protected:
-  void exchange(Collective call, const Messages& messages,
-                const std::function<void()>& meanwhile) override;
+  std::unique_ptr<Pending> start(Collective call, Messages messages) override;
   std::shared_ptr<Communicator> regroup(const std::vector<int>& members, int rank) override;
   void check_device(torch::Device device) const override {
     check_input(device.is_cpu() || device.is_cuda(),
@@ -54,7 +55,7 @@ class MpiCommunicator final : public Communicator {
   }
 
  private:
-  void move(MpiWatch& watch, Messages messages, const std::function<void()>& meanwhile);
+  class UnderWay;
 
   MpiRuntime& runtime_;
   MpiGroup group_;
@@ -63,42 +64,73 @@ class MpiCommunicator final : public Communicator {
   int64_t calls_ = 0;
 };
 
-void MpiCommunicator::exchange(Collective call, const Messages& messages,
-                               const std::function<void()>& meanwhile) {
+/// Messages of one call. MPI moves them while somebody calls it: whoever waits, or the runtime's thread.
+class MpiCommunicator::UnderWay final : public Pending {
+ public:
+  UnderWay(MpiCommunicator& communicator, Collective call, Messages messages)
+      : communicator_(communicator), call_{communicator.group_.id, call, ++communicator.calls_} {
+    if (!messages.device.is_cpu() && !mpi_is_cuda_aware()) {
+      staged_.emplace(std::move(messages), at::TensorOptions(at::kCPU).pinned_memory(true));
+      messages = staged_->messages();
+    }
+    for (auto* list : {&messages.outgoing, &messages.incoming}) {
+      for (Message& message : *list) {
+        message.peer = communicator_.group_.members[message.peer];
+      }
+    }
+    wait_for_stream(messages.device);  // MPI does not know streams
+    messages_.emplace(communicator_.runtime_, std::move(messages));
+    MpiWatch watch = make_watch();
+    checked(watch, [&] { messages_->post(tag_of(call_), communicator_.piece_bytes_); });
+  }
+
+  void finish() override {
+    background_.reset();
+    MpiWatch watch = make_watch();
+    checked(watch, [&] {
+      while (!messages_->poll()) {
+        watch.keep_waiting([&] { return messages_->pending(); });
+      }
+    });
+    if (staged_) {
+      staged_->bring_back();
+    }
+  }
+  void run_in_background() override {
+    if (MpiProgress* progress = communicator_.runtime_.progress()) {
+      background_.emplace(*progress, *messages_);
+    }
+  }
+
+ private:
+  MpiWatch make_watch() const {
+    return {communicator_.runtime_, communicator_.group_, call_, communicator_.options_.deadline};
+  }
+  template <typename Work>
+  void checked(MpiWatch& watch, const Work& work) {
+    try {
+      work();
+    } catch (const MpiPeerError& error) {
+      watch.fail(c10::str("failed with ", communicator_.group_.describe({error.peer()}), ": ",
+                          error.what()),
+                 {error.peer()});
+    } catch (const MpiError& error) {
+      watch.fail(error.what(), messages_->pending());
+    }
+  }
+
+  MpiCommunicator& communicator_;
+  MpiCallId call_;
+  std::optional<StagedMessages> staged_;
+  std::optional<MpiMessages> messages_;
+  std::optional<MpiProgress::Turn> background_;  ///< ends before the messages do
+};
+
+std::unique_ptr<Pending> MpiCommunicator::start(Collective call, Messages messages) {
   if (const auto failure = runtime_.failure()) {
     refuse_after(*failure, group_, runtime_.rank(), call);
   }
-  MpiWatch watch(runtime_, group_, {group_.id, call, ++calls_}, options_.deadline);
-  if (messages.device.is_cpu() || mpi_is_cuda_aware()) {
-    move(watch, messages, meanwhile);
-    return;
-  }
-  const StagedMessages staged(messages, at::TensorOptions(at::kCPU).pinned_memory(true));
-  move(watch, staged.messages(), meanwhile);
-  staged.bring_back();
-}
-
-void MpiCommunicator::move(MpiWatch& watch, Messages messages,
-                           const std::function<void()>& meanwhile) {
-  for (auto* list : {&messages.outgoing, &messages.incoming}) {
-    for (Message& message : *list) {
-      message.peer = group_.members[message.peer];
-    }
-  }
-  wait_for_stream(messages.device);  // MPI does not know streams
-  MpiMessages under_way(runtime_, std::move(messages));
-  try {
-    under_way.post(tag_of(watch.call()), piece_bytes_);
-    meanwhile();
-    while (!under_way.poll()) {
-      watch.keep_waiting([&] { return under_way.pending(); });
-    }
-  } catch (const MpiPeerError& error) {
-    watch.fail(c10::str("failed with ", group_.describe({error.peer()}), ": ", error.what()),
-               {error.peer()});
-  } catch (const MpiError& error) {
-    watch.fail(error.what(), under_way.pending());
-  }
+  return std::make_unique<UnderWay>(*this, call, std::move(messages));
 }
 
 /// No MPI communicator is made: a group is a list of ranks and a range of tags. Groups that share a rank

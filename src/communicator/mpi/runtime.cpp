@@ -96,7 +96,8 @@ void survive_broken_connections() {
   }
 }
 
-void initialise() {
+/// The level of threads that MPI takes.
+int initialise() {
   int initialised = 0;
   ANABRANCH_CHECK_MPI(MPI_Initialized(&initialised));
   int level = MPI_THREAD_SINGLE;
@@ -115,6 +116,7 @@ void initialise() {
         "MPI runs below MPI_THREAD_SERIALIZED, but backward may communicate from another thread: "
         "initialise it by MPI_Init_thread with MPI_THREAD_MULTIPLE, or leave that to anabranch");
   }
+  return level;
 }
 
 }  // namespace
@@ -161,7 +163,7 @@ MpiRuntime& MpiRuntime::get(std::chrono::milliseconds deadline) {
 }
 
 MpiRuntime::MpiRuntime(std::chrono::milliseconds deadline) : deadline_(deadline) {
-  initialise();
+  takes_threads_ = initialise() == MPI_THREAD_MULTIPLE;
   survive_broken_connections();
   duplicate_world(deadline);
   ANABRANCH_CHECK_MPI(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN));
@@ -205,6 +207,13 @@ void MpiRuntime::set_failure(const MpiFailure& failure) {
   if (!failure_) {
     failure_ = failure;
   }
+}
+
+MpiProgress* MpiRuntime::progress() {
+  if (takes_threads_) {
+    std::call_once(progress_begins_, [&] { progress_ = std::make_unique<MpiProgress>(); });
+  }
+  return progress_.get();
 }
 
 void MpiRuntime::abandon(std::vector<MPI_Request> requests, Messages messages) {

@@ -4,11 +4,14 @@
 #include <mpi.h>
 
 #include <chrono>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "communicator/mpi/progress.h"
 
 namespace anabranch {
 
@@ -55,6 +58,10 @@ class MpiRuntime {
   /// MPI_THREAD_SERIALIZED, and autograd calls from threads of its own.
   std::mutex& mutex() noexcept { return mutex_; }
 
+  /// Moves messages that nobody waits for; begins with its first use. Null where MPI does not let several
+  /// threads call it, of which the program may have one.
+  MpiProgress* progress();
+
   /// The lowest id that no group of this rank has yet; 1 is all ranks.
   int next_group = 2;
 
@@ -79,10 +86,13 @@ class MpiRuntime {
   int rank_ = 0;
   int size_ = 1;
   int tag_limit_ = 0;
+  bool takes_threads_ = false;  ///< MPI_THREAD_MULTIPLE
   std::mutex mutex_;
   std::mutex failure_mutex_;
   std::optional<MpiFailure> failure_;
   std::vector<Abandoned> abandoned_;
+  std::once_flag progress_begins_;
+  std::unique_ptr<MpiProgress> progress_;
 };
 
 }  // namespace anabranch

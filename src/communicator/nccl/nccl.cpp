@@ -5,6 +5,7 @@
 #include <c10/util/StringUtil.h>
 
 #include "communicator/agreement.h"
+#include "communicator/done.h"
 #include "communicator/errors.h"
 #include "communicator/hierarchical/node_layout.h"
 #include "communicator/host.h"
@@ -69,12 +70,10 @@ class NcclCommunicator final : public Communicator {
   bool uses_peer_memory() const { return peers_ != nullptr; }
 
  protected:
-  void exchange(Collective call, const Messages& messages,
-                const std::function<void()>& meanwhile) override {
+  std::unique_ptr<Pending> start(Collective call, Messages messages) override {
     if (messages.device.is_cpu()) {
       check();  // the ranks' host memories do not know of a failure on the GPUs' way
-      exchange_by(*bootstrap_, call, messages, meanwhile);
-      return;
+      return start_by(*bootstrap_, call, std::move(messages));
     }
     launch(name_of(call), [&](ncclComm_t comm, cudaStream_t stream) {
       for (const Message& message : messages.outgoing) {
@@ -86,17 +85,16 @@ class NcclCommunicator final : public Communicator {
                    "ncclRecv");
       }
     });
-    meanwhile();
+    return std::make_unique<Done>();
   }
 
   std::shared_ptr<Communicator> regroup(const std::vector<int>& members, int rank) override {
     return make_nccl_communicator(regroup_by(*bootstrap_, members, rank), device_, options_);
   }
 
-  void do_all_to_all_v(const std::vector<Transfer>& transfers) override {
+  std::unique_ptr<Pending> do_all_to_all_v(std::vector<Transfer> transfers) override {
     if (peers_ == nullptr || transfers.empty() || transfers.front().send.is_cpu()) {
-      Communicator::do_all_to_all_v(transfers);
-      return;
+      return Communicator::do_all_to_all_v(std::move(transfers));
     }
     const OnDevice stream(device_);
     watch_.run("all_to_all_v", stream,
@@ -108,13 +106,14 @@ class NcclCommunicator final : public Communicator {
       const int64_t bytes = row_bytes(transfer.send);
       count(elsewhere(transfer.send_rows) * bytes, elsewhere(transfer.receive_rows) * bytes);
     }
+    return std::make_unique<Done>();
   }
 
   /// Not by ncclAllReduce, which in a switch of NVLink's may give other bits in another run.
   void do_all_reduce(torch::Tensor& tensor) override {
     sum_in_levels(tensor, rank(), layout_.levels_of_sum(rank(), tensor.nbytes()),
                   [&](const Messages& messages) {
-                    exchange_by(*this, Collective::kAllReduce, messages, [] {});
+                    start_by(*this, Collective::kAllReduce, messages)->finish();
                   });
   }
 

@@ -14,6 +14,7 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
+#include "communicator/done.h"
 #include "communicator/errors.h"
 #include "communicator/process_group/coalescing.h"
 #include "communicator/staged_messages.h"
@@ -96,8 +97,7 @@ class ProcessGroupCommunicator final : public Communicator {
   void check() override;
 
  protected:
-  void exchange(Collective call, const Messages& messages,
-                const std::function<void()>& meanwhile) override;
+  std::unique_ptr<Pending> start(Collective call, Messages messages) override;
   std::shared_ptr<Communicator> regroup(const std::vector<int>& members, int rank) override;
   void check_device(torch::Device device) const override {
     check_input(device.is_cpu() || (device.is_cuda() && (!group_->gpu || device == *group_->gpu)),
@@ -107,10 +107,12 @@ class ProcessGroupCommunicator final : public Communicator {
 
  private:
   using Work = c10::intrusive_ptr<c10d::Work>;
-  void exchange_on_gpu(Collective call, const Messages& messages,
-                       const std::function<void()>& meanwhile);
-  void exchange_on_host(Collective call, const Messages& messages,
-                        const std::function<void()>& meanwhile);
+  class OnGpu;
+  class OnHost;
+  class Staged;
+  std::unique_ptr<Pending> start_reached(Collective call, Messages messages);
+  template <typename Action>
+  auto checked_on_gpu(Collective call, const Action& action) const;
   Work send(Collective call, const Message& message);
   Work receive(Collective call, const Message& message);
 
@@ -119,26 +121,6 @@ class ProcessGroupCommunicator final : public Communicator {
   int number_;
   CommunicatorOptions options_;
 };
-
-void ProcessGroupCommunicator::exchange(Collective call, const Messages& messages,
-                                        const std::function<void()>& meanwhile) {
-  const torch::Device carrier = group_->carrier(messages.device);
-  std::optional<StagedMessages> staged;
-  if (carrier != messages.device) {
-    staged.emplace(messages, at::TensorOptions(carrier));
-  }
-  const Messages& reached = staged ? staged->messages() : messages;
-  if (reached.outgoing.empty() && reached.incoming.empty()) {
-    meanwhile();
-  } else if (carrier.is_cpu()) {
-    exchange_on_host(call, reached, meanwhile);
-  } else {
-    exchange_on_gpu(call, reached, meanwhile);
-  }
-  if (staged) {
-    staged->bring_back();
-  }
-}
 
 std::vector<at::Tensor> bytes_of(const Message& message) {
   return {message.tensor.view({-1}).view(at::kByte).narrow(0, message.begin, message.bytes)};
@@ -158,58 +140,131 @@ ProcessGroupCommunicator::Work ProcessGroupCommunicator::receive(Collective call
                                      tag_of(number_, call, message.bytes));
 }
 
-void ProcessGroupCommunicator::exchange_on_gpu(Collective call, const Messages& messages,
-                                               const std::function<void()>& meanwhile) {
-  check();
+/// What `action` returns, whose failure is that of the call.
+template <typename Action>
+auto ProcessGroupCommunicator::checked_on_gpu(Collective call, const Action& action) const {
   try {
-    Coalescing together(*group_->process_group, torch::kCUDA);
-    for (const Message& message : messages.incoming) {
-      receive(call, message);
-    }
-    for (const Message& message : messages.outgoing) {
-      send(call, message);
-    }
-    const Work work = together.end();
-    meanwhile();
-    work->wait();  // orders the current stream
+    return action();
   } catch (const std::exception& error) {
     throw CommunicationError(
         c10::str("rank ", rank(), ": ", name_of(call), " failed: ", error.what()), {});
   }
 }
 
-void ProcessGroupCommunicator::exchange_on_host(Collective call, const Messages& messages,
-                                                const std::function<void()>& meanwhile) {
-  const auto end = Clock::now() + options_.deadline;
-  std::optional<CommunicationError> failure;
-  // What fails with one rank is thrown when the others have what they wait for: else they would wait for
-  // this rank until their deadline, and name it instead.
-  const auto try_with = [&](int peer, const auto& action) {
+/// Messages between GPUs' memories, on a stream of the group's.
+class ProcessGroupCommunicator::OnGpu final : public Pending {
+ public:
+  OnGpu(ProcessGroupCommunicator& communicator, Collective call, Messages messages)
+      : communicator_(communicator), call_(call), messages_(std::move(messages)) {
+    communicator_.check();
+    work_ = communicator_.checked_on_gpu(call_, [&] {
+      Coalescing together(*communicator_.group_->process_group, torch::kCUDA);
+      for (const Message& message : messages_.incoming) {
+        communicator_.receive(call_, message);
+      }
+      for (const Message& message : messages_.outgoing) {
+        communicator_.send(call_, message);
+      }
+      return together.end();
+    });
+  }
+  void finish() override {
+    communicator_.checked_on_gpu(call_, [&] { return work_->wait(); });  // orders the current stream
+  }
+
+ private:
+  ProcessGroupCommunicator& communicator_;
+  Collective call_;
+  Messages messages_;
+  Work work_;
+};
+
+/// Messages between host memories, which the group's threads move.
+class ProcessGroupCommunicator::OnHost final : public Pending {
+ public:
+  OnHost(ProcessGroupCommunicator& communicator, Collective call, Messages messages)
+      : communicator_(communicator), call_(call), messages_(std::move(messages)) {
+    for (const Message& message : messages_.incoming) {
+      try_with(message.peer, [&] {
+        works_.emplace_back(message.peer, communicator_.receive(call_, message));
+      });
+    }
+    for (const Message& message : messages_.outgoing) {
+      try_with(message.peer, [&] {
+        works_.emplace_back(message.peer, communicator_.send(call_, message));
+      });
+    }
+  }
+
+  void finish() override {
+    const auto end = Clock::now() + communicator_.options_.deadline;
+    for (const auto& [peer, work] : works_) {
+      try_with(peer, [&, &work = work] {
+        const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(end - Clock::now());
+        check_input(work->wait(std::max(left, std::chrono::milliseconds(1))), "it was aborted");
+      });
+    }
+    if (failure_) {
+      throw *failure_;
+    }
+  }
+
+ private:
+  /// What fails with one rank is thrown when the others have what they wait for: else they would wait for
+  /// this rank until their deadline, and name it instead.
+  template <typename Action>
+  void try_with(int peer, const Action& action) {
     try {
       action();
     } catch (const std::exception& error) {
-      if (!failure) {
-        failure.emplace(waited_in_vain(rank(), call, options_, peer, error.what()));
+      if (!failure_) {
+        failure_.emplace(waited_in_vain(communicator_.rank(), call_, communicator_.options_, peer,
+                                        error.what()));
       }
     }
-  };
-  std::vector<std::pair<int, Work>> pending;
-  for (const Message& message : messages.incoming) {
-    try_with(message.peer, [&] { pending.emplace_back(message.peer, receive(call, message)); });
   }
-  for (const Message& message : messages.outgoing) {
-    try_with(message.peer, [&] { pending.emplace_back(message.peer, send(call, message)); });
+
+  ProcessGroupCommunicator& communicator_;
+  Collective call_;
+  Messages messages_;
+  std::vector<std::pair<int, Work>> works_;
+  std::optional<CommunicationError> failure_;
+};
+
+/// Messages in a memory that the group moves, in the place of others.
+class ProcessGroupCommunicator::Staged final : public Pending {
+ public:
+  Staged(ProcessGroupCommunicator& communicator, Collective call, Messages messages,
+         torch::Device carrier)
+      : staged_(std::move(messages), at::TensorOptions(carrier)),
+        pending_(communicator.start_reached(call, staged_.messages())) {}
+  void finish() override {
+    pending_->finish();
+    staged_.bring_back();
   }
-  meanwhile();
-  for (const auto& [peer, work] : pending) {
-    try_with(peer, [&, &work = work] {
-      const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(end - Clock::now());
-      check_input(work->wait(std::max(left, std::chrono::milliseconds(1))), "it was aborted");
-    });
+
+ private:
+  StagedMessages staged_;
+  std::unique_ptr<Pending> pending_;
+};
+
+std::unique_ptr<Pending> ProcessGroupCommunicator::start(Collective call, Messages messages) {
+  const torch::Device carrier = group_->carrier(messages.device);
+  if (carrier != messages.device) {
+    return std::make_unique<Staged>(*this, call, std::move(messages), carrier);
   }
-  if (failure) {
-    throw *failure;
+  return start_reached(call, std::move(messages));
+}
+
+std::unique_ptr<Pending> ProcessGroupCommunicator::start_reached(Collective call,
+                                                                 Messages messages) {
+  if (messages.outgoing.empty() && messages.incoming.empty()) {
+    return std::make_unique<Done>();
   }
+  if (messages.device.is_cpu()) {
+    return std::make_unique<OnHost>(*this, call, std::move(messages));
+  }
+  return std::make_unique<OnGpu>(*this, call, std::move(messages));
 }
 
 /// The error of a backend that watches its collectives; not all of LibTorch's versions ask it so.

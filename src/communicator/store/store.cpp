@@ -64,8 +64,7 @@ class StoreCommunicator final : public Communicator {
   std::string name() const override { return "store"; }
 
  protected:
-  void exchange(Collective call, const Messages& messages,
-                const std::function<void()>& meanwhile) override;
+  std::unique_ptr<Pending> start(Collective call, Messages messages) override;
   std::shared_ptr<Communicator> regroup(const std::vector<int>& members, int rank) override {
     // No two groups have a first member and an exchange of their parent's in common.
     return std::make_shared<StoreCommunicator>(meeting_, meeting_->another_way(),
@@ -78,12 +77,18 @@ class StoreCommunicator final : public Communicator {
   }
 
  private:
-  /// Of a piece of the `number`th message that goes from one rank to another in this exchange.
-  std::string key(int from, int to, int number, int64_t offset) const {
-    return c10::str(group_, '/', exchanges_, '/', from, '/', to, '/', number, '/', offset);
+  class Receiving;
+  /// Of a piece of the `number`th message that goes from one rank to another in an exchange.
+  std::string key(int64_t exchange, int from, int to, int number, int64_t offset) const {
+    return c10::str(group_, '/', exchange, '/', from, '/', to, '/', number, '/', offset);
   }
-  void send(const Message& message, int number);
-  void receive(const Message& message, int number);
+  void send(int64_t exchange, const Message& message, int number);
+  void receive(int64_t exchange, const Message& message, int number);
+  /// `move(message, number)` for all, which are numbered for each peer. `culprit`: whose fault it is where
+  /// that fails; negative: the peer's.
+  template <typename Move>
+  void for_each(Collective call, const std::vector<Message>& messages, int culprit,
+                const Move& move) const;
 
   std::shared_ptr<Meeting> meeting_;
   c10::intrusive_ptr<c10d::Store> store_;
@@ -92,18 +97,18 @@ class StoreCommunicator final : public Communicator {
   int64_t exchanges_ = 0;
 };
 
-void StoreCommunicator::send(const Message& message, int number) {
+void StoreCommunicator::send(int64_t exchange, const Message& message, int number) {
   const auto* data = reinterpret_cast<const uint8_t*>(message.source());
   for (int64_t begin = 0; begin < message.bytes; begin += kPieceBytes) {
     const int64_t end = std::min(begin + kPieceBytes, message.bytes);
-    store_->set(key(rank(), message.peer, number, begin),
+    store_->set(key(exchange, rank(), message.peer, number, begin),
                 std::vector<uint8_t>(data + begin, data + end));
   }
 }
 
-void StoreCommunicator::receive(const Message& message, int number) {
+void StoreCommunicator::receive(int64_t exchange, const Message& message, int number) {
   for (int64_t begin = 0; begin < message.bytes; begin += kPieceBytes) {
-    const std::string piece = key(message.peer, rank(), number, begin);
+    const std::string piece = key(exchange, message.peer, rank(), number, begin);
     store_->wait({piece}, options_.deadline);
     const std::vector<uint8_t> value = store_->get(piece);
     store_->deleteKey(piece);
@@ -114,25 +119,50 @@ void StoreCommunicator::receive(const Message& message, int number) {
   }
 }
 
-void StoreCommunicator::exchange(Collective call, const Messages& messages,
-                                 const std::function<void()>& meanwhile) {
-  ++exchanges_;
-  const auto for_each = [&](const std::vector<Message>& list, const auto& move) {
-    std::vector<int> moved(size(), 0);
-    for (const Message& message : list) {
-      try {
-        move(message, moved[message.peer]++);
-      } catch (const std::exception& error) {
-        // What cannot be sent is the fault of rank 0, which keeps the store.
-        const int culprit = &list == &messages.outgoing ? 0 : message.peer;
-        throw waited_in_vain(rank(), call, options_, culprit, error.what());
-      }
+template <typename Move>
+void StoreCommunicator::for_each(Collective call, const std::vector<Message>& messages, int culprit,
+                                 const Move& move) const {
+  std::vector<int> moved(size(), 0);
+  for (const Message& message : messages) {
+    try {
+      move(message, moved[message.peer]++);
+    } catch (const std::exception& error) {
+      throw waited_in_vain(rank(), call, options_, culprit < 0 ? message.peer : culprit,
+                           error.what());
     }
-  };
-  for_each(messages.outgoing, [&](const Message& message, int number) { send(message, number); });
-  meanwhile();
-  for_each(messages.incoming,
-           [&](const Message& message, int number) { receive(message, number); });
+  }
+}
+
+/// All that goes out is in the store: what is left is to take what comes.
+class StoreCommunicator::Receiving final : public Pending {
+ public:
+  Receiving(StoreCommunicator& communicator, Collective call, std::vector<Message> incoming)
+      : communicator_(communicator),
+        call_(call),
+        incoming_(std::move(incoming)),
+        exchange_(communicator.exchanges_) {}
+
+  void finish() override {
+    communicator_.for_each(call_, incoming_, /*culprit=*/-1,
+                           [&](const Message& message, int number) {
+                             communicator_.receive(exchange_, message, number);
+                           });
+  }
+
+ private:
+  StoreCommunicator& communicator_;
+  Collective call_;
+  std::vector<Message> incoming_;
+  int64_t exchange_;
+};
+
+std::unique_ptr<Pending> StoreCommunicator::start(Collective call, Messages messages) {
+  ++exchanges_;
+  // What cannot be sent is the fault of rank 0, which keeps the store.
+  for_each(call, messages.outgoing, /*culprit=*/0, [&](const Message& message, int number) {
+    send(exchanges_, message, number);
+  });
+  return std::make_unique<Receiving>(*this, call, std::move(messages.incoming));
 }
 
 }  // namespace

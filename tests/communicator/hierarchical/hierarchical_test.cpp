@@ -94,7 +94,7 @@ void expect_the_same(Communicator& communicator, std::vector<Transfer> transfers
   for (size_t i = 0; i < transfers.size(); ++i) {
     flat[i].receive = torch::empty_like(transfers[i].receive);
   }
-  communicator.all_to_all_v(transfers);
+  communicator.start_all_to_all_v(transfers)->finish();
   world()->all_to_all_v(flat);
   for (size_t i = 0; i < transfers.size(); ++i) {
     EXPECT_EQ(bytes_of(transfers[i].receive), bytes_of(flat[i].receive));
@@ -137,14 +137,13 @@ class Recording final : public Communicator {
   std::map<int, int64_t> bytes_to;
 
  protected:
-  void exchange(Collective call, const Messages& messages,
-                const std::function<void()>& meanwhile) override {
+  std::unique_ptr<Pending> start(Collective call, Messages messages) override {
     receivers.emplace_back();
     for (const Message& message : messages.outgoing) {
       receivers.back().insert(message.peer);
       bytes_to[message.peer] += message.bytes;
     }
-    exchange_by(*world(), call, messages, meanwhile);
+    return start_by(*world(), call, std::move(messages));
   }
   std::shared_ptr<Communicator> regroup(const std::vector<int>&, int) override { return nullptr; }
   void check_device(torch::Device) const override {}
