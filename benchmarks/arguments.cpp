@@ -65,6 +65,8 @@ const std::map<std::string, AddOption>& known_options() {
       {"dtype",
        option(&Arguments::dtype, "of rows and parameters", CLI::IsMember({"fp32", "bf16"}))},
       {"all-to-all", add_all_to_all},
+      {"overlap",
+       option(&Arguments::overlap, "how rows travel beside the products, see MoEOptions")},
       {"bytes", add_bytes},
   };
   return options;

@@ -29,6 +29,7 @@ struct Arguments {
   std::string device = "cpu";  ///< or "cuda": a GPU for each rank
   std::string dtype = "fp32";  ///< or "bf16"
   AllToAll all_to_all = AllToAll::kFlat;
+  std::string overlap = "off";  ///< of the layer, see MoEOptions
   std::vector<int64_t> bytes = {16, 256, 4096, 16384, 65536, 262144};  ///< from a rank to another
 };
 

@@ -3,8 +3,13 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 
+#include <algorithm>
+#include <optional>
+
 #include "engine_agreement.h"
+#include "exchange/chunks.h"
 #include "exchange/late_refusals.h"
+#include "exchange/moving.h"
 #include "experts/feed_forward.h"
 #include "experts/permute.h"
 #include "experts/shared_expert.h"
@@ -25,19 +30,52 @@ using torch::autograd::variable_list;
 /// What forward leaves for backward besides tensors.
 struct Step : torch::CustomClassHolder {
   Step(const Exchange& exchange, ExchangePlan plan, FeedForward expert, WeightSums main_grad,
-       bool recompute)
+       bool recompute, Travel travel)
       : exchange(exchange),
         plan(std::move(plan)),
         expert(std::move(expert)),
         main_grad(std::move(main_grad)),
-        recompute(recompute) {}
+        recompute(recompute),
+        travel(travel) {}
 
   Exchange exchange;
   ExchangePlan plan;
   FeedForward expert;
   WeightSums main_grad;
   bool recompute;
+  Travel travel;
+  std::optional<Dispatching> dispatching;  ///< of the tokens, in forward
+
+  void start_dispatch(const torch::Tensor& x, const torch::Tensor& weights) {
+    const Stage named("anabranch.dispatch");
+    const auto& checked = plan.checked_weights;
+    dispatching.emplace(exchange.communicator(), Payload{x, checked.defined() ? checked : weights},
+                        plan, travel);
+  }
+
+  Dispatching dispatch(const Payload& payload) const {
+    return {exchange.communicator(), payload, plan, travel};
+  }
+  Combining combine() const { return {exchange.communicator(), plan, travel}; }
 };
+
+/// The rows of `dispatching` on their way in, those that `go_on` sends with `combining` on their way out.
+template <typename Output, typename GoOn>
+Pipeline<Output> pipeline_between(const Step& step, const char* name, Dispatching& dispatching,
+                                  const GoOn& go_on) {
+  Pipeline<Output> pipeline;
+  for (const ExchangeChunk& chunk : chunks_of(step.plan)) {
+    pipeline.experts.push_back(chunk.experts);
+  }
+  pipeline.wait_for_next = [&dispatching, name] {
+    stage(name, [&] { dispatching.wait_for_next(); });
+  };
+  pipeline.go_on = [go_on, chunk = int64_t{0}](const Output& output) mutable {
+    go_on(chunk++, output);
+  };
+  pipeline.weights_last = step.travel == Travel::kBeside;
+  return pipeline;
+}
 
 /// The tensors that backward needs.
 struct Saved {
@@ -64,19 +102,27 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
     const ExpertProjections experts{projection(up_weight, up_bias),
                                     projection(down_weight, down_bias)};
 
-    const auto [rows, routing_weights] = stage("anabranch.dispatch", [&] {
-      return step->exchange.dispatch(
-          {x, plan.checked_weights.defined() ? plan.checked_weights : weights}, plan);
-    });
-    const auto [results, hidden] = feed_forward(step->expert, permuted(rows, plan), experts,
-                                                plan.expert_counts, !step->recompute);
-    const auto sums =
-        stage("anabranch.unpermute", [&] { return unpermute(results, routing_weights, plan); });
-    const auto y = stage("anabranch.combine", [&] {
-      return step->exchange.combine({sums, {}}, plan).rows;
-    });
+    if (!step->dispatching.has_value()) {
+      step->start_dispatch(x, weights);
+    }
+    Dispatching& dispatching = *step->dispatching;
+    Combining combining = step->combine();
+    const Payload& received = dispatching.received();
+    const auto pipeline = pipeline_between<FeedForwardOutput>(
+        *step, "anabranch.dispatch", dispatching,
+        [&](int64_t chunk, const FeedForwardOutput& output) {
+          const auto sums = stage("anabranch.unpermute", [&] {
+            return unpermute(output.results, received.values, plan, chunk);
+          });
+          stage("anabranch.combine", [&] { combining.send({sums, {}}); });
+        });
+    const auto hidden = feed_forward(step->expert, permuted(received.rows, plan), experts,
+                                     plan.expert_counts, !step->recompute, pipeline)
+                            .hidden;
+    const auto y = stage("anabranch.combine", [&] { return combining.finish().rows; });
 
-    context->save_for_backward(pack(Saved{rows, routing_weights, hidden, experts}));
+    context->save_for_backward(pack(Saved{received.rows, received.values, hidden, experts}));
+    step->dispatching.reset();
     context->saved_data["step"] = torch::IValue::make_capsule(step);
     return y;
   }
@@ -90,21 +136,33 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
         c10::static_intrusive_pointer_cast<Step>(context->saved_data["step"].toCapsule());
     const ExchangePlan& plan = step->plan;
 
-    const auto dy_rows = stage("anabranch.combine.backward", [&] {
-      return step->exchange.dispatch({gradients[0].contiguous(), {}}, plan).rows;
+    const auto dy = gradients[0].contiguous();
+    auto dispatching = stage("anabranch.combine.backward", [&] {
+      return step->dispatch({dy, {}});
     });
+    Combining combining = step->combine();
+    const auto chunks = static_cast<int64_t>(chunks_of(plan).size());
+    const auto pipeline = pipeline_between<FeedForwardGradient>(
+        *step, "anabranch.combine.backward", dispatching,
+        [&](int64_t chunk, const FeedForwardGradient& gradient) {
+          const auto dsums = stage("anabranch.permute.backward",
+                                   [&] { return unpermute(gradient.dx, {}, plan, chunk); });
+          const bool last = chunk + 1 == chunks;
+          stage("anabranch.dispatch.backward", [&] {
+            combining.send({dsums, last ? gradient.drouting_weights : torch::Tensor()});
+          });
+        });
     // Unless another backward is to read hidden again.
     const bool overwrite_hidden = !torch::autograd::get_current_graph_task_keep_graph();
     auto wanted = wanted_gradients(context, /*first=*/2, experts);
     wanted.sums = step->main_grad;
-    const auto [gradients_of, drows, drouting_weights] = feed_forward_backward(
-        step->expert, permuted(dy_rows, plan), permuted(rows, plan), hidden, routing_weights,
-        experts, plan.expert_counts, overwrite_hidden, wanted);
-    const auto dsums =
-        stage("anabranch.permute.backward", [&] { return unpermute(drows, {}, plan); });
-    const auto [dx, dweights] = stage("anabranch.dispatch.backward", [&] {
-      return step->exchange.combine({dsums, drouting_weights}, plan);
-    });
+    const auto gradients_of =
+        feed_forward_backward(step->expert, permuted(dispatching.received().rows, plan),
+                              permuted(rows, plan), hidden, routing_weights, experts,
+                              plan.expert_counts, overwrite_hidden, wanted, pipeline)
+            .parameters;
+    const auto [dx, dweights] =
+        stage("anabranch.dispatch.backward", [&] { return combining.finish(); });
 
     return {dx,
             dweights,
@@ -163,17 +221,28 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
     settle_engine(expert, trials_of(parameters, plan.get(), tokens.size(0)), options_.recompute,
                   communicator);
   }
-  // While the counts are on their way to the host: what needs none.
+  // While the counts are on their way to the host: what needs none. On CPUs they are there.
+  const int64_t degree = communicator.size() > 1 ? overlap_degree(options_) : 0;
   std::optional<FeedForwardOutput> ahead;
-  if (communicator.size() > 1 && shared) {
+  const auto compute_ahead = [&] {
     const Stage named("anabranch.shared_expert");
     ahead = shared_expert_ahead(tokens, parameters.shared_expert, expert);
+  };
+  if (communicator.size() > 1 && shared && (degree == 0 || tokens.is_cuda())) {
+    compute_ahead();
   }
   const auto losses = stage("anabranch.losses", [&] {
     return auxiliary_losses(routing, plan.source_counts(), options_.gate, communicator);
   });
-  const auto step = c10::make_intrusive<Step>(exchange_, plan.get(), expert, parameters.main_grad,
-                                              options_.recompute);
+  const auto step = c10::make_intrusive<Step>(exchange_,
+                                              in_chunks(plan.get(), std::max<int64_t>(degree, 1),
+                                                        exchange_.placement(), communicator.rank()),
+                                              expert, parameters.main_grad, options_.recompute,
+                                              degree > 0 ? Travel::kBeside : Travel::kInTurn);
+  if (degree > 0 && shared && !ahead) {
+    step->start_dispatch(tokens, routing.weights);
+    compute_ahead();  // while rows travel
+  }
   const auto& [up, down] = parameters.experts;
   auto y = ThroughExperts::apply(tokens, routing.weights, up.weight, down.weight, given(up.bias),
                                  given(down.bias), step);

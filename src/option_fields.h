@@ -43,6 +43,7 @@ inline constexpr std::tuple kOptionFields = {
     OptionField{"recompute", &MoEOptions::recompute},
     OptionField{"engine", &MoEOptions::engine},
     OptionField{"errors", &MoEOptions::errors},
+    OptionField{"overlap", &MoEOptions::overlap},
     OptionField{"dtype", &MoEOptions::dtype},
     OptionField{"device", &MoEOptions::device},
     OptionField{"seed", &MoEOptions::seed},

@@ -52,6 +52,7 @@ MoEOptions layer_options(const Arguments& arguments, torch::Device device) {
   layer.top_k = arguments.top_k;
   layer.renormalize = arguments.top_k > 1;
   layer.seed = arguments.seed;
+  layer.overlap = arguments.overlap;
   layer.dtype = tensor_options(arguments, device).dtype().toScalarType();
   layer.device = device;
   return layer;
@@ -162,6 +163,7 @@ Json describe(const Arguments& arguments, Communicator& world) {
           {"seed", arguments.seed},
           {"rounds", arguments.rounds},
           {"all_to_all", to_string(arguments.all_to_all)},
+          {"overlap", arguments.overlap},
           {"device", arguments.device},
           {"dtype", arguments.dtype},
           {"threads", at::get_num_threads()},
@@ -219,6 +221,6 @@ int main(int argc, char** argv) {
   return run_benchmark(argc, argv,
                        {"One MoE layer on several ranks, forward and backward, with its stages",
                         {"tokens", "hidden", "expert-hidden", "experts", "top-k", "skew", "rounds",
-                         "seed", "all-to-all", "device", "dtype", "json"}},
+                         "seed", "all-to-all", "overlap", "device", "dtype", "json"}},
                        run);
 }

@@ -12,6 +12,15 @@
 
 namespace anabranch {
 
+/// What of a plan's rows goes at once: those of whole local experts, see `exchange/chunks.h`.
+struct ExchangeChunk {
+  int64_t experts;                     ///< local experts in this chunk and those before it
+  std::vector<int64_t> send_rows;      ///< [W] tokens to each rank of their experts
+  std::vector<int64_t> receive_rows;   ///< [W]
+  std::vector<int64_t> return_rows;    ///< [W] results to each rank of their tokens
+  std::vector<int64_t> returned_rows;  ///< [W]
+};
+
 /// Who sends which rows to whom in one step: made once, used by forward and backward.
 ///
 /// T tokens here, W ranks, S rows sent (one per token and destination rank), R rows received,
@@ -30,7 +39,7 @@ struct ExchangePlan {
   torch::Tensor checked_weights;
 
   // Source side. Sent rows are ordered by (destination, token).
-  torch::Tensor source_counts;  ///< [E] assignments of each expert; of no use to Exchange
+  torch::Tensor source_counts;  ///< [E] assignments of each expert
   torch::Tensor send_tokens;    ///< [S] token of each sent row
   torch::Tensor token_offsets;  ///< [T+1] into token_rows
   torch::Tensor token_rows;     ///< [S] the sent rows of each token, ascending
@@ -42,6 +51,10 @@ struct ExchangePlan {
   torch::Tensor assignment_rows;  ///< [P] received row of each assignment
   torch::Tensor row_offsets;      ///< [R+1] into row_assignments
   torch::Tensor row_assignments;  ///< [P] assignments of each received row, ascending
+
+  /// Empty: all rows are one chunk. Otherwise rows of each side lie by chunk first, in dispatch (send_tokens,
+  /// assignment_rows) by another one than in combine (token_rows, row_offsets, row_assignments).
+  std::vector<ExchangeChunk> chunks;
 
   int64_t rows() const { return row_offsets.size(0) - 1; }         ///< R
   int64_t assignments() const { return assignment_rows.size(0); }  ///< P

@@ -75,6 +75,10 @@ struct MoEOptions {
   /// Grouped GEMM engine: "auto", "deterministic" or one of `grouped_gemm_engines(device)`.
   std::string engine = "auto";
   Errors errors = Errors::kLate;
+  /// How rows travel between ranks: "off", while a step waits for them; or beside its products, all at once
+  /// ("1") or in chunks of whole experts ("2", "4", "8"), of which some travel while others are computed
+  /// (Tutel's pipelining degree). Results and gradients are the same; backward keeps more for longer.
+  std::string overlap = "off";
 
   torch::Dtype dtype = torch::kFloat32;  ///< fp32, fp64, bf16, fp16; the router stays ≥ fp32
   torch::Device device = torch::kCPU;

@@ -93,6 +93,8 @@ class MoE(nn.Module):
             GPU that only this process uses, for which nothing is waited: its tokens' outputs are NaN, and the error
             comes from the layer's next forward, `check` or `finish_gradients`; or "at_call", which waits once a step.
             On CPUs, and on several ranks, always at the call.
+        overlap: how rows travel between ranks: "off", while a step waits for them; or beside its products, all at
+            once ("1") or in chunks of whole experts ("2", "4", "8"). Results and gradients are the same.
         seed: of the parameters; the same seed gives the same layer at any number of ranks, and that of
             the C++ library. None: drawn from torch's generator, which is then to be the same on all ranks.
         router: False: the layer has no router, and every forward is given its routing, of any top_k.
@@ -128,6 +130,7 @@ class MoE(nn.Module):
         recompute: bool = False,
         engine: str = "auto",
         errors: str = "late",
+        overlap: str = "off",
         seed: int | None = None,
         router: bool = True,
         dtensor: bool = False,
@@ -158,6 +161,7 @@ class MoE(nn.Module):
             "recompute": recompute,
             "engine": engine,
             "errors": errors,
+            "overlap": overlap,
         }
         if not router and (gate != "top_k" or expert_bias or jitter):
             raise ValueError("router=False with gate, expert_bias or jitter, which are a router's")

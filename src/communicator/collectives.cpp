@@ -101,10 +101,9 @@ void Communicator::do_all_reduce(torch::Tensor& tensor) {
   }
   std::vector<int> all(size());
   std::iota(all.begin(), all.end(), 0);
-  sum_in_levels(tensor, rank(), {all},
-                [&](const Messages& messages) {
-                  start_counted(Collective::kAllReduce, messages)->finish();
-                });
+  sum_in_levels(tensor, rank(), {all}, [&](const Messages& messages) {
+    start_counted(Collective::kAllReduce, messages)->finish();
+  });
 }
 
 void Communicator::gather(Collective call, const torch::Tensor& tensor,

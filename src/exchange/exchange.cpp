@@ -1,11 +1,10 @@
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <anabranch/exchange.h>
 
-#include "kernels/rows.h"
-#include "support/check.h"
+#include <numeric>
 
-// Each of the two is the other's adjoint: the same plan read from the other end.
+#include "exchange/chunks.h"
+#include "exchange/moving.h"
+#include "support/check.h"
 
 namespace anabranch {
 namespace {
@@ -25,73 +24,27 @@ void check_payload(const Payload& payload, int64_t rows, at::IntArrayRef values,
 }  // namespace
 
 Payload Exchange::dispatch(const Payload& tokens, const ExchangePlan& plan) const {
-  const torch::NoGradGuard no_grad;
   check_payload(tokens, plan.tokens, {plan.tokens, plan.top_k}, "dispatch");
-  const RowKernels& kernels = RowKernels::on(tokens.rows.device());
-  const auto by_destination = [&](const torch::Tensor& values) {  // then by (expert, token)
-    return kernels.gather_rows(values.contiguous().view(-1), plan.send_order);
-  };
-  Payload received;
-  if (communicator_->size() == 1) {
-    received.rows = tokens.rows;
-    if (tokens.values.defined()) {
-      received.values = by_destination(tokens.values);
-    }
-    return received;
+  Dispatching dispatching(*communicator_, tokens, plan, Travel::kInTurn);
+  for (size_t chunk = 0; chunk < chunks_of(plan).size(); ++chunk) {
+    dispatching.wait_for_next();
   }
-
-  received.rows = at::empty({plan.rows(), tokens.rows.size(1)}, tokens.rows.options());
-  std::vector<Transfer> transfers = {
-      {tokens.rows, plan.send_rows, received.rows, plan.receive_rows, plan.send_tokens}};
-  torch::Tensor values;
-  if (tokens.values.defined()) {
-    values = at::empty({plan.assignments()}, tokens.values.options());
-    transfers.push_back(
-        {by_destination(tokens.values), plan.send_assignments, values, plan.receive_assignments});
-  }
-  communicator_->all_to_all_v(transfers);
-  if (values.defined()) {
-    received.values = kernels.gather_rows(values, plan.received_order);
-  }
-  return received;
+  return dispatching.received();
 }
 
 Payload Exchange::combine(const Payload& results, const ExchangePlan& plan) const {
-  const torch::NoGradGuard no_grad;
   check_payload(results, plan.rows(), {plan.assignments()}, "combine");
-  const auto back_to_slots = [&](const torch::Tensor& ordered_values) {
-    const int64_t slots = plan.tokens * plan.top_k;
-    const bool none = plan.send_order.size(0) < slots;  // slots without an assignment: zeros
-    return (none ? at::zeros({slots}, ordered_values.options()) : at::empty_like(ordered_values))
-        .scatter_(0, plan.send_order, ordered_values)
-        .view({plan.tokens, plan.top_k});
-  };
-  Payload returned;
-  if (communicator_->size() == 1) {
-    returned.rows = results.rows;
-    if (results.values.defined()) {
-      returned.values = back_to_slots(results.values);
-    }
-    return returned;
+  Combining combining(*communicator_, plan, Travel::kInTurn);
+  int64_t next = 0;
+  const auto chunks = chunks_of(plan);
+  for (size_t chunk = 0; chunk < chunks.size(); ++chunk) {
+    const auto& of_ranks = chunks[chunk].return_rows;
+    const int64_t count = std::accumulate(of_ranks.begin(), of_ranks.end(), int64_t{0});
+    const bool last = chunk + 1 == chunks.size();
+    combining.send({results.rows.narrow(0, next, count), last ? results.values : torch::Tensor()});
+    next += count;
   }
-
-  const auto rows =
-      at::empty({plan.send_tokens.size(0), results.rows.size(1)}, results.rows.options());
-  std::vector<Transfer> transfers = {{results.rows, plan.receive_rows, rows, plan.send_rows}};
-  torch::Tensor values;
-  if (results.values.defined()) {
-    values = at::empty({plan.send_order.size(0)}, results.values.options());
-    const auto by_arrival =
-        at::empty_like(results.values).scatter_(0, plan.received_order, results.values);
-    transfers.push_back({by_arrival, plan.receive_assignments, values, plan.send_assignments});
-  }
-  communicator_->all_to_all_v(transfers);
-  returned.rows = RowKernels::on(rows.device())
-                      .sum_rows(rows, {plan.token_offsets, plan.token_rows}, /*weights=*/{});
-  if (values.defined()) {
-    returned.values = back_to_slots(values);
-  }
-  return returned;
+  return combining.finish();
 }
 
 }  // namespace anabranch

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 #include "experts/parts.h"
 #include "kernels/activation.h"
@@ -38,8 +39,9 @@ struct Part {
     }
     const Stage named("anabranch.permute");
     const RowKernels& kernels = RowKernels::on(from.rows.device());
-    return rows == from.index.size(0) ? kernels.scatter_rows(from.rows, from.places)
-                                      : kernels.gather_rows(from.rows, rows_of(from.index));
+    return rows == from.index.size(0) && from.places.members.defined()
+               ? kernels.scatter_rows(from.rows, from.places)
+               : kernels.gather_rows(from.rows, rows_of(from.index));
   }
   torch::Tensor experts_of(const torch::Tensor& tensor) const {
     return narrowed(tensor, first_expert, counts.experts());
@@ -77,9 +79,67 @@ std::vector<Part> cut(const ExpertCounts& counts, int64_t parts) {
   return result;
 }
 
-std::vector<Part> parts_of(const ExpertCounts& counts, torch::Device device) {
+/// One for each chunk that has experts, and at least one.
+std::vector<Part> parts_of_chunks(const ExpertCounts& counts, const std::vector<int64_t>& chunks) {
+  std::vector<Part> parts;
+  for (const int64_t end : chunks) {
+    const int64_t first =
+        parts.empty() ? 0 : parts.back().first_expert + parts.back().counts.experts();
+    if (end > first || (parts.empty() && end == chunks.back())) {
+      const auto begin = counts.on_host().begin();
+      ExpertCounts own(std::vector<int64_t>(begin + first, begin + end));
+      parts.push_back(
+          {first, parts.empty() ? 0 : parts.back().first_row + parts.back().rows, own.rows(), own});
+    }
+  }
+  return parts;
+}
+
+/// On a CPU the same whatever the chunks of an exchange are, since a product may be cut otherwise, and so
+/// rounded otherwise, beside other experts'; on a GPU one a chunk, where there are several.
+std::vector<Part> parts_of(const ExpertCounts& counts, torch::Device device,
+                           const std::vector<int64_t>& chunks) {
+  if (!device.is_cpu() && chunks.size() > 1) {
+    return parts_of_chunks(counts, chunks);
+  }
   return cut(counts, most_parts(device));
 }
+
+/// Where a feed-forward that works through its parts is in a pipeline.
+template <typename Output>
+class Turns {
+ public:
+  explicit Turns(const Pipeline<Output>& pipeline) : pipeline_(pipeline) {}
+
+  void wait_for(const Part& part) {
+    while (waited_ < chunks() && (waited_ == 0 || pipeline_.experts[waited_ - 1] < end_of(part))) {
+      wait_for_next();
+    }
+  }
+  /// Whether a chunk has gone on.
+  bool go_on_after(const Part& part, const Output& output) {
+    const size_t before = gone_;
+    for (; gone_ < chunks() && pipeline_.experts[gone_] <= end_of(part); ++gone_) {
+      if (waited_ == gone_) {
+        wait_for_next();  // for no rows
+      }
+      pipeline_.go_on(output);
+    }
+    return gone_ > before;
+  }
+
+ private:
+  static int64_t end_of(const Part& part) { return part.first_expert + part.counts.experts(); }
+  size_t chunks() const { return pipeline_.experts.size(); }
+  void wait_for_next() {
+    pipeline_.wait_for_next();
+    ++waited_;
+  }
+
+  const Pipeline<Output>& pipeline_;
+  size_t waited_ = 0;
+  size_t gone_ = 0;
+};
 
 /// rows [P, in] → result [P, out].
 void project(const FeedForward& expert, const torch::Tensor& rows, const Projection& projection,
@@ -128,86 +188,123 @@ void weight_gradient(const FeedForward& expert, const torch::Tensor& dy, const t
   }
 }
 
-// A part's backward, written to its places in `gradient`.
+/// A part's way upstream, whose results it writes to their places in `gradient`. What the weights' gradients
+/// are made of lives until they are.
+class PartBackward {
+ public:
+  PartBackward(const Part& part, const FeedForward& expert, const ExpertProjections& parameters,
+               const WantedGradients& wanted, FeedForwardGradient& gradient)
+      : part_(part),
+        expert_(expert),
+        parameters_(parameters),
+        wanted_(wanted),
+        gradient_(gradient) {}
 
-/// Through the down-projection and the activation. `hidden` is the part's own, and so is `dhidden`,
-/// which receives its gradient and may be the same.
-void down_backward(const Part& part, const FeedForward& expert, const IndexedRows& dy,
-                   const torch::Tensor& hidden, const torch::Tensor& dhidden,
-                   const torch::Tensor& routing_weights, const Projection& parameters,
-                   const WantedGradients& wanted, FeedForwardGradient& gradient) {
-  const auto dresults = part.take(dy);
-  const Stage named("anabranch.down.backward");
-  const BiasKernels& kernels = BiasKernels::on(hidden.device());
-  const Projection down = part.experts_of(parameters);
-  auto drouting_weights = part.rows_of(gradient.drouting_weights);
-  GroupedGemmEngine::ActivatedGradient activation = {
-      dhidden, drouting_weights, at::empty({part.rows, down.weight.size(2)}, hidden.options())};
-  expert.engine->dgrad_activated(dresults, down.weight, part.counts, expert.activation, hidden,
-                                 routing_weights, activation);
-  auto& [dweight, dbias] = gradient.parameters.down;
-  make_room(dweight, parameters.weight, wanted.down_weight && !wanted.sums.down.defined());
-  make_room(dbias, parameters.bias, wanted.down_bias);
-  if (wanted.down_weight) {
-    weight_gradient(expert, dresults, activation.activated, part.counts, part.experts_of(dweight),
-                    part.experts_of(wanted.sums.down));
+  /// Through the down-projection and the activation. `hidden` is the part's own, and so is `dhidden`,
+  /// which receives its gradient and may be the same.
+  void through_down(const IndexedRows& dy, const torch::Tensor& hidden,
+                    const torch::Tensor& dhidden, const torch::Tensor& routing_weights) {
+    dresults_ = part_.take(dy);
+    const Stage named("anabranch.down.backward");
+    routing_weights_ = routing_weights;
+    const Projection down = part_.experts_of(parameters_.down);
+    auto drouting_weights = part_.rows_of(gradient_.drouting_weights);
+    GroupedGemmEngine::ActivatedGradient activation = {
+        dhidden, drouting_weights, at::empty({part_.rows, down.weight.size(2)}, hidden.options())};
+    expert_.engine->dgrad_activated(dresults_, down.weight, part_.counts, expert_.activation,
+                                    hidden, routing_weights, activation);
+    if (down.bias.defined()) {
+      drouting_weights.add_(
+          BiasKernels::on(hidden.device()).bias_dot(dresults_, down.bias, part_.counts));
+    }
+    dhidden_ = dhidden;
+    activated_ = activation.activated;
   }
-  if (dbias.defined()) {
-    part.experts_of(dbias).copy_(kernels.bias_gradient(dresults, routing_weights, part.counts));
-  }
-  if (down.bias.defined()) {
-    drouting_weights.add_(kernels.bias_dot(dresults, down.bias, part.counts));
-  }
-}
 
-/// Through the up-projection.
-void up_backward(const Part& part, const FeedForward& expert, const IndexedRows& x,
-                 const torch::Tensor& dhidden, const Projection& parameters,
-                 const WantedGradients& wanted, FeedForwardGradient& gradient) {
-  const Stage named("anabranch.up.backward");
-  auto& [dweight, dbias] = gradient.parameters.up;
-  make_room(dweight, parameters.weight, wanted.up_weight && !wanted.sums.up.defined());
-  make_room(dbias, parameters.bias, wanted.up_bias);
-  if (wanted.up_weight) {
-    weight_gradient(expert, dhidden, part.take(x), part.counts, part.experts_of(dweight),
-                    part.experts_of(wanted.sums.up));
+  void down_weights() {
+    const Stage named("anabranch.down.backward");
+    auto& [dweight, dbias] = gradient_.parameters.down;
+    make_room(dweight, parameters_.down.weight,
+              wanted_.down_weight && !wanted_.sums.down.defined());
+    make_room(dbias, parameters_.down.bias, wanted_.down_bias);
+    if (wanted_.down_weight) {
+      weight_gradient(expert_, dresults_, activated_, part_.counts, part_.experts_of(dweight),
+                      part_.experts_of(wanted_.sums.down));
+    }
+    if (dbias.defined()) {
+      part_.experts_of(dbias).copy_(BiasKernels::on(dresults_.device())
+                                        .bias_gradient(dresults_, routing_weights_, part_.counts));
+    }
+    dresults_.reset();
+    activated_.reset();
   }
-  if (dbias.defined()) {
-    part.experts_of(dbias).copy_(
-        BiasKernels::on(dhidden.device()).bias_gradient(dhidden, {}, part.counts));
+
+  void up_weights(const IndexedRows& x) {
+    const Stage named("anabranch.up.backward");
+    auto& [dweight, dbias] = gradient_.parameters.up;
+    make_room(dweight, parameters_.up.weight, wanted_.up_weight && !wanted_.sums.up.defined());
+    make_room(dbias, parameters_.up.bias, wanted_.up_bias);
+    if (wanted_.up_weight) {
+      weight_gradient(expert_, dhidden_, part_.take(x), part_.counts, part_.experts_of(dweight),
+                      part_.experts_of(wanted_.sums.up));
+    }
+    if (dbias.defined()) {
+      part_.experts_of(dbias).copy_(
+          BiasKernels::on(dhidden_.device()).bias_gradient(dhidden_, {}, part_.counts));
+    }
   }
-  if (!gradient.dx.defined()) {  // not sooner: another part's rows may have left their memory
-    gradient.dx =
-        on_large_pages(at::empty({gradient.drouting_weights.size(0), parameters.weight.size(2)},
-                                 parameters.weight.options()));
+
+  void through_up() {
+    const Stage named("anabranch.up.backward");
+    const auto& weight = parameters_.up.weight;
+    if (!gradient_.dx.defined()) {  // not sooner: another part's rows may have left their memory
+      gradient_.dx = on_large_pages(
+          at::empty({gradient_.drouting_weights.size(0), weight.size(2)}, weight.options()));
+    }
+    auto dx = part_.rows_of(gradient_.dx);
+    expert_.engine->dgrad(dhidden_, part_.experts_of(weight), part_.counts, dx);
   }
-  auto dx = part.rows_of(gradient.dx);
-  expert.engine->dgrad(dhidden, part.experts_of(parameters.weight), part.counts, dx);
-}
+
+ private:
+  Part part_;
+  const FeedForward& expert_;
+  const ExpertProjections& parameters_;
+  const WantedGradients& wanted_;
+  FeedForwardGradient& gradient_;
+  torch::Tensor routing_weights_;
+  torch::Tensor dresults_;   ///< [part's rows, h]
+  torch::Tensor activated_;  ///< [part's rows, n]
+  torch::Tensor dhidden_;    ///< [part's rows, n or 2n]
+};
 
 }  // namespace
 
 FeedForwardOutput feed_forward(const FeedForward& expert, const IndexedRows& x,
                                const ExpertProjections& parameters, const ExpertCounts& counts,
-                               bool keep_hidden) {
+                               bool keep_hidden, const Pipeline<FeedForwardOutput>& pipeline) {
   const auto options = x.rows.options();
   const int64_t rows = (x.index.defined() ? x.index : x.rows).size(0);
   FeedForwardOutput output;
   if (keep_hidden) {
     output.hidden = on_large_pages(at::empty({rows, parameters.up.weight.size(1)}, options));
   }
-  for (const Part& part : parts_of(counts, x.rows.device())) {
+  Turns turns(pipeline);
+  for (const Part& part : parts_of(counts, x.rows.device(), pipeline.experts)) {
+    turns.wait_for(part);
     auto hidden = keep_hidden ? part.rows_of(output.hidden)
                               : at::empty({part.rows, parameters.up.weight.size(1)}, options);
-    const auto activated = project_activated(expert, part.take(x), part.experts_of(parameters.up),
+    auto activated = project_activated(expert, part.take(x), part.experts_of(parameters.up),
                                              part.counts, hidden);
     hidden.reset();
     if (!output.results.defined()) {
       output.results = on_large_pages(at::empty({rows, parameters.down.weight.size(1)}, options));
     }
-    const Stage named("anabranch.down");
-    auto results = part.rows_of(output.results);
-    project(expert, activated, part.experts_of(parameters.down), part.counts, results);
+    stage("anabranch.down", [&] {
+      auto results = part.rows_of(output.results);
+      project(expert, activated, part.experts_of(parameters.down), part.counts, results);
+    });
+    activated.reset();
+    turns.go_on_after(part, output);
   }
   return output;
 }
@@ -217,19 +314,43 @@ FeedForwardGradient feed_forward_backward(const FeedForward& expert, const Index
                                           const torch::Tensor& routing_weights,
                                           const ExpertProjections& parameters,
                                           const ExpertCounts& counts, bool overwrite_hidden,
-                                          const WantedGradients& wanted) {
+                                          const WantedGradients& wanted,
+                                          const Pipeline<FeedForwardGradient>& pipeline) {
   const auto options = x.rows.options();
   const int64_t rows = (x.index.defined() ? x.index : x.rows).size(0);
   FeedForwardGradient gradient;
   gradient.drouting_weights =
       at::empty({rows}, options.dtype(at::toOpMathType(options.dtype().toScalarType())));
-  for (const Part& part : parts_of(counts, x.rows.device())) {
+  const auto begin = [&](const Part& part) {
     const auto own =
         hidden.defined() ? part.rows_of(hidden) : up_projection(expert, part, x, parameters.up);
     const auto dhidden = hidden.defined() && !overwrite_hidden ? at::empty_like(own) : own;
-    down_backward(part, expert, dy, own, dhidden, part.rows_of(routing_weights), parameters.down,
-                  wanted, gradient);
-    up_backward(part, expert, x, dhidden, parameters.up, wanted, gradient);
+    PartBackward backward(part, expert, parameters, wanted, gradient);
+    backward.through_down(dy, own, dhidden, part.rows_of(routing_weights));
+    return backward;
+  };
+  Turns turns(pipeline);
+  std::vector<PartBackward> without_weights;
+  for (const Part& part : parts_of(counts, x.rows.device(), pipeline.experts)) {
+    turns.wait_for(part);
+    if (!pipeline.weights_last) {
+      {
+        PartBackward backward = begin(part);
+        backward.down_weights();
+        backward.up_weights(x);
+        backward.through_up();
+      }
+      turns.go_on_after(part, gradient);
+      continue;
+    }
+    without_weights.push_back(begin(part));
+    without_weights.back().through_up();
+    if (turns.go_on_after(part, gradient)) {
+      for (PartBackward& waiting : std::exchange(without_weights, {})) {
+        waiting.down_weights();
+        waiting.up_weights(x);
+      }
+    }
   }
   return gradient;
 }

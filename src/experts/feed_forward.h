@@ -5,8 +5,10 @@
 #include <anabranch/options.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <functional>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "experts/permute.h"
 
@@ -28,6 +30,20 @@ inline auto tensors_of(ExpertProjections& experts) {
   return std::tie(experts.up.weight, experts.up.bias, experts.down.weight, experts.down.bias);
 }
 
+/// How a feed-forward takes turns with an exchange, whose chunks of experts come before it and go on behind
+/// it. All of the chunks are asked for, and gone on with, in their order.
+template <typename Output>
+struct Pipeline {
+  std::vector<int64_t> experts;  ///< [chunks] of a chunk and those before it
+  /// Waits for the rows of the next chunk, before they are read.
+  std::function<void()> wait_for_next;
+  /// The rows of the next chunk in the output are done.
+  std::function<void(const Output&)> go_on;
+  /// Backward: the weights' gradients come when a chunk has gone on, and so beside its way; until then what
+  /// they are made of is kept. Otherwise they come as early as memory is freed by it.
+  bool weights_last = false;
+};
+
 struct FeedForwardOutput {
   torch::Tensor results;  ///< [P, h]
   torch::Tensor hidden;   ///< [P, n or 2n], what the activation was given; undefined if not kept
@@ -35,7 +51,7 @@ struct FeedForwardOutput {
 /// down(activation(up(x))) of every expert on its own rows of `x` [P, h].
 FeedForwardOutput feed_forward(const FeedForward& expert, const IndexedRows& x,
                                const ExpertProjections& parameters, const ExpertCounts& counts,
-                               bool keep_hidden);
+                               bool keep_hidden, const Pipeline<FeedForwardOutput>& pipeline = {});
 
 /// Which parameters a backward is to find the gradients of.
 struct WantedGradients {
@@ -72,6 +88,7 @@ FeedForwardGradient feed_forward_backward(const FeedForward& expert, const Index
                                           const torch::Tensor& routing_weights,
                                           const ExpertProjections& parameters,
                                           const ExpertCounts& counts, bool overwrite_hidden = false,
-                                          const WantedGradients& wanted = {});
+                                          const WantedGradients& wanted = {},
+                                          const Pipeline<FeedForwardGradient>& pipeline = {});
 
 }  // namespace anabranch

@@ -94,8 +94,10 @@ std::shared_ptr<Communicator> share(Communicator& communicator) {
   return {std::shared_ptr<void>(), &communicator};
 }
 
-void killed_in_a_training_step(Communicator& communicator) {
-  anabranch::MoELayer layer(layer_options(), share(communicator));
+void killed_in_a_training_step(Communicator& communicator, const std::string& overlap) {
+  anabranch::MoEOptions options = layer_options();
+  options.overlap = overlap;
+  anabranch::MoELayer layer(options, share(communicator));
   schedule(communicator, SIGKILL);
   while (true) {
     const auto x = torch::randn({200, 64}, device).requires_grad_();
@@ -296,7 +298,8 @@ const std::map<std::string, std::function<void(Communicator&)>> scenarios = {
     {"absent", [](Communicator& communicator) { communicator.barrier(); }},
     {"absent_from_nccl", [](Communicator& communicator) { communicator.barrier(); }},
     {"killed", killed},
-    {"killed_in_a_training_step", killed_in_a_training_step},
+    {"killed_in_a_training_step", [](Communicator& c) { killed_in_a_training_step(c, "off"); }},
+    {"killed_in_a_step_in_chunks", [](Communicator& c) { killed_in_a_training_step(c, "2"); }},
     {"killed_while_gradients_are_summed", killed_while_gradients_are_summed},
     {"stalled", stalled},
     {"late", late},

@@ -201,7 +201,10 @@ def test_killed_in_the_middle_of_a_collective(start, transport):
     assert all(ending.peers == [CULPRIT] for ending in outcome.survivors), outcome.output
 
 
-@pytest.mark.parametrize("scenario", ["killed_in_a_training_step", "killed_while_gradients_are_summed"])
+STEPS = ["killed_in_a_training_step", "killed_in_a_step_in_chunks", "killed_while_gradients_are_summed"]
+
+
+@pytest.mark.parametrize("scenario", STEPS)
 def test_killed_in_a_training_step(start, scenario):
     outcome = start(scenario).outcome(DEADLINE + MARGIN)
     check_survivors(outcome)
@@ -360,9 +363,7 @@ NCCL_MARGIN = 60.0
 
 @needs_nccl
 @on_both_ways
-@pytest.mark.parametrize(
-    "scenario", ["killed", "killed_in_a_training_step", "killed_while_gradients_are_summed"]
-)
+@pytest.mark.parametrize("scenario", ["killed", *STEPS])
 @pytest.mark.parametrize("culprit", [0, CULPRIT])
 def test_nccl_killed(start, scenario, culprit, communicator):
     job = start(scenario, NCCL_DEADLINE, communicator=communicator, culprit=culprit)

@@ -154,8 +154,8 @@ void TwoHops::put_in_order(const Transfer& transfer, const torch::Tensor& from_n
 /// Rows on their way between nodes.
 class TwoHops::SecondHop final : public Pending {
  public:
-  SecondHop(const TwoHops& hops, std::vector<Transfer> transfers,
-            std::vector<Forwarded> forwarded, std::vector<Transfer> first)
+  SecondHop(const TwoHops& hops, std::vector<Transfer> transfers, std::vector<Forwarded> forwarded,
+            std::vector<Transfer> first)
       : hops_(hops),
         transfers_(std::move(transfers)),
         forwarded_(std::move(forwarded)),

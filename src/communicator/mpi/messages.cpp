@@ -16,13 +16,19 @@ MpiMessages::~MpiMessages() {
   }
 }
 
-void MpiMessages::post(int tag, int64_t piece_bytes) {
+void MpiMessages::receive(int tag, int64_t piece_bytes) {
+  post(messages_.incoming, Direction::kIncoming, tag, piece_bytes);
+}
+
+void MpiMessages::send(int tag, int64_t piece_bytes) {
+  post(messages_.outgoing, Direction::kOutgoing, tag, piece_bytes);
+}
+
+void MpiMessages::post(const std::vector<Message>& messages, Direction direction, int tag,
+                       int64_t piece_bytes) {
   const std::lock_guard lock(runtime_.mutex());
-  for (const Message& message : messages_.incoming) {
-    start(message, Direction::kIncoming, tag, piece_bytes);
-  }
-  for (const Message& message : messages_.outgoing) {
-    start(message, Direction::kOutgoing, tag, piece_bytes);
+  for (const Message& message : messages) {
+    start(message, direction, tag, piece_bytes);
   }
   indices_.resize(requests_.size());
   statuses_.resize(requests_.size());
@@ -46,22 +52,11 @@ void MpiMessages::start(const Message& message, Direction direction, int tag, in
     pieces_.push_back({message.peer, bytes, direction});
     requests_.push_back(request);
     ++outstanding_;
-  }
-}
-
-bool MpiMessages::poll_in_background() noexcept {
-  try {
-    return poll();
-  } catch (...) {
-    failure_ = std::current_exception();
-    return true;
+    sending_ += direction == Direction::kOutgoing ? 1 : 0;
   }
 }
 
 bool MpiMessages::poll() {
-  if (failure_) {
-    std::rethrow_exception(failure_);
-  }
   if (outstanding_ == 0) {
     return true;
   }
@@ -72,7 +67,9 @@ bool MpiMessages::poll() {
   const bool look = code == MPI_ERR_IN_STATUS;  // statuses hold errors only then
   check_mpi(look ? MPI_SUCCESS : code, "MPI_Testsome", __FILE__, __LINE__);
   for (int i = 0; i < completed; ++i) {
-    check_piece(pieces_[indices_[i]], look ? statuses_[i].MPI_ERROR : MPI_SUCCESS, statuses_[i]);
+    const Piece& piece = pieces_[indices_[i]];
+    sending_ -= piece.direction == Direction::kOutgoing ? 1 : 0;
+    check_piece(piece, look ? statuses_[i].MPI_ERROR : MPI_SUCCESS, statuses_[i]);
   }
   outstanding_ -= completed;
   return outstanding_ == 0;

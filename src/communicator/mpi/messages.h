@@ -2,7 +2,7 @@
 
 #include <anabranch/communicator.h>
 
-#include <exception>
+#include <atomic>
 #include <vector>
 
 #include "communicator/mpi/runtime.h"
@@ -19,12 +19,13 @@ class MpiMessages {
   MpiMessages(const MpiMessages&) = delete;
   MpiMessages& operator=(const MpiMessages&) = delete;
 
-  /// Starts to receive and send. Throws MpiPeerError.
-  void post(int tag, int64_t piece_bytes);
+  // Start to receive, and to send. Throw MpiPeerError.
+  void receive(int tag, int64_t piece_bytes);
+  void send(int tag, int64_t piece_bytes);
   /// Whether all messages have come and gone. Throws MpiPeerError.
   bool poll();
-  /// The same, or whether they have failed: what `poll` then throws.
-  bool poll_in_background() noexcept;
+  /// Whether what goes out has gone, as of the last poll; for any thread.
+  bool have_been_sent() const { return sending_ == 0; }
   /// Ranks whose messages are outstanding.
   std::vector<int> pending() const;
 
@@ -36,6 +37,8 @@ class MpiMessages {
     Direction direction;
   };
 
+  void post(const std::vector<Message>& messages, Direction direction, int tag,
+            int64_t piece_bytes);
   void start(const Message& message, Direction direction, int tag, int64_t piece_bytes);
   void check_piece(const Piece& piece, int result, const MPI_Status& status) const;
 
@@ -46,7 +49,7 @@ class MpiMessages {
   std::vector<int> indices_;
   std::vector<MPI_Status> statuses_;
   size_t outstanding_ = 0;
-  std::exception_ptr failure_;  ///< met in the background
+  std::atomic<size_t> sending_ = 0;  ///< of these
 };
 
 /// A message to or from `peer` went wrong.

@@ -5,6 +5,8 @@
 #include <anabranch/error.h>
 #include <anabranch/rank_discovery.h>
 
+#include <atomic>
+#include <exception>
 #include <numeric>
 #include <optional>
 #include <utility>
@@ -64,8 +66,10 @@ class MpiCommunicator final : public Communicator {
   int64_t calls_ = 0;
 };
 
-/// Messages of one call. MPI moves them while somebody calls it: whoever waits, or the runtime's thread.
-class MpiCommunicator::UnderWay final : public Pending {
+/// Messages of one call. MPI moves them while somebody calls it: whoever waits, or the runtime's thread. In
+/// the background they are sent when those of the exchanges before have been, which are needed sooner: MPI
+/// would let them share the way.
+class MpiCommunicator::UnderWay final : public Pending, private MpiProgress::Task {
  public:
   UnderWay(MpiCommunicator& communicator, Collective call, Messages messages)
       : communicator_(communicator), call_{communicator.group_.id, call, ++communicator.calls_} {
@@ -80,14 +84,35 @@ class MpiCommunicator::UnderWay final : public Pending {
     }
     wait_for_stream(messages.device);  // MPI does not know streams
     messages_.emplace(communicator_.runtime_, std::move(messages));
-    MpiWatch watch = make_watch();
-    checked(watch, [&] { messages_->post(tag_of(call_), communicator_.piece_bytes_); });
+    checked([&] {
+      messages_->receive(tag_of(call_), communicator_.piece_bytes_);
+      if (!communicator_.runtime_.has_background()) {
+        send();
+      }
+    });
+  }
+  ~UnderWay() override {
+    if (progress_ != nullptr) {
+      progress_->remove(*this);
+    }
   }
 
+  void run_in_background() override {
+    progress_ = communicator_.runtime_.progress();
+    if (progress_ != nullptr) {
+      progress_->add(*this);
+    }
+  }
   void finish() override {
-    background_.reset();
+    if (progress_ != nullptr) {
+      progress_->take(*this);
+    }
     MpiWatch watch = make_watch();
-    checked(watch, [&] {
+    checked([&] {
+      if (failure_) {
+        std::rethrow_exception(failure_);
+      }
+      send();
       while (!messages_->poll()) {
         watch.keep_waiting([&] { return messages_->pending(); });
       }
@@ -96,26 +121,42 @@ class MpiCommunicator::UnderWay final : public Pending {
       staged_->bring_back();
     }
   }
-  void run_in_background() override {
-    if (MpiProgress* progress = communicator_.runtime_.progress()) {
-      background_.emplace(*progress, *messages_);
-    }
-  }
 
  private:
   MpiWatch make_watch() const {
     return {communicator_.runtime_, communicator_.group_, call_, communicator_.options_.deadline};
   }
+  void go_on(bool first) noexcept override {
+    if (failure_) {
+      return;
+    }
+    try {
+      if (first) {
+        send();
+      }
+      messages_->poll();
+    } catch (...) {
+      failure_ = std::current_exception();
+    }
+  }
+  bool has_been_sent() const override { return sent_ && messages_->have_been_sent(); }
+
+  void send() {
+    if (!sent_) {
+      messages_->send(tag_of(call_), communicator_.piece_bytes_);
+      sent_ = true;
+    }
+  }
   template <typename Work>
-  void checked(MpiWatch& watch, const Work& work) {
+  void checked(const Work& work) {
     try {
       work();
     } catch (const MpiPeerError& error) {
-      watch.fail(c10::str("failed with ", communicator_.group_.describe({error.peer()}), ": ",
-                          error.what()),
-                 {error.peer()});
+      make_watch().fail(c10::str("failed with ", communicator_.group_.describe({error.peer()}),
+                                 ": ", error.what()),
+                        {error.peer()});
     } catch (const MpiError& error) {
-      watch.fail(error.what(), messages_->pending());
+      make_watch().fail(error.what(), messages_->pending());
     }
   }
 
@@ -123,7 +164,9 @@ class MpiCommunicator::UnderWay final : public Pending {
   MpiCallId call_;
   std::optional<StagedMessages> staged_;
   std::optional<MpiMessages> messages_;
-  std::optional<MpiProgress::Turn> background_;  ///< ends before the messages do
+  std::atomic<bool> sent_ = false;
+  std::exception_ptr failure_;       ///< met in the background
+  MpiProgress* progress_ = nullptr;  ///< that polls the messages until they are waited for
 };
 
 std::unique_ptr<Pending> MpiCommunicator::start(Collective call, Messages messages) {

@@ -1,9 +1,7 @@
 #include "communicator/mpi/progress.h"
 
-#include <algorithm>
 #include <chrono>
-
-#include "communicator/mpi/messages.h"
+#include <thread>
 
 namespace anabranch {
 namespace {
@@ -15,41 +13,48 @@ constexpr std::chrono::microseconds kPause(20);
 
 }  // namespace
 
-MpiProgress::MpiProgress() : thread_([this] { work(); }) {}
+MpiProgress::MpiProgress() {
+  std::thread([this] { work(); }).detach();
+}
 
-MpiProgress::~MpiProgress() {
+void MpiProgress::add(Task& task) {
   {
     const std::lock_guard lock(mutex_);
-    stop_ = true;
+    tasks_.push_back({&task, /*taken=*/false});
   }
   changed_.notify_all();
-  thread_.join();
 }
 
-MpiProgress::Turn::Turn(MpiProgress& progress, MpiMessages& messages)
-    : progress_(progress), messages_(messages) {
-  {
-    const std::lock_guard lock(progress_.mutex_);
-    progress_.under_way_.push_back(&messages_);
+void MpiProgress::take(Task& task) {
+  const std::lock_guard lock(mutex_);
+  for (Entry& entry : tasks_) {
+    entry.taken = entry.taken || entry.task == &task;
   }
-  progress_.changed_.notify_all();
 }
 
-MpiProgress::Turn::~Turn() {
-  const std::lock_guard lock(progress_.mutex_);
-  std::erase(progress_.under_way_, &messages_);
+void MpiProgress::remove(Task& task) {
+  const std::lock_guard lock(mutex_);
+  std::erase_if(tasks_, [&](const Entry& entry) { return entry.task == &task; });
+}
+
+bool MpiProgress::has_tasks() const {
+  const std::lock_guard lock(mutex_);
+  return !tasks_.empty();
 }
 
 void MpiProgress::work() {
   using Clock = std::chrono::steady_clock;
   std::unique_lock lock(mutex_);
   for (;;) {
-    changed_.wait(lock, [&] { return stop_ || !under_way_.empty(); });
-    if (stop_) {
-      return;
-    }
+    changed_.wait(lock, [&] { return !tasks_.empty(); });
     const auto begin = Clock::now();
-    std::erase_if(under_way_, [](MpiMessages* messages) { return messages->poll_in_background(); });
+    bool first = true;
+    for (const Entry& entry : tasks_) {
+      if (!entry.taken) {
+        entry.task->go_on(first);
+      }
+      first = first && entry.task->has_been_sent();
+    }
     const bool idle = Clock::now() - begin < kIdleCall;
     lock.unlock();
     if (idle) {

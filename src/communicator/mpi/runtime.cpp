@@ -211,9 +211,10 @@ void MpiRuntime::set_failure(const MpiFailure& failure) {
 
 MpiProgress* MpiRuntime::progress() {
   if (takes_threads_) {
-    std::call_once(progress_begins_, [&] { progress_ = std::make_unique<MpiProgress>(); });
+    // Never destroyed, as the runtime: it may be asleep when the process ends.
+    std::call_once(progress_begins_, [&] { progress_ = new MpiProgress; });
   }
-  return progress_.get();
+  return progress_;
 }
 
 void MpiRuntime::abandon(std::vector<MPI_Request> requests, Messages messages) {

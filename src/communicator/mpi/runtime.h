@@ -3,8 +3,8 @@
 #include <anabranch/communicator.h>
 #include <mpi.h>
 
+#include <atomic>
 #include <chrono>
-#include <memory>
 #include <mutex>
 #include <optional>
 #include <stdexcept>
@@ -61,6 +61,11 @@ class MpiRuntime {
   /// Moves messages that nobody waits for; begins with its first use. Null where MPI does not let several
   /// threads call it, of which the program may have one.
   MpiProgress* progress();
+  /// Whether it has any.
+  bool has_background() const {
+    const MpiProgress* progress = progress_;
+    return progress != nullptr && progress->has_tasks();
+  }
 
   /// The lowest id that no group of this rank has yet; 1 is all ranks.
   int next_group = 2;
@@ -92,7 +97,7 @@ class MpiRuntime {
   std::optional<MpiFailure> failure_;
   std::vector<Abandoned> abandoned_;
   std::once_flag progress_begins_;
-  std::unique_ptr<MpiProgress> progress_;
+  std::atomic<MpiProgress*> progress_ = nullptr;
 };
 
 }  // namespace anabranch

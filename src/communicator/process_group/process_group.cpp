@@ -169,7 +169,8 @@ class ProcessGroupCommunicator::OnGpu final : public Pending {
     });
   }
   void finish() override {
-    communicator_.checked_on_gpu(call_, [&] { return work_->wait(); });  // orders the current stream
+    communicator_.checked_on_gpu(call_,
+                                 [&] { return work_->wait(); });  // orders the current stream
   }
 
  private:
@@ -185,14 +186,12 @@ class ProcessGroupCommunicator::OnHost final : public Pending {
   OnHost(ProcessGroupCommunicator& communicator, Collective call, Messages messages)
       : communicator_(communicator), call_(call), messages_(std::move(messages)) {
     for (const Message& message : messages_.incoming) {
-      try_with(message.peer, [&] {
-        works_.emplace_back(message.peer, communicator_.receive(call_, message));
-      });
+      try_with(message.peer,
+               [&] { works_.emplace_back(message.peer, communicator_.receive(call_, message)); });
     }
     for (const Message& message : messages_.outgoing) {
-      try_with(message.peer, [&] {
-        works_.emplace_back(message.peer, communicator_.send(call_, message));
-      });
+      try_with(message.peer,
+               [&] { works_.emplace_back(message.peer, communicator_.send(call_, message)); });
     }
   }
 

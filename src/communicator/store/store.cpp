@@ -159,9 +159,8 @@ class StoreCommunicator::Receiving final : public Pending {
 std::unique_ptr<Pending> StoreCommunicator::start(Collective call, Messages messages) {
   ++exchanges_;
   // What cannot be sent is the fault of rank 0, which keeps the store.
-  for_each(call, messages.outgoing, /*culprit=*/0, [&](const Message& message, int number) {
-    send(exchanges_, message, number);
-  });
+  for_each(call, messages.outgoing, /*culprit=*/0,
+           [&](const Message& message, int number) { send(exchanges_, message, number); });
   return std::make_unique<Receiving>(*this, call, std::move(messages.incoming));
 }
 

@@ -1,0 +1,149 @@
+#include "exchange/moving.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+
+#include <numeric>
+#include <utility>
+
+#include "exchange/chunks.h"
+#include "kernels/rows.h"
+
+// Each of the two is the other's adjoint: the same plan read from the other end.
+
+namespace anabranch {
+namespace {
+
+/// Rows that travel while somebody waits for them.
+class InTurn final : public Pending {
+ public:
+  InTurn(Communicator& communicator, std::vector<Transfer> transfers)
+      : communicator_(communicator), transfers_(std::move(transfers)) {}
+  void finish() override { communicator_.all_to_all_v(transfers_); }
+
+ private:
+  Communicator& communicator_;
+  std::vector<Transfer> transfers_;
+};
+
+std::unique_ptr<Pending> start(Communicator& communicator, std::vector<Transfer> transfers,
+                               Travel travel) {
+  if (travel == Travel::kInTurn) {
+    return std::make_unique<InTurn>(communicator, std::move(transfers));
+  }
+  return communicator.start_all_to_all_v(std::move(transfers));
+}
+
+int64_t sum(const std::vector<int64_t>& rows) {
+  return std::accumulate(rows.begin(), rows.end(), int64_t{0});
+}
+
+/// The next `rows` of `all`.
+torch::Tensor next_rows(const torch::Tensor& all, int64_t rows, int64_t& next) {
+  next += rows;
+  return all.narrow(0, next - rows, rows);
+}
+
+/// [A] by (expert, token) → [T, top_k]; zeros where a slot has no assignment.
+torch::Tensor back_to_slots(const torch::Tensor& ordered_values, const ExchangePlan& plan) {
+  const int64_t slots = plan.tokens * plan.top_k;
+  const bool none = plan.send_order.size(0) < slots;
+  return (none ? at::zeros({slots}, ordered_values.options()) : at::empty_like(ordered_values))
+      .scatter_(0, plan.send_order, ordered_values)
+      .view({plan.tokens, plan.top_k});
+}
+
+}  // namespace
+
+Dispatching::Dispatching(Communicator& communicator, const Payload& tokens,
+                         const ExchangePlan& plan, Travel travel)
+    : plan_(plan) {
+  const torch::NoGradGuard no_grad;
+  torch::Tensor values;  // by destination, then by (expert, token)
+  if (tokens.values.defined()) {
+    values = RowKernels::on(tokens.rows.device())
+                 .gather_rows(tokens.values.contiguous().view(-1), plan.send_order);
+  }
+  if (communicator.size() == 1) {
+    received_ = {tokens.rows, values};
+    return;
+  }
+  received_.rows = at::empty({plan.rows(), tokens.rows.size(1)}, tokens.rows.options());
+  int64_t next_sent = 0;
+  int64_t next_received = 0;
+  for (const ExchangeChunk& chunk : chunks_of(plan)) {
+    std::vector<Transfer> transfers = {
+        {tokens.rows, chunk.send_rows,
+         next_rows(received_.rows, sum(chunk.receive_rows), next_received), chunk.receive_rows,
+         next_rows(plan.send_tokens, sum(chunk.send_rows), next_sent)}};
+    if (values.defined()) {
+      arriving_values_ = at::empty({plan.assignments()}, values.options());
+      transfers.push_back({std::exchange(values, {}), plan.send_assignments, arriving_values_,
+                           plan.receive_assignments});
+    }
+    chunks_.push_back(start(communicator, std::move(transfers), travel));
+  }
+}
+
+void Dispatching::wait_for_next() {
+  if (next_ == chunks_.size()) {
+    return;  // of a rank alone all is there
+  }
+  const torch::NoGradGuard no_grad;
+  chunks_[next_]->finish();
+  chunks_[next_++].reset();
+  if (arriving_values_.defined()) {
+    received_.values = RowKernels::on(arriving_values_.device())
+                           .gather_rows(arriving_values_, plan_.received_order);
+    arriving_values_.reset();
+  }
+}
+
+Combining::Combining(Communicator& communicator, const ExchangePlan& plan, Travel travel)
+    : communicator_(communicator), plan_(plan), travel_(travel), chunks_(chunks_of(plan)) {}
+
+void Combining::send(const Payload& results) {
+  const torch::NoGradGuard no_grad;
+  if (communicator_.size() == 1) {
+    returned_ = results;
+    return;
+  }
+  const ExchangeChunk& chunk = chunks_[pending_.size()];
+  if (!returned_.rows.defined()) {
+    returned_.rows =
+        at::empty({plan_.send_tokens.size(0), results.rows.size(1)}, results.rows.options());
+  }
+  std::vector<Transfer> transfers = {
+      {results.rows, chunk.return_rows,
+       next_rows(returned_.rows, sum(chunk.returned_rows), next_row_), chunk.returned_rows}};
+  if (results.values.defined()) {
+    returned_.values = at::empty({plan_.send_order.size(0)}, results.values.options());
+    const auto by_arrival =
+        at::empty_like(results.values).scatter_(0, plan_.received_order, results.values);
+    transfers.push_back(
+        {by_arrival, plan_.receive_assignments, returned_.values, plan_.send_assignments});
+  }
+  pending_.push_back(start(communicator_, std::move(transfers), travel_));
+}
+
+Payload Combining::finish() {
+  const torch::NoGradGuard no_grad;
+  for (const auto& pending : pending_) {
+    pending->finish();
+  }
+  pending_.clear();
+  const Payload returned = std::exchange(returned_, {});
+  Payload summed = returned;
+  if (communicator_.size() > 1) {
+    summed.rows = RowKernels::on(returned.rows.device())
+                      .sum_rows(returned.rows, {plan_.token_offsets, plan_.token_rows},
+                                /*weights=*/{});
+  }
+  if (returned.values.defined()) {
+    summed.values = back_to_slots(returned.values, plan_);
+  }
+  return summed;
+}
+
+}  // namespace anabranch

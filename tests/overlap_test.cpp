@@ -1,0 +1,216 @@
+// Rows that travel beside the products: the same bits as in turn, and the same bytes on the way.
+#include <anabranch/error.h>
+#include <anabranch/hierarchical.h>
+#include <anabranch/moe_layer.h>
+#include <gtest/gtest.h>
+
+#include "exchange/chunks.h"
+#include "support/devices.h"
+#include "support/layer_case.h"
+#include "support/thrown.h"
+#include "support/tolerance.h"
+#include "support/world.h"
+
+namespace anabranch::test {
+namespace {
+
+const std::vector<std::string> kDegrees = {"1", "2", "4", "8"};
+
+/// All that a step leaves on this rank, by name.
+NamedTensors results_of(MoELayer& layer, const Step& step) {
+  NamedTensors results = {{"output", step.output.output}, {"dx", step.x.grad()}};
+  if (step.weights.defined()) {
+    results["dweights"] = step.weights.grad();
+  }
+  for (const auto& parameter : layer->named_parameters()) {
+    if (parameter.value().grad().defined()) {
+      results[parameter.key()] = parameter.value().grad();
+    }
+  }
+  return results;
+}
+
+void expect_the_same(const NamedTensors& actual, const NamedTensors& expected) {
+  ASSERT_EQ(actual.size(), expected.size());
+  for (const auto& [name, tensor] : expected) {
+    EXPECT_TRUE(identical(actual.at(name), tensor)) << name;
+  }
+}
+
+NamedTensors run_case(LayerCase layer_case, const std::string& overlap,
+                      const std::shared_ptr<Communicator>& communicator) {
+  layer_case.options.overlap = overlap;
+  // Every expert by itself: others may add in another order beside other experts.
+  if (device().is_cuda()) {
+    layer_case.options.engine = "cublas_loop_1";
+  }
+  auto layer = make_layer(layer_case, communicator);
+  const auto step = run_step(layer, layer_case, layer_case.counts, communicator->rank());
+  return results_of(layer, step);
+}
+
+void expect_the_same_at_all_degrees(const LayerCase& layer_case,
+                                    const std::shared_ptr<Communicator>& communicator) {
+  SCOPED_TRACE(layer_case.describe());
+  const auto expected = run_case(layer_case, "off", communicator);
+  for (const auto& degree : kDegrees) {
+    SCOPED_TRACE(degree);
+    expect_the_same(run_case(layer_case, degree, communicator), expected);
+  }
+}
+
+TEST(Overlap, GivesTheSameBits) {
+  Random random(test_seed());
+  for (const auto& layer_case : layer_cases(random, world()->size(), effort(20))) {
+    expect_the_same_at_all_degrees(layer_case, world());
+  }
+}
+
+TEST(Overlap, GivesTheSameBitsInTwoHops) {
+  Random random(test_seed());
+  for (const auto way : {AllToAll::kHierarchical, AllToAll::kAuto}) {
+    HierarchicalOptions options;
+    options.all_to_all = way;
+    options.node = std::to_string(world()->rank() / 2);
+    const auto communicator = make_hierarchical_communicator(world(), options);
+    for (const auto& layer_case : layer_cases(random, world()->size(), effort(5))) {
+      expect_the_same_at_all_degrees(layer_case, communicator);
+    }
+  }
+}
+
+MoEOptions small_options(Random& random) {
+  MoEOptions options;
+  options.hidden_size = 16;
+  options.expert_hidden_size = 24;
+  options.num_experts = random.integer(1, 13);
+  options.top_k = random.integer(1, options.num_experts);
+  options.renormalize = options.top_k > 1;
+  options.glu = random.chance();
+  options.bias = random.chance();
+  options.recompute = random.chance();
+  options.shared_expert_hidden_size = random.pick<int64_t>({0, 8});
+  options.device = device();
+  return options;
+}
+
+/// Ids of none among others, tokens without any, and every expert for each token.
+TEST(Overlap, GivesTheSameBitsWhereIdsAreNone) {
+  Random random(test_seed());
+  for (int64_t i = effort(20); i > 0; --i) {
+    const MoEOptions options = small_options(random);
+    auto layer_case = draw_layer_case(random, world()->size(), options, random.integer(0, 40),
+                                      random.pick(all_skews()), random.pick(all_splits()), true);
+    const auto none = random.uniform(layer_case.expert_ids.sizes()) < random.uniform();
+    const auto run = [&](const std::string& overlap) {
+      MoEOptions with = options;
+      with.overlap = overlap;
+      with.engine = device().is_cuda() ? "cublas_loop_1" : "auto";
+      LayerCase of_case = layer_case;
+      of_case.options = with;
+      auto layer = make_layer(of_case, world());
+      const int rank = world()->rank();
+      auto x = shard(layer_case.x, layer_case.counts, rank).requires_grad_();
+      auto weights = shard(layer_case.weights, layer_case.counts, rank).requires_grad_();
+      Routing routing;
+      routing.expert_ids =
+          shard(layer_case.expert_ids.masked_fill(none, -1), layer_case.counts, rank);
+      routing.weights = weights;
+      routing.may_skip = true;
+      Step step{layer->forward(x, routing), x, weights};
+      step.output.output.backward(shard(layer_case.doutput, layer_case.counts, rank));
+      return results_of(layer, step);
+    };
+    SCOPED_TRACE(layer_case.describe());
+    const auto expected = run("off");
+    for (const auto& degree : kDegrees) {
+      SCOPED_TRACE(degree);
+      expect_the_same(run(degree), expected);
+    }
+  }
+}
+
+/// A token still crosses to a rank once, whatever the chunks of its experts are.
+TEST(Overlap, SendsTheSameBytesInMoreCalls) {
+  ANABRANCH_NEEDS_RANKS(2);
+  Random random(test_seed());
+  MoEOptions options = small_options(random);
+  options.num_experts = 8 * world()->size();
+  options.top_k = 5;
+  options.renormalize = true;
+  const auto layer_case =
+      draw_layer_case(random, world()->size(), options, 60, Skew::kUniform, Split::kUneven, true);
+  const auto traffic_of = [&](const std::string& overlap) {
+    auto of_case = layer_case;
+    of_case.options.overlap = overlap;
+    auto layer = make_layer(of_case, world());
+    world()->reset_traffic();
+    run_step(layer, of_case, of_case.counts, world()->rank());
+    return world()->traffic();
+  };
+  const Traffic in_turn = traffic_of("off");
+  for (const auto& degree : kDegrees) {
+    const Traffic beside = traffic_of(degree);
+    EXPECT_EQ(beside.bytes_sent, in_turn.bytes_sent) << degree;
+    EXPECT_EQ(beside.bytes_received, in_turn.bytes_received) << degree;
+    EXPECT_EQ(beside.collectives, in_turn.collectives + 4 * (std::stoll(degree) - 1)) << degree;
+  }
+}
+
+/// Against the definition, row by row.
+TEST(Overlap, SendsARowWithTheFirstChunkThatNeedsItAndBackWithTheLast) {
+  ANABRANCH_NEEDS_RANKS(2);
+  Random random(test_seed());
+  const int ranks = world()->size();
+  for (int64_t i = effort(10); i > 0; --i) {
+    const int64_t experts = random.integer(ranks, 6 * ranks);
+    const int64_t top_k = random.integer(1, experts);
+    const int64_t chunks = random.pick<int64_t>({2, 4, 8});
+    const auto ids = random_expert_ids(random, 30 * ranks, experts, top_k, Skew::kZipf)
+                         .narrow(0, 30 * world()->rank(), 30)
+                         .contiguous();
+    const Exchange exchange(world(), experts);
+    Routing routing;
+    routing.expert_ids = on_device(ids);
+    routing.weights = on_device(torch::ones({30, top_k}));
+    const auto plan =
+        in_chunks(exchange.plan(routing), chunks, exchange.placement(), world()->rank());
+    std::vector<std::vector<int64_t>> sent(chunks, std::vector<int64_t>(ranks, 0));
+    std::vector<std::vector<int64_t>> returned = sent;
+    const auto id = ids.accessor<int64_t, 2>();
+    for (int64_t token = 0; token < 30; ++token) {
+      for (int rank = 0; rank < ranks; ++rank) {
+        int64_t first = chunks, last = -1;
+        for (int64_t slot = 0; slot < top_k; ++slot) {
+          const int64_t local = id[token][slot] - exchange.placement().first_expert(rank);
+          const int64_t here = exchange.placement().local_experts(rank);
+          for (int64_t c = 0; local >= 0 && local < here && c < chunks; ++c) {
+            const bool own = local >= here / chunks * c + here % chunks * c / chunks &&
+                             local < here / chunks * (c + 1) + here % chunks * (c + 1) / chunks;
+            first = own ? std::min(first, c) : first;
+            last = own ? std::max(last, c) : last;
+          }
+        }
+        if (last >= 0) {
+          ++sent[first][rank];
+          ++returned[last][rank];
+        }
+      }
+    }
+    ASSERT_EQ(plan.chunks.size(), static_cast<size_t>(chunks));
+    for (int64_t c = 0; c < chunks; ++c) {
+      EXPECT_EQ(plan.chunks[c].send_rows, sent[c]);
+      EXPECT_EQ(plan.chunks[c].returned_rows, returned[c]);
+    }
+  }
+}
+
+TEST(Overlap, IsRefusedWhereItIsNone) {
+  MoEOptions options;
+  options.hidden_size = options.expert_hidden_size = options.num_experts = 4;
+  options.overlap = "3";
+  EXPECT_THROW(MoELayer(options, world()), InputError);
+}
+
+}  // namespace
+}  // namespace anabranch::test
