@@ -294,7 +294,7 @@ FeedForwardOutput feed_forward(const FeedForward& expert, const IndexedRows& x,
     auto hidden = keep_hidden ? part.rows_of(output.hidden)
                               : at::empty({part.rows, parameters.up.weight.size(1)}, options);
     auto activated = project_activated(expert, part.take(x), part.experts_of(parameters.up),
-                                             part.counts, hidden);
+                                       part.counts, hidden);
     hidden.reset();
     if (!output.results.defined()) {
       output.results = on_large_pages(at::empty({rows, parameters.down.weight.size(1)}, options));

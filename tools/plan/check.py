@@ -157,7 +157,9 @@ def predict_record(machine, record, seed=0):
     chosen = routing.draw_tokens(popularity / popularity.sum(), record["top_k"], numpy.random.default_rng(seed))
     planner = Planner(machine, model_of(record), [chosen], seed)
     # One expert-parallel group of all ranks, whose gradients are nobody else's.
-    layout = Layout(record["ranks"], record["ranks"], record["all_to_all"])
+    overlap = record.get("overlap", "off")
+    parts = 1 if overlap == "off" else int(overlap)
+    layout = Layout(record["ranks"], record["ranks"], record["all_to_all"], parts)
     return planner.predict(layout).step
 
 

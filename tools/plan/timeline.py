@@ -24,7 +24,7 @@ class Layout:
     gpus: int
     expert_parallel: int  # consecutive GPUs that share one set of experts; the rest is data parallel
     all_to_all: str = "flat"
-    overlap: int = 1  # parts of the tokens whose exchange overlaps with others' experts
+    overlap: int = 1  # chunks of the experts whose rows travel beside others' products, taken to be equal
 
 
 @dataclasses.dataclass
