@@ -6,7 +6,7 @@ import json
 import anabranch
 import torch
 
-NOT_OPTIONS = {"self", "group", "router"}  # a communicator, and whether there is a router, are not the core's
+NOT_OPTIONS = {"self", "group", "router", "dtensor"}  # a communicator, a router or none, and what parameters are
 OWN_DEFAULTS = {"seed", "dtype", "device"}  # torch's generator, type and device
 
 
