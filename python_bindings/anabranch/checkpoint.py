@@ -163,7 +163,14 @@ def _contents_of(model: nn.Module, groups: ParallelGroups) -> _Contents:
 def _listed(optimizer: Optimizers) -> list[Optimizer]:
     if optimizer is None:
         return []
-    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    several = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+    return [_unwrapped(each) for each in several]
+
+
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The program's, of which Accelerate's is a wrapper."""
+    within = getattr(optimizer, "optimizer", None)
+    return within if isinstance(within, Optimizer) else optimizer
 
 
 def _kind(optimizers: list[Optimizer]) -> str:

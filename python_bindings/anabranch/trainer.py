@@ -56,7 +56,7 @@ class MoECallback(transformers.TrainerCallback):
             folder = Path(self._resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}") / FOLDER
             if not folder.is_dir():
                 raise FileNotFoundError(f"{folder} is not there: MoECallback(resume_from=…) says where the checkpoint is")
-            load_checkpoint(folder, model, _within(optimizer), groups=self._groups)
+            load_checkpoint(folder, model, optimizer, groups=self._groups)
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **more: Any
@@ -76,18 +76,13 @@ class MoECallback(transformers.TrainerCallback):
         with _saving(model):
             if isinstance(model.save_pretrained, CollectiveSaving):
                 model.save_pretrained(folder)
-        save_checkpoint(folder / FOLDER, model, _within(optimizer), groups=self._groups)
+        save_checkpoint(folder / FOLDER, model, optimizer, groups=self._groups)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         args.max_grad_norm = self._max_norm
         _defer_saving(model, False)
         if args.load_best_model_at_end and state.best_model_checkpoint:
             load_checkpoint(Path(state.best_model_checkpoint) / FOLDER, model, groups=self._groups)
-
-
-def _within(optimizer: Any) -> Any:
-    """Accelerate's wraps the program's."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _defer_saving(model: Any, deferred: bool) -> None:

@@ -11,7 +11,10 @@ import pytest
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs/habits.md").read_text()
 PROGRAMS = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL))
-NEEDED = {"torchtitan_moe.py": ("torchtitan", "pip install torchtitan==0.3.0")}
+NEEDED = {
+    "torchtitan_moe.py": ("torchtitan", "pip install torchtitan==0.3.0"),
+    "lightning_loop.py": ("lightning", "pip install lightning==2.6.6"),
+}
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -3,6 +3,8 @@
 
     PYTHONPATH=build/release/python .venv/bin/python -m pytest tests/python --junitxml=build/python.xml
     tests/python/what_works.py build/python.xml
+
+or by several files, of a run each.
 """
 
 import pathlib
@@ -42,10 +44,10 @@ ROWS = {
 REFUSED = {"DeepSpeed"}
 
 
-def results(path: str) -> list[tuple[str, str]]:
+def results(paths: list[str]) -> list[tuple[str, str]]:
     """file::test[parameters], and passed, skipped or failed."""
     found = []
-    for case in ElementTree.parse(path).getroot().iter("testcase"):
+    for case in (case for path in paths for case in ElementTree.parse(path).getroot().iter("testcase")):
         kinds = {child.tag for child in case}
         outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
         found.append((f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}", outcome))
@@ -65,7 +67,7 @@ def row(what: str, pattern: str, found: list[tuple[str, str]]) -> str:
 
 
 def main() -> None:
-    found = results(sys.argv[1])
+    found = results(sys.argv[1:])
     table = ["| | works | tests | where |", "|---|---|---|---|", *(row(*each, found) for each in ROWS.items())]
     begin, end = "<!-- what works: begin -->\n", "<!-- what works: end -->"
     text = PAGE.read_text()
