@@ -45,6 +45,8 @@ class CollectiveSaving:
         model: Any = self._model()
         if options.get("push_to_hub") or options.get("variant") or options.get("distributed_checkpoint"):
             raise ValueError("push_to_hub, variant and distributed_checkpoint are not for a converted model's save_pretrained")
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError("the model has adapters by add_adapter, which are saved alone: take peft.get_peft_model")
         given = model.state_dict() if state_dict is None else state_dict
         parts = [_Part(model, name, module, given, options) for name, module in _converted(model)]
         group = parts[0].group

@@ -110,6 +110,14 @@ def test_plain_transformers_loads_what_is_saved(family, dtype, seed, tmp_path):
     assert all(torch.equal(part.state_dict()[name], value) for name, value in plain.model.state_dict().items())
     with pytest.raises(ValueError, match="expected model.state_dict"):
         converted.save_pretrained(tmp_path / "wrong", state_dict=plain.state_dict())
+    with pytest.raises(ValueError, match="push_to_hub"):
+        converted.save_pretrained(tmp_path / "wrong", push_to_hub=True)
+    # Over what was there: several files, and one again.
+    for size in (3000, "1GB"):
+        converted.save_pretrained(tmp_path / "given", max_shard_size=size)
+        assert (tmp_path / "given/model.safetensors").exists() == (size == "1GB")
+        assert bool(list((tmp_path / "given").glob("model-*"))) == (size == 3000)
+        assert_same_weights(plain, tmp_path / "given")
 
 
 def test_trained_and_loaded_again(seed, tmp_path):
