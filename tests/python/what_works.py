@@ -4,9 +4,12 @@
     PYTHONPATH=build/release/python .venv/bin/python -m pytest tests/python --junitxml=build/python.xml
     tests/python/what_works.py build/python.xml
 
-or by several files, of a run each.
+or by several files, of a run each. What is of none of them has no row.
 """
 
+import datetime
+import importlib.metadata
+import os
 import pathlib
 import re
 import sys
@@ -54,6 +57,12 @@ def results(paths: list[str]) -> list[tuple[str, str]]:
     return found
 
 
+def provenance(paths: list[str]) -> str:
+    day = datetime.date.fromtimestamp(max(os.path.getmtime(path) for path in paths))
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft", "accelerate"))
+    return f"{day}, {os.cpu_count()} CPU cores, tests of GPUs skipped where there is none; {versions}."
+
+
 def row(what: str, pattern: str, found: list[tuple[str, str]]) -> str:
     asked = [part if "::" in part else f"{pattern.split('::')[0]}::{part}" for part in pattern.split("|")]
     matches = [re.compile("{}::test_.*{}".format(*each.split("::"))) for each in asked]
@@ -68,7 +77,9 @@ def row(what: str, pattern: str, found: list[tuple[str, str]]) -> str:
 
 def main() -> None:
     found = results(sys.argv[1:])
-    table = ["| | works | tests | where |", "|---|---|---|---|", *(row(*each, found) for each in ROWS.items())]
+    files = {name.split("::")[0] for name, _ in found}
+    rows = [row(*each, found) for each in ROWS.items() if each[1].split("::")[0] in files]
+    table = [provenance(sys.argv[1:]), "", "| | works | tests | where |", "|---|---|---|---|", *rows]
     begin, end = "<!-- what works: begin -->\n", "<!-- what works: end -->"
     text = PAGE.read_text()
     before, after = text.split(begin)[0], text.split(end)[1]
