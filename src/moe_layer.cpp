@@ -48,9 +48,13 @@ struct Step : torch::CustomClassHolder {
 
   void start_dispatch(const torch::Tensor& x, const torch::Tensor& weights) {
     const Stage named("anabranch.dispatch");
-    const auto& checked = plan.checked_weights;
-    dispatching.emplace(exchange.communicator(), Payload{x, checked.defined() ? checked : weights},
-                        plan, travel);
+    Payload payload{x, plan.checked_weights.defined() ? plan.checked_weights : weights};
+    if (plan.local_weights.defined()) payload.values = torch::Tensor();
+    dispatching.emplace(exchange.communicator(), payload, plan, travel);
+  }
+  /// [P], which `dispatching` fills unless the plan has brought them.
+  const torch::Tensor& weights_at_the_experts() const {
+    return plan.local_weights.defined() ? plan.local_weights : dispatching->received().values;
   }
 
   Dispatching dispatch(const Payload& payload) const {
@@ -107,21 +111,22 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
     }
     Dispatching& dispatching = *step->dispatching;
     Combining combining = step->combine();
-    const Payload& received = dispatching.received();
+    const auto rows = dispatching.received().rows;
+    const auto& routing_weights = step->weights_at_the_experts();
     const auto pipeline = pipeline_between<FeedForwardOutput>(
         *step, "anabranch.dispatch", dispatching,
         [&](int64_t chunk, const FeedForwardOutput& output) {
           const auto sums = stage("anabranch.unpermute", [&] {
-            return unpermute(output.results, received.values, plan, chunk);
+            return unpermute(output.results, routing_weights, plan, chunk);
           });
           stage("anabranch.combine", [&] { combining.send({sums, {}}); });
         });
-    const auto hidden = feed_forward(step->expert, permuted(received.rows, plan), experts,
+    const auto hidden = feed_forward(step->expert, permuted(rows, plan), experts,
                                      plan.expert_counts, !step->recompute, pipeline)
                             .hidden;
     const auto y = stage("anabranch.combine", [&] { return combining.finish().rows; });
 
-    context->save_for_backward(pack(Saved{received.rows, received.values, hidden, experts}));
+    context->save_for_backward(pack(Saved{rows, routing_weights, hidden, experts}));
     step->dispatching.reset();
     context->saved_data["step"] = torch::IValue::make_capsule(step);
     return y;
@@ -258,7 +263,8 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
           losses.z_loss,
           losses.importance_loss,
           losses.load_loss,
-          losses.expert_load};
+          losses.expert_load,
+          plan.source_counts()};
 }
 
 MoELayerImpl::MoELayerImpl(const MoEOptions& options, std::shared_ptr<Communicator> communicator)

@@ -146,14 +146,14 @@ void measure_routing(Bench& bench, int64_t tokens, int64_t experts, int64_t top_
             [&](int) { routing_kernels.route_backward(routed, rule, dweights, dsum, dsquared); });
   const double ids = 8.0 * static_cast<double>(tokens * top_k);
   bench.run("plan_local", tokens, top_k, 2 * ids,
-            [&](int) { plan_kernels.plan_local(routed.expert_ids, experts); });
+            [&](int) { plan_kernels.plan_local(routed.expert_ids, {}, experts); });
   std::vector<int64_t> first;
   for (int64_t r = 0; r <= 8; ++r) {
     first.push_back(r * experts / 8);
   }
   bench.run("plan_send W 8", tokens, top_k, 2 * ids,
             [&](int) { plan_kernels.plan_send(routed.expert_ids, first); });
-  const auto rows = plan_kernels.plan_local(routed.expert_ids, experts).assignment_rows;
+  const auto rows = plan_kernels.plan_local(routed.expert_ids, {}, experts).assignment_rows;
   bench.run("group by token", tokens, top_k, 2 * ids,
             [&](int) { plan_kernels.group(rows, tokens); });
   const auto sums = routing_kernels.routing_sums(routed.probabilities, routed.logsumexp);

@@ -37,6 +37,8 @@ struct ExchangePlan {
   /// [T, top_k] of a routing from outside: its weights, NaN in tokens that are refused. Undefined
   /// otherwise.
   torch::Tensor checked_weights;
+  /// [P] of a rank alone: the routing's weights as dispatch would bring them. Undefined otherwise.
+  torch::Tensor local_weights;
 
   // Source side. Sent rows are ordered by (destination, token).
   torch::Tensor source_counts;  ///< [E] assignments of each expert

@@ -25,6 +25,8 @@ struct MoEOutput {
   torch::Tensor load_loss;
   /// [E] int64: assignments of each expert over all ranks of the group.
   torch::Tensor expert_load;
+  /// [E] int64: those of this rank's tokens, before the exchange.
+  torch::Tensor own_expert_load;
 };
 
 /// What a layer computes with: undefined where its options have none.

@@ -30,6 +30,11 @@ struct Routed {
   }
 };
 
+/// What an operator returns shares its memory with nothing else.
+at::Tensor own(const at::Tensor& tensor) {
+  return tensor.storage().nbytes() == tensor.nbytes() ? tensor.detach() : tensor.detach().clone();
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> route_forward(
     const at::Tensor& logits, int64_t top_k, bool renormalize, bool needs_gradient) {
   auto leaf = logits.detach();
@@ -43,11 +48,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
       graph.outputs.push_back(torch::autograd::impl::gradient_edge(tensor));
     }
   }
-  return Routed{.weights = routing.weights.detach(),
-                .probability_sum = routing.probability_sum.detach(),
-                .squared_logsumexp_sum = routing.squared_logsumexp_sum.detach(),
-                .expert_ids = routing.expert_ids,
-                .counts = routing.counts,
+  return Routed{.weights = own(routing.weights),
+                .probability_sum = own(routing.probability_sum),
+                .squared_logsumexp_sum = own(routing.squared_logsumexp_sum),
+                .expert_ids = own(routing.expert_ids),
+                .counts = own(routing.counts),
                 .state = as_tensor(std::move(graph))}
       .tensors();
 }

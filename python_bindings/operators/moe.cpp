@@ -131,7 +131,9 @@ OutputAndStateTuple moe_forward(const at::Tensor& x, at::TensorList parameters,
 
   if (const auto counted = probe_of(probe)) {
     const std::scoped_lock lock(counted->mutex);
-    counted->expert_load = output.expert_load.clone();  // what an operator returns is its caller's
+    // What an operator returns is its caller's; a rank alone has the same once more.
+    const bool alone = function->exchange().communicator().size() == 1;
+    counted->expert_load = alone ? output.own_expert_load : output.expert_load.clone();
   }
   graph.function = function;
   for (const auto& tensor : {output.output, output.balance_loss, output.z_loss,

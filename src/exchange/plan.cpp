@@ -256,8 +256,11 @@ ExchangePlan plan_alone(const Routing& routing, const torch::Tensor& ids, const 
                         int64_t num_experts, Communicator& communicator, const LateRefusals* late) {
   const LateRefusal refusal{check.first_nonfinite_token, check.first_invalid_token,
                             late != nullptr ? late->told() : torch::Tensor()};
-  const LocalPlan local = PlanKernels::on(ids.device())
-                              .plan_local(ids, num_experts, late != nullptr ? &refusal : nullptr);
+  const auto weights =
+      check.weights.defined() ? check.weights : routing.weights.detach().contiguous();
+  const LocalPlan local =
+      PlanKernels::on(ids.device())
+          .plan_local(ids, weights, num_experts, late != nullptr ? &refusal : nullptr);
   ExchangePlan plan;
   plan.tokens = ids.size(0);
   plan.top_k = ids.size(1);
@@ -271,6 +274,7 @@ ExchangePlan plan_alone(const Routing& routing, const torch::Tensor& ids, const 
   plan.source_counts = local.expert_counts;
   plan.send_tokens = plan.token_rows = local.places.narrow(0, 0, plan.tokens);
   plan.token_offsets = local.places.narrow(0, 0, plan.tokens + 1);
+  plan.local_weights = local.weights;
   plan.send_order = local.send_order;
   plan.received_order = local.places.narrow(0, 0, ids.numel());
   plan.assignment_rows = local.assignment_rows;

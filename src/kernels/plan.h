@@ -37,6 +37,7 @@ struct LocalPlan {
   torch::Tensor assignment_rows;  ///< [T·k] token of each of these
   Csr by_row;                     ///< of T tokens, their places in send_order
   torch::Tensor places;           ///< 0, 1, 2, .., of max(T + 1, T·k) numbers
+  torch::Tensor weights;  ///< [T·k] of the assignments in this order; undefined if none were given
 };
 
 /// What is wrong with a routing [T, k] from outside.
@@ -71,9 +72,10 @@ class PlanKernels : public Kernels<PlanKernels> {
   virtual SendPlan plan_send(const torch::Tensor& expert_ids,
                              const std::vector<int64_t>& first_expert,
                              bool may_skip = false) const = 0;
-  /// Of ids as above, where none is -1. `refusal`, if given: tells the host on the way.
-  virtual LocalPlan plan_local(const torch::Tensor& expert_ids, int64_t num_experts,
-                               const LateRefusal* refusal = nullptr) const = 0;
+  /// Of ids as above, where none is -1; `weights` [T, k] fp32 or fp64, or undefined. `refusal`, if given:
+  /// tells the host on the way.
+  virtual LocalPlan plan_local(const torch::Tensor& expert_ids, const torch::Tensor& weights,
+                               int64_t num_experts, const LateRefusal* refusal = nullptr) const = 0;
   /// Brings arrivals into expert-major order. `segment_rows` [P] int32: row of each arrived
   /// assignment within its source's segment, ordered by (source, expert); `rows` [W] and `counts`
   /// [W, local experts]: rows and assignments per expert that came from each source.

@@ -4,6 +4,7 @@
 #include <torch/nn/functional/linear.h>
 
 #include "kernels/gate.h"
+#include "support/block.h"
 #include "support/single_backward.h"
 #include "support/tensor_list.h"
 
@@ -18,26 +19,40 @@ bool is_split(const torch::Tensor& x, const torch::Tensor& weight) {
          weight.scalar_type() == torch::kFloat;
 }
 
-/// dᵀ · x in fp32, of bf16 numbers: d [T, 3 E] in the first three places of kSplitGradient, x [T, h] → [E, h].
-/// The sum over tokens is taken in pieces: cuBLAS 13.1 splits sums over more than 8192 rows among blocks of
-/// its own, and then loses some where their number is uneven.
+/// A view of some of x's rows from row `first` on, of [.., h] or in pieces; without a dispatch, see part_of.
+torch::Tensor rows_of(const torch::Tensor& x, int64_t first, at::IntArrayRef sizes,
+                      at::IntArrayRef strides) {
+  const auto bytes = static_cast<int64_t>(x.element_size());
+  return part_of(x, first * x.stride(0) * bytes, x.scalar_type(), sizes, strides);
+}
+
+/// dᵀ · x in fp32, of bf16 numbers: d [T, 4, E] in the places of kSplitGradient, x [T, h] → [E, h]. The sum over
+/// tokens is taken in pieces: cuBLAS 13.1 splits sums over more than 8192 rows among blocks of its own, and then
+/// loses some where their number is uneven.
 torch::Tensor sum_over_tokens(const torch::Tensor& d, const torch::Tensor& x) {
   constexpr int64_t kPiece = 4096;
   const int64_t pieces = x.size(0) / kPiece;
   const int64_t whole = pieces * kPiece;
+  const int64_t experts = d.size(2);
+  const int64_t width = 4 * experts;  // of a row of d
+  const int64_t h = x.size(1);
   const auto in_places = [&](const torch::Tensor& sums, int64_t count) {
-    return sums.view({count, 3, d.size(1) / 3, x.size(1)});
+    return part_of(sums, 0, torch::kFloat, {count, 3, experts, h},
+                   {3 * experts * h, experts * h, h, 1});
   };
   torch::Tensor rest;
   if (whole < x.size(0) || pieces == 0) {
-    rest = in_places(at::mm(d.slice(0, whole).t(), x.slice(0, whole), torch::kFloat), 1);
+    const int64_t rows = x.size(0) - whole;
+    rest = in_places(at::mm(rows_of(d, whole, {3 * experts, rows}, {1, width}),
+                            rows_of(x, whole, {rows, h}, x.strides()), torch::kFloat),
+                     1);
   }
   torch::Tensor sums;
   if (pieces > 0) {
-    const auto in_pieces = [&](const torch::Tensor& rows) {
-      return rows.slice(0, 0, whole).view({pieces, kPiece, rows.size(1)});
-    };
-    sums = in_places(at::bmm(in_pieces(d).transpose(1, 2), in_pieces(x), torch::kFloat), pieces);
+    const auto of_d = rows_of(d, 0, {pieces, 3 * experts, kPiece}, {kPiece * width, 1, width});
+    const auto of_x =
+        rows_of(x, 0, {pieces, kPiece, h}, {kPiece * x.stride(0), x.stride(0), x.stride(1)});
+    sums = in_places(at::bmm(of_d, of_x, torch::kFloat), pieces);
   } else {
     std::swap(sums, rest);
   }
@@ -49,14 +64,16 @@ GateGradient split_gate_gradient(const torch::Tensor& dlogits, const torch::Tens
                                  const torch::Tensor& split_weight, bool x_wanted,
                                  bool weight_wanted) {
   const int64_t experts = dlogits.size(2);
-  const auto d = dlogits.view({dlogits.size(0), 4 * experts});
+  const int64_t h = x.size(1);
   GateGradient gradient;
   if (weight_wanted) {
-    gradient.weight = sum_over_tokens(d.narrow(1, 0, 3 * experts), x);
+    gradient.weight = sum_over_tokens(dlogits, x);
   }
   if (x_wanted) {  // rounded to bf16: twice its digits are enough, d0·w0 + d1·w0 + d0·w1
-    const auto weights = split_weight.view({4 * experts, x.size(1)}).narrow(0, 0, 3 * experts);
-    gradient.x = at::mm(d.narrow(1, experts, 3 * experts), weights);
+    const auto d =
+        part_of(dlogits, 2 * experts, torch::kBFloat16, {x.size(0), 3 * experts}, {4 * experts, 1});
+    const auto weights = part_of(split_weight, 0, torch::kBFloat16, {3 * experts, h}, {h, 1});
+    gradient.x = at::mm(d, weights);
   }
   return gradient;
 }
@@ -106,10 +123,14 @@ GateProduct gate_product(const torch::Tensor& x, const torch::Tensor& weight) {
     return {torch::linear(x.to(weight.scalar_type()), weight), {}};
   }
   const int64_t experts = weight.size(0);
+  const int64_t h = weight.size(1);
   const auto split =
       GateKernels::on(x.device()).split(weight.contiguous(), kSplitWeight, /*side_by_side=*/false);
-  const auto all = split.view({4 * experts, weight.size(1)}).narrow(0, experts, 3 * experts);
-  return {at::mm(x, all.t(), torch::kFloat).view({x.size(0), 3, experts}), split};
+  const auto all =  // places 1, 2, 3, transposed
+      part_of(split, 2 * experts * h, torch::kBFloat16, {h, 3 * experts}, {1, h});
+  const auto products = at::mm(x, all, torch::kFloat);
+  return {part_of(products, 0, torch::kFloat, {x.size(0), 3, experts}, {3 * experts, experts, 1}),
+          split};
 }
 
 GateGradient gate_gradient(const torch::Tensor& dlogits, const torch::Tensor& x,

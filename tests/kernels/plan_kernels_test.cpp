@@ -90,7 +90,9 @@ TEST_P(PlanKernelsTest, PlanLocalEqualsTheDefinition) {
     const auto ids =
         random_expert_ids(random_, tokens, num_experts, top_k, random_.pick(all_skews()));
     SCOPED_TRACE(c10::str("T ", tokens, " k ", top_k, " E ", num_experts));
-    const auto plan = plan_.plan_local(on_device(ids), num_experts);
+    const auto weights = random_.normal(ids.sizes())
+                             .to(random_.pick<torch::Dtype>({torch::kFloat32, torch::kFloat64}));
+    const auto plan = plan_.plan_local(on_device(ids), on_device(weights), num_experts);
 
     const auto flat = numbers(ids);
     std::vector<int64_t> counts, order, rows, members;
@@ -114,13 +116,16 @@ TEST_P(PlanKernelsTest, PlanLocalEqualsTheDefinition) {
     EXPECT_EQ(numbers(plan.assignment_rows), rows);
     EXPECT_EQ(numbers(plan.by_row.offsets), numbers(top_k * torch::arange(tokens + 1)));
     EXPECT_EQ(numbers(plan.by_row.members), members);
+    EXPECT_TRUE(identical(plan.weights.cpu(),
+                          weights.flatten().index_select(0, torch::tensor(order, torch::kInt64))));
+    EXPECT_FALSE(plan_.plan_local(on_device(ids), {}, num_experts).weights.defined());
     EXPECT_EQ(numbers(plan.places), numbers(torch::arange(std::max(tokens + 1, tokens * top_k))));
   }
 }
 
 TEST_P(PlanKernelsTest, PlanLocalOfInvalidIdsStaysInItsTensors) {
   const auto ids = torch::tensor({{-7, 3, 3}, {9, 9, 0}, {1, 1 << 30, 2}}, torch::kInt64);
-  const auto plan = plan_.plan_local(on_device(ids), 4);
+  const auto plan = plan_.plan_local(on_device(ids), {}, 4);
   for (const auto& permutation : {plan.send_order, plan.by_row.members}) {
     EXPECT_EQ(numbers(std::get<0>(permutation.sort())), numbers(torch::arange(9)));
   }

@@ -143,8 +143,8 @@ class CpuPlanKernels final : public PlanKernels {
     return plan;
   }
 
-  LocalPlan plan_local(const torch::Tensor& unchecked_ids, int64_t num_experts,
-                       const LateRefusal* /*refusal*/) const override {
+  LocalPlan plan_local(const torch::Tensor& unchecked_ids, const torch::Tensor& weights,
+                       int64_t num_experts, const LateRefusal* /*refusal*/) const override {
     const auto expert_ids = unchecked_ids.clamp(0, num_experts - 1);
     const int64_t tokens = expert_ids.size(0);
     const Csr by_expert = group(expert_ids.flatten(), num_experts);
@@ -156,7 +156,8 @@ class CpuPlanKernels final : public PlanKernels {
             by_expert.members,
             rows,
             group(rows, tokens),
-            at::arange(std::max(tokens + 1, rows.size(0)), expert_ids.options())};
+            at::arange(std::max(tokens + 1, rows.size(0)), expert_ids.options()),
+            weights.defined() ? weights.view(-1).index_select(0, by_expert.members) : weights};
   }
 
   ArrivalOrder order_arrivals(const torch::Tensor& segment_rows, const torch::Tensor& rows,

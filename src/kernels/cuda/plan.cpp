@@ -8,6 +8,7 @@
 #include "kernels/plan.h"
 #include "kernels/cuda/plan.h"
 #include "kernels/cuda/tensors.h"
+#include "support/block.h"
 
 namespace anabranch {
 namespace {
@@ -91,19 +92,30 @@ class CudaPlanKernels final : public PlanKernels {
     return plan;
   }
 
-  LocalPlan plan_local(const torch::Tensor& expert_ids, int64_t num_experts,
-                       const LateRefusal* refusal) const override {
+  LocalPlan plan_local(const torch::Tensor& expert_ids, const torch::Tensor& weights,
+                       int64_t num_experts, const LateRefusal* refusal) const override {
     const OnDevice stream(expert_ids);
     const int64_t tokens = expert_ids.size(0);
     const int64_t assignments = expert_ids.numel();
-    const auto index = expert_ids.options();
-    const Csr by_expert = group(expert_ids.flatten(), num_experts);
-    LocalPlan plan{at::empty({num_experts}, index),
-                   {by_expert.offsets, at::empty({num_experts}, index)},
-                   by_expert.members,
-                   at::empty({assignments}, index),
-                   {at::empty({tokens + 1}, index), at::empty({assignments}, index)},
-                   at::empty({std::max(tokens + 1, assignments)}, index)};
+    constexpr auto kIndex = torch::kInt64;
+    const int64_t most = std::max(tokens + 1, assignments);
+    const bool weighted = weights.defined();
+    const auto weight_type = weighted ? weights.scalar_type() : kIndex;
+    Block block;
+    block.room(num_experts + 1, kIndex).room(assignments, kIndex).room(num_experts, kIndex);
+    block.room(assignments, kIndex).room(tokens + 1, kIndex).room(assignments, kIndex);
+    block.room(most, kIndex).room(weighted ? assignments : 0, weight_type);
+    block.allocate(expert_ids.device());
+    const Csr by_expert{block.take({num_experts + 1}, kIndex), block.take({assignments}, kIndex)};
+    group_into(by_expert, expert_ids, num_experts, stream);
+    LocalPlan plan{
+        at::empty({num_experts}, expert_ids.options()),  // whoever asks for the load keeps it
+        {by_expert.offsets, block.take({num_experts}, kIndex)},
+        by_expert.members,
+        block.take({assignments}, kIndex),
+        {block.take({tokens + 1}, kIndex), block.take({assignments}, kIndex)},
+        block.take({most}, kIndex),
+        weighted ? block.take({assignments}, weight_type) : weights};
     const auto numbers = [](const torch::Tensor& tensor) {
       return tensor.defined() ? tensor.data_ptr<int64_t>() : nullptr;
     };
@@ -115,8 +127,9 @@ class CudaPlanKernels final : public PlanKernels {
          plan.expert_counts.data_ptr<int64_t>(), plan.counts.longest_first.data_ptr<int64_t>(),
          plan.assignment_rows.data_ptr<int64_t>(), plan.by_row.offsets.data_ptr<int64_t>(),
          plan.by_row.members.data_ptr<int64_t>(), plan.places.data_ptr<int64_t>(),
-         numbers(late.first_nonfinite_token), numbers(late.first_invalid_token),
-         numbers(late.told)},
+         numbers(late.first_nonfinite_token), numbers(late.first_invalid_token), numbers(late.told),
+         cuda::address_or_null(weights), weights.defined() ? plan.weights.data_ptr() : nullptr,
+         weights.defined() && weights.scalar_type() == torch::kFloat64},
         stream);
     return plan;
   }
@@ -143,14 +156,21 @@ class CudaPlanKernels final : public PlanKernels {
 
   Csr group(const torch::Tensor& group_of, int64_t groups) const override {
     const OnDevice stream(group_of);
-    const int64_t count = group_of.size(0);
-    Csr result{at::empty({groups + 1}, group_of.options()), at::empty_like(group_of)};
+    const Csr result{at::empty({groups + 1}, group_of.options()), at::empty_like(group_of)};
+    group_into(result, group_of, groups, stream);
+    return result;
+  }
+
+ private:
+  /// `group_of`: of any shape, contiguous.
+  static void group_into(const Csr& result, const torch::Tensor& group_of, int64_t groups,
+                         cudaStream_t stream) {
+    const int64_t count = group_of.numel();
     const torch::Tensor scratch =
         at::empty({cuda::group_scratch(count, groups)}, group_of.options());
     cuda::launch_group(group_of.const_data_ptr<int64_t>(), count, groups,
                        scratch.data_ptr<int64_t>(), result.offsets.data_ptr<int64_t>(),
                        result.members.data_ptr<int64_t>(), stream);
-    return result;
   }
 };
 

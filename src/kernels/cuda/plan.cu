@@ -331,6 +331,13 @@ __global__ void __launch_bounds__(kThreads) local_kernel(Local plan) {
     before += of_other < expert || (of_other == expert && other < assignment);
   }
   plan.assignment_rows[i] = token;
+  if (plan.weights != nullptr && plan.weights_are_double) {
+    static_cast<double*>(plan.ordered_weights)[i] =
+        static_cast<const double*>(plan.weights)[assignment];
+  } else if (plan.weights != nullptr) {
+    static_cast<float*>(plan.ordered_weights)[i] =
+        static_cast<const float*>(plan.weights)[assignment];
+  }
   plan.row_members[first + before] = i;
 }
 

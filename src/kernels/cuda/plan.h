@@ -72,6 +72,10 @@ struct Local {
   const int64_t* first_nonfinite;
   const int64_t* first_invalid;
   int64_t* told;
+  // Of the assignments as they lie, and in the plan's order; null where there are none.
+  const void* weights;
+  void* ordered_weights;
+  bool weights_are_double;
 };
 
 void launch_local(const Local& plan, cudaStream_t stream);

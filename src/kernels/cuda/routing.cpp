@@ -4,6 +4,7 @@
 #include "kernels/routing.h"
 #include "kernels/cuda/routing.h"
 #include "kernels/cuda/tensors.h"
+#include "support/block.h"
 #include "support/cuda_check.h"
 
 namespace anabranch {
@@ -25,9 +26,13 @@ cuda::Losses addresses_of(const BatchLosses& losses) {
 }
 
 BatchLosses empty_losses(int64_t experts, const torch::TensorOptions& options, torch::Dtype dtype) {
-  const auto slopes = options.dtype(torch::kFloat64);
+  Block slopes;
+  slopes.room(experts, torch::kFloat64).room(1, torch::kFloat64);
+  slopes.allocate(options.device());
+  // What an operator returns has memory of its own.
   return {at::empty({experts}, options.dtype(torch::kInt64)), at::empty({}, options.dtype(dtype)),
-          at::empty({}, options.dtype(dtype)), at::empty({experts}, slopes), at::empty({}, slopes)};
+          at::empty({}, options.dtype(dtype)), slopes.take({experts}, torch::kFloat64),
+          slopes.take({}, torch::kFloat64)};
 }
 
 class CudaRoutingKernels final : public RoutingKernels {
@@ -37,14 +42,23 @@ class CudaRoutingKernels final : public RoutingKernels {
     const OnDevice stream(logits);
     const int64_t tokens = logits.size(0);
     const int64_t experts = logits.size(-1);
-    const auto index = logits.options().dtype(torch::kInt64);
-    const auto found = at::empty({experts + 1}, index);  // counts, and the token that has none
-    RouteResult result{at::empty({tokens, rule.top_k}, index),
-                       at::empty({tokens, rule.top_k}, logits.options()),
-                       at::empty({tokens, experts}, logits.options()),
-                       at::empty({tokens}, logits.options()),
-                       found.narrow(0, 0, experts),
-                       found.select(0, experts)};
+    const auto dtype = logits.scalar_type();
+    const int64_t chosen = tokens * rule.top_k;
+    // Sigmoids' backward reads the logits: their probabilities are not kept as long as the rest.
+    const bool kept = rule.router_score == RouterScore::kSoftmax;
+    Block block;
+    block.room(experts + 1, torch::kInt64).room(chosen, torch::kInt64);
+    block.room(chosen, dtype).room(kept ? tokens * experts : 0, dtype).room(tokens, dtype);
+    block.allocate(logits.device());
+    // Counts, and behind them the token that has none.
+    const auto found = block.take({experts + 1}, torch::kInt64);
+    RouteResult result{block.take({tokens, rule.top_k}, torch::kInt64),
+                       block.take({tokens, rule.top_k}, dtype),
+                       kept ? block.take({tokens, experts}, dtype)
+                            : at::empty({tokens, experts}, logits.options()),
+                       block.take({tokens}, dtype),
+                       part_of(found, 0, torch::kInt64, {experts}, {1}),
+                       part_of(found, 8 * experts, torch::kInt64, {}, {})};
     check_cuda(cudaMemsetAsync(found.data_ptr(), 0xFF, found.nbytes(), stream), "cudaMemsetAsync");
     if (tokens == 0) {
       result.counts.zero_();
@@ -74,9 +88,13 @@ class CudaRoutingKernels final : public RoutingKernels {
     const OnDevice stream(probabilities);
     const int64_t tokens = probabilities.size(0);
     const int64_t experts = probabilities.size(1);
-    const auto options = probabilities.options();
-    RoutingSums result{at::empty({experts}, options), at::empty({}, options)};
-    const auto scratch = at::empty({cuda::routing_sums_scratch(tokens, experts)}, options);
+    const auto dtype = probabilities.scalar_type();
+    const int64_t for_parts = cuda::routing_sums_scratch(tokens, experts);
+    Block block;
+    block.room(experts, dtype).room(1, dtype).room(for_parts, dtype);
+    block.allocate(probabilities.device());
+    RoutingSums result{block.take({experts}, dtype), block.take({}, dtype)};
+    const auto scratch = block.take({for_parts}, dtype);
     const cuda::RoutingSums sums{probabilities.const_data_ptr(), logsumexp.const_data_ptr(),
                                  scratch.data_ptr(), result.probabilities.data_ptr(),
                                  result.squared_logsumexp.data_ptr()};
