@@ -1,7 +1,9 @@
+#include <ATen/ops/ones_like.h>
 #include <anabranch/communicator.h>
 #include <anabranch/moe_layer.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
+#include <torch/nn/functional/linear.h>
 
 #include <algorithm>
 #include <optional>
@@ -11,6 +13,7 @@
 #include "exchange/late_refusals.h"
 #include "exchange/moving.h"
 #include "experts/feed_forward.h"
+#include "experts/latent.h"
 #include "experts/permute.h"
 #include "experts/shared_expert.h"
 #include "moe_options.h"
@@ -179,6 +182,28 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
   }
 };
 
+/// The sequences that lie along the last dimension before h, or all tokens as one.
+int64_t sequences_of(const torch::Tensor& x, int64_t tokens) {
+  const int64_t length = x.dim() >= 3 ? x.size(-2) : tokens;
+  return length > 0 ? std::max<int64_t>(tokens / length, 1) : 1;
+}
+
+MoEOutput output_of(const torch::Tensor& output, const Routing& routing,
+                    const AuxiliaryLosses& losses, const torch::Tensor& own_expert_load,
+                    const MoEOptions& options) {
+  return {output,
+          losses.balance_loss,
+          losses.z_loss,
+          losses.importance_loss,
+          losses.load_loss,
+          losses.expert_load,
+          own_expert_load,
+          losses.sequence_balance_loss,
+          weighted_sum(losses, options),
+          routing.expert_ids,
+          routing.weights};
+}
+
 /// All experts of a layer on this rank, with the rows of a step.
 std::vector<Trial> trials_of(const MoEParameters& parameters, const ExchangePlan& plan,
                              int64_t tokens) {
@@ -208,20 +233,39 @@ MoEFunction MoEFunction::with(torch::Dtype dtype, torch::Device device) const {
   return {options, exchange_};
 }
 
+Routing MoEFunction::routing_of(const RouterParameters& parameters, const torch::Tensor& x,
+                                bool training, RoutingConditions conditions) const {
+  const auto tokens = layer_tokens(x, options_);
+  conditions.sequences =
+      options_.sequence_balance_coefficient > 0 ? sequences_of(x, tokens.size(0)) : 0;
+  return route_tokens(tokens, parameters, options_, training, conditions);
+}
+
 MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Tensor& x,
-                               bool training) const {
-  return forward(parameters, x,
-                 route_tokens(layer_tokens(x, options_), parameters.router, options_, training));
+                               bool training, const RoutingConditions& conditions) const {
+  return forward(parameters, x, routing_of(parameters.router, x, training, conditions));
+}
+
+MoEOutput MoEFunction::route(const RouterParameters& parameters, const torch::Tensor& x,
+                             bool training, const RoutingConditions& conditions) const {
+  const Routing routing = routing_of(parameters, x, training, conditions);
+  const Stage named("anabranch.losses");
+  return output_of({}, routing,
+                   auxiliary_losses(routing, routing.counts, options_, exchange_.communicator()),
+                   routing.counts, options_);
 }
 
 MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Tensor& x,
                                const Routing& routing) const {
   const auto tokens = layer_tokens(x, options_);
   check_layer_routing(routing, tokens.size(0), options_);
-  const FeedForward expert{engine_, options_.activation, options_.glu};
+  const FeedForward expert{
+      engine_, {options_.activation, options_.glu, options_.activation_limit, options_.glu_offset}};
   Communicator& communicator = exchange_.communicator();
   const bool shared = parameters.shared_expert.up.weight.defined();
-  auto plan = exchange_.begin_plan(routing, tokens, options_.errors);
+  const bool latent = parameters.latent_down.defined();
+  const auto rows = latent ? torch::linear(tokens, parameters.latent_down) : tokens;
+  auto plan = exchange_.begin_plan(routing, rows, options_.errors);
   if (communicator.size() > 1 && !engine_->is_settled()) {
     settle_engine(expert, trials_of(parameters, plan.get(), tokens.size(0)), options_.recompute,
                   communicator);
@@ -237,7 +281,7 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
     compute_ahead();
   }
   const auto losses = stage("anabranch.losses", [&] {
-    return auxiliary_losses(routing, plan.source_counts(), options_.gate, communicator);
+    return auxiliary_losses(routing, plan.source_counts(), options_, communicator);
   });
   const auto step = c10::make_intrusive<Step>(exchange_,
                                               in_chunks(plan.get(), std::max<int64_t>(degree, 1),
@@ -245,12 +289,15 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
                                               expert, parameters.main_grad, options_.recompute,
                                               degree > 0 ? Travel::kBeside : Travel::kInTurn);
   if (degree > 0 && shared && !ahead) {
-    step->start_dispatch(tokens, routing.weights);
+    step->start_dispatch(rows, routing.weights);
     compute_ahead();  // while rows travel
   }
   const auto& [up, down] = parameters.experts;
-  auto y = ThroughExperts::apply(tokens, routing.weights, up.weight, down.weight, given(up.bias),
+  auto y = ThroughExperts::apply(rows, routing.weights, up.weight, down.weight, given(up.bias),
                                  given(down.bias), step);
+  if (latent) {
+    y = torch::linear(y, parameters.latent_up);
+  }
   if (shared) {
     const Stage named("anabranch.shared_expert");
     y = y +
@@ -258,13 +305,39 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
                                     parameters.shared_expert_main_grad, expert, std::move(ahead)),
               tokens, parameters.shared_expert_gate);
   }
-  return {x.dim() == 2 ? y : y.view(x.sizes()),
-          losses.balance_loss,
-          losses.z_loss,
-          losses.importance_loss,
-          losses.load_loss,
-          losses.expert_load,
-          plan.source_counts()};
+  return output_of(x.dim() == 2 ? y : y.view(x.sizes()), routing, losses, plan.source_counts(),
+                   options_);
+}
+
+namespace {
+
+/// y → y; loss → its gradient, `scale` or 1, where y's passes.
+struct AttachedLoss : torch::autograd::Function<AttachedLoss> {
+  static torch::Tensor forward(AutogradContext* context, const torch::Tensor& output,
+                               const torch::Tensor& loss,
+                               const std::optional<torch::Tensor>& scale) {
+    context->save_for_backward({scale.value_or(at::ones_like(loss))});
+    return output.view_as(output);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    return {gradients[0], context->get_saved_variables()[0], {}};
+  }
+};
+
+}  // namespace
+
+torch::Tensor attach_loss(const torch::Tensor& output, const torch::Tensor& loss,
+                          const torch::Tensor& scale) {
+  check_input(output.defined() && loss.defined() && loss.dim() == 0,
+              "attach_loss: expected an output and a loss []");
+  std::optional<torch::Tensor> of_loss;
+  if (scale.defined()) {
+    check_input(scale.numel() == 1, "attach_loss: the scale is ", scale.sizes(),
+                ", expected one number");
+    of_loss = scale.detach().to(loss.device(), loss.scalar_type()).reshape({});
+  }
+  return AttachedLoss::apply(output, loss, of_loss);
 }
 
 MoELayerImpl::MoELayerImpl(const MoEOptions& options, std::shared_ptr<Communicator> communicator)
@@ -281,6 +354,11 @@ MoELayerImpl::MoELayerImpl(const MoEOptions& options, std::shared_ptr<Communicat
     shared_expert_gate_ =
         register_parameter("shared_expert_gate", make_shared_expert_gate(options));
   }
+  if (options.latent_size > 0) {
+    const auto [down, up] = make_latent_projections(options);
+    latent_down_ = register_parameter("latent_down", down);
+    latent_up_ = register_parameter("latent_up", up);
+  }
 }
 
 MoEParameters MoELayerImpl::parameters_of_modules() const {
@@ -290,7 +368,9 @@ MoEParameters MoELayerImpl::parameters_of_modules() const {
           experts_->main_grad,
           shared ? shared_expert_->projections() : ExpertProjections(),
           shared ? shared_expert_->main_grad : WeightSums(),
-          shared_expert_gate_};
+          shared_expert_gate_,
+          latent_down_,
+          latent_up_};
 }
 
 void MoELayerImpl::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
@@ -311,8 +391,12 @@ void MoELayerImpl::to(torch::Device device, bool non_blocking) {
   function_ = std::move(moved);
 }
 
-MoEOutput MoELayerImpl::forward(const torch::Tensor& x) {
-  return function_.forward(parameters_of_modules(), x, is_training());
+MoEOutput MoELayerImpl::forward(const torch::Tensor& x, const RoutingConditions& conditions) {
+  auto out = function_.forward(parameters_of_modules(), x, is_training(), conditions);
+  if (options().attach_losses && is_training()) {
+    out.output = attach_loss(out.output, out.auxiliary_loss, attached_loss_scale_);
+  }
+  return out;
 }
 
 MoEOutput MoELayerImpl::forward(const torch::Tensor& x, const Routing& routing) {

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <charconv>
+#include <cmath>
 #include <concepts>
 
 #include "communicator/agreement.h"
@@ -34,6 +35,29 @@ void check_router_learns(const MoEOptions& options) {
       "gradient, expected renormalize = false (as in Switch Transformer) or top_k of 2 or more");
 }
 
+void check_activation(const MoEOptions& options) {
+  check_input(std::isfinite(options.activation_limit) && options.activation_limit >= 0,
+              "MoEOptions: activation_limit = ", options.activation_limit,
+              ", expected 0 (none) or a number above it");
+  check_input(std::isfinite(options.glu_offset), "MoEOptions: glu_offset = ", options.glu_offset,
+              ", expected a number");
+  check_input(options.glu || options.glu_offset == 0,
+              "MoEOptions: glu_offset = ", options.glu_offset, " without glu");
+}
+
+void check_losses(const MoEOptions& options) {
+  for (const auto& [name, value] :
+       {std::pair{"balance_coefficient", options.balance_coefficient},
+        std::pair{"sequence_balance_coefficient", options.sequence_balance_coefficient},
+        std::pair{"z_coefficient", options.z_coefficient}}) {
+    check_input(std::isfinite(value) && value >= 0, "MoEOptions: ", name, " = ", value,
+                ", expected 0 (not wanted) or a number above it");
+  }
+  check_input(!options.attach_losses || options.balance_coefficient > 0 ||
+                  options.sequence_balance_coefficient > 0 || options.z_coefficient > 0,
+              "MoEOptions: attach_losses without a loss's coefficient");
+}
+
 /// Gates of their own rules go with no others.
 void check_gate(const MoEOptions& options) {
   if (options.gate == Gate::kTopK) {
@@ -41,9 +65,9 @@ void check_gate(const MoEOptions& options) {
   }
   const char* name = options.gate == Gate::kGShard ? "kGShard" : "kNoisyTopK";
   check_input(options.router_score == RouterScore::kSoftmax && options.expert_groups == 1 &&
-                  !options.expert_bias,
+                  !options.expert_bias && options.forced_routing == ForcedRouting::kNone,
               "MoEOptions: gate ", name,
-              " takes softmax scores, one group of experts and no expert_bias");
+              " takes softmax scores, one group of experts, no expert_bias and no forced_routing");
   check_input(options.gate != Gate::kGShard || (options.top_k == 2 && options.renormalize),
               "MoEOptions: gate kGShard with top_k = ", options.top_k,
               options.renormalize ? "" : " and without renormalize",
@@ -59,6 +83,10 @@ const MoEOptions& checked(const MoEOptions& options) {
   check_rule(routing_rule(options), options.num_experts, "MoEOptions");
   check_gate(options);
   check_router_learns(options);
+  check_activation(options);
+  check_losses(options);
+  check_input(options.latent_size >= 0, "MoEOptions: latent_size = ", options.latent_size,
+              ", expected 0 (none) or more");
   check_input(options.shared_expert_hidden_size >= 0,
               "MoEOptions: shared_expert_hidden_size = ", options.shared_expert_hidden_size,
               ", expected 0 (none) or more");

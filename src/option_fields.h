@@ -28,9 +28,12 @@ inline constexpr std::tuple kOptionFields = {
     OptionField{"top_k", &MoEOptions::top_k},
     OptionField{"activation", &MoEOptions::activation},
     OptionField{"glu", &MoEOptions::glu},
+    OptionField{"activation_limit", &MoEOptions::activation_limit},
+    OptionField{"glu_offset", &MoEOptions::glu_offset},
     OptionField{"bias", &MoEOptions::bias},
     OptionField{"shared_expert_hidden_size", &MoEOptions::shared_expert_hidden_size},
     OptionField{"shared_expert_gate", &MoEOptions::shared_expert_gate},
+    OptionField{"latent_size", &MoEOptions::latent_size},
     OptionField{"gate", &MoEOptions::gate},
     OptionField{"router_score", &MoEOptions::router_score},
     OptionField{"renormalize", &MoEOptions::renormalize},
@@ -39,7 +42,13 @@ inline constexpr std::tuple kOptionFields = {
     OptionField{"expert_groups", &MoEOptions::expert_groups},
     OptionField{"top_groups", &MoEOptions::top_groups},
     OptionField{"group_score", &MoEOptions::group_score},
+    OptionField{"forced_routing", &MoEOptions::forced_routing},
+    OptionField{"router_fp64", &MoEOptions::router_fp64},
     OptionField{"jitter", &MoEOptions::jitter},
+    OptionField{"balance_coefficient", &MoEOptions::balance_coefficient},
+    OptionField{"sequence_balance_coefficient", &MoEOptions::sequence_balance_coefficient},
+    OptionField{"z_coefficient", &MoEOptions::z_coefficient},
+    OptionField{"attach_losses", &MoEOptions::attach_losses},
     OptionField{"recompute", &MoEOptions::recompute},
     OptionField{"engine", &MoEOptions::engine},
     OptionField{"errors", &MoEOptions::errors},
@@ -64,7 +73,9 @@ constexpr auto names_of(Activation) {
   return std::array{EnumNames<Activation>{"gelu_tanh", Activation::kGeluTanh},
                     EnumNames<Activation>{"gelu", Activation::kGelu},
                     EnumNames<Activation>{"relu", Activation::kRelu},
-                    EnumNames<Activation>{"silu", Activation::kSilu}};
+                    EnumNames<Activation>{"silu", Activation::kSilu},
+                    EnumNames<Activation>{"relu_squared", Activation::kReluSquared},
+                    EnumNames<Activation>{"quick_gelu", Activation::kQuickGelu}};
 }
 constexpr auto names_of(Gate) {
   return std::array{EnumNames<Gate>{"top_k", Gate::kTopK},
@@ -73,11 +84,19 @@ constexpr auto names_of(Gate) {
 }
 constexpr auto names_of(RouterScore) {
   return std::array{EnumNames<RouterScore>{"softmax", RouterScore::kSoftmax},
-                    EnumNames<RouterScore>{"sigmoid", RouterScore::kSigmoid}};
+                    EnumNames<RouterScore>{"sigmoid", RouterScore::kSigmoid},
+                    EnumNames<RouterScore>{"sqrt_softplus", RouterScore::kSqrtSoftplus}};
 }
 constexpr auto names_of(GroupScore) {
   return std::array{EnumNames<GroupScore>{"top_two_sum", GroupScore::kTopTwoSum},
-                    EnumNames<GroupScore>{"maximum", GroupScore::kMaximum}};
+                    EnumNames<GroupScore>{"maximum", GroupScore::kMaximum},
+                    EnumNames<GroupScore>{"top_share_sum", GroupScore::kTopShareSum},
+                    EnumNames<GroupScore>{"top_share_logit_sum", GroupScore::kTopShareLogitSum}};
+}
+constexpr auto names_of(ForcedRouting) {
+  return std::array{EnumNames<ForcedRouting>{"none", ForcedRouting::kNone},
+                    EnumNames<ForcedRouting>{"balanced", ForcedRouting::kBalanced},
+                    EnumNames<ForcedRouting>{"random", ForcedRouting::kRandom}};
 }
 
 constexpr auto names_of(Errors) {

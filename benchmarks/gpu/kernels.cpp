@@ -2,10 +2,12 @@
 // Bytes are those that cannot be avoided: each input read once, each output written once.
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/rand.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/randperm.h>
 #include <ATen/ops/sort.h>
+#include <anabranch/router.h>
 
 #include <cstdio>
 
@@ -163,6 +165,60 @@ void measure_routing(Bench& bench, int64_t tokens, int64_t experts, int64_t top_
   });
 }
 
+/// Every other rule and condition, forward and backward.
+void measure_rules(Bench& bench, int64_t tokens, int64_t experts, int64_t top_k) {
+  const RoutingKernels& routing_kernels = RoutingKernels::cuda();
+  std::vector<at::Tensor> logits;
+  for (int i = 0; i < kSets; ++i) {
+    logits.push_back(at::randn({tokens, experts}, kFloat));
+  }
+  const double bytes = 4.0 * static_cast<double>(tokens * experts);
+  const auto dweights = at::randn({tokens, top_k}, kFloat);
+  const auto dsum = at::randn({experts}, kFloat);
+  const auto dsquared = at::randn({}, kFloat);
+  const auto measure = [&](const std::string& name, const RoutingRule& rule,
+                           const RoutingConditions& conditions, const at::Tensor& dsums) {
+    bench.run("route " + name, tokens, experts, 2 * bytes,
+              [&](int set) { routing_kernels.route(logits[set], rule, conditions); });
+    auto routed = routing_kernels.route(logits[0], rule, conditions);
+    if (rule.router_score != RouterScore::kSoftmax) {
+      routed.probabilities = logits[0];
+    }
+    bench.run("route_backward " + name, tokens, experts, 2 * bytes, [&](int) {
+      routing_kernels.route_backward(routed, rule, dweights, dsums, dsquared);
+    });
+  };
+  RoutingRule plain;
+  plain.top_k = top_k;
+  RoutingRule sigmoid = plain;
+  sigmoid.router_score = RouterScore::kSigmoid;
+  measure("sigmoid", sigmoid, {}, dsum);
+  RoutingRule softplus = plain;
+  softplus.router_score = RouterScore::kSqrtSoftplus;
+  measure("sqrt_softplus", softplus, {}, dsum);
+  RoutingRule groups = sigmoid;
+  groups.expert_groups = 8;
+  groups.top_groups = 4;
+  groups.group_score = GroupScore::kTopShareSum;
+  RoutingConditions biased;
+  biased.expert_bias = 0.1 * at::randn({experts}, kFloat);
+  measure("sigmoid, biased, 4 of 8 groups", groups, biased, dsum);
+  RoutingConditions padded;
+  padded.padding_mask = at::rand({tokens}, kFloat) < 0.1;
+  measure("with padding", plain, padded, dsum);
+  RoutingConditions chosen;
+  chosen.expert_ids = routing_kernels.route(logits[0], plain, {}).expert_ids;
+  measure("of given experts", plain, chosen, dsum);
+  constexpr int64_t kSequences = 8;
+  RoutingConditions sequences;
+  sequences.sequences = kSequences;
+  measure("backward of sequences", plain, {}, at::randn({kSequences, experts}, kFloat));
+  bench.run("route, whole, with sequences", tokens, experts, 2 * bytes,
+            [&](int set) { route(logits[set], plain, sequences); });
+  bench.run("route, whole", tokens, experts, 2 * bytes,
+            [&](int set) { route(logits[set], plain, RoutingConditions()); });
+}
+
 void run(const Arguments& arguments) {
   Bench bench;
   constexpr int64_t kRows = 65536;
@@ -180,6 +236,7 @@ void run(const Arguments& arguments) {
   }
   measure_routing(bench, 32768, 128, 8);
   measure_routing(bench, 65536, 8, 2);
+  measure_rules(bench, 32768, 128, 8);
   write_gpu_results(arguments, bench.results);
 }
 

@@ -15,6 +15,14 @@ namespace anabranch {
 struct HiddenActivation {
   Activation activation = Activation::kGeluTanh;
   bool glu = false;
+  double limit = 0;   ///< see MoEOptions::activation_limit
+  double offset = 0;  ///< see MoEOptions::glu_offset
+
+  /// Whether it is the activation alone, and one that engines compute beside their products.
+  bool is_plain() const {
+    return limit == 0 && offset == 0 && activation != Activation::kReluSquared &&
+           activation != Activation::kQuickGelu;
+  }
 };
 
 /// One way to multiply each expert's own rows by its own weight.

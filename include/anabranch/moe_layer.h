@@ -27,6 +27,14 @@ struct MoEOutput {
   torch::Tensor expert_load;
   /// [E] int64: those of this rank's tokens, before the exchange.
   torch::Tensor own_expert_load;
+  /// [] mean over the group's sequences of E · Σ_e f_e · P_e, as balance_loss but of each alone; one that is
+  /// padding throughout is none. Undefined without `sequence_balance_coefficient`.
+  torch::Tensor sequence_balance_loss;
+  /// [] Σ of the losses that have a coefficient, times it; undefined where none has.
+  torch::Tensor auxiliary_loss;
+  /// Where this rank's tokens went: [T, top_k] int64, −1 for none, and the weights, differentiable.
+  torch::Tensor expert_ids;
+  torch::Tensor expert_weights;
 };
 
 /// What a layer computes with: undefined where its options have none.
@@ -37,6 +45,8 @@ struct MoEParameters {
   ExpertProjections shared_expert;  ///< of one expert
   WeightSums shared_expert_main_grad;
   torch::Tensor shared_expert_gate;  ///< [1, h] of the layer's type
+  torch::Tensor latent_down;         ///< [latent_size, h] of the layer's type
+  torch::Tensor latent_up;           ///< [h, latent_size]
 };
 
 /// A layer whose parameters lie elsewhere: MoELayer, and the operators of other languages, are made
@@ -48,11 +58,16 @@ class MoEFunction {
   MoEFunction(const MoEOptions& options, std::shared_ptr<Communicator> communicator);
 
   /// `x`: [..., h] of the layer's type and device. `training`: with the router's jitter, noise and
-  /// chance.
-  MoEOutput forward(const MoEParameters& parameters, const torch::Tensor& x, bool training) const;
+  /// chance. Of `conditions` the choice and the padding are taken, for the tokens in row-major order.
+  MoEOutput forward(const MoEParameters& parameters, const torch::Tensor& x, bool training,
+                    const RoutingConditions& conditions = {}) const;
   /// With routing from outside.
   MoEOutput forward(const MoEParameters& parameters, const torch::Tensor& x,
                     const Routing& routing) const;
+  /// What forward finds out before experts come into it: no output. For experts of one's own, to which rows
+  /// then go by Exchange.
+  MoEOutput route(const RouterParameters& parameters, const torch::Tensor& x, bool training,
+                  const RoutingConditions& conditions = {}) const;
 
   /// The same for rows of that type on that device.
   MoEFunction with(torch::Dtype dtype, torch::Device device) const;
@@ -62,11 +77,17 @@ class MoEFunction {
 
  private:
   MoEFunction(const MoEOptions& options, const Exchange& exchange);
+  Routing routing_of(const RouterParameters& parameters, const torch::Tensor& x, bool training,
+                     RoutingConditions conditions) const;
 
   MoEOptions options_;
   Exchange exchange_;
   std::shared_ptr<GroupedGemmEngine> engine_;
 };
+
+/// `output` as it is; where its gradient passes, `loss` [] gets the gradient `scale` ([]; undefined: 1).
+torch::Tensor attach_loss(const torch::Tensor& output, const torch::Tensor& loss,
+                          const torch::Tensor& scale = {});
 
 /// Fullest expert's assignments over the mean: 1 is perfect balance.
 double imbalance(const torch::Tensor& expert_load);
@@ -83,7 +104,7 @@ class MoELayerImpl : public torch::nn::Module {
                         std::shared_ptr<Communicator> communicator = nullptr);
 
   /// `x`: [..., h] of the layer's type and device; leading sizes may differ between ranks and be 0.
-  MoEOutput forward(const torch::Tensor& x);
+  MoEOutput forward(const torch::Tensor& x, const RoutingConditions& conditions = {});
   /// The same with routing from outside, for the tokens of `x` in row-major order.
   MoEOutput forward(const torch::Tensor& x, const Routing& routing);
 
@@ -100,6 +121,10 @@ class MoELayerImpl : public torch::nn::Module {
     router_->update_expert_bias(expert_load, rate);
   }
 
+  /// [] what the losses that `attach_losses` attaches are multiplied by: a loss scaler's number, over the
+  /// number of micro-batches. Undefined: 1.
+  void set_attached_loss_scale(const torch::Tensor& scale) { attached_loss_scale_ = scale; }
+
   const MoEOptions& options() const { return function_.options(); }
   const Exchange& exchange() const { return function_.exchange(); }
   /// Those of this rank.
@@ -115,6 +140,9 @@ class MoELayerImpl : public torch::nn::Module {
   Experts experts_{nullptr};
   Experts shared_expert_{nullptr};
   torch::Tensor shared_expert_gate_;  ///< [1, h], undefined without the option
+  torch::Tensor latent_down_;         ///< [latent_size, h], undefined without the option
+  torch::Tensor latent_up_;           ///< [h, latent_size]
+  torch::Tensor attached_loss_scale_;
 };
 TORCH_MODULE(MoELayer);
 

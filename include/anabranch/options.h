@@ -7,7 +7,14 @@
 
 namespace anabranch {
 
-enum class Activation { kGeluTanh, kGelu, kRelu, kSilu };
+enum class Activation {
+  kGeluTanh,
+  kGelu,
+  kRelu,
+  kSilu,
+  kReluSquared,  ///< max(x, 0)² (arXiv:2109.08668; Nemotron)
+  kQuickGelu,    ///< x · sigmoid(1.702 x) (arXiv:1606.08415; gpt-oss)
+};
 
 /// How a router chooses among the experts.
 enum class Gate {
@@ -20,13 +27,28 @@ enum class Gate {
   kGShard,
 };
 
-/// What makes a logit a score between 0 and 1.
-enum class RouterScore { kSoftmax, kSigmoid };
+/// What makes a logit a score.
+enum class RouterScore {
+  kSoftmax,
+  kSigmoid,
+  kSqrtSoftplus,  ///< √log(1 + e^x) (DeepSeek-V4; Megatron-Core's sqrtsoftplus)
+};
 
 /// The score of a group of experts, from the scores of its experts.
 enum class GroupScore {
   kTopTwoSum,  ///< the sum of the two best (DeepSeek-V3, arXiv:2412.19437)
   kMaximum,    ///< the best (DeepSeek-V2, arXiv:2405.04434)
+  /// The sum of its best top_k / top_groups, rounded down (Megatron-Core).
+  kTopShareSum,
+  /// The same of their logits, for the softmax after top-k (Megatron-Core without pre-softmax).
+  kTopShareLogitSum,
+};
+
+/// Choices that no router makes, for benchmarks: the weights are still its scores.
+enum class ForcedRouting {
+  kNone,
+  kBalanced,  ///< one expert after another: loads differ by one assignment a rank at most
+  kRandom,    ///< each token's experts are drawn, all alike probable, in training and evaluation
 };
 
 /// When a step says that its routing was refused: NaN or Inf in a gate, expert ids out of range or twice.
@@ -46,11 +68,17 @@ struct MoEOptions {
   int64_t top_k = 2;               ///< experts a token goes to, 1 ≤ top_k ≤ E
 
   Activation activation = Activation::kGeluTanh;
-  bool glu = false;   ///< activation(gate) · up instead of activation(up)
-  bool bias = false;  ///< biases in both projections of every expert
+  bool glu = false;  ///< activation(gate) · up instead of activation(up)
+  /// What is activated is at most this, and the up part within ±this (gpt-oss: 7; DeepSeek-V4: 10); 0: no limit.
+  double activation_limit = 0.0;
+  double glu_offset = 0.0;  ///< added to the up part: activation(gate) · (up + offset) (gpt-oss: 1)
+  bool bias = false;        ///< biases in both projections of every expert
   /// Inner width of an expert that sees every token, of the same kind as the others; 0: none.
   int64_t shared_expert_hidden_size = 0;
   bool shared_expert_gate = false;  ///< its output times sigmoid(x · w), w [1, h] (Qwen2-MoE)
+  /// Tokens go to the experts as rows of this width, projected down before the exchange and up after it; 0:
+  /// as they are. Router and shared expert see them whole (LatentMoE, arXiv:2601.18089; Nemotron 3).
+  int64_t latent_size = 0;
 
   Gate gate = Gate::kTopK;
   RouterScore router_score = RouterScore::kSoftmax;
@@ -67,8 +95,20 @@ struct MoEOptions {
   int64_t expert_groups = 1;
   int64_t top_groups = 1;
   GroupScore group_score = GroupScore::kTopTwoSum;
+  ForcedRouting forced_routing = ForcedRouting::kNone;
+  /// Logits, scores and weights are computed in fp64; the router's parameters stay what they are.
+  bool router_fp64 = false;
   /// Training only: gate input multiplied by uniform noise in [1 − jitter, 1 + jitter].
   double jitter = 0.0;
+
+  /// Coefficients of the losses that make up `MoEOutput::auxiliary_loss`; 0: not part of it.
+  double balance_coefficient = 0.0;
+  /// A sequence is the tokens along the last dimension before h (DeepSeek-V3, arXiv:2412.19437, eq. 17–20).
+  double sequence_balance_coefficient = 0.0;
+  double z_coefficient = 0.0;
+  /// The gradient of the auxiliary loss is added where that of the output passes, so that a model that
+  /// does not hand the loss on still trains balanced; `MoELayerImpl::set_attached_loss_scale`.
+  bool attach_losses = false;
 
   /// Keep only the received rows for backward and compute the up-projection again there.
   bool recompute = false;

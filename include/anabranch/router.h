@@ -20,8 +20,9 @@ class RouterImpl : public torch::nn::Module {
  public:
   explicit RouterImpl(const MoEOptions& options);
 
-  /// `x`: [T, h] of any floating type; the gate computes in fp32 (fp64 for fp64 input).
-  Routing forward(const torch::Tensor& x);
+  /// `x`: [T, h] of any floating type; the gate computes in fp32 (fp64 for fp64 input). `conditions` but
+  /// for the bias, which is the router's own.
+  Routing forward(const torch::Tensor& x, const RoutingConditions& conditions = {});
 
   /// As of any module, but for the type: fp64 with fp64, fp32 with any other.
   void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
@@ -47,7 +48,8 @@ TORCH_MODULE(Router);
 
 /// What Router does, with parameters that lie elsewhere. `training`: with jitter, noise and chance.
 Routing route_tokens(const torch::Tensor& x, const RouterParameters& parameters,
-                     const MoEOptions& options, bool training);
+                     const MoEOptions& options, bool training,
+                     const RoutingConditions& conditions = {});
 
 /// What Router::update_expert_bias does, with a bias that lies elsewhere.
 void update_expert_bias(torch::Tensor& expert_bias, const torch::Tensor& expert_load, double rate);
@@ -59,6 +61,10 @@ void update_expert_bias(torch::Tensor& expert_bias, const torch::Tensor& expert_
 /// there an expert outside the chosen groups is never taken, however low the biased scores inside.
 Routing route(const torch::Tensor& logits, const RoutingRule& rule,
               const torch::Tensor& expert_bias = {});
+
+/// The same under any conditions.
+Routing route(const torch::Tensor& logits, const RoutingRule& rule,
+              const RoutingConditions& conditions);
 
 /// Softmax and the top_k of it.
 Routing route(const torch::Tensor& logits, int64_t top_k, bool renormalize);

@@ -5,6 +5,13 @@
 
 namespace anabranch {
 
+/// Sums over each of S sequences, without padding.
+struct SequenceSums {
+  torch::Tensor probability_sum;  ///< [S, E] as Routing's; differentiable
+  torch::Tensor counts;           ///< [S, E] assignments of each expert, of the sums' type
+  torch::Tensor tokens;           ///< [S] of the sums' type
+};
+
 /// Where this rank's T tokens go. Made by a Router, or handed in by the caller, who fills
 /// `expert_ids` and `weights` and leaves the rest undefined.
 struct Routing {
@@ -15,7 +22,10 @@ struct Routing {
   /// for it. A token may have none at all, and then gets zeros.
   bool may_skip = false;
 
-  /// Sums over this rank's tokens that the auxiliary losses are made of; differentiable.
+  /// [] int64: tokens that are no padding; undefined: all.
+  torch::Tensor num_tokens;
+
+  /// Sums over this rank's tokens, without padding, that the auxiliary losses are made of; differentiable.
   /// [E] Σ_t p[t, e], p the softmax of the token's logits, or its sigmoid scores over their sum.
   torch::Tensor probability_sum;
   torch::Tensor squared_logsumexp_sum;  ///< [] Σ_t logsumexp(logits[t])²
@@ -27,6 +37,24 @@ struct Routing {
   /// [] int64: first token whose logits hold NaN or Inf, or -1. Such a token is never routed: its
   /// weights are NaN, and the exchange refuses the step on every rank.
   torch::Tensor first_nonfinite_token;
+  SequenceSums sequences;  ///< where they were asked for
+};
+
+/// In RoutingConditions::expert_ids.
+constexpr int64_t kOwnChoice = -2;
+
+/// What the choice of experts takes besides logits; undefined where there is none.
+struct RoutingConditions {
+  /// [E] of the logits' type, added to the scores for the choice alone.
+  torch::Tensor expert_bias;
+  /// [T, top_k] int64: the choice itself, −1 for none; distinct within a token, which the exchange checks.
+  /// Weights and losses are then the router's own for it, with their gradients (routing replay). A token
+  /// whose first id is kOwnChoice is routed as if none were given.
+  torch::Tensor expert_ids;
+  /// [T] bool: true is padding: it goes nowhere and counts for nothing.
+  torch::Tensor padding_mask;
+  /// The tokens are so many sequences of equal length, of which Routing::sequences is wanted; 0: is not.
+  int64_t sequences = 0;
 };
 
 /// How logits become experts and weights: the members of MoEOptions with these names.

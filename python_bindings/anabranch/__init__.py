@@ -13,6 +13,7 @@ from ._loading import from_pretrained
 from .checkpoint import load_checkpoint, save_checkpoint
 from .discovery import RankInfo, discover_rank
 from .engines import grouped_gemm_engines
+from .expert_bias import set_expert_bias_rate
 from .gradient_reducer import GradientReducer
 from .gradients import (
     ParallelGroups,
@@ -25,10 +26,13 @@ from .gradients import (
 from .groups import Group, as_group, hierarchical
 from .huggingface import convert
 from .memory import MemoryPlan, plan_memory
+from .metrics import RouterMetrics, log_to_tensorboard, log_to_trainer, log_to_wandb
 from .moe import MoE, MoEOutput, check
 from .muon import Muon
 from .plots import plot_load
+from .replay import RoutingRecord, record_routing, replay_routing, trace_routing
 from .stats import LayerStats, imbalance
+from .upcycling import upcycle
 
 __all__ = [
     "GradientReducer",
@@ -40,6 +44,8 @@ __all__ = [
     "Muon",
     "ParallelGroups",
     "RankInfo",
+    "RouterMetrics",
+    "RoutingRecord",
     "__version__",
     "as_group",
     "check",
@@ -55,8 +61,16 @@ __all__ = [
     "ignore_expert_parameters",
     "imbalance",
     "load_checkpoint",
+    "log_to_tensorboard",
+    "log_to_trainer",
+    "log_to_wandb",
     "make_parallel_groups",
     "plan_memory",
     "plot_load",
+    "record_routing",
+    "replay_routing",
     "save_checkpoint",
+    "set_expert_bias_rate",
+    "trace_routing",
+    "upcycle",
 ]

@@ -24,29 +24,50 @@ def _on_one_device(**tensors: Tensor | None) -> None:
 
 
 @torch.library.register_fake("anabranch::moe")
-def _moe(x: Tensor, parameters: list[Tensor], expert_ids, weights, options, group, training, probe):
-    _on_one_device(x=x, parameters=parameters[-1], expert_ids=expert_ids, weights=weights)
+def _moe(x: Tensor, parameters: list[Tensor], expert_ids, weights, padding_mask, may_skip, options, group, training, probe):
+    _on_one_device(x=x, parameters=parameters[-1], expert_ids=expert_ids, weights=weights, padding_mask=padding_mask)
     refuse_active_ddp()
+    of_router = _gate_type(parameters[-1].dtype)
 
     def loss(exists: bool) -> Tensor:
-        return x.new_empty(() if exists else (0,), dtype=_gate_type(parameters[-1].dtype))
+        return x.new_empty(() if exists else (0,), dtype=of_router)
 
     routed = weights is None
-    noisy = routed and json.loads(options).get("gate") == "noisy_top_k"
+    given = json.loads(options)
+    noisy = routed and given.get("gate") == "noisy_top_k"
+    coefficients = {name: given.get(f"{name}_coefficient", 0) > 0 for name in ("balance", "sequence_balance", "z")}
+    chosen = (x.numel() // x.shape[-1], given["top_k"]) if routed else (0,)
     return (
         x.new_empty(x.shape),
         loss(routed),
         loss(routed),
         loss(noisy),
         loss(noisy),
+        loss(routed and coefficients["sequence_balance"]),
+        loss(routed and any(coefficients.values())),
         x.new_empty((parameters[0].shape[0],), dtype=torch.int64),
+        x.new_empty(chosen, dtype=torch.int64),
+        x.new_empty(chosen, dtype=of_router),
     )
 
 
 @torch.library.register_fake("anabranch::moe_forward")
-def _moe_forward(x, parameters, expert_ids, weights, options, group, training, probe, needs_gradient):
+def _moe_forward(x, parameters, *of_layer_and_needs_gradient):
     state = torch.empty((1,), dtype=torch.uint8, device="cpu")
-    return (*_moe(x, parameters, expert_ids, weights, options, group, training, probe), state)
+    return (*_moe(x, parameters, *of_layer_and_needs_gradient[:-1]), state)
+
+
+@torch.library.register_fake("anabranch::router_forward")
+def _router_forward(x, weight, noise_weight, expert_bias, expert_ids, padding_mask, options, group, training, needs_gradient):
+    nothing = x.new_empty((0, 0, 0))  # of the layer's type, in the place of experts
+    found = _moe(x, [weight, nothing], expert_ids, None, padding_mask, False, options, group, training, None)
+    _, *losses, load, ids, weights = found
+    return (weights, *losses, load, ids, torch.empty((1,), dtype=torch.uint8, device="cpu"))
+
+
+@torch.library.register_fake("anabranch::router_backward")
+def _router_backward(gradients, state, inputs):
+    return [each.new_empty(each.shape) for each in inputs]
 
 
 @torch.library.register_fake("anabranch::moe_backward")
@@ -73,7 +94,7 @@ def _route_backward(gradients, state, logits):
 
 
 @torch.library.register_fake("anabranch::plan")
-def _plan(expert_ids, weights, num_experts, group):
+def _plan(expert_ids, weights, num_experts, group, may_skip=False):
     """What reaches this rank is known when the ranks have told each other."""
     _on_one_device(expert_ids=expert_ids, weights=weights)
     rank, ranks, _ = torch.ops.anabranch.describe_group(group)

@@ -47,6 +47,7 @@ class Configuration:
         name = value if isinstance(value, str) else activation_name(value)
         names = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_tanh": "gelu_tanh", "relu": "relu"}
         names |= dict.fromkeys(["gelu_new", "gelu_pytorch_tanh"], "gelu_tanh")
+        names |= {"relu_squared": "relu_squared", "relu2": "relu_squared", "quick_gelu": "quick_gelu"}
         if name is None or name not in names:
             self.refuse(key, f"expected one of {', '.join(names)}")
         return names[name]

@@ -87,7 +87,7 @@ def _torchtitan(of: Configuration) -> dict[str, Any]:
         options |= {"expert_groups": groups, "top_groups": of.get("num_limited_groups"), "group_score": "top_two_sum"}
     of.only("score_before_experts", False, why="the routing weights are applied to the experts' results")
     of.only("gate_bias", False, why="the router has no bias")
-    of.only("_debug_force_load_balance", False, why="the router's choices are not forced")
+    options["forced_routing"] = "balanced" if of.get("_debug_force_load_balance", default=False) else "none"
     of.elsewhere("router", "routed_experts", "shared_experts", "load_balance_coeff", "use_grouped_mm", "num_limited_groups")
     of.check_known("expert", "score", "route", "gate")
     return options

@@ -76,12 +76,12 @@ def route(logits: Tensor, top_k: int, renormalize: bool = True) -> RouteResult:
     return RouteResult(expert_ids, weights, counts, probability_sum, squared_logsumexp_sum)
 
 
-def plan(expert_ids: Tensor, weights: Tensor, num_experts: int, group: object = None) -> Plan:
+def plan(expert_ids: Tensor, weights: Tensor, num_experts: int, group: object = None, may_skip: bool = False) -> Plan:
     """Plans the exchange of this rank's T tokens for `expert_ids` [T, top_k] int64, distinct within a token, and
-    `weights` [T, top_k] fp32 or fp64. The host waits for the counts here. Collective; a routing that is not
-    valid on any rank is an error on all."""
+    `weights` [T, top_k] fp32 or fp64. `may_skip`, the same on all ranks: an id of −1 is no assignment. The host waits
+    for the counts here. Collective; a routing that is not valid on any rank is an error on all."""
     name = group if isinstance(group, str) else _name_of(group, expert_ids.device)
-    tensors = torch.ops.anabranch.plan(expert_ids, weights.detach(), num_experts, name)
+    tensors = torch.ops.anabranch.plan(expert_ids, weights.detach(), num_experts, name, may_skip)
     return Plan(PlanTensors(*tensors), expert_ids.shape[1], num_experts, name)
 
 

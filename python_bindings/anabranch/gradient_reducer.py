@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .expert_bias import update_biases
 from .gradients import BUCKET_BYTES, ParallelGroups, finish_by, only_group, parameters_of
 
 
@@ -63,6 +64,7 @@ class GradientReducer:
     def finish(self, *, scaler: torch.amp.GradScaler | None = None) -> None:
         """Waits for the sums. Collective. ValueError without `start`, and for a gradient that has changed since the
         backward after it came to it: by a second backward, `scaler.unscale_`, or `zero_grad`."""
+        update_biases(self._model, self._groups.expert_replicas)
         finish_by(self._reducer.finish, self._model, self._parameters, self._groups, scaler)
 
     @property

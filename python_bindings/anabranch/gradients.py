@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ._drift import digest, drift_of
 from ._spread import rows_of
 from ._wrappers import averaged_by_ddp, ddp_refusal, fsdp_refusal, managed_by_fsdp1, spread_over
+from .expert_bias import update_biases
 from .groups import Group, alone, as_group, split_group
 from .moe import MoE
 
@@ -90,6 +91,8 @@ def finish_gradients(
     that. A gradient that is None on this rank counts as zero, and is a tensor afterwards; a parameter that
     requires none is left alone. Collective.
 
+    Layers under `set_expert_bias_rate` have their routers' biases updated.
+
     Where an expert's gradient is not finite on some rank, gradients are not finite on any: every rank's
     GradScaler skips the step and lowers its scale.
 
@@ -104,6 +107,7 @@ def finish_gradients(
     groups = groups or only_group(model)
     found = parameters_of(model, groups)
     world, replicas = found.groups_of(groups)
+    update_biases(model, groups.expert_replicas)
     if world.size == 1:
         return
 

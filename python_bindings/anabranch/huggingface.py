@@ -33,7 +33,7 @@ def convert(model: Model, group: object = None) -> Model:
 
     Args:
         model: of transformers 5, with the same weights on every rank; its experts are stacked, follow transformers'
-            interface for them, and compute down(activation(gate) · up) or down(activation(up)).
+            interface for them, and compute down(activation(gate) · up), also clamped as in gpt-oss, or down(activation(up)).
         group: the expert-parallel group, see `as_group`. Collective over it.
 
     TypeError for what is no model of transformers; ValueError with the reason for one with other experts or none, or
@@ -45,8 +45,8 @@ def convert(model: Model, group: object = None) -> Model:
         raise TypeError(f"model is a {type(model).__name__}, expected a PreTrainedModel of transformers")
     ranks = as_group(group)
     found = [(name, experts, *recognised(name, experts, ranks.size)) for name, experts in stacked_experts(model)]
-    for name, experts, layout, activation in found:
-        model.set_submodule(name, ConvertedExperts(experts, layout, activation, ranks))
+    for name, experts, layout, computed in found:
+        model.set_submodule(name, ConvertedExperts(experts, layout, computed, ranks))
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and any(isinstance(part, ConvertedExperts) for part in module.modules()):
             module.save_pretrained = CollectiveSaving(module)  # type: ignore[method-assign]
@@ -81,7 +81,7 @@ def stacked_experts(model: Any) -> list[tuple[str, Any]]:
 class ConvertedExperts(nn.Module):
     """An anabranch layer in the place of a family's stacked experts. Collective."""
 
-    def __init__(self, experts: Any, layout: Layout, activation: str, group: Group) -> None:
+    def __init__(self, experts: Any, layout: Layout, computed: dict[str, Any], group: Group) -> None:
         super().__init__()
         num_experts, hidden_size, expert_hidden_size = layout.to_layer("down_proj", experts.down_proj).shape
         self.layout = layout
@@ -90,7 +90,7 @@ class ConvertedExperts(nn.Module):
             expert_hidden_size,
             num_experts,
             top_k=1,
-            activation=activation,
+            **computed,
             glu=layout.glu,
             bias=layout.bias,
             router=False,

@@ -124,6 +124,8 @@ class _Adapted:
                 "LoRA on the experts of a layer that has its own router: target its parameters instead "
                 "(target_parameters=['experts.up_weight', …]), or give the layer its routing (router=False)"
             )
+        if through.given.may_skip or self.layer.options["latent_size"] or self.layer._own_activation is not None:
+            raise ValueError("LoRA on experts takes no ids of −1, no latent_size and no activation of one's own")
         self._expert_ids, self._weights = through.routing
         self._adapters = adapters
 
@@ -138,11 +140,12 @@ class _Adapted:
         received, values = F.dispatch(rows, plan, weights)
         hidden = self._projected("up", F.permute(received, plan), experts, plan, dtype)
         activation = ACTIVATIONS[options["activation"]]
+        limit = options["activation_limit"] or math.inf
         if options["glu"]:
             gate, up = hidden.chunk(2, dim=-1)
-            hidden = activation(gate) * up
+            hidden = activation(gate.clamp(max=limit)) * (up.clamp(-limit, limit) + options["glu_offset"])
         else:
-            hidden = activation(hidden)
+            hidden = activation(hidden.clamp(max=limit))
         results = self._projected("down", hidden, experts, plan, dtype)
         output, _ = F.combine(F.unpermute(results, plan, values), plan)
         load = torch.bincount(self._expert_ids.flatten(), minlength=options["num_experts"])

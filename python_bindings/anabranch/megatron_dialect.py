@@ -7,7 +7,7 @@ from typing import Any
 from .configuration import Configuration
 
 _HOW = (
-    *("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate", "moe_router_quantile_balancing_ema"),
+    *("moe_router_bias_update_rate", "moe_router_quantile_balancing_ema"),
     *("moe_layer_freq", "moe_layer_recompute", "moe_per_layer_logging", "moe_grad_scale_func"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size", "moe_token_dispatcher_type", "moe_enable_deepep"),
     *("moe_grouped_gemm", "moe_use_legacy_grouped_gemm", "moe_single_grouped_weight", "moe_single_grouped_bias"),
@@ -35,12 +35,21 @@ def megatron(of: Configuration) -> dict[str, Any]:
         "shared_expert_gate": of.get("moe_shared_expert_gate", default=False),
         "routing_scale": of.get("moe_router_topk_scaling_factor", default=1.0),
         "expert_bias": of.get("moe_router_enable_expert_bias", default=False),
+        "latent_size": of.get("moe_latent_size", default=0),
+        "router_fp64": of.get("moe_router_dtype", default="fp32") == "fp64",
+        "forced_routing": "random" if of.get("moe_router_force_load_balancing", default=False) else "none",
+        "activation_limit": of.get("activation_func_clamp_value", default=0.0),
+        "glu_offset": of.get("glu_linear_offset", default=0.0),
         "jitter": of.get("moe_input_jitter_eps", default=0.0),
     }
+    if options["latent_size"] and options["bias"]:
+        of.refuse("moe_latent_size", "the projections around the experts have biases there with add_bias_linear")
+    if not options["glu"] and options["activation_limit"]:
+        of.refuse("activation_func_clamp_value", "without a gate nothing is clamped there")
     if options["activation"] == "gelu" and not options["glu"] and of.get("bias_activation_fusion", default=False):
         options["activation"] = "gelu_tanh"  # what their fused kernel computes
     _refuse(of)
-    options |= _scores(of, top_k) | _groups(of, top_k)
+    options |= _scores(of, top_k) | _groups(of) | _losses(of)
     of.elsewhere(*_HOW, *(key for key in of.values if key.startswith(_HOW_BEGINS)))
     of.check_known("moe", "expert")
     return options
@@ -54,48 +63,49 @@ def _refuse(of: Configuration) -> None:
     of.only("moe_pad_expert_input_to_capacity", False, why=why)
     of.only("moe_token_dropping", False, why=why)
     of.only("moe_apply_probs_on_input", False, why="the routing weights are applied to the experts' results")
-    of.only("moe_latent_size", why="there is no projection around the experts")
-    of.only("moe_router_dtype", "fp32", why="the router computes in fp32")
-    of.only("moe_router_force_load_balancing", False, why="the router's choices are not forced")
-    of.only("moe_router_force_biased", why="the router's choices are not forced")
+    of.only("moe_router_dtype", "fp32", "fp64", why="the router computes in fp32, or in fp64")
+    of.only("moe_router_force_biased", why="the router's choices are not forced so")
     of.only("moe_router_topk_limited_devices", why="deprecated there: give moe_router_num_groups and _group_topk")
-    of.only("activation_func_clamp_value", why="no kernel clamps")
-    of.only("glu_linear_offset", 0.0, why="no kernel adds an offset")
     of.only("moe_mlp_glu_interleave_size", why="rows of the gate lie before those of up")
     of.only("moe_shared_expert_glu_interleave_size", why="rows of the gate lie before those of up")
-    losses = ("none", "aux_loss", "global_aux_loss")
-    of.only("moe_router_load_balancing_type", *losses, why=f"expected one of {', '.join(losses)}, by out.balance_loss")
+
+
+def _losses(of: Configuration) -> dict[str, Any]:
+    """Coefficients: each of one loss, or of a list of them."""
+    kinds = of.get("moe_router_load_balancing_type", default="none")
+    coefficients = of.get("moe_aux_loss_coeff", default=0.0)
+    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    coefficients = [float(each) for each in (coefficients if isinstance(coefficients, (list, tuple)) else [coefficients])]
+    names = {"aux_loss": "balance_coefficient", "global_aux_loss": "balance_coefficient"}
+    names |= {"seq_aux_loss": "sequence_balance_coefficient"}
+    if any(kind not in {"none", *names} for kind in kinds) or len(kinds) != len(coefficients):
+        known = ", ".join(["none", *names])
+        of.refuse("moe_router_load_balancing_type", f"expected one of {known}, or a list of them, each with a coefficient")
+    found = {"z_coefficient": of.get("moe_z_loss_coeff", default=0.0)}
+    for kind, coefficient in zip(kinds, coefficients):
+        if kind != "none":
+            found[names[kind]] = found.get(names[kind], 0.0) + coefficient
+    return found
 
 
 def _scores(of: Configuration, top_k: int) -> dict[str, Any]:
     score = of.get("moe_router_score_function", default="softmax")
     before = of.get("moe_router_pre_softmax", default=False)
-    of.only("moe_router_score_function", "softmax", "sigmoid", why="expected softmax or sigmoid")
-    if score == "sigmoid":
-        return {"router_score": "sigmoid", "renormalize": top_k > 1}
+    of.only("moe_router_score_function", "softmax", "sigmoid", "sqrtsoftplus", why="expected one of these")
+    if score != "softmax":
+        return {"router_score": {"sqrtsoftplus": "sqrt_softplus"}.get(score, score), "renormalize": top_k > 1}
     if top_k == 1 and not before:
         of.refuse("moe_router_pre_softmax", "softmax over one expert has no gradient, and is refused there too")
     return {"router_score": "softmax", "renormalize": not before}
 
 
-def _groups(of: Configuration, top_k: int) -> dict[str, Any]:
-    """Theirs scores a group by the sum of its best top_k / group_topk experts."""
+def _groups(of: Configuration) -> dict[str, Any]:
+    """Theirs scores a group by the sum of its best top_k / group_topk experts: of logits with the softmax after
+    top-k, of scores otherwise."""
     groups, taken = of.get("moe_router_num_groups", default=1), of.get("moe_router_group_topk", default=0)
     if not taken:
         return {}
-    summed = top_k // taken
-    if summed not in (1, 2):
-        of.refuse(
-            "moe_router_group_topk",
-            f"a group is scored there by the sum of its best {summed} experts (moe_router_topk = {top_k} over it), here "
-            "by that of its best 1 or 2",
-        )
     softmax = of.get("moe_router_score_function", default="softmax") == "softmax"
-    if softmax and not of.get("moe_router_pre_softmax", default=False) and summed == 2:
-        of.refuse(
-            "moe_router_group_topk",
-            "with the softmax after top-k a group is scored there by a sum of logits, here by one of probabilities: set "
-            "moe_router_pre_softmax, or give the layer your own routing",
-        )
-    score = {1: "maximum", 2: "top_two_sum"}[summed]
+    after = softmax and not of.get("moe_router_pre_softmax", default=False)
+    score = "top_share_logit_sum" if after else "top_share_sum"
     return {"expert_groups": groups, "top_groups": taken, "group_score": score}

@@ -37,6 +37,8 @@ class MoELayer(BaseMoELayer):
             top_k=1,
             activation=_activation(config),
             glu=config.gated_linear_unit,
+            activation_limit=_of_gate(config, "activation_func_clamp_value"),
+            glu_offset=_of_gate(config, "glu_linear_offset"),
             bias=config.add_bias_linear,
             router=False,
             seed=0,
@@ -98,6 +100,11 @@ def _activation(config: Any) -> str:
     if name is None:
         raise ValueError(f"activation_func is {config.activation_func!r}, which no kernel here computes")
     return name
+
+
+def _of_gate(config: Any, name: str) -> float:
+    """Without a gate neither clamp nor offset has an effect there."""
+    return float(getattr(config, name, None) or 0.0) if config.gated_linear_unit else 0.0
 
 
 def _check(config: Any, groups: Any) -> None:

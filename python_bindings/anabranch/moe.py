@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _fakes  # noqa: F401
+from . import _fakes, own_experts  # noqa: F401
 from ._held import check_held, held, warn_of_unnamed
 from ._parts import Experts, Part
 from ._spread import mesh_of, spread
@@ -38,6 +39,14 @@ class MoEOutput(NamedTuple):
     """[] squared coefficient of variation of the experts' sums of weights; None but for the noisy gate."""
     load_loss: Tensor | None = None
     """[] the same of their smooth load (arXiv:1701.06538, eq. 11); None but for the noisy gate."""
+    sequence_balance_loss: Tensor | None = None
+    """[] mean over the group's sequences of each one's balance loss; None without `sequence_balance_coefficient`."""
+    auxiliary_loss: Tensor | None = None
+    """[] Σ of the losses that have a coefficient, times it; None where none has."""
+    expert_ids: Tensor | None = None
+    """[T, top_k] int64: where this rank's tokens went, in row-major order; −1 for none."""
+    expert_weights: Tensor | None = None
+    """[T, top_k] with what weights; without a gradient, but for a routing from outside."""
 
 
 class MoE(nn.Module):
@@ -62,6 +71,7 @@ class MoE(nn.Module):
     experts.down_bias       [E / W, h]                    each its experts
     shared_expert. …        as experts., of one expert    replicated
     shared_expert_gate      [1, h]                        replicated
+    latent_down, latent_up  [latent_size, h], [h, …]      replicated
     ======================  ============================  =================
 
     Args:
@@ -69,14 +79,20 @@ class MoE(nn.Module):
         expert_hidden_size: n, inner width of an expert.
         num_experts: E, over all ranks.
         top_k: experts a token goes to.
-        activation: "gelu_tanh", "gelu", "relu" or "silu".
+        activation: "gelu_tanh", "gelu", "relu", "silu", "relu_squared" or "quick_gelu" (x · sigmoid(1.702 x)); or a
+            function of a tensor, element by element, which PyTorch differentiates.
         glu: activation(gate) · up instead of activation(up); rows 0..n−1 of up_weight are the gate.
+        activation_limit: what is activated is at most this, and the up part within ± this (gpt-oss: 7,
+            DeepSeek-V4: 10); 0: no limit.
+        glu_offset: added to the up part, activation(gate) · (up + offset) (gpt-oss: 1).
         bias: biases in both projections of every expert.
         shared_expert_hidden_size: inner width of an expert that sees every token; 0: none.
         shared_expert_gate: the shared expert's output times sigmoid(x · shared_expert_gate).
+        latent_size: tokens go to the experts as rows of this width, projected down before the exchange and up
+            after it (LatentMoE, arXiv:2601.18089); router and shared expert see them whole. 0: as they are.
         gate: "top_k"; "noisy_top_k" (arXiv:1701.06538); "gshard", the second expert by chance
             (arXiv:2006.16668).
-        router_score: "softmax" or "sigmoid" of the logits.
+        router_score: "softmax", "sigmoid" or "sqrt_softplus" of the logits.
         renormalize: the weights of a token's top_k experts sum to 1; not with top_k = 1, whose router
             would have no gradient.
         routing_scale: the weights are multiplied by it in the end.
@@ -84,8 +100,16 @@ class MoE(nn.Module):
             weights: `update_expert_bias` balances the load by it (arXiv:2408.15664).
         expert_groups: the experts lie in this many groups of equal size, at most 32.
         top_groups: a token goes to experts of its best `top_groups` groups only.
-        group_score: of a group: "top_two_sum" of its experts' scores (DeepSeek-V3), or "maximum".
+        group_score: of a group: "top_two_sum" of its experts' scores (DeepSeek-V3), "maximum", "top_share_sum", the
+            sum of the best top_k / top_groups (Megatron-Core), or "top_share_logit_sum", the same of logits.
+        forced_routing: for benchmarks: "balanced", one expert after another, or "random"; the weights are still
+            the router's scores.
+        router_fp64: logits, scores and weights are computed in fp64.
         jitter: training only: noise on the router's input, uniform in [1 − jitter, 1 + jitter].
+        balance_coefficient, sequence_balance_coefficient, z_coefficient: of the losses in `out.auxiliary_loss`. A
+            sequence is the tokens along the last dimension of x before hidden_size.
+        attach_losses: in training the gradient of the auxiliary loss is added where that of the output passes,
+            so that a model that does not hand the loss on still trains balanced; see `attached_loss_scale`.
         recompute: keep only the received rows for backward, and compute the up-projection again.
         engine: grouped GEMM engine: "auto", which measures once; "deterministic", auto's choice by shape alone; or
             one of `grouped_gemm_engines(device)`.
@@ -101,6 +125,10 @@ class MoE(nn.Module):
         dtensor: the experts' parameters are DTensors [E, …] over the group's ranks, of which each has its experts: so
             torch.distributed.checkpoint, state_dict helpers, torch's clip_grad_norm_ and FSDP2 see all of them. The
             group is a DeviceMesh or a process group, the device the one that the layer stays on.
+        experts: this rank's experts in the place of the layer's own: a module that is called with rows [P, hidden_size
+            (latent_size)], expert by expert, and counts [this rank's experts] int64 in host memory, and returns results
+            of the rows' shape; P may be 0. Its parameters are `expert_parameters`, each rank's own; initial values,
+            type and device are its own affair. expert_hidden_size is not used.
         group: the expert-parallel group, see `as_group`.
         device: of the parameters; "meta": none yet (`to_empty`, then `reset_parameters`).
         dtype: fp32, fp64, bf16 or fp16.
@@ -113,11 +141,14 @@ class MoE(nn.Module):
         num_experts: int,
         top_k: int = 2,
         *,
-        activation: str = "gelu_tanh",
+        activation: str | Callable[[Tensor], Tensor] = "gelu_tanh",
         glu: bool = False,
+        activation_limit: float = 0.0,
+        glu_offset: float = 0.0,
         bias: bool = False,
         shared_expert_hidden_size: int = 0,
         shared_expert_gate: bool = False,
+        latent_size: int = 0,
         gate: str = "top_k",
         router_score: str = "softmax",
         renormalize: bool = True,
@@ -126,7 +157,13 @@ class MoE(nn.Module):
         expert_groups: int = 1,
         top_groups: int = 1,
         group_score: str = "top_two_sum",
+        forced_routing: str = "none",
+        router_fp64: bool = False,
         jitter: float = 0.0,
+        balance_coefficient: float = 0.0,
+        sequence_balance_coefficient: float = 0.0,
+        z_coefficient: float = 0.0,
+        attach_losses: bool = False,
         recompute: bool = False,
         engine: str = "auto",
         errors: str = "late",
@@ -134,21 +171,27 @@ class MoE(nn.Module):
         seed: int | None = None,
         router: bool = True,
         dtensor: bool = False,
+        experts: nn.Module | None = None,
         group: object = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self._own_activation = None if isinstance(activation, str) else activation
+        self._own_experts = experts is not None
         options: dict[str, Any] = {
             "hidden_size": hidden_size,
             "expert_hidden_size": expert_hidden_size,
             "num_experts": num_experts,
             "top_k": top_k,
-            "activation": activation,
+            "activation": activation if isinstance(activation, str) else "relu",  # the core computes none
             "glu": glu,
+            "activation_limit": activation_limit,
+            "glu_offset": glu_offset,
             "bias": bias,
             "shared_expert_hidden_size": shared_expert_hidden_size,
             "shared_expert_gate": shared_expert_gate,
+            "latent_size": latent_size,
             "gate": gate,
             "router_score": router_score,
             "renormalize": renormalize and router,
@@ -157,15 +200,33 @@ class MoE(nn.Module):
             "expert_groups": expert_groups,
             "top_groups": top_groups,
             "group_score": group_score,
+            "forced_routing": forced_routing,
+            "router_fp64": router_fp64,
             "jitter": jitter,
+            "balance_coefficient": balance_coefficient,
+            "sequence_balance_coefficient": sequence_balance_coefficient,
+            "z_coefficient": z_coefficient,
+            "attach_losses": attach_losses,
             "recompute": recompute,
             "engine": engine,
             "errors": errors,
             "overlap": overlap,
         }
-        if not router and (gate != "top_k" or expert_bias or jitter):
-            raise ValueError("router=False with gate, expert_bias or jitter, which are a router's")
+        of_router = {"gate", "expert_bias", "forced_routing", "router_fp64", "jitter", "attach_losses"}
+        of_router |= {name for name in options if name.endswith("_coefficient")}
+        defaults = inspect.signature(MoE).parameters
+        given = sorted(name for name in of_router if options[name] != defaults[name].default)
+        if not router and given:
+            raise ValueError(f"router=False with {', '.join(given)}: a router's")
+        if (self._own_experts or self._own_activation) and (shared_expert_hidden_size or recompute or activation_limit or glu_offset):
+            raise ValueError(
+                "experts or an activation of one's own with shared_expert_hidden_size, recompute, activation_limit or "
+                "glu_offset, which are the core's experts'"
+            )
         self.options = options
+        self.attached_loss_scale: Tensor | None = None
+        """[] or None, which is 1: what attached losses are multiplied by, that is a loss scaler's number over the
+        number of micro-batches that a step adds up."""
         self.has_router = router
         self._router_shape = (num_experts, hidden_size)
         self.seed = int(torch.randint(_SEEDS, ())) if seed is None else seed
@@ -175,8 +236,10 @@ class MoE(nn.Module):
         self._group = self.group.name
         self._probe = Probe()
         device = torch.device(device or torch.get_default_device())
+        if dtensor and self._own_experts:
+            raise ValueError("dtensor=True with experts of one's own, whose parameters the layer does not know")
         self.dtensor = dtensor and self.group.size > 1
-        self._make_parameters(dtype or torch.get_default_dtype(), device, group)
+        self._make_parameters(dtype or torch.get_default_dtype(), device, group, experts)
 
     @classmethod
     def from_config(cls, config: Any, dialect: str, **more: Any) -> MoE:
@@ -192,7 +255,9 @@ class MoE(nn.Module):
         """
         return cls(**{**options_from(config, dialect), **more})
 
-    def _make_parameters(self, dtype: torch.dtype, device: torch.device, source: object) -> None:
+    def _make_parameters(
+        self, dtype: torch.dtype, device: torch.device, source: object, own_experts: nn.Module | None
+    ) -> None:
         operators = torch.ops.anabranch
         mesh = mesh_of(source, self.group, device) if self.dtensor else None
         options = _to_json({**self.options, "seed": self.seed})
@@ -202,7 +267,7 @@ class MoE(nn.Module):
         self._places: list[tuple[str, str]] = []
         for each, value in zip(names, values):
             path, _, name = each.rpartition(".")
-            if path == "router" and not self.has_router:
+            if (path == "router" and not self.has_router) or (path == "experts" and own_experts is not None):
                 continue
             self._places.append((path, name))
             if path and path not in self._modules:
@@ -216,6 +281,8 @@ class MoE(nn.Module):
                 part.register_parameter(name, nn.Parameter(value))
             if isinstance(part, Part):
                 part.names.append(name)
+        if own_experts is not None:
+            self.add_module("experts", own_experts)
         self._join_device()
         self._join_watched()
 
@@ -227,7 +294,7 @@ class MoE(nn.Module):
     def reset_parameters(self) -> None:
         """Fills the parameters as at first: what `to_empty` leaves empty, or training has changed."""
         options = _to_json({**self.options, "seed": self.seed})
-        weight = self._up_weight()
+        weight = self._any_weight()
         values = torch.ops.anabranch.initial_parameters(
             options, self.group.rank, self.group.size, weight.dtype, weight.device
         )
@@ -238,7 +305,15 @@ class MoE(nn.Module):
             for path, name in self._places:
                 parts[path][name].copy_(of_name[f"{path}.{name}".lstrip(".")])
 
-    def forward(self, x: Tensor, routing: tuple[Tensor, Tensor] | None = None) -> MoEOutput:
+    def forward(
+        self,
+        x: Tensor,
+        routing: tuple[Tensor, Tensor] | None = None,
+        *,
+        may_skip: bool = False,
+        expert_ids: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> MoEOutput:
         """Sends every token through its experts. Collective.
 
         Args:
@@ -246,13 +321,25 @@ class MoE(nn.Module):
                 sizes may differ between ranks and be 0.
             routing: None, or where the tokens go, in row-major order: expert ids [T, top_k], distinct
                 within a token, and weights [T, top_k], differentiable.
+            may_skip: some of routing's ids may be −1: no assignment. The same on all ranks.
+            expert_ids: None, or the router's choice, which it then only weighs, with its losses and gradients: ids
+                [T, top_k] as of an earlier `out.expert_ids`, −1 for none; −2 in the first place: the router's own.
+            padding_mask: None, or bool of x's leading sizes: true is padding, which goes nowhere, counts for nothing
+                and gets zeros. With a routing from outside its ids say so.
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x is a {type(x).__name__}, expected a Tensor [..., {self.options['hidden_size']}]")
-        given = None if routing is None else _checked_routing(routing)
-        if given is None and not self.has_router:
+        if padding_mask is not None and padding_mask.shape != x.shape[:-1]:
+            raise ValueError(f"padding_mask is {tuple(padding_mask.shape)}, expected {tuple(x.shape[:-1])}, as x is")
+        weights = None
+        if routing is not None:
+            if expert_ids is not None or padding_mask is not None:
+                raise ValueError("routing with expert_ids or padding_mask, which are for the layer's router")
+            expert_ids, weights = _checked_routing(routing)
+        elif not self.has_router:
             raise ValueError("routing is None, expected expert ids and weights: the layer has no router")
-        return self._modules["experts"](x, Through(self, self._parts_but_experts(x), given))  # type: ignore[misc]
+        through = Through(self, self._parts_but_experts(x), Given(expert_ids, weights, padding_mask, may_skip))
+        return through(x, {}) if self._own_experts else self._modules["experts"](x, through)  # type: ignore[misc]
 
     def update_expert_bias(self, expert_load: Tensor, rate: float) -> None:
         """Balances without a loss: after each step, adds `rate` (DeepSeek-V3: 0.001) to the biases of experts
@@ -271,9 +358,10 @@ class MoE(nn.Module):
         """Begins to count anew; `timed`: stages are measured too, which costs a few microseconds each."""
         self._probe.reset(timed)
 
-    def _up_weight(self) -> Tensor:
-        """Where the parameters are, and of which type."""
-        return next(parameter for parameter in self.get_submodule("experts").parameters() if parameter.dim() == 3)
+    def _any_weight(self) -> Tensor:
+        """Where the parameters are, and of which type those beside the router."""
+        of_experts = list(self.get_submodule("experts").parameters())
+        return next((p for p in of_experts if p.dim() == 3), of_experts[0] if of_experts else next(self.parameters()))
 
     def _parts_but_experts(self, x: Tensor | None) -> dict[str, dict[str, Tensor]]:
         """The layer's tensors, by part and name; those of no part under ""."""
@@ -331,41 +419,93 @@ class MoE(nn.Module):
 
     def _join_device(self) -> None:
         """The group is one for tensors where the parameters are."""
-        self._group = self.group.on(self._up_weight().device).name
+        self._group = self.group.on(self._any_weight().device).name
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items()) + f", group={self.group}"
 
 
+class Given(NamedTuple):
+    """Where tokens go, as far as that is not the router's choice; see `MoE.forward`."""
+
+    expert_ids: Tensor | None
+    weights: Tensor | None
+    padding_mask: Tensor | None
+    may_skip: bool
+
+
 class Through:
     """The way of a step's rows through a layer, when the experts' parameters are known."""
 
-    def __init__(
-        self, layer: MoE, parts: dict[str, dict[str, Tensor]], routing: tuple[Tensor, Tensor] | None
-    ) -> None:
+    def __init__(self, layer: MoE, parts: dict[str, dict[str, Tensor]], given: Given) -> None:
         self.layer = layer
-        self.routing = routing
+        self.given = given
         self._parts = parts
 
+    @property
+    def routing(self) -> tuple[Tensor, Tensor] | None:
+        """From outside, ids and weights; None: the layer's own router's."""
+        ids, weights = self.given.expert_ids, self.given.weights
+        return None if ids is None or weights is None else (ids, weights)
+
     def __call__(self, x: Tensor, experts: dict[str, Tensor]) -> MoEOutput:
-        layer = self.layer
-        expert_ids, weights = self.routing or (None, None)
-        options = layer._options
-        if not layer.has_router and expert_ids is not None:
-            options = f'{{"top_k": {expert_ids.shape[-1]}, {layer._other_options[1:]}'
+        layer, given, options = self.layer, self.given, self.layer._options
+        if not layer.has_router and given.expert_ids is not None:
+            options = f'{{"top_k": {given.expert_ids.shape[-1]}, {layer._other_options[1:]}'
+        if not torch.compiler.is_compiling():
+            refuse_active_ddp()
+        if layer._own_experts or layer._own_activation is not None:
+            return self._output_of(self._by_own_experts(x, experts, options))
         parameters = layer._parameter_list({**self._parts, "experts": experts}, x)
         if x.device.type != parameters[-1].device.type:
             raise ValueError(f"x is on {x.device}, the layer on {parameters[-1].device}")
-        if not torch.compiler.is_compiling():
-            refuse_active_ddp()
-        output, balance_loss, z_loss, importance_loss, load_loss, load = torch.ops.anabranch.moe(
-            x, parameters, expert_ids, weights, options, layer._group, layer.training, layer._probe.tensor
+        return self._output_of(
+            torch.ops.anabranch.moe(
+                x, parameters, *given, options, layer._group, layer.training, layer._probe.tensor
+            )
         )
-        if expert_ids is not None:
-            return MoEOutput(output, None, None, load)
-        if layer.options["gate"] != "noisy_top_k":
-            return MoEOutput(output, balance_loss, z_loss, load)
-        return MoEOutput(output, balance_loss, z_loss, load, importance_loss, load_loss)
+
+    def _output_of(self, found: tuple[Any, ...]) -> MoEOutput:
+        """Of what the operator returns."""
+        output, balance, z, importance, of_load, of_sequences, auxiliary, load, ids, of_experts = found
+        if self.given.weights is not None:
+            return MoEOutput(output, None, None, load, expert_ids=self.given.expert_ids, expert_weights=self.given.weights)
+        options = self.layer.options
+        if options["gate"] != "noisy_top_k":
+            importance = of_load = None
+        if not options["sequence_balance_coefficient"]:
+            of_sequences = None
+        if auxiliary.dim():
+            auxiliary = None
+        elif options["attach_losses"] and self.layer.training:
+            output = torch.ops.anabranch.attach_loss(output, auxiliary, self.layer.attached_loss_scale)
+        return MoEOutput(output, balance, z, load, importance, of_load, of_sequences, auxiliary, ids, of_experts)
+
+    def _by_own_experts(self, x: Tensor, parameters: dict[str, Tensor], options: str) -> tuple[Any, ...]:
+        """What the operator returns, by experts or an activation that the core does not know."""
+        layer, own = self.layer, self.layer.options
+        expert_ids, weights, padding_mask, may_skip = self.given
+        losses: list[Any] = [None] * 6
+        if weights is None:
+            may_skip = expert_ids is not None or padding_mask is not None or own["gate"] == "gshard"
+            given = {"expert_ids": expert_ids, "padding_mask": padding_mask}
+            routed = own_experts.route(x, self._parts["router"], options, layer._group, layer.training, **given)
+            weights, *losses, load, expert_ids = routed
+        else:
+            assert expert_ids is not None
+            load = own_experts.load_of(expert_ids, own["num_experts"], layer.group, may_skip)
+            weights = weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        rows = x.reshape(-1, x.shape[-1])
+        if own["latent_size"]:
+            rows = nn.functional.linear(rows, self._parts[""]["latent_down"])
+        if layer._own_activation is None:
+            experts: Any = layer.get_submodule("experts")
+        else:
+            experts = own_experts.stacked(parameters, layer._own_activation, own["glu"], own["engine"])
+        output = own_experts.through(experts, rows, expert_ids, weights, own["num_experts"], layer._group, may_skip)
+        if own["latent_size"]:
+            output = nn.functional.linear(output, self._parts[""]["latent_up"])
+        return (output.view(x.shape), *losses, load, expert_ids, weights.detach())
 
 
 def check() -> None:

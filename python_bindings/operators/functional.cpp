@@ -63,8 +63,9 @@ at::Tensor route_backward(at::TensorList gradients, const at::Tensor& state,
 }
 
 Tensors plan(const at::Tensor& expert_ids, const at::Tensor& weights, int64_t num_experts,
-             std::string group) {
+             std::string group, bool may_skip) {
   Routing routing;
+  routing.may_skip = may_skip;
   routing.expert_ids = expert_ids;
   routing.weights = weights;
   return pack_plan(exchange_for(group, num_experts)->plan(routing));
@@ -188,8 +189,10 @@ TORCH_LIBRARY_FRAGMENT(anabranch, library) {
       not_recorded);
   library.def("route_backward(Tensor[] gradients, Tensor state, Tensor logits) -> Tensor",
               not_recorded);
-  library.def("plan(Tensor expert_ids, Tensor weights, int num_experts, str group) -> Tensor[]",
-              not_recorded);
+  library.def(
+      "plan(Tensor expert_ids, Tensor weights, int num_experts, str group, bool may_skip=False) "
+      "-> Tensor[]",
+      not_recorded);
   library.def(
       "dispatch(Tensor rows, Tensor? values, Tensor[] plan, int top_k, int num_experts, str group) "
       "-> (Tensor rows, Tensor values)",

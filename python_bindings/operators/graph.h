@@ -15,6 +15,7 @@ namespace anabranch::operators {
 /// tensor's memory: also where a graph is retained, recomputed, compiled or never run backward.
 struct RecordedGraph {
   std::vector<torch::autograd::Edge> outputs;
+  std::vector<size_t> places;                   ///< of those among all that the operator returns
   std::vector<torch::Tensor> inputs;            ///< leaves of the graph
   std::shared_ptr<const MoEFunction> function;  ///< what has recorded it
 };

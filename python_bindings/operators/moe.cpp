@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "given.h"
 #include "graph.h"
 #include "parameters.h"
 #include "probe.h"
@@ -27,14 +28,27 @@ struct Outputs {
   at::Tensor z_loss;
   at::Tensor importance_loss;
   at::Tensor load_loss;
+  at::Tensor sequence_balance_loss;
+  at::Tensor auxiliary_loss;
   at::Tensor expert_load;
+  at::Tensor expert_ids;      ///< empty of a routing from outside
+  at::Tensor expert_weights;  ///< the same
 
   auto tensors() {
-    return std::tie(output, balance_loss, z_loss, importance_loss, load_loss, expert_load);
+    return std::tie(output, balance_loss, z_loss, importance_loss, load_loss, sequence_balance_loss,
+                    auxiliary_loss, expert_load, expert_ids, expert_weights);
   }
 };
-using OutputTuple =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using OutputTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                               at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+/// Where the tokens go, as far as that comes from outside.
+struct Given {
+  const std::optional<at::Tensor>& expert_ids;  ///< [T, top_k]
+  const std::optional<at::Tensor>& weights;  ///< [T, top_k]; without: the router's own of the ids
+  const std::optional<at::Tensor>& padding_mask;  ///< one bool a token
+  bool may_skip;                                  ///< ids may be −1
+};
 
 /// What moe_forward returns besides: see RecordedGraph.
 struct OutputsAndState {
@@ -44,29 +58,22 @@ struct OutputsAndState {
   auto tensors() { return std::tuple_cat(outputs.tensors(), std::tie(state)); }
 };
 using OutputAndStateTuple =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+               at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-/// Outputs with a gradient come first, the load behind them.
-constexpr size_t kDifferentiable = 5;
-
-torch::Dtype gate_type(torch::Dtype dtype) {
-  return dtype == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
-}
+/// Outputs with a gradient come first.
+constexpr size_t kDifferentiable = 7;
 
 /// What a routing from outside is to be for the core.
-Routing routing_from(const at::Tensor& expert_ids, const at::Tensor& weights, torch::Dtype dtype) {
-  check_input(at::isIntegralType(expert_ids.scalar_type(), /*includeBool=*/false),
-              "routing: expert_ids are ", expert_ids.scalar_type(), ", expected integers");
+Routing routing_from(const at::Tensor& expert_ids, const at::Tensor& weights, bool may_skip,
+                     torch::Dtype dtype) {
   check_input(weights.is_floating_point(), "routing: weights are ", weights.scalar_type(),
               ", expected a floating type");
   Routing routing;
-  routing.expert_ids = expert_ids.to(torch::kInt64);
+  routing.expert_ids = ids_from(expert_ids);
   routing.weights = weights.to(gate_type(dtype));
+  routing.may_skip = may_skip;
   return routing;
-}
-
-at::Tensor defined_or_empty(const at::Tensor& tensor, const at::TensorOptions& options) {
-  return tensor.defined() ? tensor.detach() : at::empty({0}, options);
 }
 
 /// Adds to a layer's probe what happens while this lives: bytes, and times where it wants them.
@@ -97,9 +104,10 @@ class Observing {
 /// `needs_gradient` names.
 OutputAndStateTuple moe_forward(const at::Tensor& x, at::TensorList parameters,
                                 const std::optional<at::Tensor>& expert_ids,
-                                const std::optional<at::Tensor>& weights, std::string options,
-                                std::string group, bool training, const at::Tensor& probe,
-                                c10::List<bool> needs_gradient) {
+                                const std::optional<at::Tensor>& weights,
+                                const std::optional<at::Tensor>& padding_mask, bool may_skip,
+                                std::string options, std::string group, bool training,
+                                const at::Tensor& probe, c10::List<bool> needs_gradient) {
   std::vector<at::Tensor> inputs = {x};
   if (weights.has_value()) inputs.push_back(*weights);
   inputs.insert(inputs.end(), parameters.begin(), parameters.end());
@@ -123,11 +131,12 @@ OutputAndStateTuple moe_forward(const at::Tensor& x, at::TensorList parameters,
   for (auto* tensor : {&all.router.weight, &all.router.noise_weight, &all.router.expert_bias}) {
     if (tensor->defined()) *tensor = tensor->to(gate_type(function->options().dtype));
   }
-  const auto output = weights.has_value()
-                          ? function->forward(all, inputs[0],
-                                              routing_from(expert_ids.value(), inputs[1],
-                                                           function->options().dtype))
-                          : function->forward(all, inputs[0], training);
+  const auto dtype = function->options().dtype;
+  const auto output =
+      weights.has_value()
+          ? function->forward(all, inputs[0],
+                              routing_from(expert_ids.value(), inputs[1], may_skip, dtype))
+          : function->forward(all, inputs[0], training, conditions_from(expert_ids, padding_mask));
 
   if (const auto counted = probe_of(probe)) {
     const std::scoped_lock lock(counted->mutex);
@@ -136,26 +145,36 @@ OutputAndStateTuple moe_forward(const at::Tensor& x, at::TensorList parameters,
     counted->expert_load = alone ? output.own_expert_load : output.expert_load.clone();
   }
   graph.function = function;
-  for (const auto& tensor : {output.output, output.balance_loss, output.z_loss,
-                             output.importance_loss, output.load_loss}) {
+  size_t place = 0;
+  for (const auto& tensor :
+       {output.output, output.balance_loss, output.z_loss, output.importance_loss, output.load_loss,
+        output.sequence_balance_loss, output.auxiliary_loss}) {
     if (tensor.defined() && tensor.requires_grad()) {
       graph.outputs.push_back(torch::autograd::impl::gradient_edge(tensor));
+      graph.places.push_back(place);
     }
+    ++place;
   }
-  const auto empty = x.options().dtype(gate_type(function->options().dtype));
+  const auto empty = x.options().dtype(gate_type(dtype));
+  const bool own = !weights.has_value();
   return OutputsAndState{
       .outputs = {.output = output.output.detach(),
                   .balance_loss = defined_or_empty(output.balance_loss, empty),
                   .z_loss = defined_or_empty(output.z_loss, empty),
                   .importance_loss = defined_or_empty(output.importance_loss, empty),
                   .load_loss = defined_or_empty(output.load_loss, empty),
-                  .expert_load = output.expert_load},
+                  .sequence_balance_loss = defined_or_empty(output.sequence_balance_loss, empty),
+                  .auxiliary_loss = defined_or_empty(output.auxiliary_loss, empty),
+                  .expert_load = output.expert_load,
+                  .expert_ids =
+                      own ? output.expert_ids : at::empty({0}, output.expert_load.options()),
+                  .expert_weights = own ? output.expert_weights.detach() : at::empty({0}, empty)},
       .state = as_tensor(std::move(graph))}
       .tensors();
 }
 
 /// The gradients of `inputs`: those that moe_forward was told of, in its order. `gradients` are of
-/// its differentiable outputs: output and the losses that there are, which come first of them all.
+/// its differentiable outputs.
 /// One that is none costs nothing. `read`: other tensors that the state reads; whoever plans memory must see that
 /// they are.
 std::vector<at::Tensor> moe_backward(const c10::List<std::optional<at::Tensor>>& gradients,
@@ -165,8 +184,8 @@ std::vector<at::Tensor> moe_backward(const c10::List<std::optional<at::Tensor>>&
   TORCH_CHECK_VALUE(graph.inputs.size() == inputs.size(), "moe_backward: ", inputs.size(),
                     " inputs, expected the ", graph.inputs.size(), " of the forward");
   std::vector<at::Tensor> of_outputs;
-  for (size_t i = 0; i < graph.outputs.size(); ++i) {
-    of_outputs.push_back(gradients.get(i).value_or(at::Tensor()));
+  for (const size_t place : graph.places) {
+    of_outputs.push_back(gradients.get(place).value_or(at::Tensor()));
   }
   const Observing observing(probe, graph.function->exchange().communicator(),
                             inputs.empty() ? at::kCPU : inputs[0].device());
@@ -177,17 +196,15 @@ std::vector<at::Tensor> moe_backward(const c10::List<std::optional<at::Tensor>>&
   return result;
 }
 
-OutputsAndState call_forward(const at::Tensor& x, at::TensorList parameters,
-                             const std::optional<at::Tensor>& expert_ids,
-                             const std::optional<at::Tensor>& weights, const std::string& options,
-                             const std::string& group, bool training, const at::Tensor& probe,
-                             const c10::List<bool>& needs_gradient) {
+OutputsAndState call_forward(const at::Tensor& x, at::TensorList parameters, const Given& given,
+                             const std::string& options, const std::string& group, bool training,
+                             const at::Tensor& probe, const c10::List<bool>& needs_gradient) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("anabranch::moe_forward", "")
                              .typed<decltype(moe_forward)>();
   OutputsAndState found;
-  found.tensors() =
-      op.call(x, parameters, expert_ids, weights, options, group, training, probe, needs_gradient);
+  found.tensors() = op.call(x, parameters, given.expert_ids, given.weights, given.padding_mask,
+                            given.may_skip, options, group, training, probe, needs_gradient);
   return found;
 }
 
@@ -204,6 +221,7 @@ struct MoE : torch::autograd::Function<MoE> {
   static variable_list forward(AutogradContext* context, const at::Tensor& x,
                                const std::optional<at::Tensor>& weights, at::TensorList parameters,
                                const std::optional<at::Tensor>& expert_ids,
+                               const std::optional<at::Tensor>& padding_mask, bool may_skip,
                                const std::string& options, const std::string& group, bool training,
                                const at::Tensor& probe) {
     c10::List<bool> needs_gradient;
@@ -236,15 +254,18 @@ struct MoE : torch::autograd::Function<MoE> {
     }
 
     const at::AutoDispatchBelowADInplaceOrView below;
-    const auto [outputs, state] = call_forward(x, parameters, expert_ids, weights, options, group,
-                                               training, probe, needs_gradient);
+    const auto [outputs, state] =
+        call_forward(x, parameters, {expert_ids, weights, padding_mask, may_skip}, options, group,
+                     training, probe, needs_gradient);
     variable_list saved = {state, probe};
     saved.insert(saved.end(), inputs.begin(), inputs.end());
     saved.insert(saved.end(), read.begin(), read.end());
+    if (padding_mask.has_value()) saved.push_back(*padding_mask);
     context->save_for_backward(std::move(saved));
     context->saved_data["places"] = places;
-    context->saved_data["arguments"] = place + 5;
-    context->mark_non_differentiable({outputs.expert_load});
+    context->saved_data["arguments"] = place + 7;
+    context->mark_non_differentiable(
+        {outputs.expert_load, outputs.expert_ids, outputs.expert_weights});
     context->set_materialize_grads(false);  // a loss that nobody uses has no backward
     return pack(outputs);
   }
@@ -271,35 +292,41 @@ struct MoE : torch::autograd::Function<MoE> {
 /// No gradient is wanted, or autograd is done.
 OutputTuple moe(const at::Tensor& x, at::TensorList parameters,
                 const std::optional<at::Tensor>& expert_ids,
-                const std::optional<at::Tensor>& weights, std::string options, std::string group,
-                bool training, const at::Tensor& probe) {
+                const std::optional<at::Tensor>& weights,
+                const std::optional<at::Tensor>& padding_mask, bool may_skip, std::string options,
+                std::string group, bool training, const at::Tensor& probe) {
   c10::List<bool> none;
   for (size_t i = 0; i < 1 + weights.has_value() + parameters.size(); ++i) none.push_back(false);
-  return call_forward(x, parameters, expert_ids, weights, options, group, training, probe, none)
+  return call_forward(x, parameters, {expert_ids, weights, padding_mask, may_skip}, options, group,
+                      training, probe, none)
       .outputs.tensors();
 }
 
 OutputTuple moe_autograd(const at::Tensor& x, at::TensorList parameters,
                          const std::optional<at::Tensor>& expert_ids,
-                         const std::optional<at::Tensor>& weights, std::string options,
-                         std::string group, bool training, const at::Tensor& probe) {
+                         const std::optional<at::Tensor>& weights,
+                         const std::optional<at::Tensor>& padding_mask, bool may_skip,
+                         std::string options, std::string group, bool training,
+                         const at::Tensor& probe) {
   const auto needed = [](const at::Tensor& tensor) { return tensor.requires_grad(); };
   if (!at::GradMode::is_enabled() || !(needed(x) || (weights.has_value() && needed(*weights)) ||
                                        std::any_of(parameters.begin(), parameters.end(), needed))) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return moe(x, parameters, expert_ids, weights, std::move(options), std::move(group), training,
-               probe);
+    return moe(x, parameters, expert_ids, weights, padding_mask, may_skip, std::move(options),
+               std::move(group), training, probe);
   }
-  return unpack<Outputs>(
-             MoE::apply(x, weights, parameters, expert_ids, options, group, training, probe))
+  return unpack<Outputs>(MoE::apply(x, weights, parameters, expert_ids, padding_mask, may_skip,
+                                    options, group, training, probe))
       .tensors();
 }
 
 /// Rows and experts in autocast's type, as linear layers are; the router keeps its own.
 OutputTuple moe_autocast(const at::Tensor& x, at::TensorList parameters,
                          const std::optional<at::Tensor>& expert_ids,
-                         const std::optional<at::Tensor>& weights, std::string options,
-                         std::string group, bool training, const at::Tensor& probe) {
+                         const std::optional<at::Tensor>& weights,
+                         const std::optional<at::Tensor>& padding_mask, bool may_skip,
+                         std::string options, std::string group, bool training,
+                         const at::Tensor& probe) {
   const c10::impl::ExcludeDispatchKeyGuard outside(c10::autocast_dispatch_keyset);
   const auto device = x.device().type();
   const auto type = at::autocast::get_autocast_dtype(device);
@@ -311,7 +338,7 @@ OutputTuple moe_autocast(const at::Tensor& x, at::TensorList parameters,
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("anabranch::moe", "").typed<decltype(moe)>();
   return op.call(at::autocast::cached_cast(type, x, device), cast, expert_ids, weights,
-                 std::move(options), std::move(group), training, probe);
+                 padding_mask, may_skip, std::move(options), std::move(group), training, probe);
 }
 
 }  // namespace
@@ -322,20 +349,33 @@ TORCH_LIBRARY_FRAGMENT(anabranch, library) {
   // which they would use again: they are to end before these operators and begin anew behind them.
   const std::vector<at::Tag> draws = {at::Tag::nondeterministic_seeded, at::Tag::cudagraph_unsafe};
   library.def(
-      "moe(Tensor x, Tensor[] parameters, Tensor? expert_ids, Tensor? weights, str options, "
-      "str group, bool training, Tensor probe) -> (Tensor output, Tensor balance_loss, Tensor "
-      "z_loss, Tensor importance_loss, Tensor load_loss, Tensor expert_load)",
+      "moe(Tensor x, Tensor[] parameters, Tensor? expert_ids, Tensor? weights, Tensor? "
+      "padding_mask, bool may_skip, str options, str group, bool training, Tensor probe) -> "
+      "(Tensor "
+      "output, Tensor balance_loss, Tensor z_loss, Tensor importance_loss, Tensor load_loss, "
+      "Tensor "
+      "sequence_balance_loss, Tensor auxiliary_loss, Tensor expert_load, Tensor expert_ids, Tensor "
+      "expert_weights)",
       draws);
   library.def(
-      "moe_forward(Tensor x, Tensor[] parameters, Tensor? expert_ids, Tensor? weights, "
-      "str options, str group, bool training, Tensor probe, bool[] needs_gradient) -> (Tensor "
-      "output, Tensor balance_loss, Tensor z_loss, Tensor importance_loss, Tensor load_loss, "
-      "Tensor expert_load, Tensor state)",
+      "moe_forward(Tensor x, Tensor[] parameters, Tensor? expert_ids, Tensor? weights, Tensor? "
+      "padding_mask, bool may_skip, str options, str group, bool training, Tensor probe, bool[] "
+      "needs_gradient) -> (Tensor output, Tensor balance_loss, Tensor z_loss, Tensor "
+      "importance_loss, Tensor load_loss, Tensor sequence_balance_loss, Tensor auxiliary_loss, "
+      "Tensor expert_load, Tensor expert_ids, Tensor expert_weights, Tensor state)",
       draws);
   library.def(
       "moe_backward(Tensor?[] gradients, Tensor state, Tensor probe, Tensor[] inputs, Tensor[] "
       "read) -> Tensor[]",
       {at::Tag::cudagraph_unsafe});
+}
+
+TORCH_LIBRARY_FRAGMENT(anabranch, library) {
+  library.def(
+      "attach_loss(Tensor output, Tensor loss, Tensor? scale) -> Tensor",
+      [](const at::Tensor& output, const at::Tensor& loss, const std::optional<at::Tensor>& scale) {
+        return attach_loss(output, loss, scale.value_or(at::Tensor()));
+      });
 }
 
 TORCH_LIBRARY_IMPL(anabranch, CPU, library) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "experts/latent.h"
 #include "experts/shared_expert.h"
 #include "moe_options.h"
 #include "support/check.h"
@@ -10,9 +11,10 @@ namespace anabranch::operators {
 namespace {}  // namespace
 
 std::vector<NamedParameter> named_parameters(MoEParameters& parameters, const MoEOptions& options) {
-  auto& [router, experts, main_grad, shared, shared_main_grad, shared_gate] = parameters;
+  auto& [router, experts, main_grad, shared, shared_main_grad, shared_gate, latent_down,
+         latent_up] = parameters;
   std::vector<NamedParameter> all = {{"router.weight", &router.weight}};
-  all.reserve(12);  // the most there are
+  all.reserve(14);  // the most there are
   if (options.gate == Gate::kNoisyTopK) {
     all.push_back({"router.noise_weight", &router.noise_weight});
   }
@@ -35,6 +37,10 @@ std::vector<NamedParameter> named_parameters(MoEParameters& parameters, const Mo
   }
   if (options.shared_expert_gate) {
     all.push_back({"shared_expert_gate", &shared_gate});
+  }
+  if (options.latent_size > 0) {
+    all.push_back({"latent_down", &latent_down});
+    all.push_back({"latent_up", &latent_up});
   }
   return all;
 }
@@ -70,6 +76,11 @@ std::vector<torch::Tensor> initial_parameters(const MoEOptions& options, int64_t
   }
   if (options.shared_expert_gate) {
     parameters.shared_expert_gate = make_shared_expert_gate(options);
+  }
+  if (options.latent_size > 0) {
+    const auto [down, up] = make_latent_projections(options);
+    parameters.latent_down = down;
+    parameters.latent_up = up;
   }
   std::vector<torch::Tensor> list;
   for (const auto& parameter : named_parameters(parameters, options)) {

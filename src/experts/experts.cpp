@@ -17,7 +17,7 @@ ExpertsImpl::ExpertsImpl(const MoEOptions& options, const ExpertPlacement& place
       num_experts_(placement.num_experts),
       sharded_(sharded) {
   const int64_t local = placement.local_experts(rank);
-  const int64_t hidden = options.hidden_size;
+  const int64_t hidden = options.latent_size > 0 ? options.latent_size : options.hidden_size;
   const int64_t inner = options.expert_hidden_size;
   const int64_t up = options.glu ? 2 * inner : inner;
   const auto tensor_options = torch::TensorOptions().dtype(options.dtype).device(options.device);

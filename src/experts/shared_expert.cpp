@@ -77,6 +77,7 @@ struct ThroughSharedExpert : torch::autograd::Function<ThroughSharedExpert> {
 Experts make_shared_expert(const MoEOptions& options) {
   MoEOptions shared = options;
   shared.expert_hidden_size = options.shared_expert_hidden_size;
+  shared.latent_size = 0;
   shared.seed = ~options.seed;
   return Experts(shared, ExpertPlacement{1, 1}, 0, /*sharded=*/false);
 }

@@ -10,12 +10,13 @@
 namespace anabranch {
 
 struct RouteResult {
-  torch::Tensor expert_ids;             ///< [T, k] int64, best choice first
-  torch::Tensor weights;                ///< [T, k], NaN for a token that is not routed
-  torch::Tensor probabilities;          ///< [T, E] softmax, or sigmoids over their sum
-  torch::Tensor logsumexp;              ///< [T]
-  torch::Tensor counts;                 ///< [E] int64
+  torch::Tensor expert_ids;     ///< [T, k] int64, best choice first; −1 of padding
+  torch::Tensor weights;        ///< [T, k], NaN for a token that is not routed, 0 for id −1
+  torch::Tensor probabilities;  ///< [T, E] softmax, or other scores over their sum; 0 of padding
+  torch::Tensor logsumexp;      ///< [T], 0 of padding
+  torch::Tensor counts;         ///< [E] int64
   torch::Tensor first_nonfinite_token;  ///< [] int64, -1 if none
+  torch::Tensor padding_mask;           ///< [T] bool; undefined: no token is padding
 };
 
 /// Over the tokens.
@@ -34,9 +35,30 @@ struct BatchLosses {
 };
 
 /// The softmax's largest are the largest logits: no more is needed than those.
-inline bool is_plain(const RoutingRule& rule, const torch::Tensor& expert_bias) {
+inline bool is_plain(const RoutingRule& rule, const RoutingConditions& conditions) {
   return rule.router_score == RouterScore::kSoftmax && rule.routing_scale == 1 &&
-         rule.expert_groups == 1 && !expert_bias.defined();
+         rule.expert_groups == 1 && !conditions.expert_bias.defined() &&
+         !conditions.expert_ids.defined() && !conditions.padding_mask.defined();
+}
+
+/// Of how many of its best experts a group's score is the sum.
+inline int64_t summed_of_group(const RoutingRule& rule) {
+  switch (rule.group_score) {
+    case GroupScore::kMaximum:
+      return 1;
+    case GroupScore::kTopTwoSum:
+      return 2;
+    case GroupScore::kTopShareSum:
+    case GroupScore::kTopShareLogitSum:
+      break;
+  }
+  return rule.top_k / rule.top_groups;
+}
+
+/// The experts are chosen by their logits, in the order of which their scores are.
+inline bool chooses_by_logits(const RoutingRule& rule, const torch::Tensor& expert_bias) {
+  return !expert_bias.defined() &&
+         (rule.expert_groups == 1 || rule.group_score == GroupScore::kTopShareLogitSum);
 }
 
 /// From logits [T, E], fp32 or fp64, to experts, weights and the sums of the losses.
@@ -45,10 +67,10 @@ class RoutingKernels : public Kernels<RoutingKernels> {
   static const RoutingKernels& cpu();
   static const RoutingKernels& cuda();
 
-  /// `expert_bias` [E] of the logits' type or undefined. On a GPU the fp32 logits of a plain rule may be
-  /// sums, of [T, 3, E].
+  /// `conditions` are contiguous and on the logits' device; of a choice that is given, ids of no expert
+  /// are handed on and get the weight 0. On a GPU the fp32 logits of a plain rule may be sums, of [T, 3, E].
   virtual RouteResult route(const torch::Tensor& logits, const RoutingRule& rule,
-                            const torch::Tensor& expert_bias) const = 0;
+                            const RoutingConditions& conditions) const = 0;
   /// Of probabilities [T, E] and logsumexp [T].
   virtual RoutingSums routing_sums(const torch::Tensor& probabilities,
                                    const torch::Tensor& logsumexp) const = 0;
@@ -63,9 +85,10 @@ class RoutingKernels : public Kernels<RoutingKernels> {
   /// The same of one rank alone, whose own counts and sums are the batch's; of the type of `sums`.
   virtual BatchLosses losses_of_one(const torch::Tensor& counts, int64_t tokens,
                                     const RoutingSums& sums, int64_t top_k) const = 0;
-  /// dlogits [T, E] from the gradients of the weights [T, k], of the probability sum [E] and of the
-  /// sum of squared logsumexp [], of which the sums' may be undefined: zero. Of `routed` ids, weights and logsumexp are read, and
-  /// `probabilities`, in the place of which sigmoids take the logits. `split`: the fp32 result apart as
+  /// dlogits [T, E] from the gradients of the weights [T, k], of the probability sum [E], or of that of
+  /// each of S sequences [S, E], and of the sum of squared logsumexp [], of which the sums' may be
+  /// undefined: zero. Of `routed` ids, weights, logsumexp and padding are read, and `probabilities`, in
+  /// the place of which scores other than softmax take the logits. `split`: the fp32 result apart as
   /// GateKernels::split has it with kSplitGradient, side by side.
   virtual torch::Tensor route_backward(const RouteResult& routed, const RoutingRule& rule,
                                        const torch::Tensor& dweights,

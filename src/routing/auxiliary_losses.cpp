@@ -3,6 +3,8 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -33,10 +35,29 @@ Loss squared_variation(const torch::Tensor& sums) {
   return {value, (apart - value * mean) / divisor * slope};
 }
 
-/// How many sums a routing of `gate` has.
-int64_t count_sums(Gate gate, int64_t experts) {
-  const int64_t of_experts = gate == Gate::kNoisyTopK ? 4 : gate == Gate::kGShard ? 3 : 2;
-  return of_experts * experts + 2;
+/// How many sums a routing of such a layer's own has.
+int64_t count_sums(const MoEOptions& options) {
+  const int64_t of_experts = options.gate == Gate::kNoisyTopK ? 4
+                             : options.gate == Gate::kGShard  ? 3
+                                                              : 2;
+  return of_experts * options.num_experts + 2 + (options.sequence_balance_coefficient > 0 ? 2 : 0);
+}
+
+/// Of this rank's sequences: the gradient [S, E] of the sum of their losses, E / k · Σ_e counts ·
+/// probability sum / tokens², in the probability sums; and [2] that sum, and how many are not padding
+/// throughout. In fp64.
+struct SequenceLosses {
+  torch::Tensor slope;
+  torch::Tensor sums;
+};
+
+SequenceLosses sequence_losses(const SequenceSums& sequences, int64_t top_k) {
+  const auto tokens = sequences.tokens.to(torch::kFloat64).unsqueeze(1);  // [S, 1]
+  const auto counts = sequences.counts.to(torch::kFloat64);
+  const double scale = static_cast<double>(counts.size(1)) / static_cast<double>(top_k);
+  const auto slope = counts * scale / tokens.clamp_min(1).square();
+  const auto sum = (slope * sequences.probability_sum.detach().to(torch::kFloat64)).sum();
+  return {slope, at::stack({sum, tokens.gt(0).sum().to(torch::kFloat64)})};
 }
 
 RoutingSums own_sums(const Routing& routing) {
@@ -45,13 +66,18 @@ RoutingSums own_sums(const Routing& routing) {
 
 /// The batch's sums, in one fp64 vector: assignments of each expert [E]; unless the routing is from
 /// outside, what else RoutingKernels::batch_sums has; then, of gates that have them, first choices [E],
-/// importance [E], smooth load [E]. Between ranks zeros make up for what a routing from outside lacks.
-torch::Tensor sums_of_batch(const Routing& routing, const torch::Tensor& counts, Gate gate,
+/// importance [E], smooth load [E]; then of sequences two. Between ranks zeros make up for what a routing
+/// from outside lacks.
+torch::Tensor sums_of_batch(const Routing& routing, const torch::Tensor& counts,
+                            const SequenceLosses& sequences, const MoEOptions& options,
                             Communicator& communicator) {
   std::vector<torch::Tensor> parts;
   if (routing.probability_sum.defined()) {
     parts.push_back(RoutingKernels::on(counts.device())
                         .batch_sums(counts, routing.expert_ids.size(0), own_sums(routing)));
+    if (routing.num_tokens.defined()) {  // without the padding
+      parts.back().select(0, counts.size(0)).copy_(routing.num_tokens);
+    }
   } else {
     parts.push_back(counts.to(torch::kFloat64));
   }
@@ -60,9 +86,11 @@ torch::Tensor sums_of_batch(const Routing& routing, const torch::Tensor& counts,
       parts.push_back(sum.detach().to(torch::kFloat64));
     }
   }
+  if (sequences.sums.defined()) {
+    parts.push_back(sequences.sums);
+  }
   if (communicator.size() > 1 && !routing.probability_sum.defined()) {
-    const int64_t experts = counts.size(0);
-    parts.push_back(at::zeros({count_sums(gate, experts) - experts}, parts[0].options()));
+    parts.push_back(at::zeros({count_sums(options) - counts.size(0)}, parts[0].options()));
   }
   auto sums = parts.size() == 1 ? parts[0] : at::cat(parts);
   communicator.all_reduce(sums);
@@ -72,8 +100,8 @@ torch::Tensor sums_of_batch(const Routing& routing, const torch::Tensor& counts,
 /// As autograd takes them: the load, and behind it the losses that there are.
 variable_list listed(const AuxiliaryLosses& losses) {
   variable_list list = {losses.expert_load};
-  for (const auto& loss :
-       {losses.balance_loss, losses.z_loss, losses.importance_loss, losses.load_loss}) {
+  for (const auto& loss : {losses.balance_loss, losses.z_loss, losses.importance_loss,
+                           losses.load_loss, losses.sequence_balance_loss}) {
     if (loss.defined()) list.push_back(loss);
   }
   return list;
@@ -92,6 +120,9 @@ AuxiliaryLosses from_list(const variable_list& list, const Routing& routing) {
     losses.importance_loss = *next++;
     losses.load_loss = *next++;
   }
+  if (routing.sequences.probability_sum.defined()) {
+    losses.sequence_balance_loss = *next++;
+  }
   return losses;
 }
 
@@ -102,16 +133,24 @@ struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
                                const std::optional<torch::Tensor>& /*squared_logsumexp_sum*/,
                                const std::optional<torch::Tensor>& /*importance*/,
                                const std::optional<torch::Tensor>& /*smooth_load*/,
-                               const Routing* routing, const torch::Tensor* own_counts, Gate gate,
-                               Communicator* communicator) {
+                               const std::optional<torch::Tensor>& sequence_probability_sum,
+                               const Routing* routing, const torch::Tensor* own_counts,
+                               const MoEOptions* options, Communicator* communicator) {
     const int64_t experts = own_counts->size(0);
     const auto dtype = routing->weights.scalar_type();
     const bool first = routing->first_counts.defined();
     const bool by_scores = routing->probability_sum.defined();
-    const bool no_sums = communicator->size() == 1 && by_scores && !first &&
-                         !routing->importance.defined();  // the rank's own are the batch's
-    const auto sums =
-        no_sums ? torch::Tensor() : sums_of_batch(*routing, *own_counts, gate, *communicator);
+    const bool has_sequences = sequence_probability_sum.has_value();
+    const bool no_sums = communicator->size() == 1 && by_scores && !first && !has_sequences &&
+                         !routing->importance.defined() &&
+                         !routing->num_tokens.defined();  // the rank's own are the batch's
+    const SequenceLosses of_sequences =
+        has_sequences ? sequence_losses(routing->sequences, routing->expert_ids.size(1))
+                      : SequenceLosses();
+    const auto all =
+        no_sums ? torch::Tensor()
+                : sums_of_batch(*routing, *own_counts, of_sequences, *options, *communicator);
+    const auto sums = has_sequences ? all.slice(0, 0, -2) : all;
     AuxiliaryLosses found;
     variable_list slopes;  // of the losses, in their order
     if (by_scores) {
@@ -136,6 +175,12 @@ struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
       found.load_loss = load.value.to(dtype);
       slopes.insert(slopes.end(), {importance.gradient, load.gradient});
     }
+    if (has_sequences) {
+      const auto number = all.select(0, -1).clamp_min(1);
+      found.sequence_balance_loss = (all.select(0, -2) / number).to(dtype);
+      slopes.push_back(of_sequences.slope / number);
+    }
+    context->saved_data["has_sequences"] = has_sequences;
     if (communicator->size() > 1) {  // the loss is the group's, its gradient's share this rank's
       for (auto& slope : slopes) slope = slope * communicator->size();
     }
@@ -149,12 +194,15 @@ struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
     refuse_double_backward("auxiliary losses");
     const torch::NoGradGuard no_grad;
     const auto slopes = context->get_saved_variables();
-    variable_list result(8);  // as many as forward takes
+    const bool has_sequences = context->saved_data["has_sequences"].toBool();
+    constexpr size_t kOfSequences = 4;  // their argument, behind those that a gate may lack
+    variable_list result(9);            // as many as forward takes
     for (size_t i = 0; i < slopes.size(); ++i) {
       const auto& gradient = gradients[i + 1];  // behind the load's
       if (gradient.defined()) {
-        result[i] = at::empty(slopes[i].sizes(), gradient.options());
-        at::mul_out(result[i], slopes[i], gradient);  // in fp64, rounded once
+        auto& of_sums = result[has_sequences && i + 1 == slopes.size() ? kOfSequences : i];
+        of_sums = at::empty(slopes[i].sizes(), gradient.options());
+        at::mul_out(of_sums, slopes[i], gradient);  // in fp64, rounded once
       }
     }
     return result;
@@ -163,13 +211,27 @@ struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
 
 }  // namespace
 
-AuxiliaryLosses auxiliary_losses(const Routing& routing, const torch::Tensor& counts, Gate gate,
-                                 Communicator& communicator) {
+AuxiliaryLosses auxiliary_losses(const Routing& routing, const torch::Tensor& counts,
+                                 const MoEOptions& options, Communicator& communicator) {
   return from_list(
       LossesOfBatch::apply(given(routing.probability_sum), given(routing.squared_logsumexp_sum),
-                           given(routing.importance), given(routing.smooth_load), &routing, &counts,
-                           gate, &communicator),
+                           given(routing.importance), given(routing.smooth_load),
+                           given(routing.sequences.probability_sum), &routing, &counts, &options,
+                           &communicator),
       routing);
+}
+
+torch::Tensor weighted_sum(const AuxiliaryLosses& losses, const MoEOptions& options) {
+  torch::Tensor sum;
+  for (const auto& [loss, coefficient] :
+       {std::pair{losses.balance_loss, options.balance_coefficient},
+        std::pair{losses.sequence_balance_loss, options.sequence_balance_coefficient},
+        std::pair{losses.z_loss, options.z_coefficient}}) {
+    if (loss.defined() && coefficient != 0) {
+      sum = sum.defined() ? sum + coefficient * loss : coefficient * loss;
+    }
+  }
+  return sum;
 }
 
 }  // namespace anabranch

@@ -1,7 +1,16 @@
 #include "routing/gate.h"
 
+#include <ATen/ops/cat.h>
+#include <ATen/ops/exp2.h>
+#include <ATen/ops/frexp.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/stack.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/nn/functional/linear.h>
+
+#include <array>
+#include <limits>
 
 #include "kernels/gate.h"
 #include "support/block.h"
@@ -19,6 +28,11 @@ bool is_split(const torch::Tensor& x, const torch::Tensor& weight) {
          weight.scalar_type() == torch::kFloat;
 }
 
+/// Multiplied as they are, by fp16 parts that LibTorch's operations take.
+bool is_half(const torch::Tensor& x, const torch::Tensor& weight) {
+  return x.is_cuda() && x.scalar_type() == torch::kFloat16 && weight.scalar_type() == torch::kFloat;
+}
+
 /// A view of some of x's rows from row `first` on, of [.., h] or in pieces; without a dispatch, see part_of.
 torch::Tensor rows_of(const torch::Tensor& x, int64_t first, at::IntArrayRef sizes,
                       at::IntArrayRef strides) {
@@ -26,7 +40,7 @@ torch::Tensor rows_of(const torch::Tensor& x, int64_t first, at::IntArrayRef siz
   return part_of(x, first * x.stride(0) * bytes, x.scalar_type(), sizes, strides);
 }
 
-/// dᵀ · x in fp32, of bf16 numbers: d [T, 4, E] in the places of kSplitGradient, x [T, h] → [E, h]. The sum over
+/// dᵀ · x in fp32, of numbers of 16 bits: d [T, 4, E] in the places of kSplitGradient, x [T, h] → [E, h]. The sum over
 /// tokens is taken in pieces: cuBLAS 13.1 splits sums over more than 8192 rows among blocks of its own, and then
 /// loses some where their number is uneven.
 torch::Tensor sum_over_tokens(const torch::Tensor& d, const torch::Tensor& x) {
@@ -78,6 +92,56 @@ GateGradient split_gate_gradient(const torch::Tensor& dlogits, const torch::Tens
   return gradient;
 }
 
+/// [] the power of two that takes the largest |x| to between 2¹⁴ and 2¹⁵, where three numbers of fp16 hold
+/// all digits of fp32, and of much smaller ones as many as lie above 2⁻³⁹ of the largest.
+torch::Tensor scale_for(const torch::Tensor& x) {
+  if (x.numel() == 0) {
+    return at::ones({}, x.options());
+  }
+  const auto largest = at::linalg_vector_norm(x, std::numeric_limits<double>::infinity());
+  return at::exp2(15 - std::get<1>(at::frexp(largest)).to(torch::kFloat));
+}
+
+/// fp32 in fp16 numbers whose sum it is, the largest first.
+std::array<torch::Tensor, 3> half_parts(torch::Tensor rest) {
+  std::array<torch::Tensor, 3> parts;
+  for (auto& part : parts) {
+    part = rest.to(torch::kFloat16);
+    rest = rest - part;
+  }
+  return parts;
+}
+
+torch::Tensor half_product(const torch::Tensor& x, const torch::Tensor& weight) {
+  const auto scale = scale_for(weight);
+  const auto [first, second, third] = half_parts(weight * scale);
+  const auto products = at::mm(x, at::cat({first, second, third}).t(), torch::kFloat);
+  return products.view({x.size(0), 3, weight.size(0)}).sum(1) / scale;
+}
+
+GateGradient half_gate_gradient(const torch::Tensor& dlogits, const torch::Tensor& x,
+                                const torch::Tensor& weight, bool x_wanted, bool weight_wanted) {
+  const int64_t experts = weight.size(0);
+  GateGradient gradient;
+  if (weight_wanted) {
+    const auto scale = scale_for(dlogits);
+    const auto [first, second, third] = half_parts(dlogits * scale);
+    const auto in_places = at::stack({third, first, second, first}, 1);
+    gradient.weight = sum_over_tokens(in_places, x) / scale;
+  }
+  if (x_wanted) {  // bf16 reaches as far as fp32, and twice its digits are enough
+    const GateKernels& kernels = GateKernels::on(x.device());
+    const auto d = kernels.split(dlogits.contiguous(), kSplitGradient, /*side_by_side=*/true)
+                       .view({x.size(0), 4 * experts});
+    const auto w = kernels.split(weight.contiguous(), kSplitWeight, /*side_by_side=*/false)
+                       .view({4 * experts, x.size(1)});
+    gradient.x =
+        at::mm(d.narrow(1, experts, 3 * experts), w.narrow(0, 0, 3 * experts), torch::kFloat)
+            .to(torch::kFloat16);
+  }
+  return gradient;
+}
+
 /// The tensors that backward needs.
 struct Saved {
   torch::Tensor x;       ///< [T, h]
@@ -87,22 +151,23 @@ struct Saved {
   auto tensors() { return std::tie(x, weight, split_weight); }
 };
 
-/// Exact products of bf16 numbers, summed in fp32.
+/// Exact products of numbers of 16 bits, summed in fp32.
 struct SplitGate : torch::autograd::Function<SplitGate> {
   static torch::Tensor forward(AutogradContext* context, const torch::Tensor& x,
                                const torch::Tensor& weight) {
     const auto [parts, split_weight] = gate_product(x, weight);
     context->save_for_backward(pack(Saved{x, weight, split_weight}));
-    return parts.sum(1);
+    return parts.dim() == 3 ? parts.sum(1) : parts;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     refuse_double_backward("router");
     const torch::NoGradGuard no_grad;
     const auto [x, weight, split_weight] = unpack<Saved>(context->get_saved_variables());
-    const auto dlogits =
-        GateKernels::on(x.device())
-            .split(gradients[0].contiguous(), kSplitGradient, /*side_by_side=*/true);
+    auto dlogits = gradients[0].contiguous();
+    if (split_weight.defined()) {
+      dlogits = GateKernels::on(x.device()).split(dlogits, kSplitGradient, /*side_by_side=*/true);
+    }
     auto [dx, dweight] = gate_gradient(dlogits, x, weight, split_weight,
                                        context->needs_input_grad(0), context->needs_input_grad(1));
     return {std::move(dx), std::move(dweight)};
@@ -112,13 +177,16 @@ struct SplitGate : torch::autograd::Function<SplitGate> {
 }  // namespace
 
 torch::Tensor gate_logits(const torch::Tensor& x, const torch::Tensor& weight) {
-  if (is_split(x, weight)) {
+  if (is_split(x, weight) || is_half(x, weight)) {
     return SplitGate::apply(x, weight);
   }
   return torch::linear(x.to(weight.scalar_type()), weight);
 }
 
 GateProduct gate_product(const torch::Tensor& x, const torch::Tensor& weight) {
+  if (is_half(x, weight)) {
+    return {half_product(x, weight), {}};
+  }
   if (!is_split(x, weight)) {
     return {torch::linear(x.to(weight.scalar_type()), weight), {}};
   }
@@ -138,6 +206,9 @@ GateGradient gate_gradient(const torch::Tensor& dlogits, const torch::Tensor& x,
                            bool x_wanted, bool weight_wanted) {
   if (split_weight.defined()) {
     return split_gate_gradient(dlogits, x, split_weight, x_wanted, weight_wanted);
+  }
+  if (is_half(x, weight)) {
+    return half_gate_gradient(dlogits, x, weight, x_wanted, weight_wanted);
   }
   GateGradient gradient;
   if (weight_wanted) {

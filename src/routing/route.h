@@ -5,8 +5,8 @@
 namespace anabranch {
 
 /// What `route` does with the logits of a gate, gate_logits(x, gate_weight): in one step of autograd, with
-/// fewer launches. x [T, h], gate_weight [E, h] fp32 or fp64, expert_bias [E] of its type or undefined.
+/// fewer launches. x [T, h], gate_weight [E, h] fp32 or fp64, a bias of the experts of its type.
 Routing route_rows(const torch::Tensor& x, const torch::Tensor& gate_weight,
-                   const RoutingRule& rule, const torch::Tensor& expert_bias);
+                   const RoutingRule& rule, const RoutingConditions& conditions = {});
 
 }  // namespace anabranch

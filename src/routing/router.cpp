@@ -22,10 +22,10 @@ torch::Dtype gate_type(torch::Dtype dtype) {
 }
 
 Routing noisy_top_k(const torch::Tensor& x, const RouterParameters& parameters,
-                    const MoEOptions& options, bool training) {
+                    const MoEOptions& options, bool training, const RoutingConditions& conditions) {
   const auto rule = routing_rule(options);
   if (!training) {
-    auto routing = route_rows(x, parameters.weight, rule, {});
+    auto routing = route_rows(x, parameters.weight, rule, conditions);
     routing.importance = weights_per_expert(routing, options.num_experts);
     routing.smooth_load = routing.counts.to(parameters.weight.scalar_type());
     return routing;
@@ -33,30 +33,67 @@ Routing noisy_top_k(const torch::Tensor& x, const RouterParameters& parameters,
   const auto logits = gate_logits(x, parameters.weight);
   const auto deviation = torch::softplus(gate_logits(x, parameters.noise_weight)) + kLeastDeviation;
   const auto noisy = logits + torch::randn_like(logits) * deviation;
-  auto routing = route(noisy, rule);
+  auto routing = route(noisy, rule, conditions);
   routing.importance = weights_per_expert(routing, options.num_experts);
-  routing.smooth_load = smooth_load(logits, noisy, deviation, routing.expert_ids);
+  routing.smooth_load =
+      smooth_load(logits, noisy, deviation, routing.expert_ids, conditions.padding_mask);
   return routing;
 }
 
 Routing gshard(const torch::Tensor& x, const torch::Tensor& weight, const MoEOptions& options,
-               bool training) {
-  auto routing = route_rows(x, weight, routing_rule(options), {});
+               bool training, const RoutingConditions& conditions) {
+  auto routing = route_rows(x, weight, routing_rule(options), conditions);
   const auto second = routing.expert_ids.select(1, 1);
+  const auto is_one = second >= 0;
+  const auto place = second.clamp_min(0);
   const auto count = [&](const torch::Tensor& of_token) {
-    return torch::zeros_like(routing.counts).scatter_add_(0, second, of_token);
+    return torch::zeros_like(routing.counts).scatter_add_(0, place, of_token.to(torch::kInt64));
   };
-  routing.first_counts = routing.counts - count(torch::ones_like(second));
+  routing.first_counts = routing.counts - count(is_one);
   if (training) {
     const auto weight = routing.weights.detach().select(1, 1);  // times the scale
     const auto taken = torch::rand_like(weight) * options.routing_scale < 2 * weight;
     const auto kept = torch::stack({torch::ones_like(taken), taken}, 1);
-    routing.counts = routing.first_counts + count(taken.to(torch::kInt64));
+    routing.counts = routing.first_counts + count(taken.logical_and(is_one));
     routing.expert_ids = routing.expert_ids.masked_fill(~kept, -1);
     routing.weights = routing.weights.masked_fill(~kept, 0);
     routing.may_skip = true;
   }
   return routing;
+}
+
+/// [T, top_k] the experts that nobody has chosen by their scores.
+torch::Tensor forced_choice(const torch::Tensor& x, const MoEOptions& options) {
+  const int64_t tokens = x.size(0);
+  if (options.forced_routing == ForcedRouting::kRandom) {
+    const auto drawn = torch::rand({tokens, options.num_experts}, x.options().dtype(torch::kFloat));
+    return route(drawn, options.top_k, false).expert_ids;
+  }
+  const auto first = torch::arange(tokens * options.top_k, x.options().dtype(torch::kInt64));
+  return first.remainder(options.num_experts).view({tokens, options.top_k});
+}
+
+/// By the rule, or for benchmarks by none.
+Routing by_rule(const torch::Tensor& x, const torch::Tensor& weight, const MoEOptions& options,
+                RoutingConditions conditions) {
+  const bool forced =
+      options.forced_routing != ForcedRouting::kNone && !conditions.expert_ids.defined();
+  if (forced) {
+    conditions.expert_ids = forced_choice(x.detach(), options);
+  }
+  auto routing = route_rows(x, weight, routing_rule(options), conditions);
+  if (forced) {
+    routing.may_skip = conditions.padding_mask.defined();
+  }
+  return routing;
+}
+
+/// What was computed in fp64, as the exchange and the losses take it.
+void round_to(torch::Dtype dtype, Routing& routing) {
+  for (auto* tensor : {&routing.weights, &routing.probability_sum, &routing.squared_logsumexp_sum,
+                       &routing.importance, &routing.smooth_load}) {
+    if (tensor->defined()) *tensor = tensor->to(dtype);
+  }
 }
 
 }  // namespace
@@ -84,8 +121,8 @@ void RouterImpl::to(torch::Dtype dtype, bool non_blocking) {
   Module::to(gate_type(dtype), non_blocking);
 }
 
-Routing RouterImpl::forward(const torch::Tensor& x) {
-  return route_tokens(x, router_parameters(), options_, is_training());
+Routing RouterImpl::forward(const torch::Tensor& x, const RoutingConditions& conditions) {
+  return route_tokens(x, router_parameters(), options_, is_training(), conditions);
 }
 
 void RouterImpl::update_expert_bias(const torch::Tensor& expert_load, double rate) {
@@ -93,30 +130,45 @@ void RouterImpl::update_expert_bias(const torch::Tensor& expert_load, double rat
 }
 
 Routing route_tokens(const torch::Tensor& x, const RouterParameters& parameters,
-                     const MoEOptions& options, bool training) {
+                     const MoEOptions& options, bool training, const RoutingConditions& given) {
   const Stage named("anabranch.route");
-  const torch::Tensor& weight = parameters.weight;
+  RouterParameters own = parameters;
+  if (options.router_fp64) {
+    for (auto* tensor : {&own.weight, &own.noise_weight, &own.expert_bias}) {
+      if (tensor->defined()) *tensor = tensor->to(torch::kFloat64);
+    }
+  }
+  const torch::Tensor& weight = own.weight;
   check_input(x.defined(), "router: x is undefined");
   check_input(x.dim() == 2 && x.size(1) == weight.size(1), "router: x is ", x.sizes(),
               ", expected [T, ", weight.size(1), "]");
   check_input(x.is_floating_point() && x.device() == weight.device(), "router: x is ",
               x.scalar_type(), " on ", x.device(), ", expected a floating type on ",
               weight.device());
-  torch::Tensor gate_input = x;
+  torch::Tensor gate_input = options.router_fp64 ? x.to(torch::kFloat64) : x;
   if (training && options.jitter > 0) {
     gate_input = x.to(weight.scalar_type());
     gate_input =
         gate_input * torch::empty_like(gate_input).uniform_(1 - options.jitter, 1 + options.jitter);
   }
+  RoutingConditions conditions = given;
+  conditions.expert_bias = own.expert_bias;
+  Routing routing;
   switch (options.gate) {
     case Gate::kTopK:
+      routing = by_rule(gate_input, weight, options, std::move(conditions));
       break;
     case Gate::kNoisyTopK:
-      return noisy_top_k(gate_input, parameters, options, training);
+      routing = noisy_top_k(gate_input, own, options, training, conditions);
+      break;
     case Gate::kGShard:
-      return gshard(gate_input, weight, options, training);
+      routing = gshard(gate_input, weight, options, training, conditions);
+      break;
   }
-  return route_rows(gate_input, weight, routing_rule(options), parameters.expert_bias);
+  if (options.router_fp64) {
+    round_to(parameters.weight.scalar_type(), routing);
+  }
+  return routing;
 }
 
 void update_expert_bias(torch::Tensor& expert_bias, const torch::Tensor& expert_load, double rate) {

@@ -22,6 +22,14 @@ void check_groups(const RoutingRule& rule, int64_t experts, const char* where) {
               " from top_groups = ", rule.top_groups, " groups of ", experts / groups, " experts");
   check_input(groups == 1 || rule.group_score != GroupScore::kTopTwoSum || experts / groups >= 2,
               where, ": group_score kTopTwoSum with groups of one expert, expected two or more");
+  const bool by_share = rule.group_score == GroupScore::kTopShareSum ||
+                        rule.group_score == GroupScore::kTopShareLogitSum;
+  check_input(groups == 1 || !by_share || rule.top_k >= rule.top_groups, where,
+              ": group_score of a share of top_k = ", rule.top_k,
+              " with top_groups = ", rule.top_groups, ", expected top_k of at least top_groups");
+  check_input(groups == 1 || rule.group_score != GroupScore::kTopShareLogitSum ||
+                  rule.router_score == RouterScore::kSoftmax,
+              where, ": group_score kTopShareLogitSum with scores other than softmax");
 }
 
 }  // namespace

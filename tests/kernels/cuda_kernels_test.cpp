@@ -146,9 +146,13 @@ TEST_F(CudaKernelsTest, RouteBackwardEqualsTheCpu) {
       const auto exact =
           cpu_routing_.route_backward(as64, rule, dweights.to(torch::kFloat64),
                                       dsum.to(torch::kFloat64), dsquared.to(torch::kFloat64));
-      const RouteResult on_device{
-          on_gpu(routed.expert_ids), on_gpu(routed.weights), on_gpu(routed.probabilities),
-          on_gpu(routed.logsumexp),  on_gpu(routed.counts),  on_gpu(routed.first_nonfinite_token)};
+      const RouteResult on_device{on_gpu(routed.expert_ids),
+                                  on_gpu(routed.weights),
+                                  on_gpu(routed.probabilities),
+                                  on_gpu(routed.logsumexp),
+                                  on_gpu(routed.counts),
+                                  on_gpu(routed.first_nonfinite_token),
+                                  {}};
       const auto result = cuda_routing_.route_backward(on_device, rule, on_gpu(dweights),
                                                        on_gpu(dsum), on_gpu(dsquared));
       // dp = dw / s: where the chosen probabilities are small, gradients are large.

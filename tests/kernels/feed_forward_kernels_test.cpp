@@ -100,6 +100,60 @@ TEST_P(FeedForwardKernelsTest, ActivateBackwardEqualsAutograd) {
   }
 }
 
+/// With limits and offset; of values at a limit the gradient is that below it.
+torch::Tensor limited(const torch::Tensor& hidden, const HiddenActivation& of) {
+  const auto n = of.glu ? hidden.size(1) / 2 : hidden.size(1);
+  const auto most = [&](const torch::Tensor& x) {
+    return of.limit > 0 ? torch::where(x > of.limit, torch::full_like(x, of.limit), x) : x;
+  };
+  const auto gate = reference::activation(most(hidden.slice(1, 0, n)), of.activation);
+  return of.glu ? gate * (-most(-most(hidden.slice(1, n, 2 * n))) + of.offset) : gate;
+}
+
+TEST_P(FeedForwardKernelsTest, LimitsAndOffsetsAndTheirGradients) {
+  for (const auto dtype : all_dtypes()) {
+    for (const auto activation :
+         {Activation::kSilu, Activation::kRelu, Activation::kReluSquared, Activation::kQuickGelu}) {
+      for (const bool glu : {false, true}) {
+        HiddenActivation of{activation, glu};
+        of.limit = random_.pick<double>({0, 0.5, 1.5});
+        of.offset = glu ? random_.pick<double>({0, 1}) : 0;
+        const auto rows = random_.pick<int64_t>({0, 1, 5, 300});
+        const auto n = random_.pick<int64_t>({1, 7, 16, 65});
+        SCOPED_TRACE(c10::str(to_string(dtype), " activation ", static_cast<int>(activation),
+                              " glu ", glu, " limit ", of.limit, " offset ", of.offset, " rows ",
+                              rows, " n ", n));
+        const auto hidden = random_.normal({rows, glu ? 2 * n : n}, dtype);
+        auto dactivated = random_.normal({rows, n}, dtype);
+        const auto weights = random_.normal({rows}, accumulation_type(dtype));
+        const auto hidden64 = hidden.to(torch::kFloat64).requires_grad_();
+        const auto weights64 = weights.to(torch::kFloat64).requires_grad_();
+        const auto exact = limited(hidden64, of);
+        (exact * weights64.unsqueeze(1) * dactivated.to(torch::kFloat64)).sum().backward();
+
+        const double bound = 2 + max_abs(hidden);
+        const double size = bound * bound * bound;
+        EXPECT_TRUE(close(activation_.activate(on_device(hidden), of), exact,
+                          tolerance(dtype, kTranscendental, size)));
+        auto weighted = on_device(dactivated).clone();
+        const ActivationGradient gradient{torch::empty_like(on_device(hidden)),
+                                          torch::empty_like(on_device(weights))};
+        activation_.activate_backward(weighted, on_device(hidden), on_device(weights), of,
+                                      gradient);
+        const double of_weight = 1 + max_abs(weights64);
+        EXPECT_TRUE(close(weighted, exact * weights64.unsqueeze(1),
+                          tolerance(dtype, kTranscendental, size * of_weight)));
+        EXPECT_TRUE(close(
+            gradient.dhidden, hidden64.grad(),
+            tolerance(dtype, kTranscendental, 2 * size * of_weight * (1 + max_abs(dactivated)))));
+        EXPECT_TRUE(close(gradient.dweights, weights64.grad(),
+                          tolerance(accumulation_type(dtype), n + kTranscendental,
+                                    static_cast<double>(n) * size * max_abs(dactivated))));
+      }
+    }
+  }
+}
+
 TEST_P(FeedForwardKernelsTest, AddBiasAddsItsExpertsRow) {
   for (const auto dtype : all_dtypes()) {
     const auto counts = random_counts(6, 40);

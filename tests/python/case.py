@@ -49,7 +49,7 @@ def expect(
 def _magnitudes(x, dy, leaves, options, result, with_gate: bool) -> dict[str, Tensor]:
     """With absolute values everywhere and no activation (none is steeper than 1.13) the same sums bound
     their terms; softmax adds each token's weights' gradients up once more."""
-    linear = dataclasses.replace(options, activation="identity")
+    linear = dataclasses.replace(options, activation="identity", limit=torch.inf)
     size = x.detach().abs().requires_grad_()
     weights = result.weights.detach().abs().requires_grad_()
     sizes = {name: leaf.detach().abs().requires_grad_() for name, leaf in leaves.items()}

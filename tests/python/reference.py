@@ -13,6 +13,8 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "relu": F.relu,
     "silu": F.silu,
+    "relu_squared": lambda x: F.relu(x) ** 2,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "identity": lambda x: x,
 }
 
@@ -23,6 +25,8 @@ class Options:
     activation: str = "gelu_tanh"
     glu: bool = False
     renormalize: bool = True
+    limit: float = torch.inf
+    offset: float = 0.0
 
 
 @dataclasses.dataclass
@@ -53,9 +57,9 @@ def feed_forward(x: Tensor, parameters: dict[str, Tensor], prefix: str, expert: 
     act = ACTIVATIONS[options.activation]
     if options.glu:
         gate, up = hidden.chunk(2, dim=-1)
-        hidden = act(gate) * up
+        hidden = act(gate.clamp(max=options.limit)) * (up.clamp(-options.limit, options.limit) + options.offset)
     else:
-        hidden = act(hidden)
+        hidden = act(hidden.clamp(max=options.limit))
     y = hidden @ parameters[prefix + "down_weight"][expert].T
     return y + parameters[prefix + "down_bias"][expert] if prefix + "down_bias" in parameters else y
 

@@ -28,11 +28,9 @@ SIZES = {
 GATING, INTERFACE = "gating of their own", "do not follow transformers' interface"
 NONE = "has no stacked experts"
 REFUSED = {
-    **dict.fromkeys(["beam", "deepseek_v4", "glm5_next", "gpt_oss", "hy_v4", "hy_v4_vl", "inkling2"], GATING),
-    **dict.fromkeys(["inkling2_loop", "minimax_m3_vl", "openai_privacy_filter"], GATING),
+    **dict.fromkeys(["inkling2", "inkling2_loop"], GATING),
     **dict.fromkeys(["llama4", "longcat_flash", "step3p7"], INTERFACE),
     "muse_spark": "norm behind each expert",
-    "nemotron_h": "activation",
     **dict.fromkeys(["dbrx", "jetmoe"], NONE),
     **dict.fromkeys(["nllb_moe", "switch_transformers", "vitpose_backbone"], "list of modules"),
 }

@@ -14,7 +14,8 @@ OPERATORS = torch.ops.anabranch
 
 def arguments(layer, x, routing=(None, None)):
     parts = {**layer._parts_but_experts(x), "experts": dict(layer.experts.named_parameters())}
-    return (x, layer._parameter_list(parts, x), *routing, layer._options, layer._group, True, layer._probe.tensor)
+    given = (*routing, None, False)
+    return (x, layer._parameter_list(parts, x), *given, layer._options, layer._group, True, layer._probe.tensor)
 
 
 def layer_of(device, **more):
@@ -34,23 +35,27 @@ def a_plan(device, tokens=7):
 ROUTER = dict(
     router_score="sigmoid", expert_bias=True, expert_groups=2, shared_expert_hidden_size=6, shared_expert_gate=True
 )
+LATENT = dict(latent_size=5, sequence_balance_coefficient=0.1, router_fp64=True)
 
 
 def test_compilers_record_into_their_graphs_what_is_safe_there():
     """Not what keeps memory of its own, waits, or reads host memory; permute and unpermute do none of that."""
     for name in ("moe", "moe_forward", "moe_backward", "route_forward", "route_backward", "plan", "dispatch", "combine",
-                 "grouped_gemm", "grouped_gemm_dgrad", "grouped_gemm_wgrad"):  # fmt: skip
+                 "router_forward", "router_backward", "grouped_gemm", "grouped_gemm_dgrad", "grouped_gemm_wgrad"):  # fmt: skip
         assert torch.Tag.cudagraph_unsafe in getattr(OPERATORS, name).default.tags, name
     for name in ("permute", "unpermute"):
         assert torch.Tag.cudagraph_unsafe not in getattr(OPERATORS, name).default.tags, name
 
 
-@pytest.mark.parametrize("more", [{}, {"bias": True, "shared_expert_hidden_size": 6}, ROUTER], ids=str)
+@pytest.mark.parametrize("more", [{}, {"bias": True, "shared_expert_hidden_size": 6}, ROUTER, LATENT], ids=str)
 def test_opcheck_of_the_layer(more, device):
     layer = layer_of(device, **more)
     x = torch.randn(7, 8, device=device, requires_grad=True)
     opcheck(OPERATORS.moe.default, arguments(layer, x))
     opcheck(OPERATORS.moe.default, arguments(layer, x, a_routing(7, device)))
+    ids, padding = a_routing(7, device)[0], torch.rand(7, device=device) < 0.5
+    call = arguments(layer, x)
+    opcheck(OPERATORS.moe.default, (*call[:2], ids, None, padding, *call[5:]))
     layer.requires_grad_(False)
     opcheck(OPERATORS.moe.default, arguments(layer, x.detach()))
 

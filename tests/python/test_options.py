@@ -6,7 +6,7 @@ import json
 import anabranch
 import torch
 
-NOT_OPTIONS = {"self", "group", "router", "dtensor"}  # a communicator, a router or none, and what parameters are
+NOT_OPTIONS = {"self", "group", "router", "dtensor", "experts"}  # what is not the core's
 OWN_DEFAULTS = {"seed", "dtype", "device"}  # torch's generator, type and device
 
 

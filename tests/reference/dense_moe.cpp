@@ -73,6 +73,10 @@ torch::Tensor activation(const torch::Tensor& x, Activation kind) {
       return torch::where(x > 0, x, torch::zeros_like(x));
     case Activation::kSilu:
       return x / (1 + (-x).exp());
+    case Activation::kReluSquared:
+      return torch::where(x > 0, x * x, torch::zeros_like(x));
+    case Activation::kQuickGelu:
+      return x / (1 + (-1.702 * x).exp());
   }
   throw std::invalid_argument("unknown activation");
 }

@@ -41,9 +41,25 @@ torch::Tensor least_gap(const torch::Tensor& values, int64_t k, const torch::Ten
 /// [T, groups]
 torch::Tensor group_scores(const torch::Tensor& choices, const RoutingFormula& formula) {
   const auto grouped = choices.unflatten(1, {formula.groups, choices.size(1) / formula.groups});
-  return formula.group_score == GroupScore::kMaximum
-             ? grouped.amax(2)
-             : std::get<0>(grouped.topk(2, /*dim=*/2)).sum(2);
+  switch (formula.group_score) {
+    case GroupScore::kMaximum:
+      return grouped.amax(2);
+    case GroupScore::kTopTwoSum:
+      return std::get<0>(grouped.topk(2, /*dim=*/2)).sum(2);
+    default:
+      return std::get<0>(grouped.topk(formula.top_k / formula.top_groups, /*dim=*/2)).sum(2);
+  }
+}
+
+torch::Tensor scores_of(const torch::Tensor& logits, RouterScore score) {
+  switch (score) {
+    case RouterScore::kSoftmax:
+      return torch::softmax(logits, 1);
+    case RouterScore::kSigmoid:
+      return 1 / (1 + (-logits).exp());
+    default:
+      return (1 + logits.exp()).log().sqrt();
+  }
 }
 
 }  // namespace
@@ -61,9 +77,11 @@ RoutingFormula formula_of(const MoEOptions& options, const torch::Tensor& expert
 
 Choice choose(const torch::Tensor& logits, const RoutingFormula& formula) {
   const int64_t tokens = logits.size(0);
-  const bool sigmoid = formula.score == RouterScore::kSigmoid;
-  const auto scores = sigmoid ? 1 / (1 + (-logits).exp()) : torch::softmax(logits, 1);
-  const bool by_score = formula.expert_bias.defined() || formula.groups > 1;
+  const bool softmax = formula.score == RouterScore::kSoftmax;
+  const auto scores = scores_of(logits, formula.score);
+  const bool by_score =
+      formula.expert_bias.defined() ||
+      (formula.groups > 1 && formula.group_score != GroupScore::kTopShareLogitSum);
   auto choices = by_score ? scores.detach() : logits.detach();
   auto margin = torch::full({tokens}, kInfinity, choices.options());
   if (formula.expert_bias.defined()) {
@@ -87,7 +105,7 @@ Choice choose(const torch::Tensor& logits, const RoutingFormula& formula) {
   }
   margin = torch::minimum(margin, least_gap(choices, formula.top_k, scale));
   Choice choice;
-  choice.probabilities = sigmoid ? scores / scores.sum(1, /*keepdim=*/true) : scores;
+  choice.probabilities = softmax ? scores : scores / scores.sum(1, /*keepdim=*/true);
   choice.expert_ids = sorted(choices).second.slice(1, 0, formula.top_k).contiguous();
   choice.weights = scores.gather(1, choice.expert_ids);
   if (formula.renormalize) {

@@ -20,7 +20,7 @@ struct RoutingFormula {
 RoutingFormula formula_of(const MoEOptions& options, const torch::Tensor& expert_bias = {});
 
 struct Choice {
-  torch::Tensor probabilities;  ///< [T, E] softmax, or sigmoids over their sum
+  torch::Tensor probabilities;  ///< [T, E] softmax, or other scores over their sum
   torch::Tensor expert_ids;     ///< [T, top_k] int64, best first, ties to the lowest
   torch::Tensor weights;        ///< [T, top_k]
   /// [T] how clear the choice and its order are: the least distance between two of what experts are

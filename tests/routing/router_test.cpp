@@ -40,7 +40,7 @@ TEST_P(RouteTest, TheGatesGradientLosesNoToken) {
     return on_device((random_.uniform(sizes) * 5).floor().sub(2).to(dtype));
   };
   for (const int64_t tokens : {0, 1, 4095, 4096, 8193, 8195, 12300}) {
-    for (const auto dtype : {torch::kBFloat16, torch::kFloat32}) {
+    for (const auto dtype : {torch::kBFloat16, torch::kFloat16, torch::kFloat32}) {
       SCOPED_TRACE(c10::str("T ", tokens, " ", to_string(dtype)));
       const auto x = whole({tokens, 40}, dtype);
       const auto dlogits = whole({tokens, 16}, torch::kFloat32);
@@ -90,13 +90,47 @@ TEST_P(RouteTest, RowsAreRoutedAsTheirLogitsAre) {
                                         weight.grad(),
                                         x_wanted ? x.grad() : rows};
     };
+    RoutingConditions given;
+    given.expert_bias = bias;
     const auto found =
-        run([&](const auto& x, const auto& weight) { return route_rows(x, weight, rule, bias); });
+        run([&](const auto& x, const auto& weight) { return route_rows(x, weight, rule, given); });
     const auto expected = run([&](const auto& x, const auto& weight) {
       return route(gate_logits(x, weight), rule, bias);
     });
     for (size_t t = 0; t < found.size(); ++t) {
       EXPECT_TRUE(found[t].equal(expected[t])) << "tensor " << t;
+    }
+  }
+}
+
+// Of weights and gradients of any size: fp16 alone would lose those below 2⁻²⁴.
+TEST_P(RouteTest, TheGateOfRowsOf16BitsIsAsOfFp32) {
+  constexpr int64_t kTokens = 50, kHidden = 300, kExperts = 24;
+  for (const auto dtype : {torch::kBFloat16, torch::kFloat16}) {
+    for (const double size : {1e-7, 1e-2, 30.0}) {
+      SCOPED_TRACE(c10::str(to_string(dtype), " of ", size));
+      const auto rows = random_.normal({kTokens, kHidden}, dtype);
+      const auto weights = (size * random_.normal({kExperts, kHidden})).to(torch::kFloat32);
+      const auto dlogits = (1e-3 * random_.normal({kTokens, kExperts})).to(torch::kFloat32);
+      const auto x64 = rows.to(torch::kFloat64).requires_grad_();
+      const auto weight64 = weights.to(torch::kFloat64).requires_grad_();
+      const auto logits64 = x64.mm(weight64.t());
+      logits64.backward(dlogits.to(torch::kFloat64));
+
+      const auto x = on_device(rows).requires_grad_();
+      const auto weight = on_device(weights).requires_grad_();
+      const auto logits = gate_logits(x, weight);
+      logits.backward(on_device(dlogits));
+      const auto magnitude = x64.detach().abs().mm(weight64.detach().abs().t());
+      EXPECT_EQ(logits.scalar_type(), torch::kFloat32);
+      EXPECT_TRUE(close(logits, logits64, tolerance(torch::kFloat32, 3 * kHidden, magnitude)));
+      const auto d64 = dlogits.to(torch::kFloat64).abs();
+      EXPECT_TRUE(close(weight.grad(), weight64.grad(),
+                        tolerance(torch::kFloat32, 3 * kTokens, d64.t().mm(x64.detach().abs()))));
+      // Besides the rounding of what is stored, of fp16 also that to its least number.
+      const auto of_row = d64.mm(weight64.detach().abs());
+      const double least = dtype == torch::kFloat16 ? std::exp2(-25) : 0;
+      EXPECT_TRUE(close(x.grad(), x64.grad(), tolerance(dtype, 3 * kExperts, of_row) + least));
     }
   }
 }

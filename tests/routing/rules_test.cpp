@@ -24,12 +24,18 @@ RoutingRule random_rule(Random& random, int64_t experts) {
       groups.push_back(count);
     }
   }
-  rule.router_score = random.pick<RouterScore>({RouterScore::kSoftmax, RouterScore::kSigmoid});
+  rule.router_score = random.pick<RouterScore>(
+      {RouterScore::kSoftmax, RouterScore::kSigmoid, RouterScore::kSqrtSoftplus});
   rule.expert_groups = random.chance() ? 1 : random.pick(groups);
   rule.top_groups = random.integer(1, rule.expert_groups);
   const int64_t size = experts / rule.expert_groups;
   rule.group_score = size == 1 || random.chance() ? GroupScore::kMaximum : GroupScore::kTopTwoSum;
   rule.top_k = random.integer(1, std::min<int64_t>(size * rule.top_groups, 34));
+  if (random.chance() && rule.top_k >= rule.top_groups) {
+    rule.group_score = rule.router_score == RouterScore::kSoftmax && random.chance()
+                           ? GroupScore::kTopShareLogitSum
+                           : GroupScore::kTopShareSum;
+  }
   rule.renormalize = random.chance();
   rule.routing_scale = random.pick<double>({1, 2.5, 0.3});
   return rule;
@@ -47,10 +53,10 @@ reference::RoutingFormula formula_of(const RoutingRule& rule, const torch::Tenso
 }
 
 std::string describe(const RoutingRule& rule) {
-  return c10::str("k ", rule.top_k, rule.renormalize ? " renormalize" : "",
-                  rule.router_score == RouterScore::kSigmoid ? " sigmoid" : " softmax", " scale ",
-                  rule.routing_scale, " groups ", rule.top_groups, " of ", rule.expert_groups,
-                  rule.group_score == GroupScore::kMaximum ? " by maximum" : " by two");
+  return c10::str("k ", rule.top_k, rule.renormalize ? " renormalize" : "", " score ",
+                  static_cast<int>(rule.router_score), " scale ", rule.routing_scale, " groups ",
+                  rule.top_groups, " of ", rule.expert_groups, " by score ",
+                  static_cast<int>(rule.group_score));
 }
 
 class RulesTest : public ::testing::TestWithParam<torch::Device> {
@@ -114,7 +120,7 @@ TEST_P(RulesTest, EqualTheirFormulasForwardAndBackward) {
     const auto dtype = random_.pick<torch::Dtype>({torch::kFloat32, torch::kFloat64});
     SCOPED_TRACE(
         c10::str("T ", tokens, " E ", experts, " ", describe(rule), " ", to_string(dtype)));
-    const bool biased = random_.chance();
+    const bool biased = random_.chance() && rule.group_score != GroupScore::kTopShareLogitSum;
     SCOPED_TRACE(biased ? "biased" : "without bias");
     const auto drawn = (random_.pick<double>({0.3, 2}) * random_.normal({tokens, experts}))
                            .to(torch::kFloat32)
@@ -158,6 +164,32 @@ TEST_P(RulesTest, RouteAsPublishedModelsDo) {
   rule.renormalize = true;
   rule.routing_scale = 2.5;
   check(rule, draw(256), 0.1 * random_.normal({256}), torch::kFloat32);  // DeepSeek-V3
+  rule = {};
+  rule.top_k = 6;
+  rule.router_score = RouterScore::kSqrtSoftplus;
+  rule.routing_scale = 1.5;
+  check(rule, draw(256), 0.1 * random_.normal({256}), torch::kFloat32);  // DeepSeek-V4-Flash
+}
+
+// Far from 0 on either side a score's root neither overflows nor loses its digits.
+TEST_P(RulesTest, SqrtSoftplusOfLargeLogits) {
+  RoutingRule rule;
+  rule.top_k = 3;
+  rule.renormalize = false;
+  rule.router_score = RouterScore::kSqrtSoftplus;
+  for (const auto dtype : {torch::kFloat32, torch::kFloat64}) {
+    const auto logits =
+        on_device(torch::tensor({{400.0, -70.0, -39.0}}).to(dtype)).requires_grad_();
+    const auto routing = route(logits, rule);
+    routing.weights.sum().backward();
+    const auto expected =
+        torch::tensor({{20.0, std::exp(-19.5), std::exp(-35.0)}}, torch::kFloat64);
+    const auto slopes =
+        torch::tensor({{0.5 / 20, std::exp(-35.0) / 2, std::exp(-19.5) / 2}}, torch::kFloat64);
+    const double relative = 1e-9 + 200 * unit_roundoff(dtype);  // e^-39 of a softplus of -39
+    EXPECT_TRUE(close(routing.weights, expected, relative * expected));
+    EXPECT_TRUE(close(logits.grad(), slopes, relative * slopes));
+  }
 }
 
 // The softmax over the chosen logits alone is that over all, renormalised.
@@ -251,6 +283,20 @@ TEST_P(RulesTest, RefusesImpossibleRules) {
   refuse([](RoutingRule& r) { r.top_groups = 2; }, "top_groups = 2 of 1");
   refuse([](RoutingRule& r) { r.top_groups = 0; }, "top_groups = 0");
   refuse([](RoutingRule& r) { r.expert_groups = 12; }, "groups of one expert");
+  refuse(
+      [](RoutingRule& r) {
+        r.expert_groups = 4;
+        r.top_groups = 2;
+        r.group_score = GroupScore::kTopShareSum;
+      },
+      "share of top_k = 1 with top_groups = 2");
+  refuse(
+      [](RoutingRule& r) {
+        r.expert_groups = 4;
+        r.group_score = GroupScore::kTopShareLogitSum;
+        r.router_score = RouterScore::kSigmoid;
+      },
+      "other than softmax");
   refuse(
       [](RoutingRule& r) {
         r.expert_groups = 4;

@@ -177,6 +177,8 @@ __device__ __forceinline__ void with_activation(ActivationKind kind, const Body&
       return body(std::integral_constant<ActivationKind, ActivationKind::kRelu>{});
     case ActivationKind::kSilu:
       return body(std::integral_constant<ActivationKind, ActivationKind::kSilu>{});
+    default:
+      break;  // not fused: see HiddenActivation::is_plain
   }
 }
 

@@ -116,7 +116,7 @@ class HopperEngine final : public GroupedGemmEngine {
 
   /// A tile's gate and up part must not overlap: whole boxes.
   static bool fuses(const HiddenActivation& activation, int64_t n) {
-    return !activation.glu || n % 64 == 0;
+    return activation.is_plain() && (!activation.glu || n % 64 == 0);
   }
 
   static Element element_of(const torch::Tensor& tensor) {

@@ -4,6 +4,7 @@
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/relu.h>
+#include <ATen/ops/sigmoid.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/silu_backward.h>
 #include <ATen/ops/threshold_backward.h>
@@ -17,6 +18,22 @@
 namespace anabranch {
 namespace {
 
+constexpr double kQuickGeluSlope = 1.702;
+
+/// What is activated: at most `limit`, where there is one.
+torch::Tensor limited_gate(const torch::Tensor& gate, double limit) {
+  return limit > 0 ? gate.clamp_max(limit) : gate;
+}
+
+/// What the activation is multiplied by in a GLU.
+torch::Tensor limited_up(const torch::Tensor& up, const HiddenActivation& of) {
+  if (of.limit == 0 && of.offset == 0) {
+    return up;
+  }
+  const auto wide = up.to(at::toOpMathType(up.scalar_type()));
+  return (of.limit > 0 ? wide.clamp(-of.limit, of.limit) : wide) + of.offset;
+}
+
 torch::Tensor apply(const torch::Tensor& x, Activation activation) {
   switch (activation) {
     case Activation::kGeluTanh:
@@ -27,6 +44,10 @@ torch::Tensor apply(const torch::Tensor& x, Activation activation) {
       return at::relu(x);
     case Activation::kSilu:
       return at::silu(x);
+    case Activation::kReluSquared:
+      return at::relu(x).square_();
+    case Activation::kQuickGelu:
+      return at::sigmoid(x * kQuickGeluSlope).mul_(x);
   }
   TORCH_INTERNAL_ASSERT(false, "unknown activation");
 }
@@ -42,6 +63,12 @@ torch::Tensor apply_backward(const torch::Tensor& dy, const torch::Tensor& x,
       return at::threshold_backward(dy, x, 0);
     case Activation::kSilu:
       return at::silu_backward(dy, x);
+    case Activation::kReluSquared:
+      return at::relu(x).mul_(2).mul_(dy);
+    case Activation::kQuickGelu: {
+      const auto s = at::sigmoid(x * kQuickGeluSlope);
+      return (1 - s).mul_(x).mul_(kQuickGeluSlope).add_(1).mul_(s).mul_(dy);
+    }
   }
   TORCH_INTERNAL_ASSERT(false, "unknown activation");
 }
@@ -69,9 +96,10 @@ class CpuActivationKernels final : public ActivationKernels {
     const auto compute_type = at::toOpMathType(hidden.scalar_type());
     for_each_block(rows, hidden.size(1), [&](int64_t first, int64_t count) {
       const auto block = hidden.narrow(0, first, count);
-      auto result = apply(block.narrow(1, 0, n).to(compute_type), activation);
+      auto result =
+          apply(limited_gate(block.narrow(1, 0, n).to(compute_type), of.limit), activation);
       if (glu) {
-        result.mul_(block.narrow(1, n, n));
+        result.mul_(limited_up(block.narrow(1, n, n), of));
       }
       activated.narrow(0, first, count).copy_(result);
     });
@@ -88,13 +116,16 @@ class CpuActivationKernels final : public ActivationKernels {
     const auto compute_type = at::toOpMathType(hidden.scalar_type());
     for_each_block(rows, hidden.size(1), [&](int64_t first, int64_t count) {
       const auto block = hidden.narrow(0, first, count);
-      const auto gate = block.narrow(1, 0, n).to(compute_type);
+      const auto whole_gate = block.narrow(1, 0, n).to(compute_type);
+      const auto gate = limited_gate(whole_gate, of.limit);
+      const auto whole_up = glu ? block.narrow(1, n, n) : torch::Tensor();
+      const auto up = glu ? limited_up(whole_up, of) : torch::Tensor();
       auto dresult = dactivated.narrow(0, first, count).to(compute_type, false, true);
       auto activated = apply(gate, activation);
       auto dhidden = gradient.dhidden.narrow(0, first, count);
       const auto gated = activated;  // activation(gate), before the product with the up part
       if (glu) {
-        activated = gated * block.narrow(1, n, n);
+        activated = gated * up;
       }
       gradient.dweights.narrow(0, first, count).copy_((dresult * activated).sum(1));
       if (weights.defined()) {
@@ -103,10 +134,12 @@ class CpuActivationKernels final : public ActivationKernels {
         dresult.mul_(weight);
       }
       if (glu) {
-        const auto dup = dresult * gated;
-        dresult.mul_(block.narrow(1, n, n));
+        auto dup = dresult * gated;
+        if (of.limit > 0) dup.masked_fill_(whole_up.abs() > of.limit, 0);
+        dresult.mul_(up);
         dhidden.narrow(1, n, n).copy_(dup);
       }
+      if (of.limit > 0) dresult.masked_fill_(whole_gate > of.limit, 0);
       dhidden.narrow(1, 0, n).copy_(apply_backward(dresult, gate, activation));
       dactivated.narrow(0, first, count).copy_(activated);
     });

@@ -1,7 +1,6 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
-#include <array>
 #include <atomic>
 #include <cmath>
 #include <limits>
@@ -46,6 +45,33 @@ void select(const scalar_t* choices, int64_t count, int64_t top_k, std::vector<i
   std::copy_n(order.begin(), top_k, best);
 }
 
+/// A score of its own, and its derivative: of all but the softmax.
+template <typename scalar_t>
+struct Score {
+  RouterScore kind;
+
+  scalar_t of(scalar_t logit) const {
+    if (kind == RouterScore::kSigmoid) {
+      return 1 / (1 + std::exp(-logit));
+    }
+    return logit < kSmall ? std::exp(logit / 2) : std::sqrt(softplus(logit));
+  }
+  scalar_t slope(scalar_t logit, scalar_t score) const {
+    if (kind == RouterScore::kSigmoid) {
+      return score * (1 - score);
+    }
+    return logit < kSmall ? score / 2 : 1 / (1 + std::exp(-logit)) / (2 * score);
+  }
+
+ private:
+  static constexpr scalar_t kSmall = kSmallSoftplusLogit;
+  static scalar_t softplus(scalar_t x) {
+    return std::max(x, scalar_t{0}) + std::log1p(std::exp(-std::abs(x)));
+  }
+};
+
+bool is_expert(int64_t id, int64_t experts) { return id >= 0 && id < experts; }
+
 void keep_minimum(std::atomic<int64_t>& minimum, int64_t value) {
   int64_t current = minimum.load();
   while (value < current && !minimum.compare_exchange_weak(current, value)) {
@@ -56,27 +82,32 @@ void keep_minimum(std::atomic<int64_t>& minimum, int64_t value) {
 template <typename scalar_t>
 class TokenRouter {
  public:
-  TokenRouter(const RoutingRule& rule, const scalar_t* expert_bias, int64_t experts)
+  TokenRouter(const RoutingRule& rule, const torch::Tensor& expert_bias, int64_t experts)
       : rule_(rule),
-        bias_(expert_bias),
+        bias_(expert_bias.defined() ? expert_bias.const_data_ptr<scalar_t>() : nullptr),
+        by_logits_(chooses_by_logits(rule, expert_bias)),
         experts_(experts),
         scores_(experts),
         choices_(experts),
         group_scores_(rule.expert_groups),
         groups_(rule.expert_groups) {}
 
-  /// Writes probabilities [E], ids [k] and weights [k]; returns the logsumexp, which is not finite,
-  /// and the token not routed, where a logit or a biased score is not.
-  scalar_t route(const scalar_t* logits, scalar_t* probabilities, int64_t* ids, scalar_t* weights) {
+  /// Writes probabilities [E], ids [k], unless they are `chosen` [k] already, and weights [k]; returns the
+  /// logsumexp, which is not finite, and the token not routed, where a logit or a biased score is not.
+  scalar_t route(const scalar_t* logits, const int64_t* chosen, scalar_t* probabilities,
+                 int64_t* ids, scalar_t* weights) {
+    if (chosen != nullptr && chosen[0] == kOwnChoice) {
+      chosen = nullptr;
+    }
     scalar_t logsumexp = softmax(logits, experts_, probabilities);
     const scalar_t* scores = probabilities;
-    if (rule_.router_score == RouterScore::kSigmoid) {
-      normalized_sigmoids(logits, probabilities);
+    if (rule_.router_score != RouterScore::kSoftmax) {
+      normalized_scores(logits, probabilities);
       scores = scores_.data();
     }
     const scalar_t* choices = logits;  // in the order of their scores
-    if (bias_ != nullptr || rule_.expert_groups > 1) {
-      logsumexp += choose_from(scores);
+    if (chosen == nullptr && (bias_ != nullptr || rule_.expert_groups > 1)) {
+      logsumexp += choose_from(by_logits_ ? logits : scores);
       choices = choices_.data();
     }
     if (!std::isfinite(logsumexp)) [[unlikely]] {
@@ -84,10 +115,14 @@ class TokenRouter {
       std::fill_n(weights, rule_.top_k, std::numeric_limits<scalar_t>::quiet_NaN());
       return logsumexp;
     }
-    select(choices, experts_, rule_.top_k, order_, ids);
+    if (chosen != nullptr) {
+      std::copy_n(chosen, rule_.top_k, ids);
+    } else {
+      select(choices, experts_, rule_.top_k, order_, ids);
+    }
     scalar_t sum = rule_.renormalize ? static_cast<scalar_t>(kLeastScoreSum) : scalar_t{1};
     for (int64_t slot = 0; slot < rule_.top_k; ++slot) {
-      weights[slot] = scores[ids[slot]];
+      weights[slot] = is_expert(ids[slot], experts_) ? scores[ids[slot]] : scalar_t{0};
       sum += rule_.renormalize ? weights[slot] : 0;
     }
     for (int64_t slot = 0; slot < rule_.top_k; ++slot) {
@@ -97,10 +132,11 @@ class TokenRouter {
   }
 
  private:
-  void normalized_sigmoids(const scalar_t* logits, scalar_t* probabilities) {
+  void normalized_scores(const scalar_t* logits, scalar_t* probabilities) {
+    const Score<scalar_t> score{rule_.router_score};
     auto sum = static_cast<scalar_t>(kLeastScoreSum);
     for (int64_t e = 0; e < experts_; ++e) {
-      scores_[e] = 1 / (1 + std::exp(-logits[e]));
+      scores_[e] = score.of(logits[e]);
       sum += scores_[e];
     }
     for (int64_t e = 0; e < experts_; ++e) {
@@ -128,27 +164,35 @@ class TokenRouter {
   }
 
   scalar_t group_score(const scalar_t* choices, int64_t size) {
-    if (rule_.group_score == GroupScore::kMaximum || size == 1) {
-      return *std::max_element(choices, choices + size);
+    best_.resize(std::min(summed_of_group(rule_), size));
+    select(choices, size, static_cast<int64_t>(best_.size()), order_, best_.data());
+    scalar_t sum = choices[best_[0]];
+    for (size_t i = 1; i < best_.size(); ++i) {
+      sum += choices[best_[i]];
     }
-    std::array<int64_t, 2> best = {};
-    select(choices, size, 2, order_, best.data());
-    return choices[best[0]] + choices[best[1]];
+    return sum;
   }
 
   const RoutingRule& rule_;
   const scalar_t* bias_;
+  bool by_logits_;
   int64_t experts_;
-  std::vector<scalar_t> scores_;   // sigmoids
+  std::vector<scalar_t> scores_;   // other than the softmax
   std::vector<scalar_t> choices_;  // biased, −Inf outside the best groups
   std::vector<scalar_t> group_scores_;
   std::vector<int64_t> groups_;  // best first
+  std::vector<int64_t> best_;    // of a group
   std::vector<int64_t> order_;
 };
 
+template <typename T>
+const T* address_or_null(const torch::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
+}
+
 template <typename scalar_t>
 RouteResult route_tokens(const torch::Tensor& logits, const RoutingRule& rule,
-                         const torch::Tensor& expert_bias) {
+                         const RoutingConditions& conditions) {
   const int64_t tokens = logits.size(0);
   const int64_t experts = logits.size(1);
   const int64_t top_k = rule.top_k;
@@ -158,9 +202,11 @@ RouteResult route_tokens(const torch::Tensor& logits, const RoutingRule& rule,
                      at::empty_like(logits),
                      at::empty({tokens}, logits.options()),
                      at::zeros({experts}, index),
-                     at::empty({}, index)};
+                     at::empty({}, index),
+                     conditions.padding_mask};
+  const bool* padding = address_or_null<bool>(conditions.padding_mask);
+  const int64_t* chosen = address_or_null<int64_t>(conditions.expert_ids);
   const scalar_t* logit = logits.const_data_ptr<scalar_t>();
-  const scalar_t* bias = expert_bias.defined() ? expert_bias.const_data_ptr<scalar_t>() : nullptr;
   int64_t* ids = result.expert_ids.data_ptr<int64_t>();
   scalar_t* weights = result.weights.data_ptr<scalar_t>();
   scalar_t* probabilities = result.probabilities.data_ptr<scalar_t>();
@@ -168,10 +214,18 @@ RouteResult route_tokens(const torch::Tensor& logits, const RoutingRule& rule,
   std::atomic<int64_t> first_nonfinite = tokens;
 
   at::parallel_for(0, tokens, rows_per_task(experts), [&](int64_t begin, int64_t end) {
-    TokenRouter<scalar_t> router(rule, bias, experts);
+    TokenRouter<scalar_t> router(rule, conditions.expert_bias, experts);
     for (int64_t t = begin; t < end; ++t) {
-      logsumexp[t] = router.route(logit + t * experts, probabilities + t * experts, ids + t * top_k,
-                                  weights + t * top_k);
+      if (padding != nullptr && padding[t]) {
+        std::fill_n(ids + t * top_k, top_k, -1);
+        std::fill_n(weights + t * top_k, top_k, scalar_t{0});
+        std::fill_n(probabilities + t * experts, experts, scalar_t{0});
+        logsumexp[t] = 0;
+        continue;
+      }
+      logsumexp[t] =
+          router.route(logit + t * experts, chosen == nullptr ? nullptr : chosen + t * top_k,
+                       probabilities + t * experts, ids + t * top_k, weights + t * top_k);
       if (!std::isfinite(logsumexp[t])) [[unlikely]] {
         keep_minimum(first_nonfinite, t);
       }
@@ -180,7 +234,7 @@ RouteResult route_tokens(const torch::Tensor& logits, const RoutingRule& rule,
 
   int64_t* counts = result.counts.data_ptr<int64_t>();
   for (int64_t i = 0; i < tokens * top_k; ++i) {
-    ++counts[ids[i]];
+    if (is_expert(ids[i], experts)) ++counts[ids[i]];
   }
   result.first_nonfinite_token.fill_(first_nonfinite == tokens ? -1 : first_nonfinite.load());
   return result;
@@ -205,12 +259,14 @@ struct TokenGradient {
       sum = static_cast<scalar_t>(kLeastScoreSum);
       for (int64_t slot = 0; slot < rule.top_k; ++slot) {
         inner += dweights[slot] * weights[slot];
-        sum += scores[ids[slot]];
+        sum += is_expert(ids[slot], experts) ? scores[ids[slot]] : 0;
       }
     }
     const auto scale = static_cast<scalar_t>(rule.routing_scale);
     for (int64_t slot = 0; slot < rule.top_k; ++slot) {
-      dscores[ids[slot]] += (scale * dweights[slot] - inner) / sum;
+      if (is_expert(ids[slot], experts)) {
+        dscores[ids[slot]] += (scale * dweights[slot] - inner) / sum;
+      }
     }
   }
 
@@ -225,14 +281,15 @@ struct TokenGradient {
     }
   }
 
-  /// With s the sigmoids, q = s / (Σ s + ε) and ds = dL/ds through the weights:
-  /// dlogit = s (1 − s) (ds + (dq − ⟨q, dq⟩) / (Σ s + ε)) + softmax · dL/dlogsumexp.
-  void of_sigmoid(const scalar_t* logits, scalar_t logsumexp, std::vector<scalar_t>& scores,
-                  scalar_t* dlogits) const {
+  /// With s the scores, s' their derivatives, q = s / (Σ s + ε) and ds = dL/ds through the weights:
+  /// dlogit = s' (ds + (dq − ⟨q, dq⟩) / (Σ s + ε)) + softmax · dL/dlogsumexp.
+  void of_scores(const scalar_t* logits, scalar_t logsumexp, std::vector<scalar_t>& scores,
+                 scalar_t* dlogits) const {
+    const Score<scalar_t> score{rule.router_score};
     auto sum = static_cast<scalar_t>(kLeastScoreSum);
     scalar_t inner = 0;
     for (int64_t e = 0; e < experts; ++e) {
-      scores[e] = 1 / (1 + std::exp(-logits[e]));
+      scores[e] = score.of(logits[e]);
       sum += scores[e];
       inner += scores[e] * dprobability_sum[e];
     }
@@ -241,8 +298,8 @@ struct TokenGradient {
     }
     add_through_weights(scores.data(), dlogits);
     for (int64_t e = 0; e < experts; ++e) {
-      dlogits[e] =
-          scores[e] * (1 - scores[e]) * dlogits[e] + std::exp(logits[e] - logsumexp) * dlogsumexp;
+      dlogits[e] = score.slope(logits[e], scores[e]) * dlogits[e] +
+                   std::exp(logits[e] - logsumexp) * dlogsumexp;
     }
   }
 };
@@ -262,21 +319,28 @@ torch::Tensor route_backward_tokens(const RouteResult& routed, const RoutingRule
   const scalar_t* dweight = dweights.const_data_ptr<scalar_t>();
   const scalar_t* dsum = dprobability_sum.const_data_ptr<scalar_t>();
   scalar_t* dlogit = dlogits.data_ptr<scalar_t>();
-  const bool sigmoid = rule.router_score == RouterScore::kSigmoid;
+  const bool softmax = rule.router_score == RouterScore::kSoftmax;
+  const int64_t sequences = dprobability_sum.dim() == 2 ? dprobability_sum.size(0) : 1;
+  const int64_t length = sequences > 0 ? tokens / sequences : 0;
+  const bool* padding = address_or_null<bool>(routed.padding_mask);
 
   at::parallel_for(0, tokens, rows_per_task(experts), [&](int64_t begin, int64_t end) {
-    std::vector<scalar_t> scores(sigmoid ? experts : 0);
+    std::vector<scalar_t> scores(softmax ? 0 : experts);
     for (int64_t t = begin; t < end; ++t) {
+      if (padding != nullptr && padding[t]) {
+        std::fill_n(dlogit + t * experts, experts, scalar_t{0});
+        continue;
+      }
       const int64_t slot = t * rule.top_k;
       const TokenGradient<scalar_t> token{rule,
                                           experts,
                                           ids + slot,
                                           weights + slot,
                                           dweight + slot,
-                                          dsum,
+                                          dsum + t / length * experts,
                                           2 * logsumexp[t] * dsquared_logsumexp_sum};
-      if (sigmoid) {
-        token.of_sigmoid(saved + t * experts, logsumexp[t], scores, dlogit + t * experts);
+      if (!softmax) {
+        token.of_scores(saved + t * experts, logsumexp[t], scores, dlogit + t * experts);
       } else {
         token.of_softmax(saved + t * experts, dlogit + t * experts);
       }
@@ -288,9 +352,9 @@ torch::Tensor route_backward_tokens(const RouteResult& routed, const RoutingRule
 class CpuRoutingKernels final : public RoutingKernels {
  public:
   RouteResult route(const torch::Tensor& logits, const RoutingRule& rule,
-                    const torch::Tensor& expert_bias) const override {
+                    const RoutingConditions& conditions) const override {
     return AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "route", [&] {
-      return route_tokens<scalar_t>(logits, rule, expert_bias);
+      return route_tokens<scalar_t>(logits, rule, conditions);
     });
   }
 

@@ -12,7 +12,7 @@ constexpr int kRowsPerThread = 4;  // of the forward pass: loads in flight
 template <typename scalar_t, int kSize, ActivationKind kKind, bool kGlu>
 __global__ void __launch_bounds__(kThreads)
     activate_kernel(const scalar_t* __restrict__ hidden, int64_t rows, int64_t width,
-                    scalar_t* __restrict__ activated) {
+                    Limits<accumulate_t<scalar_t>> limits, scalar_t* __restrict__ activated) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t hidden_width = kGlu ? 2 * width : width;
   const int64_t first_row =
@@ -41,9 +41,9 @@ __global__ void __launch_bounds__(kThreads)
         unpack(up[r], factor);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          x[i] = activate_at<kKind, kIs16Bit<scalar_t>>(x[i]).value;
+          x[i] = activate_at<kKind, kIs16Bit<scalar_t>>(limits.gate(x[i])).value;
           if constexpr (kGlu) {
-            x[i] *= factor[i];
+            x[i] *= limits.up(factor[i]);
           }
         }
         store_pack(activated + row * width + column, x);
@@ -78,7 +78,8 @@ template <typename scalar_t, int kSize, ActivationKind kKind, bool kGlu>
 __global__ void __launch_bounds__(kThreads)
     activate_backward_kernel(const scalar_t* dactivated, const scalar_t* hidden,
                              const accumulate_t<scalar_t>* __restrict__ weights, int64_t rows,
-                             int64_t width, scalar_t* dhidden, scalar_t* weighted,
+                             int64_t width, Limits<accumulate_t<scalar_t>> limits,
+                             scalar_t* dhidden, scalar_t* weighted,
                              accumulate_t<scalar_t>* __restrict__ dweights) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t hidden_width = kGlu ? 2 * width : width;
@@ -100,14 +101,15 @@ __global__ void __launch_bounds__(kThreads)
     }
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      const auto [value, slope] = activate_at<kKind, kIs16Bit<scalar_t>>(gate[i]);
+      const auto [value, slope] = activate_at<kKind, kIs16Bit<scalar_t>>(limits.gate(gate[i]));
       const acc_t scaled = weight * gradient[i];
       acc_t activated = value;
-      acc_t dgate = scaled * slope;
+      acc_t dgate = limits.passes_gate(gate[i]) ? scaled * slope : acc_t{0};
       if constexpr (kGlu) {
-        activated *= up[i];
-        dgate *= up[i];
-        dup[i] = scaled * value;
+        const acc_t factor = limits.up(up[i]);
+        activated *= factor;
+        dgate *= factor;
+        dup[i] = limits.passes_up(up[i]) ? scaled * value : acc_t{0};
       }
       dot += gradient[i] * activated;
       gradient[i] = weight * activated;  // from here on what goes to `weighted`
@@ -153,6 +155,10 @@ void dispatch_activation(ActivationKind activation, bool glu, const Body& body) 
       return with_kind(std::integral_constant<ActivationKind, ActivationKind::kRelu>{});
     case ActivationKind::kSilu:
       return with_kind(std::integral_constant<ActivationKind, ActivationKind::kSilu>{});
+    case ActivationKind::kReluSquared:
+      return with_kind(std::integral_constant<ActivationKind, ActivationKind::kReluSquared>{});
+    case ActivationKind::kQuickGelu:
+      return with_kind(std::integral_constant<ActivationKind, ActivationKind::kQuickGelu>{});
   }
 }
 
@@ -160,12 +166,15 @@ void dispatch_activation(ActivationKind activation, bool glu, const Body& body) 
 
 void launch_activate(const ActivationArguments& arguments, const void* hidden, void* activated,
                      cudaStream_t stream) {
-  const auto [scalar, activation, glu, rows, width] = arguments;
+  const auto [scalar, activation, glu, rows, width, limit, offset] = arguments;
   if (rows == 0 || width == 0) {
     return;
   }
-  dispatch(scalar, [&, rows = rows, width = width, activation = activation, glu = glu](auto zero) {
+  dispatch(scalar, [&, rows = rows, width = width, activation = activation, glu = glu,
+                    limit = limit, offset = offset](auto zero) {
     using scalar_t = decltype(zero);
+    using acc_t = accumulate_t<scalar_t>;
+    const Limits<acc_t> limits{static_cast<acc_t>(limit), static_cast<acc_t>(offset)};
     const int64_t row_bytes = width * static_cast<int64_t>(sizeof(scalar_t));
     dispatch_pack<scalar_t>(aligned_rows(row_bytes, hidden, activated), [&](auto pack_size) {
       dispatch_activation(activation, glu, [&](auto kind, auto is_glu) {
@@ -173,7 +182,7 @@ void launch_activate(const ActivationArguments& arguments, const void* hidden, v
         const dim3 block = block_for(width / kSize, kThreads);
         activate_kernel<scalar_t, kSize, decltype(kind)::value, decltype(is_glu)::value>
             <<<grid_size(divide_up(rows, block.y * kRowsPerThread)), block, 0, stream>>>(
-                static_cast<const scalar_t*>(hidden), rows, width,
+                static_cast<const scalar_t*>(hidden), rows, width, limits,
                 static_cast<scalar_t*>(activated));
         check_launch("activate");
       });
@@ -184,13 +193,15 @@ void launch_activate(const ActivationArguments& arguments, const void* hidden, v
 void launch_activate_backward(const ActivationArguments& arguments, const void* dactivated,
                               const void* hidden, const void* weights, void* dhidden,
                               void* weighted, void* dweights, cudaStream_t stream) {
-  const auto [scalar, activation, glu, rows, width] = arguments;
+  const auto [scalar, activation, glu, rows, width, limit, offset] = arguments;
   if (rows == 0) {
     return;
   }
-  dispatch(scalar, [&, rows = rows, width = width, activation = activation, glu = glu](auto zero) {
+  dispatch(scalar, [&, rows = rows, width = width, activation = activation, glu = glu,
+                    limit = limit, offset = offset](auto zero) {
     using scalar_t = decltype(zero);
     using acc_t = accumulate_t<scalar_t>;
+    const Limits<acc_t> limits{static_cast<acc_t>(limit), static_cast<acc_t>(offset)};
     const int64_t row_bytes = width * static_cast<int64_t>(sizeof(scalar_t));
     const bool aligned = aligned_rows(row_bytes, dactivated, hidden, dhidden, weighted);
     dispatch_pack<scalar_t>(aligned, [&](auto pack_size) {
@@ -200,8 +211,9 @@ void launch_activate_backward(const ActivationArguments& arguments, const void* 
         activate_backward_kernel<scalar_t, kSize, decltype(kind)::value, decltype(is_glu)::value>
             <<<grid_size(divide_up(rows, block.y)), block, 0, stream>>>(
                 static_cast<const scalar_t*>(dactivated), static_cast<const scalar_t*>(hidden),
-                static_cast<const acc_t*>(weights), rows, width, static_cast<scalar_t*>(dhidden),
-                static_cast<scalar_t*>(weighted), static_cast<acc_t*>(dweights));
+                static_cast<const acc_t*>(weights), rows, width, limits,
+                static_cast<scalar_t*>(dhidden), static_cast<scalar_t*>(weighted),
+                static_cast<acc_t*>(dweights));
         check_launch("activate_backward");
       });
     });

@@ -74,11 +74,32 @@ __device__ __forceinline__ Activated<acc_t> activate_at(acc_t x) {
     }
   } else if constexpr (kKind == ActivationKind::kRelu) {
     return {x <= 0 ? acc_t{0} : x, x <= 0 ? acc_t{0} : acc_t{1}};  // NaN stays NaN
+  } else if constexpr (kKind == ActivationKind::kReluSquared) {
+    return {x <= 0 ? acc_t{0} : x * x, x <= 0 ? acc_t{0} : 2 * x};
+  } else if constexpr (kKind == ActivationKind::kQuickGelu) {
+    constexpr acc_t kAlpha = static_cast<acc_t>(1.702);
+    const acc_t s = sigmoid<kFast>(kAlpha * x);
+    return {x * s, s * (1 + kAlpha * x * (1 - s))};
   } else {
     const acc_t s = sigmoid<kFast>(x);
     return {x * s, s * (1 + x * (1 - s))};
   }
 }
+
+/// What comes before and beside the activation: see MoEOptions::activation_limit and glu_offset.
+template <typename acc_t>
+struct Limits {
+  acc_t limit;  // infinite: none
+  acc_t offset;
+
+  // NaN stays NaN.
+  __device__ __forceinline__ acc_t gate(acc_t x) const { return x > limit ? limit : x; }
+  __device__ __forceinline__ bool passes_gate(acc_t x) const { return !(x > limit); }
+  __device__ __forceinline__ acc_t up(acc_t x) const {
+    return (x > limit ? limit : x < -limit ? -limit : x) + offset;
+  }
+  __device__ __forceinline__ bool passes_up(acc_t x) const { return !(x > limit || x < -limit); }
+};
 
 template <typename scalar_t>
 constexpr bool kIs16Bit = sizeof(scalar_t) == 2;

@@ -12,6 +12,8 @@ struct ActivationArguments {
   bool glu;
   int64_t rows;
   int64_t width;  ///< n
+  double limit;   ///< of what is activated, and of the up part; infinite: none
+  double offset;  ///< added to the up part
 };
 
 void launch_activate(const ActivationArguments& arguments, const void* hidden, void* activated,

@@ -11,6 +11,6 @@
 namespace anabranch::cuda {
 
 enum class Scalar { kFloat, kDouble, kBFloat16, kHalf };
-enum class ActivationKind { kGeluTanh, kGelu, kRelu, kSilu };
+enum class ActivationKind { kGeluTanh, kGelu, kRelu, kSilu, kReluSquared, kQuickGelu };
 
 }  // namespace anabranch::cuda

@@ -1,5 +1,7 @@
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
+
 #include "kernels/gate.h"
 #include "kernels/routing.h"
 #include "kernels/cuda/routing.h"
@@ -35,10 +37,27 @@ BatchLosses empty_losses(int64_t experts, const torch::TensorOptions& options, t
           slopes.take({}, torch::kFloat64)};
 }
 
+cuda::ScoreKind score_kind(RouterScore score) {
+  switch (score) {
+    case RouterScore::kSoftmax:
+      return cuda::ScoreKind::kSoftmax;
+    case RouterScore::kSigmoid:
+      return cuda::ScoreKind::kSigmoid;
+    case RouterScore::kSqrtSoftplus:
+      break;
+  }
+  return cuda::ScoreKind::kSqrtSoftplus;
+}
+
+template <typename T>
+const T* of_type_or_null(const torch::Tensor& tensor) {
+  return static_cast<const T*>(cuda::address_or_null(tensor));
+}
+
 class CudaRoutingKernels final : public RoutingKernels {
  public:
   RouteResult route(const torch::Tensor& logits, const RoutingRule& rule,
-                    const torch::Tensor& expert_bias) const override {
+                    const RoutingConditions& conditions) const override {
     const OnDevice stream(logits);
     const int64_t tokens = logits.size(0);
     const int64_t experts = logits.size(-1);
@@ -58,7 +77,8 @@ class CudaRoutingKernels final : public RoutingKernels {
                             : at::empty({tokens, experts}, logits.options()),
                        block.take({tokens}, dtype),
                        part_of(found, 0, torch::kInt64, {experts}, {1}),
-                       part_of(found, 8 * experts, torch::kInt64, {}, {})};
+                       part_of(found, 8 * experts, torch::kInt64, {}, {}),
+                       conditions.padding_mask};
     check_cuda(cudaMemsetAsync(found.data_ptr(), 0xFF, found.nbytes(), stream), "cudaMemsetAsync");
     if (tokens == 0) {
       result.counts.zero_();
@@ -71,13 +91,18 @@ class CudaRoutingKernels final : public RoutingKernels {
     if (logits.dim() == 3) {
       arguments.logit_parts = logits.size(1);
     }
-    if (is_plain(rule, expert_bias)) {
+    if (is_plain(rule, conditions)) {
       cuda::launch_route(arguments, logits.const_data_ptr(), out, stream);
     } else {
-      const cuda::ChoiceArguments choice{
-          rule.router_score == RouterScore::kSigmoid,
-          expert_bias.defined() ? expert_bias.const_data_ptr() : nullptr, rule.expert_groups,
-          rule.top_groups, rule.group_score == GroupScore::kTopTwoSum};
+      const cuda::ChoiceArguments choice{score_kind(rule.router_score),
+                                         cuda::address_or_null(conditions.expert_bias),
+                                         of_type_or_null<int64_t>(conditions.expert_ids),
+                                         kOwnChoice,
+                                         of_type_or_null<bool>(conditions.padding_mask),
+                                         rule.expert_groups,
+                                         rule.top_groups,
+                                         summed_of_group(rule),
+                                         chooses_by_logits(rule, conditions.expert_bias)};
       cuda::launch_route_by_scores(arguments, choice, logits.const_data_ptr(), out, stream);
     }
     return result;
@@ -144,24 +169,29 @@ class CudaRoutingKernels final : public RoutingKernels {
     const OnDevice stream(routed.probabilities);
     const auto& probabilities = routed.probabilities;
     const auto options = probabilities.options();
-    torch::Tensor dlogits = split ? at::empty({probabilities.size(0), 4, probabilities.size(1)},
-                                              options.dtype(torch::kBFloat16))
-                                  : at::empty(probabilities.sizes(), options);
+    const int64_t tokens = probabilities.size(0);
+    const int64_t sequences =
+        dprobability_sum.defined() && dprobability_sum.dim() == 2 ? dprobability_sum.size(0) : 1;
+    torch::Tensor dlogits =
+        split ? at::empty({tokens, 4, probabilities.size(1)}, options.dtype(torch::kBFloat16))
+              : at::empty(probabilities.sizes(), options);
     const auto& places = kSplitGradient;
     const cuda::LogitGradient gradient{split ? nullptr : dlogits.data_ptr(),
                                        split ? dlogits.data_ptr() : nullptr,
                                        {places[0], places[1], places[2], places[3]}};
-    const cuda::RouteInputs inputs{routed.expert_ids.const_data_ptr<int64_t>(),
-                                   routed.weights.const_data_ptr(),
-                                   routed.probabilities.const_data_ptr(),
-                                   routed.logsumexp.const_data_ptr(),
-                                   dweights.const_data_ptr(),
-                                   cuda::address_or_null(dprobability_sum),
-                                   cuda::address_or_null(dsquared_logsumexp_sum)};
-    const auto launch = rule.router_score == RouterScore::kSigmoid
-                            ? cuda::launch_route_backward_of_sigmoids
-                            : cuda::launch_route_backward;
-    launch(route_arguments(probabilities, rule), inputs, gradient, stream);
+    const cuda::RouteInputs inputs{
+        routed.expert_ids.const_data_ptr<int64_t>(),  routed.weights.const_data_ptr(),
+        routed.probabilities.const_data_ptr(),        routed.logsumexp.const_data_ptr(),
+        of_type_or_null<bool>(routed.padding_mask),   dweights.const_data_ptr(),
+        cuda::address_or_null(dprobability_sum),      tokens / std::max<int64_t>(sequences, 1),
+        cuda::address_or_null(dsquared_logsumexp_sum)};
+    const auto arguments = route_arguments(probabilities, rule);
+    if (rule.router_score == RouterScore::kSoftmax) {
+      cuda::launch_route_backward(arguments, inputs, gradient, stream);
+    } else {
+      cuda::launch_route_backward_of_scores(arguments, score_kind(rule.router_score), inputs,
+                                            gradient, stream);
+    }
     return dlogits;
   }
 };

@@ -196,6 +196,10 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   const Lanes<value_t, kLanes> lanes;
+  if (state.padding != nullptr && state.padding[token]) {
+    return clear_gradient(experts, lanes, TokenGradient<value_t>(gradient, token, experts));
+  }
+  state.enter(token, tokens, experts);
   const value_t* p = state.probabilities + token * experts;
   const int64_t* ids = state.expert_ids + token * top_k;
   const value_t* dweights = state.dweights + token * top_k;
@@ -205,7 +209,7 @@ __global__ void __launch_bounds__(kThreads)
     value_t selected = 0;
     for (int slot = lanes.lane; slot < top_k; slot += kLanes) {
       inner += dweights[slot] * state.weights[token * top_k + slot];
-      selected += p[ids[slot]];
+      selected += is_expert(ids[slot], experts) ? p[ids[slot]] : value_t(0);
     }
     inner = lanes.sum(inner);
     sum = lanes.sum(selected) + static_cast<value_t>(kLeastScoreSum);
@@ -215,7 +219,9 @@ __global__ void __launch_bounds__(kThreads)
     mean += p[expert] * state.dprobability(expert);
   }
   for (int slot = lanes.lane; slot < top_k; slot += kLanes) {
-    mean += p[ids[slot]] * (scale * dweights[slot] - inner) / sum;
+    if (is_expert(ids[slot], experts)) {
+      mean += p[ids[slot]] * (scale * dweights[slot] - inner) / sum;
+    }
   }
   mean = lanes.sum(mean);
   const value_t rest = 2 * state.logsumexp[token] * state.dsquared_logsumexp() - mean;
@@ -226,6 +232,9 @@ __global__ void __launch_bounds__(kThreads)
   __syncwarp(lanes.mask);  // the selected experts' are written again, by other lanes
   for (int slot = lanes.lane; slot < top_k; slot += kLanes) {
     const int64_t expert = ids[slot];
+    if (!is_expert(expert, experts)) {
+      continue;
+    }
     const value_t dprobability =
         state.dprobability(expert) + (scale * dweights[slot] - inner) / sum;
     target.store(expert, p[expert] * (dprobability + rest));

@@ -66,6 +66,22 @@ struct RouteOutput {
         first_nonfinite_token(
             reinterpret_cast<unsigned long long*>(results.first_nonfinite_token)) {}
 
+  /// Padding: it goes nowhere and counts for nothing.
+  template <int kLanes>
+  __device__ void skip(int64_t token, int experts, int top_k,
+                       const Lanes<value_t, kLanes>& lanes) const {
+    for (int slot = lanes.lane; slot < top_k; slot += kLanes) {
+      expert_ids[token * top_k + slot] = -1;
+      weights[token * top_k + slot] = 0;
+    }
+    for (int expert = lanes.lane; expert < experts; expert += kLanes) {
+      probabilities[token * experts + expert] = 0;
+    }
+    if (lanes.lane == 0) {
+      logsumexp[token] = 0;
+    }
+  }
+
   /// A token that is never routed: any distinct experts will do, and what they give is NaN.
   template <int kLanes>
   __device__ void refuse(int64_t token, int top_k, const Lanes<value_t, kLanes>& lanes,
@@ -149,15 +165,25 @@ struct RouteState {
         weights(static_cast<const value_t*>(inputs.weights)),
         probabilities(static_cast<const value_t*>(inputs.probabilities)),
         logsumexp(static_cast<const value_t*>(inputs.logsumexp)),
+        padding(inputs.padding),
         dweights(static_cast<const value_t*>(inputs.dweights)),
         dprobability_sum(static_cast<const value_t*>(inputs.dprobability_sum)),
+        sequence_length(inputs.sequence_length),
         dsquared_logsumexp_sum(static_cast<const value_t*>(inputs.dsquared_logsumexp_sum)) {}
 
   const int64_t* expert_ids;
   const value_t* weights;
   const value_t* probabilities;
   const value_t* logsumexp;
+  const bool* padding;  // null: none
   const value_t* dweights;
+
+  /// From here on the gradients are those of the sequence of `token`, one of `tokens`.
+  __device__ void enter(int64_t token, int64_t tokens, int experts) {
+    if (dprobability_sum != nullptr && sequence_length < tokens) {
+      dprobability_sum += token / sequence_length * experts;
+    }
+  }
   __device__ value_t dprobability(int64_t expert) const {
     return dprobability_sum != nullptr ? dprobability_sum[expert] : value_t(0);
   }
@@ -167,8 +193,23 @@ struct RouteState {
 
  private:
   const value_t* dprobability_sum;
+  int64_t sequence_length;
   const value_t* dsquared_logsumexp_sum;
 };
+
+/// What is no expert's id has no assignment.
+__device__ inline bool is_expert(int64_t id, int experts) {
+  return static_cast<uint64_t>(id) < static_cast<uint64_t>(experts);
+}
+
+/// Zeros for a token that is padding.
+template <typename value_t, int kLanes>
+__device__ void clear_gradient(int experts, const Lanes<value_t, kLanes>& lanes,
+                               const TokenGradient<value_t>& gradient) {
+  for (int expert = lanes.lane; expert < experts; expert += kLanes) {
+    gradient.store(expert, 0);
+  }
+}
 
 /// Calls `body(lanes)` with the lanes that take a token.
 template <typename Body>

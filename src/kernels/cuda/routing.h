@@ -38,10 +38,12 @@ void launch_route(const RouteArguments& arguments, const void* logits, const Rou
 struct RouteInputs {
   const int64_t* expert_ids;
   const void* weights;
-  const void* probabilities;  ///< of sigmoids: the logits
+  const void* probabilities;  ///< of scores other than softmax: the logits
   const void* logsumexp;
+  const bool* padding;                 ///< [T], may be null: none
   const void* dweights;                ///< [T, k]
-  const void* dprobability_sum;        ///< [E], may be null: zero
+  const void* dprobability_sum;        ///< [E], or [S, E] of sequences; may be null: zero
+  int64_t sequence_length;             ///< T / S, or T
   const void* dsquared_logsumexp_sum;  ///< [], may be null: zero
 };
 
@@ -58,20 +60,28 @@ void launch_route_backward(const RouteArguments& arguments, const RouteInputs& i
 
 // routing_by_scores.cu
 
+enum class ScoreKind { kSoftmax, kSigmoid, kSqrtSoftplus };
+
 struct ChoiceArguments {
-  bool sigmoid;
-  const void* expert_bias;  ///< [E] or null
-  int64_t groups;           ///< at most 32, a divisor of E
+  ScoreKind score;
+  const void* expert_bias;    ///< [E] or null
+  const int64_t* expert_ids;  ///< [T, k], the choice itself, or null
+  int64_t own_choice;         ///< a token with this as first id has no choice given
+  const bool* padding;        ///< [T] or null
+  int64_t groups;             ///< at most 32, a divisor of E
   int64_t top_groups;
-  bool top_two_sum;  ///< of a group, not its best alone
+  int64_t summed;  ///< a group's score is the sum of so many of its best
+  bool by_logits;  ///< which experts are chosen, not by scores
 };
 
-/// Any scores, biased and from the best groups.
+/// Any scores, biased and from the best groups, or of a choice that is given.
 void launch_route_by_scores(const RouteArguments& arguments, const ChoiceArguments& choice,
                             const void* logits, const RouteResults& results, cudaStream_t stream);
 
-void launch_route_backward_of_sigmoids(const RouteArguments& arguments, const RouteInputs& inputs,
-                                       const LogitGradient& gradient, cudaStream_t stream);
+/// Of scores other than softmax.
+void launch_route_backward_of_scores(const RouteArguments& arguments, ScoreKind score,
+                                     const RouteInputs& inputs, const LogitGradient& gradient,
+                                     cudaStream_t stream);
 
 // routing_sums.cu
 

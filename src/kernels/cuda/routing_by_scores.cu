@@ -11,19 +11,39 @@ struct Rule {
   int top_k;
   bool renormalize;
   value_t scale;
-  bool sigmoid;
+  ScoreKind score;
   const value_t* expert_bias;
+  const int64_t* expert_ids;
+  int64_t own_choice;
+  const bool* padding;
   int groups;
   int top_groups;
-  bool top_two_sum;
-
-  /// The experts are chosen by their logits, in the order of which their scores are.
-  __device__ bool by_logits() const { return expert_bias == nullptr && groups == 1; }
+  int summed;
+  bool by_logits;
 };
 
 template <typename value_t>
 __device__ value_t sigmoid_of(value_t logit) {
   return 1 / (1 + exp(-logit));
+}
+
+/// A score other than the softmax, and its derivative.
+template <typename value_t>
+__device__ value_t own_score(ScoreKind kind, value_t logit) {
+  if (kind == ScoreKind::kSigmoid) {
+    return sigmoid_of(logit);
+  }
+  return logit < static_cast<value_t>(kSmallSoftplusLogit)
+             ? exp(logit / 2)
+             : sqrt(max(logit, value_t(0)) + log1p(exp(-fabs(logit))));
+}
+template <typename value_t>
+__device__ value_t score_slope(ScoreKind kind, value_t logit, value_t score) {
+  if (kind == ScoreKind::kSigmoid) {
+    return score * (1 - score);
+  }
+  return logit < static_cast<value_t>(kSmallSoftplusLogit) ? score / 2
+                                                           : sigmoid_of(logit) / (2 * score);
 }
 
 /// One token's logits and what experts are chosen by, its lanes each with a share: in registers, or
@@ -51,17 +71,16 @@ class Token {
     lanes_.best(largest, nobody);
     largest_ = largest;
     value_t sum = 0;
-    value_t sigmoids = 0;
+    value_t scores = 0;
     for_each_expert([&](int expert, int r) {
       const value_t logit = logit_of(expert, r);
       sum += exp(logit - largest_);
-      sigmoids += rule_.sigmoid ? sigmoid_of(logit) : value_t{0};
+      scores += is_softmax() ? value_t{0} : own_score(rule_.score, logit);
     });
     sum = lanes_.sum(sum);
     factor_ = 1 / sum;
-    const value_t share = rule_.sigmoid
-                              ? 1 / (lanes_.sum(sigmoids) + static_cast<value_t>(kLeastScoreSum))
-                              : value_t{1};
+    const value_t share =
+        is_softmax() ? value_t{1} : 1 / (lanes_.sum(scores) + static_cast<value_t>(kLeastScoreSum));
     for_each_expert([&](int expert, int r) {
       const value_t logit = logit_of(expert, r);
       const value_t score = score_of(logit);
@@ -84,7 +103,7 @@ class Token {
       int expert = -1;
       next(best, expert, group * size, (group + 1) * size);
       value_t score = best;
-      if (rule_.top_two_sum && size > 1) {
+      for (int i = 1; i < min(rule_.summed, size); ++i) {
         next(best, expert, group * size, (group + 1) * size);
         score += best;
       }
@@ -133,6 +152,25 @@ class Token {
     }
   }
 
+  /// The weights of experts that are given.
+  __device__ void weigh(const int64_t* chosen, int64_t* expert_ids, value_t* weights,
+                        unsigned* histogram) const {
+    value_t sum = 0;
+    for (int slot = lanes_.lane; slot < rule_.top_k; slot += kLanes) {
+      const int64_t expert = chosen[slot];
+      const bool is_one = is_expert(expert, rule_.experts);
+      const value_t score = is_one ? score_of(row_[expert]) : value_t{0};
+      expert_ids[slot] = expert;
+      weights[slot] = score;
+      sum += score;
+      if (is_one) atomicAdd(&histogram[expert], 1u);
+    }
+    sum = rule_.renormalize ? lanes_.sum(sum) + static_cast<value_t>(kLeastScoreSum) : value_t{1};
+    for (int slot = lanes_.lane; slot < rule_.top_k; slot += kLanes) {
+      weights[slot] = weights[slot] / sum * rule_.scale;  // what this lane has written
+    }
+  }
+
   __device__ const Lanes<value_t, kLanes>& lanes() const { return lanes_; }
 
  private:
@@ -157,10 +195,11 @@ class Token {
     return kPerLane > 0 ? values_[r] : row_[expert];
   }
   __device__ __forceinline__ value_t score_of(value_t logit) const {
-    return rule_.sigmoid ? sigmoid_of(logit) : exp(logit - largest_) * factor_;
+    return is_softmax() ? exp(logit - largest_) * factor_ : own_score(rule_.score, logit);
   }
+  __device__ __forceinline__ bool is_softmax() const { return rule_.score == ScoreKind::kSoftmax; }
   __device__ __forceinline__ value_t choice_of(int expert, value_t logit, value_t score) const {
-    if (rule_.by_logits()) {
+    if (rule_.by_logits) {
       return logit;
     }
     return score + (rule_.expert_bias != nullptr ? rule_.expert_bias[expert] : value_t{0});
@@ -211,6 +250,10 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kTokens = kThreads / kLanes;
   for (int64_t token = static_cast<int64_t>(blockIdx.x) * kTokens + threadIdx.x / kLanes;
        token < tokens; token += static_cast<int64_t>(gridDim.x) * kTokens) {
+    if (rule.padding != nullptr && rule.padding[token]) {
+      out.skip(token, rule.experts, rule.top_k, Lanes<value_t, kLanes>());
+      continue;
+    }
     Token<value_t, kLanes, kPerLane> scored(rule, logits + token * rule.experts);
     const value_t logsumexp = scored.score_all(out.probabilities + token * rule.experts);
     if (scored.lanes().lane == 0) {
@@ -220,26 +263,36 @@ __global__ void __launch_bounds__(kThreads)
       out.refuse(token, rule.top_k, scored.lanes(), histogram);
       continue;
     }
+    int64_t* const expert_ids = out.expert_ids + token * rule.top_k;
+    value_t* const weights = out.weights + token * rule.top_k;
+    if (rule.expert_ids != nullptr && rule.expert_ids[token * rule.top_k] != rule.own_choice) {
+      scored.weigh(rule.expert_ids + token * rule.top_k, expert_ids, weights, histogram);
+      continue;
+    }
     if (rule.groups > 1) {
       scored.keep_best_groups();
     }
-    scored.select(out.expert_ids + token * rule.top_k, out.weights + token * rule.top_k, histogram);
+    scored.select(expert_ids, weights, histogram);
   }
   add_histogram(histogram, rule.experts, out.counts);
 }
 
-/// With s the sigmoids, q = s / (Σ s + ε) and ds = dL/ds through the weights:
-/// dlogit = s (1 − s) (ds + (dq − ⟨q, dq⟩) / (Σ s + ε)) + softmax · dL/dlogsumexp.
+/// With s the scores, s' their derivatives, q = s / (Σ s + ε) and ds = dL/ds through the weights:
+/// dlogit = s' (ds + (dq − ⟨q, dq⟩) / (Σ s + ε)) + softmax · dL/dlogsumexp.
 template <typename value_t, int kLanes>
 __global__ void __launch_bounds__(kThreads)
-    route_backward_of_sigmoids_kernel(RouteState<value_t> state, int64_t tokens, int experts,
-                                      int top_k, bool renormalize, value_t scale,
-                                      LogitGradient gradient) {
+    route_backward_of_scores_kernel(RouteState<value_t> state, ScoreKind kind, int64_t tokens,
+                                    int experts, int top_k, bool renormalize, value_t scale,
+                                    LogitGradient gradient) {
   const int64_t token = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
   if (token >= tokens) {
     return;
   }
   const Lanes<value_t, kLanes> lanes;
+  if (state.padding != nullptr && state.padding[token]) {
+    return clear_gradient(experts, lanes, TokenGradient<value_t>(gradient, token, experts));
+  }
+  state.enter(token, tokens, experts);
   const value_t* logits = state.probabilities + token * experts;
   const int64_t* ids = state.expert_ids + token * top_k;
   const value_t* dweights = state.dweights + token * top_k;
@@ -249,7 +302,7 @@ __global__ void __launch_bounds__(kThreads)
     value_t chosen = 0;
     for (int slot = lanes.lane; slot < top_k; slot += kLanes) {
       inner += dweights[slot] * state.weights[token * top_k + slot];
-      chosen += sigmoid_of(logits[ids[slot]]);
+      if (is_expert(ids[slot], experts)) chosen += own_score(kind, logits[ids[slot]]);
     }
     inner = lanes.sum(inner);
     chosen_sum = lanes.sum(chosen) + static_cast<value_t>(kLeastScoreSum);
@@ -257,7 +310,7 @@ __global__ void __launch_bounds__(kThreads)
   value_t sum = 0;
   value_t mean = 0;
   for (int expert = lanes.lane; expert < experts; expert += kLanes) {
-    const value_t score = sigmoid_of(logits[expert]);
+    const value_t score = own_score(kind, logits[expert]);
     sum += score;
     mean += score * state.dprobability(expert);
   }
@@ -267,16 +320,19 @@ __global__ void __launch_bounds__(kThreads)
   const value_t dlogsumexp = 2 * logsumexp * state.dsquared_logsumexp();
   const TokenGradient<value_t> target(gradient, token, experts);
   const auto dlogit = [&](int64_t expert, value_t through_weight) {
-    const value_t score = sigmoid_of(logits[expert]);
+    const value_t score = own_score(kind, logits[expert]);
     const value_t dscore = through_weight + (state.dprobability(expert) - mean) / sum;
-    return score * (1 - score) * dscore + exp(logits[expert] - logsumexp) * dlogsumexp;
+    return score_slope(kind, logits[expert], score) * dscore +
+           exp(logits[expert] - logsumexp) * dlogsumexp;
   };
   for (int expert = lanes.lane; expert < experts; expert += kLanes) {
     target.store(expert, dlogit(expert, 0));
   }
   __syncwarp(lanes.mask);  // the chosen experts' are written again, by other lanes
   for (int slot = lanes.lane; slot < top_k; slot += kLanes) {
-    target.store(ids[slot], dlogit(ids[slot], (scale * dweights[slot] - inner) / chosen_sum));
+    if (is_expert(ids[slot], experts)) {
+      target.store(ids[slot], dlogit(ids[slot], (scale * dweights[slot] - inner) / chosen_sum));
+    }
   }
 }
 
@@ -293,11 +349,15 @@ void launch_route_by_scores(const RouteArguments& arguments, const ChoiceArgumen
                              static_cast<int>(arguments.top_k),
                              arguments.renormalize,
                              static_cast<value_t>(arguments.scale),
-                             choice.sigmoid,
+                             choice.score,
                              static_cast<const value_t*>(choice.expert_bias),
+                             choice.expert_ids,
+                             choice.own_choice,
+                             choice.padding,
                              static_cast<int>(choice.groups),
                              static_cast<int>(choice.top_groups),
-                             choice.top_two_sum};
+                             static_cast<int>(choice.summed),
+                             choice.by_logits};
     dispatch_experts(arguments.experts, [&](auto lanes, auto per_lane) {
       constexpr int kLanes = decltype(lanes)::value;
       const auto kernel = route_by_scores_kernel<value_t, kLanes, decltype(per_lane)::value>;
@@ -310,8 +370,9 @@ void launch_route_by_scores(const RouteArguments& arguments, const ChoiceArgumen
   });
 }
 
-void launch_route_backward_of_sigmoids(const RouteArguments& arguments, const RouteInputs& inputs,
-                                       const LogitGradient& gradient, cudaStream_t stream) {
+void launch_route_backward_of_scores(const RouteArguments& arguments, ScoreKind score,
+                                     const RouteInputs& inputs, const LogitGradient& gradient,
+                                     cudaStream_t stream) {
   if (arguments.tokens == 0) {
     return;
   }
@@ -320,11 +381,11 @@ void launch_route_backward_of_sigmoids(const RouteArguments& arguments, const Ro
     dispatch_lanes(arguments.experts, [&](auto lanes) {
       constexpr int kLanes = decltype(lanes)::value;
       const unsigned blocks = grid_size(divide_up(arguments.tokens, kThreads / kLanes));
-      route_backward_of_sigmoids_kernel<value_t, kLanes><<<blocks, kThreads, 0, stream>>>(
-          RouteState<value_t>(inputs), arguments.tokens, static_cast<int>(arguments.experts),
+      route_backward_of_scores_kernel<value_t, kLanes><<<blocks, kThreads, 0, stream>>>(
+          RouteState<value_t>(inputs), score, arguments.tokens, static_cast<int>(arguments.experts),
           static_cast<int>(arguments.top_k), arguments.renormalize,
           static_cast<value_t>(arguments.scale), gradient);
-      check_launch("route_backward_of_sigmoids");
+      check_launch("route_backward_of_scores");
     });
   });
 }

@@ -48,6 +48,10 @@ inline ActivationKind kind_of(Activation activation) {
       return ActivationKind::kRelu;
     case Activation::kSilu:
       return ActivationKind::kSilu;
+    case Activation::kReluSquared:
+      return ActivationKind::kReluSquared;
+    case Activation::kQuickGelu:
+      return ActivationKind::kQuickGelu;
   }
   TORCH_INTERNAL_ASSERT(false, "unknown activation");
 }

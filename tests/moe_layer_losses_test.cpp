@@ -1,0 +1,157 @@
+// What a layer adds around its experts: latent projections, padding, losses by sequence and attached ones, at
+// any number of ranks.
+#include <anabranch/gradients.h>
+#include <anabranch/moe_layer.h>
+#include <gtest/gtest.h>
+#include <torch/nn/functional/linear.h>
+
+#include "support/devices.h"
+#include "support/random.h"
+#include "support/tolerance.h"
+#include "support/world.h"
+
+namespace anabranch::test {
+namespace {
+
+constexpr int64_t kHidden = 12;
+constexpr int64_t kExperts = 8;
+constexpr int64_t kTopK = 2;
+
+class LayerLossesTest : public ::testing::Test {
+ protected:
+  static MoEOptions options() {
+    MoEOptions options;
+    options.hidden_size = kHidden;
+    options.expert_hidden_size = 7;
+    options.num_experts = kExperts;
+    options.top_k = kTopK;
+    options.activation = Activation::kSilu;
+    options.glu = true;
+    options.dtype = torch::kFloat64;
+    options.device = device();
+    options.seed = 3;
+    return options;
+  }
+  /// Sequences of all ranks, and which are this one's.
+  torch::Tensor own(const torch::Tensor& whole) const {
+    const int64_t ranks = world()->size();
+    const int64_t rank = world()->rank();
+    const int64_t size = whole.size(0);
+    return on_device(whole.slice(0, size * rank / ranks, size * (rank + 1) / ranks).contiguous());
+  }
+  Random random_{test_seed()};
+};
+
+TEST_F(LayerLossesTest, ExpertsOfALatentLayerSeeProjectedRows) {
+  auto latent_options = options();
+  latent_options.latent_size = 5;
+  MoELayer latent(latent_options, world());
+  auto inner_options = options();
+  inner_options.hidden_size = 5;
+  MoELayer inner(inner_options, world());
+  {
+    const torch::NoGradGuard no_grad;
+    inner->experts()->up_weight.copy_(latent->experts()->up_weight);
+    inner->experts()->down_weight.copy_(latent->experts()->down_weight);
+  }
+  const auto down = latent->named_parameters()["latent_down"];
+  const auto up = latent->named_parameters()["latent_up"];
+  const auto x = own(random_.normal({23, kHidden}));
+  Router router(latent_options);
+  const auto routed = router->forward(x);
+  Routing routing;
+  routing.expert_ids = routed.expert_ids;
+  routing.weights = routed.weights.detach();
+
+  const auto leaf = x.clone().requires_grad_();
+  const auto y = latent->forward(leaf, routing).output;
+  (y.square().sum()).backward();
+  const auto plain_leaf = x.clone().requires_grad_();
+  const auto down2 = down.detach().clone().requires_grad_();
+  const auto up2 = up.detach().clone().requires_grad_();
+  const auto plain =
+      torch::linear(inner->forward(torch::linear(plain_leaf, down2), routing).output, up2);
+  plain.square().sum().backward();
+  const auto allowed = tolerance(torch::kFloat64, 400, 100);
+  EXPECT_TRUE(close(y, plain, allowed));
+  EXPECT_TRUE(close(leaf.grad(), plain_leaf.grad(), allowed));
+  EXPECT_TRUE(close(down.grad(), down2.grad(), 23 * allowed));
+  EXPECT_TRUE(close(up.grad(), up2.grad(), 23 * allowed));
+}
+
+/// The mean over sequences of E / k · Σ_e counts · probabilities / tokens², one after another.
+double sequence_balance(const torch::Tensor& x, const torch::Tensor& padding,
+                        const torch::Tensor& weight) {
+  double sum = 0;
+  int64_t sequences = 0;
+  for (int64_t s = 0; s < x.size(0); ++s) {
+    const auto kept = x[s].index({padding[s].logical_not()});
+    if (kept.size(0) == 0) {
+      continue;
+    }
+    const auto probabilities = torch::softmax(kept.matmul(weight.t()), 1);
+    const auto ids = std::get<1>(probabilities.topk(kTopK, 1));
+    const auto counts = ids.reshape({-1}).bincount({}, kExperts).to(torch::kFloat64);
+    const auto tokens = static_cast<double>(kept.size(0));
+    sum +=
+        (counts * probabilities.sum(0)).sum().item<double>() * kExperts / kTopK / tokens / tokens;
+    ++sequences;
+  }
+  return sequences > 0 ? sum / static_cast<double>(sequences) : 0;
+}
+
+TEST_F(LayerLossesTest, SequencesAreBalancedEachWithoutPadding) {
+  for (const double share : {0.0, 0.4, 1.0}) {
+    SCOPED_TRACE(share);
+    auto with = options();
+    with.sequence_balance_coefficient = 0.5;
+    with.balance_coefficient = 0.25;
+    MoELayer layer(with, world());
+    const auto x = random_.normal({5, 9, kHidden});
+    const auto padding = random_.uniform({5, 9}) < share;
+    RoutingConditions conditions;
+    conditions.padding_mask = own(padding).reshape({-1});
+    const auto out = layer->forward(own(x), conditions);
+    const auto weight = layer->named_parameters()["router.weight"].detach().cpu();
+    const double expected = sequence_balance(x, padding, weight);
+    EXPECT_NEAR(out.sequence_balance_loss.item<double>(), expected, 1e-12 * (1 + expected));
+    // The batch's loss is that of one sequence of all tokens.
+    const double balance =
+        sequence_balance(x.view({1, 45, kHidden}), padding.view({1, 45}), weight);
+    EXPECT_NEAR(out.balance_loss.item<double>(), balance, 1e-12 * (1 + balance));
+    EXPECT_NEAR(out.auxiliary_loss.item<double>(), 0.5 * expected + 0.25 * balance, 1e-11);
+    EXPECT_TRUE(out.output.index({own(padding)}).eq(0).all().item<bool>());
+    EXPECT_EQ(out.expert_load.sum().item<int64_t>(),
+              kTopK * padding.logical_not().sum().item<int64_t>());
+  }
+}
+
+TEST_F(LayerLossesTest, AnAttachedLossIsTheOneHandedOn) {
+  auto with = options();
+  with.sequence_balance_coefficient = 0.5;
+  with.z_coefficient = 0.1;
+  MoELayer plain(with, world());
+  with.attach_losses = true;
+  MoELayer attached(with, world());
+  const auto x = own(random_.normal({5, 9, kHidden}));
+  const auto scale = torch::full({}, 8.0, x.options());
+  const auto out = plain->forward(x);
+  (out.output.square().sum() + 8.0 * out.auxiliary_loss).backward();
+  attached->set_attached_loss_scale(scale);
+  attached->forward(x).output.square().sum().backward();
+  for (const auto& parameter : plain->named_parameters()) {
+    const auto other = attached->named_parameters()[parameter.key()];
+    EXPECT_TRUE(identical(other.grad(), parameter.value().grad())) << parameter.key();
+  }
+  attached->eval();
+  plain->eval();
+  attached->zero_grad();
+  plain->zero_grad();
+  attached->forward(x).output.sum().backward();
+  plain->forward(x).output.sum().backward();
+  EXPECT_TRUE(identical(attached->named_parameters()["router.weight"].grad(),
+                        plain->named_parameters()["router.weight"].grad()));
+}
+
+}  // namespace
+}  // namespace anabranch::test
