@@ -141,6 +141,8 @@ void route(Ledger& memory, const Sizes& z) {
   memory.release("router: products of parts");
   if (o.gate == Gate::kNoisyTopK) {
     memory.hold("router: noise", 6 * logits);
+  } else {
+    memory.release("router: input in its type");
   }
   memory.hold("routing", logits + z.tokens * z.wide + z.tokens * o.top_k * (8 + z.wide));
   if (o.gate != Gate::kNoisyTopK) {

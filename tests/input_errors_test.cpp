@@ -331,6 +331,8 @@ MoEOptions options_around(const std::string& field) {
   options.num_experts = 6;
   options.expert_groups = field == "top_groups" ? 2 : 1;
   options.shared_expert_hidden_size = field == "shared_expert_gate" ? 4 : 0;
+  options.balance_coefficient = field == "attach_losses" ? 0.01 : 0;
+  options.glu = field == "glu_offset";
   return options;
 }
 
@@ -342,7 +344,7 @@ void change(T& value) {
     const auto names = names_of(value);
     value = names[value == names[0].second ? 1 : 0].second;
   } else if constexpr (std::is_same_v<T, std::string>) {
-    value += "_2";
+    value = value == "off" ? "1" : value + "_2";
   } else if constexpr (std::is_same_v<T, torch::Dtype>) {
     value = torch::kBFloat16;
   } else if constexpr (std::is_same_v<T, torch::Device>) {
