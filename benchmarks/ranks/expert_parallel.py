@@ -11,6 +11,7 @@ communication that shows. `exchange` are its rows' ways alone, there and back, f
 
 import argparse
 import dataclasses
+import inspect
 import json
 import random
 import statistics
@@ -225,12 +226,12 @@ def measure(case: Case, device: torch.device, variants: dict[str, dict], rounds:
 def variant(text: str) -> tuple[str, dict]:
     """`anabranch`, or with options of the layer behind it: anabranch,overlap=2."""
     options = {}
+    known = inspect.signature(anabranch.MoE).parameters
     for part in text.split(",")[1:]:
         name, _, value = part.partition("=")
-        try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name] = value
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"MoE has no option {name}")
+        options[name] = value if isinstance(known[name].default, str) else json.loads(value)
     return text, options
 
 
@@ -240,7 +241,13 @@ def main():
     parser.add_argument("--commit", default="unknown", help="of the measured sources")
     parser.add_argument("--quick", action="store_true", help="the first case only, small, in one round")
     parser.add_argument("--cases", type=lambda text: text.split(","), help="shapes, by what their names begin with")
-    parser.add_argument("--layers", nargs="+", default=["anabranch"], help="with options: anabranch,engine=hopper")
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        type=variant,
+        default=[variant("anabranch")],
+        help="with options: anabranch,overlap=2",
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     arguments = parser.parse_args()
     dist.init_process_group("cpu:gloo,cuda:nccl" if arguments.device == "cuda" else "gloo")
@@ -256,7 +263,7 @@ def main():
         if arguments.cases and not case.shape.startswith(tuple(arguments.cases)):
             continue
         rounds = 1 if arguments.quick else ROUNDS
-        results += measure(case, device, dict(map(variant, arguments.layers)), rounds)
+        results += measure(case, device, dict(arguments.layers), rounds)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     anabranch.check()

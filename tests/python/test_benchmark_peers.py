@@ -84,9 +84,9 @@ def test_expert_parallel_ways_agree_and_are_timed(tmp_path):
     run = [*program, str(BENCHMARKS / "ranks/expert_parallel.py"), *options]
     refused = subprocess.run(run, capture_output=True, text=True, check=False, timeout=120)
     assert refused.returncode and "the output of anabranch,routing_scale=2 is" in refused.stderr
-    subprocess.run([*run[:-2], "anabranch", "anabranch,recompute=true"], check=True, timeout=120)
+    subprocess.run([*run[:-2], "anabranch", "anabranch,recompute=true,overlap=2"], check=True, timeout=120)
     results = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert [row["way"] for row in results] == ["anabranch", "anabranch,recompute=true", "alone", "torch", "exchange"]
+    assert [row["way"] for row in results] == ["anabranch", "anabranch,recompute=true,overlap=2", "alone", "torch", "exchange"]
     assert all(row["ranks"] == 2 and row["forward_ms"] > 0 and row["backward_ms"] > 0 for row in results)
     for row in results[:-1]:
         step = row["forward_ms"] + row["backward_ms"]
