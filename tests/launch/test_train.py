@@ -29,7 +29,7 @@ for number in (signal.SIGINT, signal.SIGTERM):
     dict(arguments=arguments, threads=os.environ.get("OMP_NUM_THREADS"), folder=os.getcwd())))
 if "--fail" in arguments:
     sys.exit(2)
-(output / "metrics.jsonl").write_text('{{"step": 1, "loss": 2.0, "imbalance": 1.5, "load": [[0.5, 0.5]]}}\\n')
+(output / "metrics.jsonl").write_text('{{"step": 1, "loss": 2.0, "imbalance": 1.5, "tokens_per_second": 100.0, "load": [[0.5, 0.5]]}}\\n')
 (output / "sample.txt").write_text("In the beginning was the stub")
 if rank == "0":
     print("In the beginning was the stub")
