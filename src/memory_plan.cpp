@@ -69,6 +69,12 @@ struct Sizes {
   int64_t of_rows(int64_t width) const { return rows * width * element; }
   int64_t of_assignments(int64_t width) const { return assignments * width * element; }
   int64_t of_part(int64_t width) const { return part * width * element; }
+  /// What cuBLAS works in during a product, where the kernel of ours does not compute. (Those of cublas_loop's
+  /// streams stay with the process.)
+  int64_t workspace() const {
+    const bool ours = element == 2 && !options.engine.starts_with("cublas");
+    return options.device.is_cuda() && !ours ? int64_t{32} << 20 : 0;
+  }
   int64_t up_weight() const { return experts * up * options.hidden_size * element; }
   int64_t down_weight() const {
     return experts * options.hidden_size * options.expert_hidden_size * element;
@@ -185,6 +191,7 @@ void combine(Ledger& memory, const Sizes& z, const std::string& what) {
 
 void feed_forward(Ledger& memory, const Sizes& z) {
   const int64_t h = z.options.hidden_size;
+  memory.hold("engine's workspace", z.workspace());
   if (!z.options.recompute) {
     memory.hold("hidden", z.of_assignments(z.up));
   }
@@ -203,6 +210,7 @@ void feed_forward(Ledger& memory, const Sizes& z) {
     memory.hold("results", z.of_assignments(h));
   }
   memory.release("a part's activation");
+  memory.release("engine's workspace");
 }
 
 void shared_expert(Ledger& memory, const Sizes& z) {
@@ -286,6 +294,7 @@ void feed_forward_backward(Ledger& memory, const Sizes& z) {
     memory.release("a part's activation");
   };
   memory.hold("gradient of the weights", z.assignments * z.wide);
+  memory.hold("engine's workspace", z.workspace());
   down();
   memory.hold("gradients", z.down_weight());
   end_of_down();
@@ -301,6 +310,7 @@ void feed_forward_backward(Ledger& memory, const Sizes& z) {
     memory.release("a part's rows");
   }
   memory.release("a part's hidden");
+  memory.release("engine's workspace");
 }
 
 void route_backward(Ledger& memory, const Sizes& z) {

@@ -177,6 +177,8 @@ class MoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(activation, str) and not callable(activation):
+            raise TypeError(f"activation is a {type(activation).__name__}, expected a name or a function")
         self._own_activation = None if isinstance(activation, str) else activation
         self._own_experts = experts is not None
         options: dict[str, Any] = {

@@ -23,11 +23,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests/support"))
+from metrics_fields import without_the_machine  # noqa: E402
+
 SAVED_AT = re.compile("-[0-9a-f]{16}-")
-OF_THE_MACHINE = {  # fields of metrics.jsonl: times, rates and memory
-    "seconds", "step_seconds", "data_seconds", "exposed_communication_seconds", "tokens_per_second", "model_tflops", "mfu",
-    "memory",
-}  # fmt: skip
 MODEL = {
     "hidden": 64, "expert-hidden": 96, "layers": 2, "heads": 4, "experts": 6, "batch-size": 10,
     "sequence-length": 48, "warmup": 4, "log-interval": 1, "validation-interval": 5,
@@ -108,7 +107,7 @@ def tensors_of(checkpoint):
 
 def metrics_of(file):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    return {f"step {line['step']}: {name}": value for line in lines for name, value in line.items() if name not in OF_THE_MACHINE}
+    return {f"step {line['step']}: {name}": value for line in lines for name, value in without_the_machine(line).items()}
 
 
 def results_of_quickstart(ranks, build, folder):

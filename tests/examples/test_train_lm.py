@@ -13,6 +13,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests/support"))
+from metrics_fields import without_the_machine  # noqa: E402
+
 PROGRAMS = Path(os.environ.get("ANABRANCH_EXAMPLES", ROOT / "build/release/examples"))
 TRAIN_LM = PROGRAMS / "train_lm"
 QUICKSTART = PROGRAMS / "quickstart"
@@ -29,7 +33,6 @@ STEPS = 6
 SEQUENCE_LENGTH = 24
 LAYERS = 2
 EXPERTS = 5  # divided by neither 2 nor 4
-TIMING = {"tokens_per_second", "model_tflops", "seconds", "step_seconds", "data_seconds", "memory"}
 
 # More ranks than cores: who waits makes way.
 ENVIRONMENT = dict(
@@ -92,7 +95,7 @@ def read_metrics(directory):
 
 
 def without_timing(metrics):
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in metrics]
+    return list(map(without_the_machine, metrics))
 
 
 def tolerance(dtype, batch_size):

@@ -6,6 +6,7 @@ import time
 
 import pytest
 from conftest import BUILD, ENVIRONMENT, ROOT
+from metrics_fields import without_the_machine
 
 TESTS = BUILD / "tests"
 TRAIN = BUILD / "examples/train_lm"
@@ -49,7 +50,7 @@ def train(hosts, count, ranks, name, *options, **run_options):
 
 def curve(output):
     steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in step.items() if k not in ("seconds", "tokens_per_second")} for step in steps]
+    return list(map(without_the_machine, steps))
 
 
 @needs(TRAIN)

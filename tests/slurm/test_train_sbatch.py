@@ -5,6 +5,7 @@ import re
 
 import pytest
 from conftest import BUILD, ROOT
+from metrics_fields import without_the_machine
 
 STEPS = 60
 MODEL = {
@@ -54,9 +55,8 @@ class Run:
         self.cluster.wait_until(lambda: len(self.steps()) >= step, 60, self.log)
 
     def curve(self):
-        """What does not depend on the clock, of every step."""
-        timing = ("seconds", "tokens_per_second")
-        return [{k: v for k, v in step.items() if k not in timing} for step in self.steps()]
+        """What does not depend on the machine, of every step."""
+        return list(map(without_the_machine, self.steps()))
 
 
 def time_is_near(cluster, run):
