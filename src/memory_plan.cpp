@@ -178,10 +178,12 @@ void dispatch(Ledger& memory, const Sizes& z, const std::string& what, bool with
   }
 }
 
-/// Sums [R, h] of each row back to their tokens: `what` [T, h].
-void combine(Ledger& memory, const Sizes& z, const std::string& what) {
+/// Sums [R, h] of each row back to their tokens: `what` [T, h]. What they were summed from lives until they
+/// set out.
+void combine(Ledger& memory, const Sizes& z, const std::string& what, const std::string& from) {
   if (z.ranks > 1) {
     memory.hold("rows that came back", z.of_rows(z.options.hidden_size));
+    memory.release(from);
     memory.hold(what, z.of_tokens(z.options.hidden_size));
     memory.release("rows that came back");
   } else {
@@ -246,7 +248,7 @@ void forward(Ledger& memory, const Sizes& z) {
   dispatch(memory, z, "rows received", /*with_weights=*/true);
   feed_forward(memory, z);
   memory.hold(z.ranks > 1 ? "sums of rows" : "output", z.of_rows(z.options.hidden_size));
-  combine(memory, z, "output");
+  combine(memory, z, "output", "results");
   memory.release("results");
   memory.release("sums of rows");
   if (z.ranks == 1) {
@@ -332,7 +334,7 @@ void backward(Ledger& memory, const Sizes& z) {
   dispatch(memory, z, "gradient's rows received", /*with_weights=*/false);
   feed_forward_backward(memory, z);
   memory.hold(z.ranks > 1 ? "sums of rows" : "gradient of x", z.of_rows(z.options.hidden_size));
-  combine(memory, z, "gradient of x");
+  combine(memory, z, "gradient of x", "gradient of the experts' rows");
   for (const char* name :
        {"sums of rows", "gradient of the experts' rows", "rows received", "hidden",
         "gradient's rows received", "routing weights", "gradient of the weights"}) {
