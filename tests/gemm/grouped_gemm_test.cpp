@@ -300,6 +300,10 @@ torch::Tensor apply(Activation activation, const torch::Tensor& x) {
       return torch::relu(x);
     case Activation::kSilu:
       return torch::silu(x);
+    case Activation::kReluSquared:
+      return torch::relu(x).square();
+    case Activation::kQuickGelu:
+      return x * torch::sigmoid(1.702 * x);
   }
   return {};
 }

@@ -85,7 +85,9 @@ TEST(AdamW, IsThePapersAtEveryLayout) {
         EXPECT_TRUE(close(value, of.model->part(parameter.name, oracle.value),
                           tolerance(accumulation_type(dtype), 16 * kSteps,
                                     of.model->part(parameter.name, oracle.magnitude))));
-        if (reduced) EXPECT_TRUE(identical(parameter.tensor.detach(), value.to(dtype)));
+        if (reduced) {
+          EXPECT_TRUE(identical(parameter.tensor.detach(), value.to(dtype)));
+        }
       }
     }
   }
