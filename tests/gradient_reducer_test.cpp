@@ -104,6 +104,17 @@ void expect_identical(const Model& model, const Model& expected) {
   }
 }
 
+/// Whatever was before: `expected` finishes its gradients itself.
+void expect_a_right_step(GradientReducer& reducer, Model& model, Model& expected,
+                         const ParallelGroups& groups) {
+  model.zero_grad();
+  reducer.start();
+  for (auto* each : {&model, &expected}) backward(*each, 0, 1, torch::kFloat32);
+  reducer.finish();
+  finish_gradients(expected, groups);
+  expect_identical(model, expected);
+}
+
 std::vector<int> expert_parallel_sizes() {
   std::vector<int> sizes;
   for (int size = 1; size <= world()->size(); ++size) {
@@ -231,12 +242,7 @@ TEST(GradientReducer, RefusesToBeCalledOutOfOrder) {
     EXPECT_INPUT_ERROR(reducer.finish(), "has changed since it was taken");
   }
   // And the next step is right.
-  model.zero_grad();
-  reducer.start();
-  for (auto* each : {&model, &expected}) backward(*each, 0, 1, torch::kFloat32);
-  reducer.finish();
-  finish_gradients(expected, groups);
-  expect_identical(model, expected);
+  expect_a_right_step(reducer, model, expected, groups);
 }
 
 TEST(GradientReducer, GoesOnAfterABackwardThatThrows) {
@@ -249,12 +255,7 @@ TEST(GradientReducer, GoesOnAfterABackwardThatThrows) {
           .sum();
   EXPECT_THROW(loss.backward(), std::runtime_error);
   reducer.finish();
-  model.zero_grad();
-  reducer.start();
-  for (auto* each : {&model, &expected}) backward(*each, 0, 1, torch::kFloat32);
-  reducer.finish();
-  finish_gradients(expected, groups);
-  expect_identical(model, expected);
+  expect_a_right_step(reducer, model, expected, groups);
 }
 
 TEST(GradientReducer, LeavesNoHooksBehind) {

@@ -178,7 +178,8 @@ def far(y, expected):
     return ((y - expected).norm(dim=1) / expected.norm(dim=1)).median().item()
 
 
-def layer_way(case, x, dy):
+def make_layer(case, x, **options):
+    """The case's layer for x, which its router may change; which experts are popular comes from torch's generator."""
     layer = anabranch.MoE(
         case.hidden,
         case.inner,
@@ -187,10 +188,16 @@ def layer_way(case, x, dy):
         activation="silu" if case.glu else "gelu_tanh",
         glu=case.glu,
         seed=1,
-        device="cuda",
-        dtype=torch.bfloat16,
+        device=x.device,
+        dtype=x.dtype,
+        **options,
     )
     skew_router(layer.router.weight, x, case.zipf)
+    return layer
+
+
+def layer_way(case, x, dy):
+    layer = make_layer(case, x)
     return layer, Way(lambda x: layer(x).output, list(layer.parameters()), x, dy)
 
 

@@ -35,6 +35,17 @@ def choose(x, gate, top_k):
     return weights / weights.sum(1, keepdim=True), ids
 
 
+def grouped_experts(case, rows, up, down, ends):
+    """Rows in the order of their experts, of which e's end before ends[e], through PyTorch's own grouped product."""
+    hidden = torch._grouped_mm(rows, up.transpose(1, 2), ends)
+    if case.glu:
+        first, second = hidden.chunk(2, dim=1)
+        hidden = torch.nn.functional.silu(first) * second
+    else:
+        hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
+    return torch._grouped_mm(hidden, down.transpose(1, 2), ends)
+
+
 def grouped_mm(case, gate, up, down):
     """What one writes by hand: index operations and PyTorch's own grouped product."""
     gate, up, down = parameters = [leaf(gate), leaf(up), leaf(down)]
@@ -45,13 +56,7 @@ def grouped_mm(case, gate, up, down):
         order = flat.argsort(stable=True)
         token = order // case.top_k
         ends = torch.bincount(flat, minlength=case.experts).cumsum(0).int()
-        hidden = torch._grouped_mm(x[token], up.transpose(1, 2), ends)
-        if case.glu:
-            first, second = hidden.chunk(2, dim=1)
-            hidden = torch.nn.functional.silu(first) * second
-        else:
-            hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
-        rows = torch._grouped_mm(hidden, down.transpose(1, 2), ends)
+        rows = grouped_experts(case, x[token], up, down, ends)
         return torch.zeros_like(x).index_add(0, token, rows * weights.flatten()[order, None].to(x.dtype))
 
     return forward, parameters

@@ -26,8 +26,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
 import anabranch  # noqa: E402
 import anabranch.functional as F  # noqa: E402
-from layer import FINE, MIXTRAL, OLMOE, QWEN3, SEED, Case, far, provenance, skew_router  # noqa: E402
-from peers import choose, leaf  # noqa: E402
+from layer import FINE, MIXTRAL, OLMOE, QWEN3, SEED, Case, far, make_layer, provenance  # noqa: E402
+from peers import choose, grouped_experts, leaf  # noqa: E402
 
 TOKENS = 8192  # of a rank, as LigerCute's figures have them
 ROUNDS = 9
@@ -68,13 +68,7 @@ def by_torch(case: Case, gate: Tensor, up: Tensor, down: Tensor):
         expert = torch.arange(local, device=x.device).repeat(ranks).repeat_interleave(received, output_size=sum(sizes[1]))
         by_expert = expert.argsort(stable=True)
         ends = received.view(ranks, local).sum(0).cumsum(0).int()
-        hidden = torch._grouped_mm(rows[by_expert], up.transpose(1, 2), ends)
-        if case.glu:
-            first, second = hidden.chunk(2, dim=1)
-            hidden = torch.nn.functional.silu(first) * second
-        else:
-            hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
-        results = torch._grouped_mm(hidden, down.transpose(1, 2), ends)
+        results = grouped_experts(case, rows[by_expert], up, down, ends)
         back = AllToAll.apply(results[by_expert.argsort()], sizes[1], sizes[0])
         return torch.zeros_like(x).index_add(0, token, back * weights.flatten()[order, None].to(x.dtype))
 
@@ -159,29 +153,15 @@ def measure_ways(ways: dict, device: torch.device, rounds: int) -> dict[str, lis
     return {name: [statistics.median(half) for half in zip(*of_way)] for name, of_way in times.items()}
 
 
-def make_layer(case: Case, x: Tensor, group=None, **options):
-    layer = anabranch.MoE(
-        case.hidden,
-        case.inner,
-        case.experts,
-        case.top_k,
-        activation="silu" if case.glu else "gelu_tanh",
-        glu=case.glu,
-        seed=1,
-        group=group,
-        device=x.device,
-        dtype=x.dtype,
-        **options,
-    )
+def same_layer(case: Case, x: Tensor, **options):
     torch.manual_seed(1)  # the same popular experts on every rank
-    skew_router(layer.router.weight, x, case.zipf)
-    return layer
+    return make_layer(case, x, **options)
 
 
 def agreeing(case: Case, x: Tensor, dy: Tensor, variants: dict[str, dict]) -> dict[str, Step]:
     """The ways of a case, which have been seen to compute the same layer."""
-    layers = {name: make_layer(case, x, **options) for name, options in variants.items()}
-    layers["alone"] = make_layer(case, x, group=anabranch.groups.alone())
+    layers = {name: same_layer(case, x, **options) for name, options in variants.items()}
+    layers["alone"] = same_layer(case, x, group=anabranch.groups.alone())
     x.requires_grad_()
     ways = {
         name: Step(lambda x, layer=layer: layer(x).output, layer.parameters(), x, dy) for name, layer in layers.items()
