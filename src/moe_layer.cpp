@@ -49,15 +49,9 @@ struct Step : torch::CustomClassHolder {
   Travel travel;
   std::optional<Dispatching> dispatching;  ///< of the tokens, in forward
 
-  void start_dispatch(const torch::Tensor& x, const torch::Tensor& weights) {
+  void start_dispatch(const torch::Tensor& x) {
     const Stage named("anabranch.dispatch");
-    Payload payload{x, plan.checked_weights.defined() ? plan.checked_weights : weights};
-    if (plan.local_weights.defined()) payload.values = torch::Tensor();
-    dispatching.emplace(exchange.communicator(), payload, plan, travel);
-  }
-  /// [P], which `dispatching` fills unless the plan has brought them.
-  const torch::Tensor& weights_at_the_experts() const {
-    return plan.local_weights.defined() ? plan.local_weights : dispatching->received().values;
+    dispatching.emplace(exchange.communicator(), Payload{x, {}}, plan, travel);
   }
 
   Dispatching dispatch(const Payload& payload) const {
@@ -100,7 +94,7 @@ struct Saved {
 /// → y [T, h], and upstream again.
 struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
   static torch::Tensor forward(AutogradContext* context, const torch::Tensor& x,
-                               const torch::Tensor& weights, const torch::Tensor& up_weight,
+                               const torch::Tensor& /*weights*/, const torch::Tensor& up_weight,
                                const torch::Tensor& down_weight,
                                const std::optional<torch::Tensor>& up_bias,
                                const std::optional<torch::Tensor>& down_bias,
@@ -110,12 +104,12 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
                                     projection(down_weight, down_bias)};
 
     if (!step->dispatching.has_value()) {
-      step->start_dispatch(x, weights);
+      step->start_dispatch(x);
     }
     Dispatching& dispatching = *step->dispatching;
     Combining combining = step->combine();
     const auto rows = dispatching.received().rows;
-    const auto& routing_weights = step->weights_at_the_experts();
+    const auto& routing_weights = plan.local_weights;
     const auto pipeline = pipeline_between<FeedForwardOutput>(
         *step, "anabranch.dispatch", dispatching,
         [&](int64_t chunk, const FeedForwardOutput& output) {
@@ -283,13 +277,18 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
   const auto losses = stage("anabranch.losses", [&] {
     return auxiliary_losses(routing, plan.source_counts(), options_, communicator);
   });
+  // Rows that travel at once in one piece set out while the plan is made.
+  const auto received = degree == 0 && !plan.is_made() ? plan.dispatch(rows) : torch::Tensor();
   const auto step = c10::make_intrusive<Step>(exchange_,
                                               in_chunks(plan.get(), std::max<int64_t>(degree, 1),
                                                         exchange_.placement(), communicator.rank()),
                                               expert, parameters.main_grad, options_.recompute,
                                               degree > 0 ? Travel::kBeside : Travel::kInTurn);
+  if (received.defined()) {
+    step->dispatching.emplace(step->plan, received);
+  }
   if (degree > 0 && shared && !ahead) {
-    step->start_dispatch(rows, routing.weights);
+    step->start_dispatch(rows);
     compute_ahead();  // while rows travel
   }
   const auto& [up, down] = parameters.experts;

@@ -37,7 +37,7 @@ struct ExchangePlan {
   /// [T, top_k] of a routing from outside: its weights, NaN in tokens that are refused. Undefined
   /// otherwise.
   torch::Tensor checked_weights;
-  /// [P] of a rank alone: the routing's weights as dispatch would bring them. Undefined otherwise.
+  /// [P] the routing's weights, as dispatch would bring them.
   torch::Tensor local_weights;
 
   // Source side. Sent rows are ordered by (destination, token).
@@ -68,7 +68,9 @@ class PendingPlan {
   /// Of which nothing is missing.
   explicit PendingPlan(ExchangePlan plan)
       : source_counts_(plan.source_counts), plan_(std::move(plan)) {}
-  PendingPlan(torch::Tensor source_counts, std::function<ExchangePlan()> rest)
+  /// `rest` makes what is missing, and dispatches `rows`, if they are defined, to `received`.
+  using Rest = std::function<ExchangePlan(const torch::Tensor& rows, torch::Tensor& received)>;
+  PendingPlan(torch::Tensor source_counts, Rest rest)
       : source_counts_(std::move(source_counts)), rest_(std::move(rest)) {}
 
   /// [E] those of the plan; where the routing is refused, of no meaning.
@@ -76,11 +78,18 @@ class PendingPlan {
   /// The host waits for the counts, and the plan is made of them. Collective at the first call, which
   /// throws as `Exchange::plan`.
   const ExchangePlan& get();
+  /// Whether `get` has nothing left to do.
+  bool is_made() const { return rest_ == nullptr; }
+  /// Of a plan that is not made: the same, and `rows` [T, h] set out as soon as the host has the counts, before
+  /// the rest is made of them. Returns them at the experts, [R, h], as dispatch would. Collective.
+  torch::Tensor dispatch(const torch::Tensor& rows);
 
  private:
+  torch::Tensor make(const torch::Tensor& rows);
+
   torch::Tensor source_counts_;
   ExchangePlan plan_;
-  std::function<ExchangePlan()> rest_;  ///< empty when plan_ is made
+  Rest rest_;  ///< empty when plan_ is made
 };
 
 class LateRefusals;

@@ -88,7 +88,7 @@ Dispatching::Dispatching(Communicator& communicator, const Payload& tokens,
 
 void Dispatching::wait_for_next() {
   if (next_ == chunks_.size()) {
-    return;  // of a rank alone all is there
+    return;  // all is there
   }
   const torch::NoGradGuard no_grad;
   chunks_[next_]->finish();

@@ -3,6 +3,7 @@
 #include <anabranch/exchange.h>
 
 #include <memory>
+#include <utility>
 #include <vector>
 
 namespace anabranch {
@@ -17,6 +18,9 @@ class Dispatching {
   /// Collective.
   Dispatching(Communicator& communicator, const Payload& tokens, const ExchangePlan& plan,
               Travel travel);
+  /// Of rows that have arrived.
+  Dispatching(const ExchangePlan& plan, torch::Tensor rows)
+      : plan_(plan), received_{std::move(rows), {}} {}
 
   /// Waits for the rows of the next chunk, and with the first for the values. Collective where they travel
   /// in turn.

@@ -1,6 +1,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/stack.h>
 #include <anabranch/error.h>
 #include <anabranch/exchange.h>
@@ -12,6 +13,7 @@
 
 #include "exchange/late_refusals.h"
 #include "kernels/plan.h"
+#include "kernels/rows.h"
 #include "support/check.h"
 #include "support/host_copy.h"
 #include "support/stage.h"
@@ -183,19 +185,28 @@ torch::Tensor wait_for(const HostCopy& counts, Communicator& communicator) {
   return on_host;
 }
 
-/// One small exchange: what every rank told this one, [W, kHeader + local experts], on the device.
-torch::Tensor tell(Communicator& communicator, const ExpertPlacement& placement,
-                   const torch::Tensor& message) {
+/// What this rank tells the others and is told by them, on the device.
+struct Told {
+  torch::Tensor all;       ///< the message, and behind it what was received
+  torch::Tensor received;  ///< [W, kHeader + local experts]
+};
+
+/// One small exchange. Of `numbers` the message is those that `layout` names.
+Told tell(Communicator& communicator, const ExpertPlacement& placement,
+          const torch::Tensor& numbers, const torch::Tensor& layout) {
   const int64_t ranks = placement.num_ranks;
   const int64_t width = kHeader + placement.local_experts(communicator.rank());
   std::vector<int64_t> sizes;
   for (int64_t rank = 0; rank < ranks; ++rank) {
     sizes.push_back(kHeader + placement.local_experts(rank));
   }
-  const auto received = at::empty({ranks, width}, message.options());
-  communicator.all_to_all_v(
-      {{message, sizes, received.flatten(), std::vector<int64_t>(ranks, width)}});
-  return received;
+  const int64_t length = layout.size(0);
+  const auto all = at::empty({length + ranks * width}, numbers.options());
+  auto message = all.narrow(0, 0, length);
+  const auto received = all.narrow(0, length, ranks * width);
+  at::index_select_out(message, numbers, 0, layout);
+  communicator.all_to_all_v({{message, sizes, received, std::vector<int64_t>(ranks, width)}});
+  return {all, received.view({ranks, width})};
 }
 
 /// From the message and, behind it, what was received.
@@ -288,12 +299,45 @@ struct Beginning {
   Routing routing;
   torch::Tensor ids;  ///< [T, top_k]
   SendPlan send;
-  torch::Tensor received;  ///< [W, kHeader + local experts]
-  HostCopy counts;         ///< the message and what was received
+  torch::Tensor weights;  ///< [T·top_k] in the order of send.send_order
+  HostCopy counts;        ///< the message and what was received
+  ArrivalEnds ends;       ///< as the device knows them
 };
 
+/// What the plan is made of and what travels with it, by the counts that the host knows now.
+struct Arrivals {
+  torch::Tensor segment_rows;  ///< [P] int32
+  torch::Tensor weights;       ///< [P] in the same order
+  torch::Tensor rows;          ///< [R, h], or undefined
+};
+
+Arrivals exchange(const Beginning& begun, const ExchangePlan& plan, const torch::Tensor& rows,
+                  Communicator& communicator) {
+  const auto sent = [&](const torch::Tensor& of_assignments) {
+    // All of them, unless there were none among the expert ids.
+    return of_assignments.narrow(0, 0, plan.send_order.size(0));
+  };
+  Arrivals arrived{sent(begun.send.segment_rows), sent(begun.weights), rows};
+  if (communicator.size() == 1) {
+    return arrived;
+  }
+  std::vector<Transfer> transfers;
+  for (auto* tensor : {&arrived.segment_rows, &arrived.weights}) {
+    const auto of_rank =
+        std::exchange(*tensor, at::empty({sum(plan.receive_assignments)}, tensor->options()));
+    transfers.push_back({of_rank, plan.send_assignments, *tensor, plan.receive_assignments});
+  }
+  if (rows.defined()) {
+    arrived.rows = at::empty({sum(plan.receive_rows), rows.size(1)}, rows.options());
+    transfers.push_back({rows, plan.send_rows, arrived.rows, plan.receive_rows, plan.send_tokens});
+  }
+  communicator.all_to_all_v(transfers);
+  return arrived;
+}
+
 ExchangePlan finish_plan(const Beginning& begun, const ExpertPlacement& placement,
-                         Communicator& communicator) {
+                         Communicator& communicator, const torch::Tensor& rows,
+                         torch::Tensor& received) {
   const Announced announced =
       announced_in(wait_for(begun.counts, communicator), placement, communicator.rank());
   check_forms(announced.from);
@@ -311,38 +355,42 @@ ExchangePlan finish_plan(const Beginning& begun, const ExpertPlacement& placemen
   plan.send_tokens = send.send_tokens.narrow(0, 0, sum(plan.send_rows));
   plan.token_offsets = send.token_offsets;
   plan.token_rows = send.token_rows.narrow(0, 0, sum(plan.send_rows));
-  // All of them, unless there were none among the expert ids.
   plan.send_order = send.send_order.narrow(0, 0, sum(plan.send_assignments));
 
-  torch::Tensor segment_rows = send.segment_rows.narrow(0, 0, sum(plan.send_assignments));
-  if (communicator.size() > 1) {
-    const auto sent_rows = segment_rows;
-    segment_rows = at::empty({sum(plan.receive_assignments)}, send.segment_rows.options());
-    communicator.all_to_all_v(
-        {{sent_rows, plan.send_assignments, segment_rows, plan.receive_assignments}});
-  }
+  const Arrivals arrived = exchange(begun, plan, rows, communicator);
+  received = arrived.rows;
   const PlanKernels& kernels = PlanKernels::on(begun.ids.device());
-  const auto& received = begun.received;
-  const ArrivalOrder arrivals =
-      kernels.order_arrivals(segment_rows, received.select(1, kRows),
-                             received.narrow(1, kHeader, received.size(1) - kHeader));
+  const ArrivalOrder arrivals = kernels.order_arrivals(arrived.segment_rows, begun.ends);
   const Csr by_row = kernels.group(arrivals.assignment_rows, sum(plan.receive_rows));
   plan.received_order = arrivals.received_order;
   plan.assignment_rows = arrivals.assignment_rows;
   plan.row_offsets = by_row.offsets;
   plan.row_assignments = by_row.members;
+  plan.local_weights =
+      RowKernels::on(begun.ids.device()).gather_rows(arrived.weights, arrivals.received_order);
   return plan;
 }
 
 }  // namespace
 
+torch::Tensor PendingPlan::make(const torch::Tensor& rows) {
+  const torch::NoGradGuard no_grad;
+  const Stage named("anabranch.plan");
+  torch::Tensor received;
+  plan_ = std::exchange(rest_, nullptr)(rows, received);
+  return received;
+}
+
 const ExchangePlan& PendingPlan::get() {
-  if (rest_) {
-    const torch::NoGradGuard no_grad;
-    const Stage named("anabranch.plan");
-    plan_ = std::exchange(rest_, nullptr)();
+  if (!is_made()) {
+    make({});
   }
   return plan_;
+}
+
+torch::Tensor PendingPlan::dispatch(const torch::Tensor& rows) {
+  TORCH_INTERNAL_ASSERT(!is_made());
+  return make(rows);
 }
 
 Exchange::Exchange(std::shared_ptr<Communicator> communicator, int64_t num_experts)
@@ -384,18 +432,28 @@ PendingPlan Exchange::begin_plan(const Routing& routing, const torch::Tensor& ro
   const int64_t form = Form::of(routing, rows).number();
   if (form != form_ || form_on_device_.device() != ids.device()) {
     form_ = form;
-    form_on_device_ = at::full({1}, form, ids.options());
+    form_on_device_ = at::full({2}, -1, ids.options());  // behind a token of which there is none
+    form_on_device_[1] = form;
   }
-  const auto message =
-      at::cat({refused_tokens(check), form_on_device_, send.rank_rows, send.expert_counts})
-          .index_select(0, message_layout_);
-  auto received = tell(*communicator_, placement_, message);
-  HostCopy counts(at::cat({message, received.flatten()}));
+  const auto& invalid = check.first_invalid_token;
+  const auto numbers =
+      invalid.defined()
+          ? at::cat({check.first_nonfinite_token.reshape({1}), invalid.reshape({1}),
+                     form_on_device_.narrow(0, 1, 1), send.rank_rows, send.expert_counts})
+          : at::cat({check.first_nonfinite_token.reshape({1}), form_on_device_, send.rank_rows,
+                     send.expert_counts});
+  const auto [all, received] = tell(*communicator_, placement_, numbers, message_layout_);
+  HostCopy counts(all);
+  const auto ends = ArrivalEnds::of(received.select(1, kRows),
+                                    received.narrow(1, kHeader, received.size(1) - kHeader));
   const auto source_counts = send.expert_counts.narrow(0, 0, placement_.num_experts);
+  auto weights = RowKernels::on(ids.device())
+                     .gather_rows(routing.weights.detach().contiguous().view(-1), send.send_order);
   const auto begun = std::make_shared<const Beginning>(
-      Beginning{routing, ids, std::move(send), std::move(received), std::move(counts)});
-  return {source_counts, [begun, placement = placement_, communicator = communicator_] {
-            return finish_plan(*begun, placement, *communicator);
+      Beginning{routing, ids, std::move(send), std::move(weights), std::move(counts), ends});
+  return {source_counts, [begun, placement = placement_, communicator = communicator_](
+                             const torch::Tensor& rows, torch::Tensor& received) {
+            return finish_plan(*begun, placement, *communicator, rows, received);
           }};
 }
 

@@ -28,6 +28,22 @@ struct ArrivalOrder {
   torch::Tensor assignment_rows;  ///< [P] received row
 };
 
+/// Where what arrives ends: inclusive running sums of the counts, which can be taken before it does.
+struct ArrivalEnds {
+  torch::Tensor by_source;  ///< [W·L] assignments, by (source, expert); L local experts
+  torch::Tensor by_expert;  ///< [L·W] the same by (expert, source)
+  torch::Tensor rows;       ///< [W] rows
+
+  /// `rows` [W] and `counts` [W, L]: rows and assignments per expert that come from each source.
+  static ArrivalEnds of(const torch::Tensor& rows, const torch::Tensor& counts) {
+    // Of one rank both orders are the same, and its rows end where they are.
+    const bool one = counts.size(0) == 1;
+    const auto by_source = counts.flatten().cumsum(0);
+    return {by_source, one ? by_source : counts.t().flatten().cumsum(0),
+            one ? rows.contiguous() : rows.cumsum(0)};
+  }
+};
+
 /// What a rank plans that has all experts: every token is a row that stays. [T, k] routing, E experts;
 /// all int64.
 struct LocalPlan {
@@ -77,10 +93,9 @@ class PlanKernels : public Kernels<PlanKernels> {
   virtual LocalPlan plan_local(const torch::Tensor& expert_ids, const torch::Tensor& weights,
                                int64_t num_experts, const LateRefusal* refusal = nullptr) const = 0;
   /// Brings arrivals into expert-major order. `segment_rows` [P] int32: row of each arrived
-  /// assignment within its source's segment, ordered by (source, expert); `rows` [W] and `counts`
-  /// [W, local experts]: rows and assignments per expert that came from each source.
-  virtual ArrivalOrder order_arrivals(const torch::Tensor& segment_rows, const torch::Tensor& rows,
-                                      const torch::Tensor& counts) const = 0;
+  /// assignment within its source's segment, ordered by (source, expert).
+  virtual ArrivalOrder order_arrivals(const torch::Tensor& segment_rows,
+                                      const ArrivalEnds& ends) const = 0;
   /// Groups positions 0..P−1 of `group_of` [P] by their value in [0, groups).
   virtual Csr group(const torch::Tensor& group_of, int64_t groups) const = 0;
 };

@@ -165,7 +165,7 @@ TEST_P(PlanKernelsTest, OrderArrivalsBringsExpertsTogether) {
       }
     }
     const auto order = plan_.order_arrivals(on_device(torch::tensor(segment_rows, torch::kInt32)),
-                                            on_device(rows), on_device(counts));
+                                            ArrivalEnds::of(on_device(rows), on_device(counts)));
     EXPECT_EQ(numbers(order.received_order), received_order) << counts;
     EXPECT_EQ(numbers(order.assignment_rows), assignment_rows) << counts;
   }

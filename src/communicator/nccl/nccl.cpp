@@ -1,5 +1,8 @@
 #include "communicator/nccl/nccl.h"
 
+#include <ATen/OpMathType.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 #include <c10/util/StringUtil.h>
@@ -96,21 +99,16 @@ class NcclCommunicator final : public Communicator {
     if (peers_ == nullptr || transfers.empty() || transfers.front().send.is_cpu()) {
       return Communicator::do_all_to_all_v(std::move(transfers));
     }
-    const OnDevice stream(device_);
-    watch_.run("all_to_all_v", stream,
-               [&](ncclComm_t /*comm*/) { peers_->all_to_all_v(transfers, stream); });
-    for (const Transfer& transfer : transfers) {
-      const auto elsewhere = [&](const std::vector<int64_t>& rows) {
-        return row_offsets(rows).back() - rows[rank()];
-      };
-      const int64_t bytes = row_bytes(transfer.send);
-      count(elsewhere(transfer.send_rows) * bytes, elsewhere(transfer.receive_rows) * bytes);
-    }
+    move_by_peers("all_to_all_v", transfers);
     return std::make_unique<Done>();
   }
 
   /// Not by ncclAllReduce, which in a switch of NVLink's may give other bits in another run.
   void do_all_reduce(torch::Tensor& tensor) override {
+    if (peers_ != nullptr && tensor.is_cuda() && is_summed_at_once(tensor)) {
+      sum_all_terms(tensor);
+      return;
+    }
     sum_in_levels(tensor, rank(), layout_.levels_of_sum(rank(), tensor.nbytes()),
                   [&](const Messages& messages) {
                     start_by(*this, Collective::kAllReduce, messages)->finish();
@@ -167,6 +165,8 @@ class NcclCommunicator final : public Communicator {
   /// on the host, where no more can be done about one that has died than to abort NCCL in the midst of
   /// it: so all launches that do are here, where every rank has just been heard of.
   void connect() {
+    to_all_ = at::zeros({size()}, at::TensorOptions(device_).dtype(torch::kLong));
+    wait_for_stream(device_);  // whatever stream it is read on
     const auto bytes = at::zeros({2, size()}, at::TensorOptions(device_).dtype(torch::kByte));
     launch("connection", [&](ncclComm_t comm, cudaStream_t stream) {
       for (int peer = 0; peer < size(); ++peer) {
@@ -178,6 +178,37 @@ class NcclCommunicator final : public Communicator {
         }
       }
     });
+  }
+
+  void move_by_peers(const char* name, const std::vector<Transfer>& transfers) {
+    const OnDevice stream(device_);
+    watch_.run(name, stream, [&](ncclComm_t /*comm*/) { peers_->all_to_all_v(transfers, stream); });
+    for (const Transfer& transfer : transfers) {
+      const auto elsewhere = [&](const std::vector<int64_t>& rows) {
+        return row_offsets(rows).back() - rows[rank()];
+      };
+      const int64_t bytes = row_bytes(transfer.send);
+      count(elsewhere(transfer.send_rows) * bytes, elsewhere(transfer.receive_rows) * bytes);
+    }
+  }
+
+  /// Whether the launches of a sum take longer than its bytes, and its terms are as wide as what they add to.
+  static bool is_summed_at_once(const torch::Tensor& tensor) {
+    constexpr int64_t kSmall = 64 << 10;
+    return tensor.numel() > 0 && static_cast<int64_t>(tensor.nbytes()) <= kSmall &&
+           at::toOpMathType(tensor.scalar_type()) == tensor.scalar_type();
+  }
+
+  /// Every rank sends all of its terms to all others, and adds them in rank order.
+  void sum_all_terms(torch::Tensor& tensor) {
+    const auto terms = at::empty({size(), tensor.numel()}, tensor.options());
+    const std::vector<int64_t> once(size(), 1);
+    move_by_peers("all_reduce", {{tensor.view({1, -1}), once, terms, once, to_all_}});
+    auto total = tensor.view({-1});
+    at::add_out(total, terms[0], terms[1]);
+    for (int rank = 2; rank < size(); ++rank) {
+      total.add_(terms[rank]);
+    }
   }
 
   /// One collective on the current stream, in the watch's sight.
@@ -193,6 +224,7 @@ class NcclCommunicator final : public Communicator {
   NcclHeartbeats heartbeats_;
   std::unique_ptr<NcclGroup> group_;
   std::unique_ptr<PeerExchange> peers_;  ///< null: rows go by NCCL
+  torch::Tensor to_all_;                 ///< [size] zeros: one row for every rank
   NcclWatch watch_;
 };
 

@@ -160,15 +160,14 @@ class CpuPlanKernels final : public PlanKernels {
             weights.defined() ? weights.view(-1).index_select(0, by_expert.members) : weights};
   }
 
-  ArrivalOrder order_arrivals(const torch::Tensor& segment_rows, const torch::Tensor& rows,
-                              const torch::Tensor& counts) const override {
-    const int64_t ranks = counts.size(0);
-    const int64_t experts = counts.size(1);
-    const auto source_counts = counts.contiguous();
-    const auto arrivals = offsets_of(source_counts.const_data_ptr<int64_t>(), ranks * experts);
-    const auto first_row = offsets_of(rows.contiguous().const_data_ptr<int64_t>(), ranks);
-    ArrivalOrder order{at::empty({segment_rows.size(0)}, counts.options()),
-                       at::empty({segment_rows.size(0)}, counts.options())};
+  ArrivalOrder order_arrivals(const torch::Tensor& segment_rows,
+                              const ArrivalEnds& ends) const override {
+    const int64_t ranks = ends.rows.size(0);
+    const int64_t experts = ends.by_source.size(0) / ranks;
+    const auto* source_end = ends.by_source.const_data_ptr<int64_t>();
+    const auto* row_end = ends.rows.const_data_ptr<int64_t>();
+    ArrivalOrder order{at::empty({segment_rows.size(0)}, ends.rows.options()),
+                       at::empty({segment_rows.size(0)}, ends.rows.options())};
     const auto* segment_row = segment_rows.const_data_ptr<int32_t>();
     int64_t* received_order = order.received_order.data_ptr<int64_t>();
     int64_t* assignment_rows = order.assignment_rows.data_ptr<int64_t>();
@@ -176,9 +175,11 @@ class CpuPlanKernels final : public PlanKernels {
     for (int64_t expert = 0; expert < experts; ++expert) {
       for (int64_t rank = 0; rank < ranks; ++rank) {
         const int64_t segment = rank * experts + expert;
-        for (int64_t i = arrivals[segment]; i < arrivals[segment + 1]; ++i, ++p) {
+        const int64_t first_row = rank > 0 ? row_end[rank - 1] : 0;
+        for (int64_t i = segment > 0 ? source_end[segment - 1] : 0; i < source_end[segment];
+             ++i, ++p) {
           received_order[p] = i;
-          assignment_rows[p] = first_row[rank] + segment_row[i];
+          assignment_rows[p] = first_row + segment_row[i];
         }
       }
     }

@@ -134,23 +134,18 @@ class CudaPlanKernels final : public PlanKernels {
     return plan;
   }
 
-  ArrivalOrder order_arrivals(const torch::Tensor& segment_rows, const torch::Tensor& rows,
-                              const torch::Tensor& counts) const override {
+  ArrivalOrder order_arrivals(const torch::Tensor& segment_rows,
+                              const ArrivalEnds& ends) const override {
     const OnDevice stream(segment_rows);
-    const int64_t ranks = counts.size(0);
-    const int64_t experts = counts.size(1);
-    // Of one rank they are the same, and its rows end where they are.
-    const torch::Tensor source_ends = counts.flatten().cumsum(0);
-    const torch::Tensor expert_ends = ranks == 1 ? source_ends : counts.t().flatten().cumsum(0);
-    const torch::Tensor row_ends = ranks == 1 ? rows : rows.cumsum(0);
-    ArrivalOrder order{at::empty({segment_rows.size(0)}, counts.options()),
-                       at::empty({segment_rows.size(0)}, counts.options())};
-    cuda::launch_order_arrivals(segment_rows.const_data_ptr<int32_t>(), segment_rows.size(0),
-                                source_ends.const_data_ptr<int64_t>(),
-                                expert_ends.const_data_ptr<int64_t>(),
-                                row_ends.const_data_ptr<int64_t>(), ranks, experts,
-                                order.received_order.data_ptr<int64_t>(),
-                                order.assignment_rows.data_ptr<int64_t>(), stream);
+    const int64_t count = segment_rows.size(0);
+    const int64_t ranks = ends.rows.size(0);
+    ArrivalOrder order{at::empty({count}, ends.rows.options()),
+                       at::empty({count}, ends.rows.options())};
+    cuda::launch_order_arrivals(
+        segment_rows.const_data_ptr<int32_t>(), count, ends.by_source.const_data_ptr<int64_t>(),
+        ends.by_expert.const_data_ptr<int64_t>(), ends.rows.const_data_ptr<int64_t>(), ranks,
+        ends.by_source.size(0) / ranks, order.received_order.data_ptr<int64_t>(),
+        order.assignment_rows.data_ptr<int64_t>(), stream);
     return order;
   }
 
