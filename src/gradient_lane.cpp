@@ -55,11 +55,16 @@ GradientLane::~GradientLane() {
   if (working_.valid()) working_.wait();
 }
 
-void GradientLane::begin(size_t messages) {
+void GradientLane::begin(size_t messages, bool beside) {
   slots_ = std::vector<Slot>(messages);
   averaged_.clear();
   summed_ = 0;
-  if (messages > 0) working_ = std::async(std::launch::async, [this] { work(); });
+  if (beside && messages > 0) {
+    working_ = std::async(std::launch::async, [this] {
+      use_one_thread();
+      work();
+    });
+  }
 }
 
 void GradientLane::note(size_t message, c10::Device device) { slots_[message].noted.note(device); }
@@ -77,7 +82,6 @@ void GradientLane::send(size_t message, std::vector<torch::Tensor> gradients) {
 
 void GradientLane::work() {
   const at::NoGradGuard no_grad;
-  use_one_thread();
   for (auto& slot : slots_) {
     {
       std::unique_lock lock(mutex_);
@@ -103,12 +107,18 @@ void GradientLane::average(Slot& slot) {
 }
 
 void GradientLane::end() {
-  if (working_.valid()) working_.get();
+  if (working_.valid()) {
+    working_.get();
+  } else {
+    work();
+  }
   if (stream_) {
-    const c10::StreamGuard guard(*stream_);
     NotedStreams done;
-    done.note(stream_->device());
-    done.block(guard.original_stream());
+    {
+      const c10::StreamGuard guard(*stream_);
+      done.note(stream_->device());
+    }
+    done.block(current_stream(stream_->device()));
   }
 }
 

@@ -29,7 +29,8 @@ class NotedStreams {
 };
 
 /// Averages a step's messages over one communicator, each when it is complete and all before it are done: on a
-/// thread and, on a GPU, a stream of its own. Its calls are made by one thread at a time.
+/// GPU on a stream of its own; beside the caller on a thread, otherwise in `end`. Its calls are made by one
+/// thread at a time.
 class GradientLane {
  public:
   /// The communicator is used by nobody else.
@@ -42,12 +43,12 @@ class GradientLane {
   int size() const { return communicator_->size(); }
 
   /// A step of so many messages.
-  void begin(size_t messages);
+  void begin(size_t messages, bool beside);
   /// The `message`th will hold a gradient that is final in the current stream's order.
   void note(size_t message, c10::Device device);
   /// The `message`th is complete: these gradients, which stay as they are until `end`.
   void send(size_t message, std::vector<torch::Tensor> gradients);
-  /// Waits for all messages on the host, and orders the current stream behind them. Throws what has
+  /// Waits on the host until all messages have been averaged or are on their stream, and orders the current stream behind them. Throws what has
   /// failed.
   void end();
   /// Gradients become what has been averaged. After `end`.

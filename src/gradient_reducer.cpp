@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <algorithm>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -41,10 +42,10 @@ struct Way {
   Way(std::shared_ptr<Communicator> communicator, int64_t divisor, std::vector<Bucket> messages)
       : lane(std::move(communicator), divisor), messages(std::move(messages)) {}
 
-  void begin() {
+  void begin(bool beside) {
     missing.clear();
     for (const auto& members : messages) missing.push_back(members.size());
-    lane.begin(messages.size());
+    lane.begin(messages.size(), beside);
   }
 
   GradientLane lane;
@@ -83,6 +84,7 @@ class GradientReducer::Step {
   };
 
   std::unique_ptr<Way> way(bool of_experts, Communicator& group, int64_t bucket_bytes);
+  bool sums_beside_backward() const;
   void add_hooks();
   void remove_hooks();
   void after_accumulation(size_t member);
@@ -94,6 +96,8 @@ class GradientReducer::Step {
   void bring_back(const std::vector<torch::Tensor>& experts);
 
   int64_t ranks_;
+  bool has_independent_lanes_;
+  int64_t steps_ = 0;  ///< finished
   std::vector<Member> members_;
   std::unique_ptr<Way> world_;     ///< none: a rank alone
   std::unique_ptr<Way> replicas_;  ///< none: each expert is held once
@@ -103,7 +107,11 @@ class GradientReducer::Step {
 
 GradientReducer::Step::Step(std::vector<ParallelParameter> parameters, Communicator& world,
                             Communicator& expert_replicas, int64_t bucket_bytes)
-    : ranks_(world.size()) {
+    : ranks_(world.size()),
+      has_independent_lanes_(
+          std::all_of(parameters.begin(), parameters.end(), [&](const auto& parameter) {
+            return world.splits_are_independent(parameter.tensor.device());
+          })) {
   check_input(bucket_bytes > 0, "bucket_bytes must be positive, got ", bucket_bytes);
   for (auto& parameter : parameters) {
     check_input(parameter.tensor.is_leaf() && parameter.tensor.requires_grad(),
@@ -157,6 +165,15 @@ void GradientReducer::Step::remove_hooks() {
   }
 }
 
+/// On a GPU not in the first step: CUDA loads a kernel when it is first used, for which it waits for those that
+/// run; sums that wait for ranks which wait in this way, too, would never end.
+bool GradientReducer::Step::sums_beside_backward() const {
+  const bool on_gpu = std::any_of(members_.begin(), members_.end(), [](const auto& member) {
+    return !member.parameter.tensor.is_cpu();
+  });
+  return has_independent_lanes_ && (steps_ > 0 || !on_gpu);
+}
+
 void GradientReducer::Step::start() {
   check_input(!started_,
               "GradientReducer: start again before finish, which goes between, also after "
@@ -170,8 +187,9 @@ void GradientReducer::Step::start() {
     check_unfinished(experts);
   }
   for (auto& member : members_) member.gradient.reset();
-  if (world_) world_->begin();
-  if (replicas_) replicas_->begin();
+  for (auto* way : {world_.get(), replicas_.get()}) {
+    if (way != nullptr) way->begin(sums_beside_backward());
+  }
   started_ = true;
 }
 
@@ -274,6 +292,7 @@ torch::Tensor GradientReducer::Step::finish(const std::vector<torch::Tensor>& be
   tell(not_finite, experts, replicated);
   mark_finished(experts);
   for (auto& member : members_) member.gradient.reset();
+  ++steps_;
   return not_finite;
 }
 

@@ -73,7 +73,7 @@ struct Sizes {
   /// streams stay with the process.)
   int64_t workspace() const {
     const bool ours = element == 2 && !options.engine.starts_with("cublas");
-    return options.device.is_cuda() && !ours ? int64_t{32} << 20 : 0;
+    return options.device.is_cuda() && !ours && rows > 0 ? int64_t{32} << 20 : 0;
   }
   int64_t up_weight() const { return experts * up * options.hidden_size * element; }
   int64_t down_weight() const {

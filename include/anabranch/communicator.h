@@ -133,6 +133,10 @@ class Communicator {
   /// stream. To be called when the host has waited for that stream, before it uses what came.
   virtual void check() {}
 
+  /// Whether a group split from this one may be used by another thread while this one is, with tensors on
+  /// `device`, their calls in another order on each rank.
+  virtual bool splits_are_independent(torch::Device /*device*/) const { return true; }
+
   const Traffic& traffic() const noexcept { return traffic_; }
   void reset_traffic() noexcept { traffic_ = {}; }
 

@@ -18,7 +18,9 @@ namespace anabranch {
 ///
 /// Gradients become, bit for bit, those of finish_gradients with the same `bucket_bytes`. All ranks send
 /// messages in one order, from the last registered parameters to the first; one whose parameter this rank's
-/// backward does not reach, and those behind it, go in `finish`.
+/// backward does not reach, and those behind it, go in `finish`. On a GPU all go in `finish` in the first step,
+/// in which CUDA loads kernels and waits for those that run; and over process groups whose backend for GPUs is
+/// NCCL, which has one order of calls (Communicator::splits_are_independent), in every step.
 class GradientReducer {
  public:
   /// Of the parameters that require gradients now. Collective over the world, of which it makes groups of its

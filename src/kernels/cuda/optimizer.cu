@@ -87,10 +87,12 @@ __global__ void __launch_bounds__(kThreads)
         noise = noise_of(numbers.noise_seed, step, numbers.first_noise + i + k);
       }
       const value_t g = gradient.at[k] * f.scale;
-      const value_t m = static_cast<value_t>(mean.at[k]) * f.beta1 + g * f.rest1;
-      const value_t v = static_cast<value_t>(square.at[k]) * f.beta2 + g * g * f.rest2;
-      master.at[k] =
-          master.at[k] * f.keep - f.step_size * m / (sqrt(v) * f.root_correction + f.epsilon);
+      // Which products are fused is said: the compiler's choice differs with kSize, and so would bits between
+      // layouts.
+      const value_t m = fma(static_cast<value_t>(mean.at[k]), f.beta1, g * f.rest1);
+      const value_t v = fma(static_cast<value_t>(square.at[k]), f.beta2, g * g * f.rest2);
+      const value_t change = f.step_size * m / fma(sqrt(v), f.root_correction, f.epsilon);
+      master.at[k] = fma(master.at[k], f.keep, -change);
       mean.at[k] = kept<state_t>(m, static_cast<uint32_t>(noise));
       square.at[k] = kept<state_t>(v, static_cast<uint32_t>(noise >> 16));
       result.at[k] = static_cast<rounded_t>(master.at[k]);
