@@ -154,21 +154,24 @@ int train(const Options& options, const std::shared_ptr<anabranch::Communicator>
   Trainer trainer(options, *data, groups, model, parameters, *optimizer, directory);
   const Outcome outcome = trainer.run(state, progress);
   if (outcome.diverged) {
-    progress.say(
-        c10::str("the last steps' gradients are not finite; what was before them is saved in ",
-                 directory.checkpoint().string()));
+    progress.say("the last steps' gradients are not finite" +
+                 (options.no_save
+                      ? std::string("; nothing is saved (--no-save)")
+                      : "; what was before them is saved in " + directory.checkpoint().string()));
     return kFailed;
   }
   if (!outcome.complete) {
-    progress.say(c10::str("stopped after step ", outcome.last.step, ", saved in ",
-                          directory.checkpoint().string(),
-                          "; to continue: the same command with --resume"));
+    progress.say(c10::str("stopped after step ", outcome.last.step) +
+                 (options.no_save ? std::string(", nothing is saved (--no-save)")
+                                  : ", saved in " + directory.checkpoint().string() +
+                                        "; to continue: the same command with --resume"));
     return outcome.signal == 0 ? 0 : kSignalBase + outcome.signal;
   }
   if (options.sample.length > 0) {
     write_sample(model, options, directory, *world, progress);
   }
-  progress.say("metrics, sample and checkpoint are in " + options.output.string());
+  progress.say(c10::str(options.no_save ? "metrics and sample" : "metrics, sample and checkpoint",
+                        " are in ", options.output.string()));
   return 0;
 }
 

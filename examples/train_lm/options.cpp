@@ -78,6 +78,9 @@ void add_run_options(CLI::App& app, Options& options) {
                  "sequences of such a measurement");
   app.add_option("--checkpoint-interval", options.checkpoint_interval,
                  "steps between checkpoints; 0: only at the end");
+  app.add_flag("--no-save", options.no_save, "write no checkpoint, at the end neither");
+  app.add_flag("--async-save", options.async_save,
+               "write checkpoints beside the next steps, from a copy in host memory");
   app.add_option("--prompt", options.sample.prompt, "what the sample continues");
   app.add_option("--sample-length", options.sample.length, "bytes of text to write; 0: none");
   app.add_option("--temperature", options.sample.temperature, "of the sample");

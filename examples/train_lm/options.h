@@ -55,6 +55,8 @@ struct Options {
   int64_t validation_interval = 100;
   int64_t validation_sequences = 128;
   int64_t checkpoint_interval = 200;
+  bool no_save = false;     ///< no checkpoints at all
+  bool async_save = false;  ///< a thread writes them, from a copy in host memory
   std::string progress = "auto";
 };
 

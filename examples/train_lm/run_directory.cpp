@@ -1,6 +1,5 @@
 #include "run_directory.h"
 
-#include <anabranch/checkpoint.h>
 #include <anabranch/error.h>
 
 #include <charconv>
@@ -111,15 +110,24 @@ RunState RunDirectory::resume(torch::nn::Module& model, anabranch::ParallelOptim
   return state;
 }
 
+anabranch::CheckpointMetadata RunDirectory::metadata_of(const RunState& state) const {
+  return {{"step", std::to_string(state.step)},
+          {"sequences", std::to_string(state.sequences)},
+          {"seconds", std::to_string(state.seconds)},
+          {"options", describe(options_, data_).dump()}};
+}
+
 void RunDirectory::save(const RunState& state, const torch::nn::Module& model,
                         const anabranch::ParallelOptimizer& optimizer,
                         const anabranch::ParallelGroups& groups) const {
-  const auto description = describe(options_, data_);
-  const anabranch::CheckpointMetadata metadata = {{"step", std::to_string(state.step)},
-                                                  {"sequences", std::to_string(state.sequences)},
-                                                  {"seconds", std::to_string(state.seconds)},
-                                                  {"options", description.dump()}};
-  anabranch::save_checkpoint(checkpoint(), model, optimizer, metadata, groups);
+  anabranch::save_checkpoint(checkpoint(), model, optimizer, metadata_of(state), groups);
+}
+
+std::unique_ptr<anabranch::BackgroundSave> RunDirectory::begin_save(
+    const RunState& state, const torch::nn::Module& model,
+    const anabranch::ParallelOptimizer& optimizer, const anabranch::ParallelGroups& groups) const {
+  return std::make_unique<anabranch::BackgroundSave>(checkpoint(), model, optimizer,
+                                                     metadata_of(state), groups);
 }
 
 }  // namespace train_lm

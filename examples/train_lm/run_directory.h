@@ -1,10 +1,12 @@
 #pragma once
 
+#include <anabranch/checkpoint.h>
 #include <anabranch/optimizers.h>
 #include <anabranch/parameters.h>
 #include <torch/nn/module.h>
 
 #include <filesystem>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -45,8 +47,13 @@ class RunDirectory {
   void save(const RunState& state, const torch::nn::Module& model,
             const anabranch::ParallelOptimizer& optimizer,
             const anabranch::ParallelGroups& groups) const;
+  /// The same, of which the files are written by a thread. Collective.
+  std::unique_ptr<anabranch::BackgroundSave> begin_save(
+      const RunState& state, const torch::nn::Module& model,
+      const anabranch::ParallelOptimizer& optimizer, const anabranch::ParallelGroups& groups) const;
 
  private:
+  anabranch::CheckpointMetadata metadata_of(const RunState& state) const;
   void write_description() const;
   std::vector<std::string> compare_with_description() const;
 

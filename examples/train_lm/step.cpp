@@ -49,7 +49,7 @@ Stepper::Stepper(const Options& options, const TokenSource& data,
       global_tokens_(static_cast<double>(options.training.batch_size) *
                      static_cast<double>(options.training.sequence_length)) {}
 
-LaunchedStep Stepper::launch(const BatchPosition& position, bool with_norms) {
+LaunchedStep Stepper::launch(const BatchPosition& position, bool with_norms, bool written) {
   const auto start = std::chrono::steady_clock::now();
   const Share share = share_of(position.size, groups_.world->rank(), groups_.world->size());
   LaunchedStep step;
@@ -66,7 +66,7 @@ LaunchedStep Stepper::launch(const BatchPosition& position, bool with_norms) {
   groups_.expert_replicas->all_reduce(sums.load);
   model_->update_expert_biases(sums.load);
   step.load = to_host(sums.load);
-  step.numbers = to_host(shared_numbers(sums, norm));
+  step.numbers = to_host(shared_numbers(sums, norm, written));
   if (!device_.is_cpu()) {
     step.done.emplace(device_.type());
     step.done->record(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
@@ -158,15 +158,16 @@ torch::Tensor Stepper::update(StepRecord& record, bool with_norms) {
   return norm;
 }
 
-torch::Tensor Stepper::shared_numbers(const Sums& sums, const torch::Tensor& norm) {
+torch::Tensor Stepper::shared_numbers(const Sums& sums, const torch::Tensor& norm, bool written) {
   const int signal = pending_interrupt();
   const double ranks = groups_.world->size();
   const auto options = at::TensorOptions(at::kDouble).device(device_);
-  const auto flag = [&](int number) { return at::full({}, signal == number ? 1.0 : 0.0, options); };
-  // One message also carries whether some rank is to stop, so that all do after this step. The
-  // auxiliary losses are the same on all ranks of an expert-parallel group.
-  torch::Tensor shared = at::stack({sums.loss / global_tokens_, sums.balance_loss / ranks,
-                                    sums.z_loss / ranks, flag(SIGINT), flag(SIGTERM)});
+  const auto flag = [&](bool value) { return at::full({}, value ? 1.0 : 0.0, options); };
+  // One message also carries whether some rank is to stop, so that all do after this step, and how many
+  // have written their part of a checkpoint, so that all complete it. The auxiliary losses are the same on all ranks of an expert-parallel group.
+  torch::Tensor shared =
+      at::stack({sums.loss / global_tokens_, sums.balance_loss / ranks, sums.z_loss / ranks,
+                 flag(signal == SIGINT), flag(signal == SIGTERM), flag(written)});
   groups_.world->all_reduce(shared);
   return at::cat({shared, norm.view(1)});
 }
@@ -177,12 +178,13 @@ StepResult Stepper::finish(LaunchedStep step) {
   }
   groups_.world->check();
   const auto* numbers = step.numbers.const_data_ptr<double>();
-  StepResult result{std::move(step.record), 0, std::move(step.refusal)};
+  StepResult result{std::move(step.record), 0, false, std::move(step.refusal)};
   result.record.loss = numbers[0];
   result.record.balance_loss = numbers[1];
   result.record.z_loss = numbers[2];
-  result.record.gradient_norm = numbers[5];
-  result.record.skipped = !std::isfinite(numbers[5]);
+  result.written = numbers[5] == groups_.world->size();
+  result.record.gradient_norm = numbers[6];
+  result.record.skipped = !std::isfinite(numbers[6]);
   result.record.expert_load = step.load;
   result.signal = numbers[3] > 0 ? SIGINT : numbers[4] > 0 ? SIGTERM : 0;
   return result;

@@ -18,7 +18,7 @@ namespace train_lm {
 /// A step whose work is under way on a GPU (on a CPU it is done): its numbers come when it has ended.
 struct LaunchedStep {
   StepRecord record;      ///< what the host knows already
-  torch::Tensor numbers;  ///< [6] fp64 on the host: see Stepper
+  torch::Tensor numbers;  ///< [7] fp64 on the host: see Stepper
   torch::Tensor load;     ///< [layers, experts] int64 on the host
   std::optional<c10::Event> done;
   std::string refusal;  ///< of the routing on this rank, if any
@@ -27,8 +27,9 @@ struct LaunchedStep {
 /// What a step has come to, over all ranks.
 struct StepResult {
   StepRecord record;
-  int signal = 0;       ///< that any rank has received, or 0
-  std::string refusal;  ///< of the routing on this rank, if any
+  int signal = 0;        ///< that any rank has received, or 0
+  bool written = false;  ///< on every rank
+  std::string refusal;   ///< of the routing on this rank, if any
 };
 
 /// Optimizer steps. The host does not wait for the GPU within one.
@@ -39,8 +40,8 @@ class Stepper {
           anabranch::ParallelOptimizer& optimizer);
 
   /// Forward, backward and update for the batch at `position`. `with_norms`: those of the gradient's parts, for which
-  /// the host waits. Collective.
-  LaunchedStep launch(const BatchPosition& position, bool with_norms);
+  /// the host waits. `written`: this rank's part of a checkpoint. Collective.
+  LaunchedStep launch(const BatchPosition& position, bool with_norms, bool written);
   /// Waits for it.
   StepResult finish(LaunchedStep step);
 
@@ -61,7 +62,7 @@ class Stepper {
   /// Returns the norm of the gradient, [] fp64.
   torch::Tensor update(StepRecord& record, bool with_norms);
   /// Makes them sums over all ranks, and adds `norm`.
-  torch::Tensor shared_numbers(const Sums& sums, const torch::Tensor& norm);
+  torch::Tensor shared_numbers(const Sums& sums, const torch::Tensor& norm, bool written);
 
   const Options& options_;
   const TokenSource& data_;

@@ -37,7 +37,11 @@ bool Trainer::is_reported(int64_t step) const {
 
 bool Trainer::waits_for(int64_t step) const {
   return options_.device == "cpu" || in_a_row_ > 0 || step == options_.stop_at ||
-         is_due(step, options_.validation_interval) || is_due(step, options_.checkpoint_interval);
+         is_due(step, options_.validation_interval) || saves_after(step);
+}
+
+bool Trainer::saves_after(int64_t step) const {
+  return !options_.no_save && is_due(step, options_.checkpoint_interval);
 }
 
 void Trainer::validate(StepRecord& record) {
@@ -79,6 +83,9 @@ void Trainer::settle(Progress& progress) {
   under_way_.pop_front();
   note_skipped(result);
   outcome_.signal = result.signal;
+  if (result.written) {
+    finish_save();
+  }
   StepRecord& record = outcome_.last = std::move(result.record);
   record.seconds = lap_.seconds();
   if (const auto remark = log_ ? log_->add(record) : ""; !remark.empty()) {
@@ -122,7 +129,8 @@ bool Trainer::step_forward(RunState& state, Progress& progress) {
   begin_stage_times(state.step);
   const int64_t step = ++state.step;
   under_way_.push_back(stepper_.launch({step, state.sequences, options_.training.batch_size},
-                                       /*with_norms=*/is_reported(step)));
+                                       /*with_norms=*/is_reported(step),
+                                       /*written=*/saving_ && saving_->is_written()));
   state.sequences += options_.training.batch_size;
   const size_t kept = waits_for(state.step) ? 0 : 1;
   while (under_way_.size() > kept) {
@@ -132,10 +140,22 @@ bool Trainer::step_forward(RunState& state, Progress& progress) {
 }
 
 void Trainer::save(const RunState& state) {
+  finish_save();
   RunState saved = outcome_.diverged ? sound_ : state;
   saved.seconds = seconds_before_ + run_time_.seconds();
-  directory_.save(saved, *model_, optimizer_, groups_);
+  if (options_.async_save) {
+    saving_ = directory_.begin_save(saved, *model_, optimizer_, groups_);
+  } else {
+    directory_.save(saved, *model_, optimizer_, groups_);
+  }
   lap_ = Stopwatch();
+}
+
+void Trainer::finish_save() {
+  if (saving_) {
+    saving_->finish();
+    saving_.reset();
+  }
 }
 
 Outcome Trainer::run(RunState state, Progress& progress) {
@@ -152,10 +172,11 @@ Outcome Trainer::run(RunState state, Progress& progress) {
     while (!goes_on && !under_way_.empty()) {
       settle(progress);
     }
-    if (!goes_on || is_due(state.step, options_.checkpoint_interval)) {
+    if (saves_after(state.step) || (!goes_on && !options_.no_save)) {
       save(state);
     }
   }
+  finish_save();
   outcome_.complete = state.step >= options_.training.steps && !outcome_.diverged;
   return outcome_;
 }

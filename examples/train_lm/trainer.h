@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <deque>
+#include <memory>
 #include <optional>
 
 #include "data.h"
@@ -59,7 +60,11 @@ class Trainer {
   void report(StepRecord& record, Progress& progress);
   StepCost cost() const;
   void note_skipped(const StepResult& result);
+  bool saves_after(int64_t step) const;
+  /// Saves, or begins to. Collective.
   void save(const RunState& state);
+  /// What has been begun, if anything has. Collective.
+  void finish_save();
   void begin_stage_times(int64_t step);
   void end_stage_times(int64_t step, Progress& progress);
   bool is_reported(int64_t step) const;
@@ -73,6 +78,7 @@ class Trainer {
   const RunDirectory& directory_;
   Stepper stepper_;
   std::optional<MetricsLog> log_;  // on rank 0
+  std::unique_ptr<anabranch::BackgroundSave> saving_;
 
   std::deque<LaunchedStep> under_way_;
   Outcome outcome_;

@@ -7,6 +7,7 @@
 
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -41,6 +42,29 @@ void save_checkpoint(const std::filesystem::path& directory, const torch::nn::Mo
                      const ParallelGroups& groups);
 CheckpointMetadata load_checkpoint(const std::filesystem::path& directory, torch::nn::Module& model,
                                    ParallelOptimizer& optimizer, const ParallelGroups& groups);
+
+/// A checkpoint that a thread writes while training goes on. Where it is not finished, the former one
+/// stands.
+class BackgroundSave {
+ public:
+  /// Copies this rank's share into host memory, so that later changes do not reach it, and begins to write
+  /// it. Arguments and errors are save_checkpoint's. Collective.
+  BackgroundSave(const std::filesystem::path& directory, const torch::nn::Module& model,
+                 const ParallelOptimizer& optimizer, const CheckpointMetadata& metadata,
+                 const ParallelGroups& groups);
+  /// Waits for the thread.
+  ~BackgroundSave();
+
+  /// Whether this rank's share has been written, or could not be. Does not wait.
+  bool is_written() const;
+  /// Waits for all ranks' shares, and puts the checkpoint in the former one's place. Once. Throws what
+  /// save_checkpoint does. Collective.
+  void finish();
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
 
 // The same for models and optimizers that are not LibTorch's.
 

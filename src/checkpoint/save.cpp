@@ -75,8 +75,8 @@ void check_same_tensors(const std::vector<ParallelParameter>& tensors, Communica
 
 /// This rank's part: in the first group of expert-parallel ranks its experts, one by one; and
 /// replicated tensors, each with the rank that has least to write so far.
-std::vector<NamedTensor> share_of(const std::vector<ParallelParameter>& tensors,
-                                  const ParallelGroups& groups) {
+std::vector<NamedTensor> tensors_of_share(const std::vector<ParallelParameter>& tensors,
+                                          const ParallelGroups& groups) {
   const int64_t rank = groups.world->rank();
   const int64_t expert_ranks = groups.expert_parallel->size();
   std::vector<int64_t> load(groups.world->size());
@@ -100,18 +100,6 @@ std::vector<NamedTensor> share_of(const std::vector<ParallelParameter>& tensors,
     if (rank == owner) share.push_back({name, tensor});
   }
   return share;
-}
-
-/// Writes the share, durably, and describes it in JSON; a rank without a share has no file.
-std::string write_share(const fs::path& path, std::vector<NamedTensor> share) {
-  if (share.empty()) return "{}";
-  const auto written = write_safetensors(path, std::move(share));
-  sync_directory(path.parent_path());
-  const Json report{{"file", path.filename().string()},
-                    {"bytes", written.bytes},
-                    {"header_crc32", written.header_checksum},
-                    {"crc32", written.checksums}};
-  return report.dump();
 }
 
 void add_share(CheckpointIndex& index, const std::string& report) {
@@ -164,6 +152,33 @@ void check_files_visible(const fs::path& directory, const CheckpointIndex& index
 CheckpointIndex write_files(const fs::path& directory, const std::string& tag,
                             const std::function<CheckpointContents()>& collect,
                             const CheckpointMetadata& metadata, const ParallelGroups& groups) {
+  auto share = share_of(directory, tag, collect, groups);
+  const auto write = [&] { return write_share(share.path, std::move(share.tensors)); };
+  return index_of(share, write, metadata, *groups.world);
+}
+
+void save_collected(const fs::path& directory, const std::function<CheckpointContents()>& collect,
+                    const CheckpointMetadata& metadata, const ParallelGroups& groups) {
+  auto& world = *groups.world;
+  const auto tag = common_tag(world);
+  const auto index = write_files(directory, tag, collect, metadata, groups);
+  commit(directory, tag, index, world);
+}
+
+}  // namespace
+
+CheckpointContents contents_of(const torch::nn::Module& model, const ParallelOptimizer& optimizer,
+                               const ParallelGroups& groups) {
+  return {with_state(model_tensors(model, groups), optimizer), optimizer.name()};
+}
+
+std::string common_tag(Communicator& world) {
+  return broadcast_string(world, world.rank() == 0 ? random_tag() : "");
+}
+
+CheckpointShare share_of(const fs::path& directory, const std::string& tag,
+                         const std::function<CheckpointContents()>& collect,
+                         const ParallelGroups& groups) {
   const at::NoGradGuard no_grad;
   auto& world = *groups.world;
   CheckpointContents contents;
@@ -172,32 +187,35 @@ CheckpointIndex write_files(const fs::path& directory, const std::string& tag,
     if (world.rank() == 0) make_directories(directory);
   });
   check_same_tensors(contents.tensors, world);
+  return {directory / file_name(tag, world), tensors_of_share(contents.tensors, groups),
+          contents.optimizer};
+}
 
-  const auto path = directory / file_name(tag, world);
+std::string write_share(const fs::path& path, std::vector<NamedTensor> share) {
+  if (share.empty()) return "{}";
+  const auto written = write_safetensors(path, std::move(share));
+  sync_directory(path.parent_path());
+  const Json report{{"file", path.filename().string()},
+                    {"bytes", written.bytes},
+                    {"header_crc32", written.header_checksum},
+                    {"crc32", written.checksums}};
+  return report.dump();
+}
+
+CheckpointIndex index_of(const CheckpointShare& share, const std::function<std::string()>& write,
+                         const CheckpointMetadata& metadata, Communicator& world) {
   try {
     std::string report;
-    do_together(world, [&] { report = write_share(path, share_of(contents.tensors, groups)); });
-    CheckpointIndex index{metadata, contents.optimizer, {}, {}};
-    for (const auto& share : all_gather_strings(world, report)) add_share(index, share);
+    do_together(world, [&] { report = write(); });
+    CheckpointIndex index{metadata, share.optimizer, {}, {}};
+    for (const auto& text : all_gather_strings(world, report)) add_share(index, text);
     return index;
   } catch (...) {
     std::error_code ignored;  // the first error is the one to report
-    fs::remove(path, ignored);
+    fs::remove(share.path, ignored);
     throw;
   }
 }
-
-void save_collected(const fs::path& directory, const std::function<CheckpointContents()>& collect,
-                    const CheckpointMetadata& metadata, const ParallelGroups& groups) {
-  auto& world = *groups.world;
-  const auto tag = broadcast_string(world, world.rank() == 0 ? random_tag() : "");
-  const auto index = write_files(directory, tag, collect, metadata, groups);
-  do_together(world, [&] {
-    if (world.rank() == 0) commit(directory, tag, index);
-  });
-}
-
-}  // namespace
 
 CheckpointIndex write_files(const fs::path& directory, const std::string& tag,
                             const torch::nn::Module& model,
@@ -235,6 +253,13 @@ void commit(const fs::path& directory, const std::string& tag, const CheckpointI
   remove_stale_files(directory, index);
 }
 
+void commit(const fs::path& directory, const std::string& tag, const CheckpointIndex& index,
+            Communicator& world) {
+  do_together(world, [&] {
+    if (world.rank() == 0) commit(directory, tag, index);
+  });
+}
+
 void save_checkpoint(const fs::path& directory, const torch::nn::Module& model,
                      const torch::optim::Optimizer* optimizer, const CheckpointMetadata& metadata,
                      const ParallelGroups& groups) {
@@ -245,10 +270,7 @@ void save_checkpoint(const fs::path& directory, const torch::nn::Module& model,
 void save_checkpoint(const fs::path& directory, const torch::nn::Module& model,
                      const ParallelOptimizer& optimizer, const CheckpointMetadata& metadata,
                      const ParallelGroups& groups) {
-  const auto collect = [&] {
-    return CheckpointContents{with_state(model_tensors(model, groups), optimizer),
-                              optimizer.name()};
-  };
+  const auto collect = [&] { return contents_of(model, optimizer, groups); };
   save_collected(directory, collect, metadata, groups);
 }
 

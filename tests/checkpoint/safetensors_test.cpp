@@ -2,9 +2,8 @@
 
 #include <anabranch/error.h>
 #include <gtest/gtest.h>
-#include <signal.h>
-#include <sys/resource.h>
 
+#include "support/file_size_limit.h"
 #include "support/random.h"
 #include "support/shared_directory.h"
 #include "support/tolerance.h"
@@ -72,24 +71,6 @@ TEST(Safetensors, RefusesWhatItCannotWrite) {
   EXPECT_THROW(SafetensorsReader(path).read("b"), CheckpointError);
   EXPECT_THROW(SafetensorsReader(directory.path()), CheckpointError);
 }
-
-/// While it lives, no file of this process can grow beyond `bytes`.
-class FileSizeLimit {
- public:
-  explicit FileSizeLimit(rlim_t bytes) : handler_(signal(SIGXFSZ, SIG_IGN)) {
-    getrlimit(RLIMIT_FSIZE, &before_);
-    const rlimit limit{bytes, before_.rlim_max};
-    setrlimit(RLIMIT_FSIZE, &limit);
-  }
-  ~FileSizeLimit() {
-    setrlimit(RLIMIT_FSIZE, &before_);
-    signal(SIGXFSZ, handler_);
-  }
-
- private:
-  rlimit before_{};
-  void (*handler_)(int);
-};
 
 TEST(Safetensors, WriteThatFailsInTheMiddleIsAnError) {
   const SharedDirectory directory;

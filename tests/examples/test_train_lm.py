@@ -127,14 +127,19 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def train(text, tmp_path_factory):
-    """Trains with `model_options(**changes)` in a new directory, which it returns."""
+    """Trains with `model_options(**changes)` and returns the run's directory, to be copied before it is changed:
+    the same run is made once."""
+    made = {}
 
-    def run_in_new_directory(ranks, *arguments, data=text, **changes):
-        directory = tmp_path_factory.mktemp("run")
-        run(ranks, "--data", data, "--output", directory, *model_options(**changes), *arguments)
-        return directory
+    def run_once(ranks, *arguments, data=text, **changes):
+        options = ["--data", str(data), *map(str, model_options(**changes)), *arguments]
+        key = (ranks, *options)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("run")
+            run(ranks, "--output", made[key], *options)
+        return made[key]
 
-    return run_in_new_directory
+    return run_once
 
 
 @pytest.fixture(scope="session")
@@ -145,8 +150,8 @@ def whole_run(train):
 
 @pytest.fixture(scope="session")
 def half_run(train):
-    """The same, stopped in the middle; to be copied before it is resumed."""
-    return train(2, stop_at=STEPS // 2)
+    """The same, stopped in the middle; to be copied before it is resumed. A thread has written what is saved."""
+    return train(2, "--async-save", stop_at=STEPS // 2, checkpoint_interval=1)
 
 
 def test_a_run_leaves_what_it_promises(whole_run):

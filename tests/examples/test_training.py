@@ -37,7 +37,9 @@ TINY = {
 @pytest.fixture(scope="session")
 def tiny_run(train):  # noqa: F811
     """On one rank, without mpirun."""
-    return read_metrics(train(0, **TINY))
+    directory = train(0, "--no-save", **TINY)
+    assert not (directory / "checkpoint").exists()
+    return read_metrics(directory)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

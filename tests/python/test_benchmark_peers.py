@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import anabranch
 import pytest
 import torch
 
@@ -91,3 +94,21 @@ def test_expert_parallel_ways_agree_and_are_timed(tmp_path):
     for row in results[:-1]:
         step = row["forward_ms"] + row["backward_ms"]
         assert row["TFLOP_per_s"] == pytest.approx(3 * 2 * 64 * 3 * 32 * 16 * 2 / step / 1e9)
+
+
+def test_training_beside_transformers_is_measured(tmp_path):
+    """benchmarks/gpu/training.py refuses to compare models of another size, and writes what it says."""
+    program = Path(anabranch.__file__).parents[2] / "examples/train_lm"
+    if not program.exists():
+        pytest.skip("a build without train_lm")
+    file = tmp_path / "out.json"
+    options = ["--program", program, "--device", "cpu", "--quick", "--rounds", "1", "--steps", "1", "--json", file]
+    environment = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    subprocess.run([sys.executable, BENCHMARKS / "gpu/training.py", *options], check=True, timeout=120, env=environment)
+    measured = json.loads(file.read_text())
+    ours, theirs = measured["results"]
+    assert [ours["way"], theirs["way"]] == ["train_lm", "transformers"]
+    assert measured["ratio"] == pytest.approx(ours["tokens_per_second"] / theirs["tokens_per_second"])
+    for row in (ours, theirs):
+        # Random tokens of a vocabulary of 40, at the start: nobody knows more.
+        assert row["loss"] == pytest.approx(math.log(40), rel=0.1)
