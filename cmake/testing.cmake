@@ -8,9 +8,10 @@
 #     gpu, which is skipped where there is no GPU. COMMUNICATORS: others than the usual one to run on
 #     3 ranks as well; mpi, nccl alone, and those of them but store, on 2 with tensors in GPU memory.
 #
-#   anabranch_script_test(NAME COMMAND argument... [LABELS label...] [TIMEOUT seconds]
+#   anabranch_script_test(NAME COMMAND argument... [LABELS label...] [TIMEOUT seconds] [COST seconds]
 #                         [ENVIRONMENT variable=value...])
-#     Runs a command from the project's folder.
+#     Runs a command from the project's folder. COST: about how long, where that is more than 20 s on two cores. In a
+#     build folder that has run no test yet the costliest start first, and none is left over for the end.
 
 find_package(GTest QUIET)
 if(NOT GTest_FOUND OR NOT LibTorch_CXX11_ABI)
@@ -145,7 +146,7 @@ function(anabranch_test name)
 endfunction()
 
 function(anabranch_script_test name)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "" "TIMEOUT" "COMMAND;LABELS;ENVIRONMENT")
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "TIMEOUT;COST" "COMMAND;LABELS;ENVIRONMENT")
   if(arg_UNPARSED_ARGUMENTS OR NOT arg_COMMAND)
     message(FATAL_ERROR "anabranch_script_test(${name}): no COMMAND, or unknown: "
                         "${arg_UNPARSED_ARGUMENTS}")
@@ -153,7 +154,11 @@ function(anabranch_script_test name)
   if(NOT arg_TIMEOUT)
     set(arg_TIMEOUT 600)
   endif()
+  if(NOT arg_COST)
+    set(arg_COST 0)
+  endif()
   add_test(NAME ${name} COMMAND ${arg_COMMAND} WORKING_DIRECTORY "${PROJECT_SOURCE_DIR}")
-  set_tests_properties(${name} PROPERTIES ENVIRONMENT "${test_environment};${arg_ENVIRONMENT}"
-                                          TIMEOUT ${arg_TIMEOUT} LABELS "script;${arg_LABELS}")
+  set_tests_properties(
+    ${name} PROPERTIES ENVIRONMENT "${test_environment};${arg_ENVIRONMENT}" TIMEOUT ${arg_TIMEOUT}
+                       LABELS "script;${arg_LABELS}" COST ${arg_COST})
 endfunction()

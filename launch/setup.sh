@@ -185,13 +185,48 @@ see_packages_of() {
     >"$site/existing-torch.pth"
 }
 
-# Installs what launch/requirements.txt pins; beside an existing torch, all but torch. pip says what it downloads,
-# on a terminal with a bar: of torch and what it needs these are gigabytes.
+# What pip has been told, by its files or variables, under NAME.
+pip_setting() {
+  "$venv/bin/python" -m pip config list 2>/dev/null | sed -n "s/^.*\.$1='\(.*\)'\$/\1/p" | tail -n 1
+}
+
+# uv reads neither: it is told the same, unless it has been told something itself.
+tell_uv_what_pip_knows() {
+  uv_flags=()
+  local variable name value
+  while read -r variable name; do
+    value=$(pip_setting "$name")
+    if [[ $name == find-links ]]; then value=${value// /,}; fi
+    if [[ -n $value && -z ${!variable:-} ]]; then export "$variable=$value"; fi
+  done <<'END'
+UV_DEFAULT_INDEX index-url
+UV_INDEX extra-index-url
+UV_FIND_LINKS find-links
+UV_INSECURE_HOST trusted-host
+SSL_CERT_FILE cert
+END
+  if [[ $(pip_setting no-index) =~ ^(1|true|yes|on)$ ]]; then uv_flags+=(--no-index); fi
+}
+
+# Installs what launch/requirements.txt pins; beside an existing torch, all but torch, which nothing then asks for.
+# uv does it, which fetches and unpacks packages side by side: half a minute for torch's gigabytes, for which pip
+# takes three. Both show bars on a terminal.
 install_requirements() {
-  local skip='^$'
+  local pip=("$venv/bin/python" -m pip install --disable-pip-version-check) uv skip='^$'
+  uv=$(grep '^uv==' "$requirements")
   if compgen -G "$venv/lib/python*/site-packages/existing-torch.pth" >/dev/null; then skip='^torch=='; fi
-  grep -v -e "$skip" "$requirements" |
-    "$venv/bin/python" -m pip install --disable-pip-version-check --requirement /dev/stdin
+  if "${pip[@]}" --quiet "$uv"; then
+    tell_uv_what_pip_knows
+    if [[ $skip == '^torch==' ]]; then
+      echo torch >"$venv/existing-torch.txt"
+      uv_flags+=(--excludes "$venv/existing-torch.txt")
+    fi
+    grep -v -e "$skip" "$requirements" |
+      "$venv/bin/python" -m uv pip install --python "$venv/bin/python" "${uv_flags[@]}" --requirement -
+  else
+    warn "pip cannot install $uv; it installs the rest by itself, which takes longer"
+    grep -v -e "$skip" -e '^uv==' "$requirements" | "${pip[@]}" --requirement /dev/stdin
+  fi
 }
 
 describe_result() {
@@ -234,9 +269,9 @@ else
       die "$python cannot make a virtual environment (Debian: apt-get install python3-venv)"
     if [[ $torch_source == existing* ]]; then see_packages_of "$python"; fi
   fi
-  note "installing launch/requirements.txt (with torch's wheel: about 5 GB, a minute or more)"
+  note "installing launch/requirements.txt (with torch's wheel: about 5 GB)"
   install_requirements ||
-    die "pip could not install launch/requirements.txt. Without a network, set ANABRANCH_PYTHON to a" \
+    die "could not install launch/requirements.txt. Without a network, set ANABRANCH_PYTHON to a" \
       "Python that has torch, and PIP_NO_INDEX=1 and PIP_FIND_LINKS to a folder of the other wheels."
   printf '%s\n' "$python" "$(<"$requirements")" >"$stamp"
   describe_result

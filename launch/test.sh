@@ -45,5 +45,6 @@ build "$preset"
 
 say "Testing"
 cd "$project_root"
-exec "$venv/bin/ctest" --preset "$preset" --parallel "$(cores)" --no-tests=error \
+# One more than cores: where ranks wait, for each other or for a deadline, another test goes on.
+exec "$venv/bin/ctest" --preset "$preset" --parallel "$(($(cores) + 1))" --no-tests=error \
   "${ctest_arguments[@]}"

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, executable
 
 # What the script itself calls; the rest of the machine is hidden from it.
-TOOLS = "bash sh env cat cut dirname head tail sort awk grep nproc rm tee chmod true pwd c++".split()
+TOOLS = "bash sh env cat cut dirname head tail sort awk grep sed nproc rm tee chmod true pwd c++".split()
 
 # Asks no password.
 SUDO = '#!/bin/bash\nshift\nif [ "$1" = -- ]; then shift; fi\nexec "$@"\n'
@@ -144,9 +144,12 @@ def whole(bare):
         folder / ".venv/bin/python",
         "#!/bin/bash\n"
         'case "$*" in\n'
-        f'  "-m pip"*) cat > "{folder}/installed"\n'
-        '    [[ "$*" == *quiet* ]] || echo "Downloading torch-2.11.0.whl (530.7 MB)"\n'
+        '  "-m pip config list") echo "$PIP_CONFIG" ;;\n'
+        f'  "-m pip install"*) echo "$*" >> "{folder}/pip"; [[ "$*" == *uv==* ]] || cat > "{folder}/installed"\n'
         '    exit "${PIP_EXIT:-0}" ;;\n'
+        f'  "-m uv pip"*) cat > "{folder}/installed"; {{ echo "$*"; env | grep ^UV_; }} > "{folder}/uv"\n'
+        '    echo "Downloading torch-2.11.0.whl (530.7 MB)"\n'
+        '    exit "${UV_EXIT:-0}" ;;\n'
         "  *torch*) echo 2.11.0 ;;\n"
         "esac\n",
     )
@@ -170,7 +173,7 @@ def test_another_pin_updates_the_environment_in_place(whole):
 def test_an_environment_that_could_not_be_updated_is_kept(whole):
     folder, commands = whole
     before = (folder / ".venv/anabranch-setup.txt").read_text()
-    assert "pip could not install" in run(folder, path=commands, expect=1, PIP_EXIT="1")
+    assert "could not install launch/requirements.txt" in run(folder, path=commands, expect=1, UV_EXIT="1")
     assert (folder / ".venv/anabranch-setup.txt").read_text() == before
 
 
@@ -182,6 +185,25 @@ def test_an_existing_torch_is_not_replaced_by_an_update(whole):
     run(folder, path=commands)
     assert "numpy==" in (folder / "installed").read_text()
     assert "torch==" not in (folder / "installed").read_text()
+    assert f"--excludes {folder}/.venv/existing-torch.txt" in (folder / "uv").read_text()
+    assert (folder / ".venv/existing-torch.txt").read_text() == "torch\n"
+
+
+def test_uv_hears_what_pip_has_been_told(whole):
+    folder, commands = whole
+    config = "global.index-url='https://a/simple'\n:env:.find-links='/one /two'\ninstall.no-index='true'"
+    run(folder, path=commands, PIP_CONFIG=config, UV_INDEX="https://own/simple")
+    told = (folder / "uv").read_text()
+    assert "--no-index" in told and "UV_DEFAULT_INDEX=https://a/simple\n" in told
+    assert "UV_FIND_LINKS=/one,/two\n" in told and "UV_INDEX=https://own/simple\n" in told
+
+
+def test_without_uv_pip_installs_and_says_so(whole):
+    folder, commands = whole
+    output = run(folder, path=commands, expect=1, PIP_EXIT="1")
+    assert "pip cannot install uv==" in output and not (folder / "uv").exists()
+    installed = (folder / "installed").read_text()
+    assert "torch==" in installed and "uv==" not in installed
 
 
 @pytest.mark.parametrize(
