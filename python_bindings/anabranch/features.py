@@ -15,7 +15,7 @@ def with_cuda() -> bool:
 def transports() -> list[str]:
     """What tensors can travel by between ranks, beside torch.distributed's process groups."""
     lines = torch.ops.anabranch.describe_build().splitlines()
-    built = [name for name in ("MPI", "NCCL") if any(line.startswith(f"{name}: ") and "not built" not in line for line in lines)]
+    built = [name for name in ("MPI", "NCCL") if any(line.startswith(name) and "not built" not in line for line in lines)]
     return ["self", "process_group (gloo, nccl)", "store", *(name.lower() for name in built)]
 
 

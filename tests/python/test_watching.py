@@ -144,3 +144,6 @@ def test_info():
     assert f"anabranch {anabranch.__version__}" in shown and f"torch {torch.__version__}" in shown
     assert "engines on cpu: auto, cpu" in shown
     assert "transports: self, process_group (gloo, nccl), store" in shown
+    (named,) = [line for line in shown.splitlines() if line.startswith("transports: ")]
+    for name in ("MPI", "NCCL"):
+        assert named.endswith((name.lower(), f"{name.lower()}, nccl")) == (f"{name}: not built" not in shown), named
