@@ -39,7 +39,7 @@ MoEOptions options_of(torch::Dtype dtype) {
 /// Of the second step of a layer: in the first, kernels and libraries find what they keep.
 Measured measure(const MoEOptions& options, int64_t tokens, Random& random) {
   Measured found;
-  MemoryMeter meter(options.device.type());
+  MemoryMeter meter(options.device);
   MoELayer layer(options, world());
   found.parameters = meter.alive();
   const auto draw = [&] {

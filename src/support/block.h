@@ -6,6 +6,7 @@
 #include <torch/types.h>
 
 #include <algorithm>
+#include <cstddef>
 
 namespace anabranch {
 
@@ -23,8 +24,9 @@ inline torch::Tensor part_of(const torch::Tensor& whole, int64_t offset, torch::
   return part;
 }
 
-/// One allocation for several tensors that are needed for equally long. First room is asked for, in the order in
-/// which parts are then taken.
+/// One allocation for several tensors, which lives as long as any of them. First room is asked for, in the order in
+/// which parts are then taken. Each part has a storage of its own: no two alias, as LibTorch sees it, and an
+/// operator may return them.
 class Block {
  public:
   /// For a tensor of so many elements.
@@ -37,17 +39,32 @@ class Block {
   }
   torch::Tensor take(at::IntArrayRef sizes, torch::Dtype dtype) {
     const int64_t offset = taken_;
-    taken_ +=
-        rounded(c10::multiply_integers(sizes) * static_cast<int64_t>(c10::elementSize(dtype)));
+    const auto bytes =
+        c10::multiply_integers(sizes) * static_cast<int64_t>(c10::elementSize(dtype));
+    taken_ += rounded(bytes);
     TORCH_INTERNAL_ASSERT(taken_ <= bytes_);
     c10::SmallVector<int64_t, 4> strides(sizes.size(), 1);
     for (size_t i = sizes.size(); i-- > 1;) {
       strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
     }
-    return part_of(whole_, offset, dtype, sizes, strides);
+    auto part = at::detail::make_tensor<c10::TensorImpl>(
+        storage_of(offset, bytes), whole_.key_set(), c10::scalarTypeToTypeMeta(dtype));
+    part.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides);
+    return part;
   }
 
  private:
+  /// Bytes of the whole, which it holds.
+  c10::Storage storage_of(int64_t offset, int64_t bytes) const {
+    auto* const whole = c10::Storage(whole_.storage()).unsafeReleaseStorageImpl();
+    const auto release = [](void* held) {
+      c10::intrusive_ptr<c10::StorageImpl>::reclaim(static_cast<c10::StorageImpl*>(held));
+    };
+    return {c10::Storage::use_byte_size_t(), static_cast<size_t>(bytes),
+            c10::DataPtr(static_cast<std::byte*>(whole->mutable_data()) + offset, whole, release,
+                         whole->device())};
+  }
+
   /// Every part begins where an allocation of its own could.
   static int64_t rounded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 

@@ -97,10 +97,11 @@ def chosen(block, x):
 @torch.no_grad()
 def draw_input(block, device):
     """Tokens whose experts rounding does not change."""
-    while True:
+    for _ in range(1000):
         x = torch.randn(3, 11, HIDDEN, device=device)
         if all(chosen(block, x + 1e-5 * torch.randn_like(x)).equal(chosen(block, x)) for _ in range(8)):
             return x
+    pytest.fail("what the block's router returns third, in this transformers, are no experts' numbers")
 
 
 @pytest.mark.parametrize("name", MODELS)
