@@ -14,6 +14,7 @@
 #   launch/article.sh --cases '16,1024,512,8,*' --peers    # some cases, beside other libraries
 #   launch/article.sh --memory-limit 16GiB                 # who survives on the article's GPU
 #   launch/article.sh --sanitize                           # the engines under compute-sanitizer
+#   launch/article.sh --sanitize --peers --methods 'MegaBlocks sparse'    # another library's kernels
 #   launch/article.sh --report-only --publish              # docs/article.md from what has been measured
 #   launch/article.sh --continue benchmarks/results/article # what the published report lacks
 #

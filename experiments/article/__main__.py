@@ -20,11 +20,12 @@ def write_report(arguments, measured):
     whole = store.write_tables(measured, sanitized, arguments.output)
     paths = [report.write(whole, arguments.output, arguments.output / "article.md")]
     if arguments.publish:
-        results = ROOT / "benchmarks/results/article"
-        results.mkdir(parents=True, exist_ok=True)
+        results = ROOT / "benchmarks/results"
+        own = results / ("article_peers" if arguments.peers else "article")
+        own.mkdir(parents=True, exist_ok=True)
         for name in ("article.json", "article.csv"):
-            shutil.copyfile(arguments.output / name, results / name)
-        paths.append(report.write(whole, results, ROOT / "docs/article.md"))
+            shutil.copyfile(arguments.output / name, own / name)
+        paths.append(report.publish(results, ROOT / "docs/article.md"))
     for path in paths:
         print(f"    {path}")
 
@@ -34,6 +35,8 @@ def run_sanitizer(arguments):
     arguments.output.mkdir(parents=True, exist_ok=True)
     given = [f"--device={arguments.device}", f"--types={arguments.types[0]}"]
     given.append(f"--expert-hidden-factor={arguments.expert_hidden_factor}")
+    if arguments.peers:
+        given.append("--peers")
     if arguments.methods:
         given.append(f"--methods={','.join(arguments.methods)}")
     if arguments.cases:
@@ -46,7 +49,7 @@ def run_sanitizer(arguments):
 def run_under_sanitizer(arguments):
     sizes = [int(size) for size in arguments.cases[0].split(",")] if arguments.cases else sanitize.SIZES
     factor = arguments.expert_hidden_factor
-    return sanitize.steps(arguments.device, arguments.types[0], arguments.methods, factor, sizes)
+    return sanitize.steps(arguments.device, arguments.types[0], arguments.methods, factor, sizes, arguments.peers)
 
 
 def run(arguments):

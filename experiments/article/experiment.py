@@ -9,7 +9,7 @@ import scaling  # launch/scaling.py: provenance
 import torch
 from tqdm import tqdm
 
-from . import cases, measure, rates, registry, store
+from . import cases, measure, products, rates, registry, store
 
 # Where question 5 looks: sizes at which stages differ, with the learned gate and in the first type.
 STAGE_CASES = ("16,1024,512,8,3", "64,1024,512,8,8", "64,1024,1024,8,3", "64,1024,4224,8,3", "8,64,128,8,3")
@@ -73,7 +73,7 @@ class Experiment:
 
     def measure(self):
         """Turn by turn over all cases, so that what drifts meets them all alike; cheap ones first."""
-        if self.arguments.memory_limit is None:
+        if self.arguments.memory_limit is None and not self.arguments.peers:
             self.measure_rates()
         units = sorted(self.units, key=lambda unit: self.estimate(unit, 1, first=True))
         quiet = {} if sys.stderr.isatty() else {"mininterval": 10, "ncols": 100}
@@ -190,6 +190,10 @@ class Experiment:
         if first_type and unit.case.tuple in STAGE_CASES and self.settings.memory_limit is None:
             for name, (times, longest) in measurement.stages():
                 self.store.add("stages", run=self.run, unit=unit.name, method=name, ms=times, longest=longest)
+            if self.arguments.peers and measurement.clock.cuda:
+                engines = [name for name in ("block_sparse", "hopper") if name in self.factories]
+                for record in products.measure(measurement.problem, measurement.clock, engines):
+                    self.store.add("product", run=self.run, unit=unit.name, **record)
 
     def later_turn(self, unit, turn):
         passes = self.unfinished(unit, turn)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import itertools
+import math
 import re
 import statistics
 import time
@@ -23,6 +24,9 @@ SLOW_MS = 300.0
 VERY_SLOW_MS = 1000.0
 # Steps before those that are timed, in a turn that has time for more than one.
 WARM_UP = 3
+# A step that is no longer than this may take the time of its host: how long the GPU is busy in it is measured beside.
+HOST_BOUND_MS = 5.0
+TRACED_STEPS = 5
 
 
 class DeviceLost(Exception):
@@ -41,6 +45,15 @@ class Settings:
 def steps_within(time_for, ms, least=1):
     """How many steps of so many milliseconds there is time for."""
     return min(max(int(time_for / max(ms, 1e-3)), least), 50)
+
+
+def covered(spans):
+    """How much of a line the spans (begin, end) cover together."""
+    total, reached = 0, -math.inf
+    for begin, end in sorted(spans):
+        total += max(0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
 
 
 class Clock:
@@ -66,6 +79,20 @@ class Clock:
             event.record()
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+
+    def busy_milliseconds(self, step, count, wanted=lambda kernel: True):
+        """Of a step, the mean of some: the time in which the GPU does anything, on one stream or several, or runs a
+        kernel whose name is `wanted`."""
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on what the profiler keeps from one cycle to the next
+            with torch.profiler.profile(activities=activities) as profile:
+                for _ in range(count):
+                    step()
+                torch.cuda.synchronize()
+        events = profile.profiler.kineto_results.events()
+        on_gpu = [e for e in events if e.device_type() == torch.autograd.DeviceType.CUDA and not e.is_user_annotation()]
+        return covered((e.start_ns(), e.end_ns()) for e in on_gpu if wanted(e.name())) / 1e6 / count
 
     def peak_bytes(self, step):
         """Most bytes of tensors alive at once in a step beyond those alive before it, and the step's milliseconds."""
@@ -145,6 +172,7 @@ class Subject:
         self.status = dict.fromkeys(passes, "ok")
         self.reason, self.errors = {}, {}
         self.times = {step: [] for step in cases.PASSES}
+        self.busy = dict.fromkeys(cases.PASSES)  # milliseconds of the GPU's, where they are measured
         self.peaks, self.padding = {}, None
 
     def make(self):
@@ -258,6 +286,12 @@ class Subject:
             count = steps_within(time_for, min(self.clock.milliseconds(step, min(count, WARM_UP))))
         return self.clock.milliseconds(step, count)
 
+    def measure_busy(self, which):
+        """After a pass was timed, if it is one that may wait for its host; with a learned gate, as a step has one."""
+        learned = self.problem.unit.routing == "learned"
+        if self.clock.cuda and learned and statistics.median(self.times[which]) <= HOST_BOUND_MS:
+            self.busy[which] = self.clock.busy_milliseconds(self.step(which), TRACED_STEPS)
+
     def peak(self, step):
         """Bytes of x, dy, the parameters, and most of all else alive in a step; and its milliseconds."""
         peak, ms = self.clock.peak_bytes(step)
@@ -271,13 +305,13 @@ class Subject:
         """What a turn finds of a pass."""
         status, times = self.status[which], self.times[which]
         ms = statistics.median(times) if status == "ok" else None
-        return dict(status=status, reason=self.reason.get(which), ms=ms, steps=len(times))
+        return dict(status=status, reason=self.reason.get(which), ms=ms, steps=len(times), busy_ms=self.busy[which])
 
     def rows(self):
         """Of a first turn."""
         for which in self.status:
             found = self.found(which)
-            ms = found["ms"]
+            ms, busy = found["ms"], found["busy_ms"]
             yield row_of(
                 self.problem.unit,
                 which,
@@ -285,6 +319,7 @@ class Subject:
                 self.settings,
                 **found,
                 turns=[ms] if ms else [],
+                busy_turns=[busy] if busy else [],
                 tflops=ms and self.problem.case.flops(which) / ms / 1e9,
                 peak_bytes=self.peaks[which] if found["status"] == "ok" else None,
                 padding_rows=self.padding,
@@ -299,6 +334,7 @@ class Subject:
 
 def row_of(unit, which, method, settings, **values):
     empty = dict(ms=None, tflops=None, peak_bytes=None, padding_rows=None, errors={}, steps=0, turns=[])
+    empty.update(busy_ms=None, busy_turns=[])
     about = {**dataclasses.asdict(unit.case), "assignments": unit.case.assignments}
     about.update(unit=unit.name, dtype=unit.dtype, routing=unit.routing, method=method)
     return {**about, "pass": which, "memory_limit": settings.memory_limit, **empty, **values}
@@ -307,7 +343,7 @@ def row_of(unit, which, method, settings, **values):
 def turn_of(unit, which, method, settings, **values):
     """What a later turn adds to the row_of a first one."""
     about = {"unit": unit.name, "method": method, "pass": which, "memory_limit": settings.memory_limit}
-    return {**about, "ms": None, "steps": 0, **values}
+    return {**about, "ms": None, "busy_ms": None, "steps": 0, **values}
 
 
 def with_turn(row, turn):
@@ -317,7 +353,11 @@ def with_turn(row, turn):
         return {**row, "status": turn["status"], "reason": turn["reason"], "ms": None, "tflops": None}
     turns = [*row["turns"], turn["ms"]]
     ms = statistics.median(turns)
-    return {**row, "turns": turns, "ms": ms, "tflops": row["tflops"] * row["ms"] / ms}
+    row = {**row, "turns": turns, "ms": ms, "tflops": row["tflops"] * row["ms"] / ms}
+    if turn.get("busy_ms"):
+        row["busy_turns"] = [*row.get("busy_turns", []), turn["busy_ms"]]
+        row["busy_ms"] = statistics.median(row["busy_turns"])
+    return row
 
 
 def wants_turn(row, turn):
@@ -357,6 +397,7 @@ class UnitTurn:
                 self.use(subject, which, check, self.oracle, self.expected)
             for which in cases.PASSES:
                 self.use(subject, which, subject.measure_first, which)
+                self.use(subject, which, subject.measure_busy, which)
 
         yield from self.each_in_turn(check_and_measure, Subject.rows)
 
@@ -366,6 +407,7 @@ class UnitTurn:
         def measure(subject):
             for which in subject.status:
                 self.use(subject, which, subject.measure_again, which)
+                self.use(subject, which, subject.measure_busy, which)
 
         yield from self.each_in_turn(measure, Subject.turns)
 

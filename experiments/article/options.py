@@ -51,7 +51,7 @@ def parser():
     add("--routings", type=some_of(cases.ROUTINGS), default=list(cases.ROUTINGS), help="of learned,even,uneven")
     add("--methods", type=lambda text: text.split(","), default=[], help="only these, by their names in the report")
     add("--expert-hidden-factor", type=int, choices=[2, 4], default=2, help="expert hidden over hidden size")
-    add("--peers", action="store_true", help="MegaBlocks, ScatterMoE, SonicMoE, Tutel, FastMoE as well")
+    add("--peers", action="store_true", help="MegaBlocks, transformers, ScatterMoE, Tutel, FastMoE as well")
     add("--memory-limit", type=size, metavar="SIZE", help="such as 16GiB, the article's GPU; what needs more is a row")
     add("--budget", type=positive(float), metavar="MINUTES", help="begin nothing that will not fit; again: the rest")
     add("--seconds", type=positive(float), default=0.1, help="of measuring, for a method and pass of a case (0.1)")

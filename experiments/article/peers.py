@@ -1,9 +1,12 @@
 """Other libraries' layers through their public interfaces, each behind the same plain gate.
 
-Written against MegaBlocks 0.11, ScatterMoE 0.3, SonicMoE 0.0.1, Tutel 0.4 and FastMoE 1.1.
+Written against MegaBlocks 0.10 with stanford-stk 0.7.1 and grouped_gemm 0.3, transformers 5.17, ScatterMoE 0.3,
+Tutel 0.4 and FastMoE 1.1. SonicMoE 0.1.2 and liger-kernel 0.8.5 have gated experts alone: `benchmarks/gpu/layer.py`
+measures them.
 """
 
 import importlib
+import types
 
 import torch
 from torch.profiler import record_function
@@ -24,24 +27,27 @@ def tanh_gelu(x):
 
 
 class MegaBlocks(Gated):
-    """`mlp_impl`: grouped, or sparse. Both weights are [E * n, h]."""
+    """`mlp_impl`: grouped, or sparse. Both weights are [E * n, h]. `lean`: with its memory_optimized_mlp."""
 
-    def __init__(self, problem, mlp_impl):
+    def __init__(self, problem, mlp_impl, lean=False):
         super().__init__(problem)
+        self.sparse = mlp_impl == "sparse"
+        package("stk" if self.sparse else "grouped_gemm")
         arguments = package("megablocks.layers.arguments")
+        if not self.sparse and problem.dtype is not torch.bfloat16:
+            raise Unsupported("grouped_gemm takes bf16 alone")
         case = problem.case
-        options = dict(hidden_size=case.hidden, ffn_hidden_size=case.expert_hidden)
+        options = dict(hidden_size=case.hidden, ffn_hidden_size=case.expert_hidden, memory_optimized_mlp=lean)
         options.update(moe_num_experts=case.experts, moe_top_k=case.top_k, moe_loss_weight=0.0)
         options.update(bias=False, return_bias=False, mlp_type="mlp", mlp_impl=mlp_impl, device=problem.device)
         options.update(fp16=problem.dtype is torch.float16, bf16=problem.dtype is torch.bfloat16)
         try:
             options = arguments.Arguments(**options)
-        except (ValueError, ImportError) as error:  # its own refusals: sparse with a newer triton, no grouped_gemm
+        except (ValueError, ImportError) as error:  # its own refusal: sparse with a newer triton
             raise Unsupported(str(error)) from error
         self.layer = package("megablocks.layers.dmoe").dMoE(options).experts
         mlp = self.layer.mlp
         self.weights = [adopt(mlp, "w1", problem.up), adopt(mlp, "w2", problem.down.transpose(1, 2))]
-        self.sparse = mlp_impl == "sparse"
 
     def experts(self, x, weights, ids):
         return self.layer(x, None, weights.to(x.dtype), ids)
@@ -52,6 +58,32 @@ class MegaBlocks(Gated):
 
     def padding(self):
         return padded_to_blocks(self.problem.counts) if self.sparse else 0
+
+
+class Transformers(Gated):
+    """Its `grouped_mm` under experts of the form that it has for models without a gate's projection."""
+
+    def __init__(self, problem):
+        super().__init__(problem)
+        own = package("transformers.integrations.moe")
+        config = types.SimpleNamespace(_experts_implementation="grouped_mm")
+        self.layer = own.use_experts_implementation(has_gate=False)(UngatedExperts)(config, problem)
+        self.weights = [self.layer.up_proj, self.layer.down_proj]
+
+    def experts(self, x, weights, ids):
+        return self.layer(x, ids, weights)
+
+
+class UngatedExperts(torch.nn.Module):
+    """What transformers asks of a model's experts; it replaces their forward."""
+
+    def __init__(self, _config, problem):
+        super().__init__()
+        self.num_experts, self.act_fn = problem.case.experts, tanh_gelu
+        self.up_proj, self.down_proj = leaf(problem.up), leaf(problem.down)
+
+    def forward(self, x, ids, weights):
+        raise NotImplementedError("transformers has not taken its place")
 
 
 class ScatterMoE(Gated):
@@ -71,31 +103,6 @@ class ScatterMoE(Gated):
 
     def experts(self, x, weights, ids):
         return self.layer(x, weights.to(x.dtype), ids)
-
-
-class SonicMoE(Gated):
-    """Its function for routing from outside; its GELU is the exact one, nearer to tanh's than fp16's rounding."""
-
-    def __init__(self, problem):
-        super().__init__(problem)
-        if problem.dtype is torch.float32:
-            raise Unsupported("its kernels are for bf16 and fp16")
-        self.run = package("sonicmoe.functional").moe_general_routing_inputs
-        self.activation = package("sonicmoe.enums").ActivationType.GELU
-        self.weights = [leaf(problem.up), leaf(problem.down)]
-        case = problem.case
-        tokens = torch.arange(case.tokens, dtype=torch.int32, device=problem.device)
-        self.tokens = tokens.repeat_interleave(case.top_k)
-
-    def experts(self, x, weights, ids):
-        up, down = (weight.permute(1, 2, 0) for weight in self.weights)
-        stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
-        routing = (weights.flatten(), self.tokens, ids.flatten().int())
-        inference = not torch.is_grad_enabled()
-        output, _ = self.run(
-            x, *routing, up, None, down, None, self.problem.case.experts, stream, self.activation, inference
-        )
-        return output
 
 
 class TutelGate(torch.nn.Module):
@@ -186,11 +193,32 @@ class FastMoE(Gated):
         return dup, torch.stack([down.grad.view(shape[::-1])[:, units] for down in self.downs])
 
 
+def gated_alone(name, module):
+    """Of a library whose experts are all gated, which the article's are not."""
+
+    def refuse(_problem):
+        package(module)
+        raise Unsupported(f"{name} has gated experts alone")
+
+    return refuse
+
+
 FACTORIES = {
     "MegaBlocks grouped": lambda problem: MegaBlocks(problem, "grouped"),
+    "MegaBlocks grouped lean": lambda problem: MegaBlocks(problem, "grouped", lean=True),
     "MegaBlocks sparse": lambda problem: MegaBlocks(problem, "sparse"),
+    "MegaBlocks sparse lean": lambda problem: MegaBlocks(problem, "sparse", lean=True),
+    "transformers": Transformers,
     "ScatterMoE": ScatterMoE,
-    "SonicMoE": SonicMoE,
+    "SonicMoE": gated_alone("SonicMoE", "sonicmoe"),
+    "liger-kernel": gated_alone("liger-kernel", "liger_kernel"),
     "Tutel": Tutel,
     "FastMoE": FastMoE,
+}
+DESCRIPTIONS = {
+    "MegaBlocks grouped": "MegaBlocks with grouped_gemm, as it comes: one cuBLAS product an expert, on one stream",
+    "MegaBlocks grouped lean": "the same with memory_optimized_mlp",
+    "MegaBlocks sparse": "MegaBlocks with stanford-stk: Triton kernels over blocks of 128",
+    "MegaBlocks sparse lean": "the same with memory_optimized_mlp",
+    "transformers": "transformers' grouped_mm: index operations and LibTorch's grouped product",
 }

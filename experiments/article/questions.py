@@ -166,7 +166,13 @@ def sanitizer(whole, image):
             text
             + "Under compute-sanitizer it has not been run here: `launch/article.sh --sanitize` does so.\n"
         )
-    text += "Forward and backward, even and uneven, under compute-sanitizer:\n\n"
+    return text + sanitizer_results(whole)
+
+
+def sanitizer_results(whole):
+    if not whole["sanitizer"]:
+        return ""
+    text = f"Forward and backward of {sanitize.SIZES}, even and uneven, under compute-sanitizer:\n\n"
     lines = []
     for record in whole["sanitizer"]:
         text += f"- {record['device']}, commit {commit_of(record)}, {record['date']}: `{record['command']}`\n"

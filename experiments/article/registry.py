@@ -6,7 +6,7 @@ from . import engines
 from . import peers as peer_methods
 from .methods import PlainLoop
 
-# Of those that every report can have, in its order; peers come last.
+# In the order of every report.
 DESCRIPTIONS = {
     "auto": "the library's default: measures the engines that do not pad, and takes the fastest",
     "hopper": "our own kernel, the activation in its epilogue",
@@ -23,6 +23,7 @@ DESCRIPTIONS = {
     "block_diagonal": "blocks on a diagonal, each as large as the fullest expert, in 128 rows",
     "cpu": "the library's engine on the CPU",
     "plain loop": "index operations and one product an expert in plain PyTorch",
+    **peer_methods.DESCRIPTIONS,
 }
 
 
@@ -31,7 +32,10 @@ def methods_for(device, peers=False):
     return {**engines.factories(device), "plain loop": PlainLoop, **(peer_methods.FACTORIES if peers else {})}
 
 
-PACKAGES = ("anabranch", "megablocks", "grouped_gemm", "scattermoe", "sonic-moe", "tutel", "fastmoe", "triton", "numpy")
+PACKAGES = (
+    "anabranch", "megablocks", "stanford-stk", "grouped_gemm", "transformers", "scattermoe", "sonic-moe", "liger-kernel",
+    "tutel", "fastmoe", "triton", "numpy",
+)  # fmt: skip
 
 
 def versions():

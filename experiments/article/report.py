@@ -1,11 +1,12 @@
 """The Markdown report, generated from article.json."""
 
+import json
 import os
 import re
 import statistics
 from collections import Counter, defaultdict
 
-from . import plots
+from . import claims, plots
 from .cases import PASSES, TYPES
 from .measure import SLOW_MS, VERY_SLOW_MS
 from .questions import QUESTIONS, unit_label
@@ -28,7 +29,7 @@ def about(whole):
     small = (
         "\n**This is the small grid, on a machine without a GPU: it shows that everything runs, not what is fast.**\n"
     )
-    return f"""# The article's experiment
+    return f"""## What is measured, and how
 
 Every way to run the experts of one layer, on the article's grid: an MLP with tanh-GELU, without biases, its gate
 included; `(sequences × length, hidden, E experts, k of them for a token)`. Outputs and every gradient are checked
@@ -49,16 +50,16 @@ is by a learned gate, or in a given split: even, or the article's uneven one; wh
 """
 
 
-def runs(whole):
+def runs(whole, which=""):
     """Which command, at which commit and when, gave how many of the rows."""
     counts = Counter(row["run"] for row in whole["rows"])
     lines = []
     for run in whole["runs"]:
         lines.append((run["date"], commit_of(run), str(run["cores"]), f"`{run['command']}`", str(counts[run["run"]])))
-    return f"## Runs\n\n{table(('date', 'commit', 'cores', 'command', 'rows'), lines)}\n"
+    return f"## {' '.join(filter(None, ('Runs', which)))}\n\n{table(('date', 'commit', 'cores', 'command', 'rows'), lines)}\n"
 
 
-def methods(whole):
+def methods(whole, heading="## Methods"):
     rows = whole["rows"]
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -69,7 +70,7 @@ def methods(whole):
         states = ", ".join(f"{count} {status}" for status, count in counts.items())
         lines.append((method, DESCRIPTIONS.get(method, "peer, behind the plain gate"), most, states))
     header = ("method", "what it does", "padding rows, most, of the assignments", "rows of the results")
-    return f"## Methods\n\n{table(header, lines)}\n\n{troubles(rows)}"
+    return f"{heading}\n\n{table(header, lines)}\n\n{troubles(rows)}"
 
 
 def troubles(rows):
@@ -190,12 +191,28 @@ class Images:
         )
 
 
-def write(whole, folder, document):
-    """Draws FOLDER/*.png and writes the document; returns its path."""
+def publish(results, document):
+    """The published document, from RESULTS/article and, of the packages, RESULTS/article_peers."""
+    whole, peers = (
+        json.loads(path.read_text()) if (path := results / name / "article.json").exists() else None
+        for name in ("article", "article_peers")
+    )
+    return write(whole, results / "article", document, peers and (peers, results / "article_peers"))
+
+
+def write(whole, folder, document, peers=None):
+    """Draws FOLDER/*.png and writes the document; returns its path. `peers`: (whole, folder) of the packages' run,
+    unless they are in `whole`."""
     image = Images(folder, document)
     rows = whole["rows"]
-    parts = [about(whole), methods(whole), times(rows, image), memory(rows, image), "## What the article left open"]
+    parts = ["# The article's experiment\n"]
+    if peers or claims.known(whole):
+        theirs, its_folder = peers or (whole, folder)
+        parts.append(claims.opening(theirs, Images(its_folder, document), methods(theirs, "### The packages")))
+    parts += [about(whole), methods(whole), times(rows, image), memory(rows, image), "## What the article left open"]
     parts += [question(whole, image) for question in QUESTIONS]
     parts.append(runs(whole))
+    if peers:
+        parts.append(runs(theirs, "with the packages"))
     document.write_text("\n".join(parts))
     return document

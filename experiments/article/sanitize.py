@@ -27,9 +27,9 @@ def tool():
     return shutil.which("compute-sanitizer") or (str(beside) if beside.exists() else None)
 
 
-def steps(device, dtype, wanted, factor, sizes=SIZES):
+def steps(device, dtype, wanted, factor, sizes=SIZES, peers=False):
     """What runs under the tool: a forward and a backward of every engine, with a line before each."""
-    factories = {name: make for name, make in methods_for(device).items() if not wanted or name in wanted}
+    factories = {name: make for name, make in methods_for(device, peers).items() if not wanted or name in wanted}
     case = Case(*sizes, expert_hidden=factor * sizes[2])
     problems = [Problem(Unit(case, dtype, routing), device, seed=1) for routing in ROUTINGS]
     for name, make in factories.items():

@@ -23,12 +23,14 @@ def adopt(published, folder):
     whole = json.loads((published / "article.json").read_text())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sanitizer.json").write_text(json.dumps(whole["sanitizer"], indent=1) + "\n")
-    records = [record for kind in ("runs", "rates", "rows", "stages") for record in whole[kind]]
+    kinds = ("runs", "rates", "rows", "stages", "products")
+    records = [record for kind in kinds for record in whole.get(kind, [])]
     rows.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "ratio"}) + "\n" for r in records))
 
 
 class Store:
-    """DIR/rows.jsonl: one JSON object a line. `kind` says what: run, begun, step, turn (later ones), stages, rate."""
+    """DIR/rows.jsonl: one JSON object a line. `kind` says what: run, begun, step, turn (later ones), stages, product,
+    rate."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -97,7 +99,7 @@ def with_ratios(rows):
 
 COLUMNS = (
     "sequences", "length", "hidden", "expert_hidden", "experts", "top_k", "dtype", "routing", "pass", "method",
-    "memory_limit", "status", "reason", "ms", "tflops", "ratio", "peak_bytes", "padding_rows", "assignments",
+    "memory_limit", "status", "reason", "ms", "busy_ms", "tflops", "ratio", "peak_bytes", "padding_rows", "assignments",
     "largest_error_used", "steps", "device", "commit", "date",
 )  # fmt: skip
 
@@ -129,6 +131,7 @@ def write_tables(store, sanitized, folder):
             "runs": list(runs.values()),
             "rows": rows,
             "stages": in_order(store.of("stages")),
+            "products": store.of("product"),
             "rates": store.of("rate"),
             "sanitizer": sanitized,
         }

@@ -25,6 +25,12 @@ def settled(row):
     return row["ms"] is not None and max(row["turns"]) <= SETTLED * min(row["turns"])
 
 
+def busy_settled(row):
+    """The same of the GPU's time."""
+    turns = row.get("busy_turns")
+    return bool(turns) and max(turns) <= SETTLED * min(turns)
+
+
 def comparable(rows):
     """Those with a settled time whose case has a settled fastest."""
     fastest = {(row["unit"], row["pass"]) for row in rows if row["ratio"] == 1 and settled(row)}

@@ -1,6 +1,6 @@
 """Packages with the peers' interfaces, that compute in plain PyTorch: for the plumbing of their adapters."""
 
-import enum
+import dataclasses
 import sys
 import types
 from collections.abc import Callable
@@ -33,15 +33,16 @@ class Arguments:
     hidden_size: int
     ffn_hidden_size: int
     moe_num_experts: int
-    moe_top_k: int
     bias: bool
-    return_bias: bool
-    moe_loss_weight: float
-    mlp_type: str
     mlp_impl: str
     fp16: bool
     bf16: bool
     device: torch.device
+    moe_top_k: int = 1
+    return_bias: bool = False
+    moe_loss_weight: float = 0.0
+    mlp_type: str = "mlp"
+    memory_optimized_mlp: bool = False
     activation_fn: Callable = staticmethod(lambda x: nn.functional.gelu(x, approximate="tanh"))
 
     def __post_init__(self):
@@ -65,10 +66,75 @@ class MegaBlocksExperts(nn.Module):
         return feed_forward(x, expert_weights, top_experts, up, down, self.arguments.activation_fn)
 
 
+class ParallelDroplessMLP(nn.Module):
+    def __init__(self, arguments):
+        super().__init__()
+        self.wide = arguments.ffn_hidden_size
+        self.experts = arguments.moe_num_experts
+
+    def topology(self, x, padded_bins):
+        """The blocks of each token's own expert, in rows of blocks."""
+        across = self.wide // BLOCK
+        rows = torch.arange(x.size(0) // BLOCK).repeat_interleave(across)
+        expert = torch.searchsorted(padded_bins, rows * BLOCK, right=True)
+        columns = expert * across + torch.arange(rows.numel()) % across
+        return Matrix((x.size(0), self.experts * self.wide), None, rows, columns, None, None, None, None)
+
+
 class dMoE(nn.Module):
     def __init__(self, arguments):
         super().__init__()
         self.experts = MegaBlocksExperts(arguments)
+
+
+# stanford-stk
+
+BLOCK = 128
+
+
+@dataclass
+class Matrix:
+    """Blocks [count, BLOCK, BLOCK] at block rows and columns; `transposed` read the other way."""
+
+    shape: tuple[int, int]
+    data: torch.Tensor | None
+    row_indices: torch.Tensor
+    column_indices: torch.Tensor
+    offsets: torch.Tensor | None
+    column_indices_t: torch.Tensor | None
+    offsets_t: torch.Tensor | None
+    block_offsets_t: torch.Tensor | None
+    transposed: bool = False
+
+    def size(self):
+        return self.shape
+
+    def t(self):
+        return dataclasses.replace(self, transposed=True)
+
+    def places(self):
+        for i, (row, column) in enumerate(zip(self.row_indices.tolist(), self.column_indices.tolist())):
+            yield i, slice(row * BLOCK, (row + 1) * BLOCK), slice(column * BLOCK, (column + 1) * BLOCK)
+
+    def dense(self):
+        whole = torch.zeros(self.shape, dtype=self.data.dtype)
+        for i, rows, columns in self.places():
+            whole[rows, columns] = self.data[i]
+        return whole.t() if self.transposed else whole
+
+
+def sdd(left, right, topology):
+    whole = left @ right
+    data = torch.stack([whole[rows, columns] for _, rows, columns in topology.places()])
+    return dataclasses.replace(topology, data=data)
+
+
+def dsd(left, right):
+    return left.dense() @ right
+
+
+def dds(left, right):
+    return left @ right.dense()
 
 
 # ScatterMoE
@@ -91,24 +157,26 @@ class ScatterMLP(nn.Module):
         return feed_forward(x, expert_p, expert_idxs, self.experts.weight, self.output_experts.weight, self.activation)
 
 
-# SonicMoE
+# transformers
 
 
-class ActivationType(enum.Enum):
-    GELU = "gelu"
+def use_experts_implementation(has_gate):
+    assert not has_gate
 
+    def instead(experts_class):
+        def forward(self, x, top_k_index, top_k_weights):
+            assert self.config._experts_implementation == "grouped_mm" and self.num_experts == self.up_proj.size(0)
+            return feed_forward(x, top_k_weights, top_k_index, self.up_proj, self.down_proj, self.act_fn)
 
-def moe_general_routing_inputs(
-    x, router_scores, token_indices, expert_indices, w1, b1, w2, b2, E, stream_id, activation_type,
-    is_inference_mode_enabled=False,
-):  # fmt: skip
-    assert b1 is None and b2 is None and E == w1.size(2) and activation_type is ActivationType.GELU
-    assert token_indices.dtype == expert_indices.dtype == torch.int32
-    assert bool((token_indices.diff() >= 0).all()) and router_scores.dim() == 1
-    top_k = router_scores.numel() // x.size(0)
-    ids, weights = expert_indices.view(-1, top_k).long(), router_scores.view(-1, top_k)
-    y = feed_forward(x, weights, ids, w1.permute(2, 0, 1), w2.permute(2, 0, 1), nn.functional.gelu)
-    return y, torch.bincount(expert_indices, minlength=E)
+        def made(config, *arguments):
+            experts = experts_class(config, *arguments)
+            experts.config = config
+            return experts
+
+        experts_class.forward = forward
+        return made
+
+    return instead
 
 
 # Tutel
@@ -172,15 +240,19 @@ class FMoETransformerMLP(nn.Module):
 
 
 PACKAGES = {
+    "stk": {"Matrix": Matrix, "ops": types.SimpleNamespace(sdd=sdd, dsd=dsd, dds=dds)},
+    "grouped_gemm": {},
     "megablocks": {},
     "megablocks.layers": {},
     "megablocks.layers.arguments": {"Arguments": Arguments},
-    "megablocks.layers.dmoe": {"dMoE": dMoE},
+    "megablocks.layers.dmoe": {"dMoE": dMoE, "ParallelDroplessMLP": ParallelDroplessMLP},
+    "transformers": {},
+    "transformers.integrations": {},
+    "transformers.integrations.moe": {"use_experts_implementation": use_experts_implementation},
     "scattermoe": {},
     "scattermoe.mlp": {"MLP": ScatterMLP},
     "sonicmoe": {},
-    "sonicmoe.functional": {"moe_general_routing_inputs": moe_general_routing_inputs},
-    "sonicmoe.enums": {"ActivationType": ActivationType},
+    "liger_kernel": {},
     "tutel": {},
     "tutel.moe": {"moe_layer": MOELayer},
     "fmoe": {"FMoETransformerMLP": FMoETransformerMLP},

@@ -207,3 +207,32 @@ def test_the_estimate_grows_with_the_work():
     grid = sorted(cases.grid(), key=lambda case: case.flops("forward"))
     assert grid[-1].tuple == "64,1024,8192,8,8" and not math.isinf(grid[-1].flops("forward+backward"))
     assert experiment.FIRST_GUESS["cuda"][0]["fp32"] < experiment.FIRST_GUESS["cuda"][0]["bf16"]
+
+
+def test_what_spans_cover_together():
+    assert measure.covered([]) == 0
+    assert measure.covered([(5, 7), (0, 4), (1, 2), (3, 6)]) == 7
+    assert measure.covered([(0, 1), (2, 3), (2, 3)]) == 2
+
+
+def test_how_long_the_gpu_is_busy(rows_of, seed, monkeypatch):
+    """Beside the time of short steps with a learned gate, in every turn."""
+    monkeypatch.setattr(measure.Clock, "busy_milliseconds", lambda self, step, count: (step(), 0.5)[1])
+    monkeypatch.setattr(measure.Clock, "milliseconds", lambda self, step, count: [4.0] * count)
+    real = measure.Subject.measure_busy
+
+    def as_on_a_gpu(subject, which):
+        subject.clock.cuda = True
+        real(subject, which)
+        subject.clock.cuda = False
+
+    monkeypatch.setattr(measure.Subject, "measure_busy", as_on_a_gpu)
+    factories = {"plain": methods.PlainLoop}
+    row = rows_of(factories)["plain", "forward"]
+    assert row["busy_ms"] == 0.5 and row["busy_turns"] == [0.5]
+    unit, settings = cases.Unit(SMALL, "fp32", "learned"), measure.Settings("cpu", seed, seconds=1e-3, rounds=2)
+    turn = next(measure.UnitTurn(unit, factories, settings).later())
+    assert measure.with_turn(row, {**turn, "busy_ms": 0.7})["busy_ms"] == pytest.approx(0.6)
+    assert rows_of(factories, routing="even")["plain", "forward"]["busy_ms"] is None
+    monkeypatch.setattr(measure.Clock, "milliseconds", lambda self, step, count: [6.0] * count)
+    assert rows_of(factories)["plain", "forward"]["busy_ms"] is None

@@ -9,6 +9,7 @@ from article import cases, measure, questions, report, stages, store, tables
 GRID = {case.tuple: case for case in cases.grid()}
 SOME = [GRID["16,1024,512,8,3"], GRID["64,1024,1024,8,3"], GRID["16,1024,512,4,4"]]
 METHODS = {"padded_bmm": 2.0, "auto": 1.0, "block_sparse": 4.0}  # and how much longer they take
+PACKAGES = {"cublas_loop_1": 1.0, "padded_bmm": 2.0, "MegaBlocks sparse": 3.0, "MegaBlocks grouped": 0.5}
 RUN = {
     "run": 0, "command": "launch/article.sh --budget 5", "commit": "0123456789abcdef", "changed": False,
     "date": "2026-11-25T19:00:00Z", "processor": "a processor", "cores": 16, "device": "a GPU", "cuda": "13.0",
@@ -20,7 +21,7 @@ RUN = {
 def row(unit, which, method, memory_limit=None, **changes):
     """A row as if measured: 1 ms a TFLOP, twice as long in the uneven split, 1 GiB a 100,000 assignments."""
     settings = measure.Settings("cpu", memory_limit=memory_limit)
-    ms = unit.case.flops(which) / 1e12 * METHODS[method] * (2 if unit.routing == "uneven" else 1)
+    ms = unit.case.flops(which) / 1e12 * {**METHODS, **PACKAGES}[method] * (2 if unit.routing == "uneven" else 1)
     gate = "dgate" if unit.routing == "learned" else "dlogits"
     errors = {n: {"error": 1e-3, "used": 0.25, "relative": 2e-3} for n in ("y", "dx", "dup", "ddown", gate)}
     values = dict(ms=ms, tflops=1.0, peak_bytes=unit.case.assignments * 10737, padding_rows=10, errors=errors, steps=9)
@@ -210,3 +211,57 @@ def test_troubles_of_a_kind_are_one_line():
     ]
     (line,) = lines(*refused)
     assert "| unsupported | 2 |" in line and "no weights of 8 x 4" in line
+
+
+def of_packages(folder):
+    """Rows as a run with the packages has them: theirs, ours beside them, some out of memory; products; memcheck."""
+    kept = store.Store(folder)
+    kept.add("run", **RUN)
+    for case in SOME:
+        unit = cases.Unit(case, "bf16", "learned")
+        for method, scale in PACKAGES.items():
+            for which in cases.PASSES:
+                busy = 0.5 * scale
+                kept.add("step", run=0, **row(unit, which, method, busy_ms=busy, busy_turns=[busy, busy]))
+                failed = method == "padded_bmm" and case is SOME[1]
+                changes = dict(status="out of memory", reason="too much", **NOTHING) if failed else {}
+                kept.add("step", run=0, **row(unit, which, method, memory_limit=16 << 30, **changes))
+    own = dict(unit=cases.Unit(SOME[0], "bf16", "learned").name, status="ok", relative=1e-3, allowed=4e-3)
+    kept.add("product", run=0, method="block_sparse", form="SDD", ms=0.1, turns=[0.1], **own)
+    kept.add("product", run=0, method="MegaBlocks sparse", form="SDD", ms=0.2, turns=[0.2], **own)
+    kept.add("product", run=0, method="MegaBlocks sparse", form="DDS", ms=0.2, turns=[0.2], **{**own, "status": "wrong"})
+    about = dict(tool="memcheck", command="compute-sanitizer", device="a GPU", commit="89abcdef0123", changed=False)
+    return store.write_tables(
+        kept, [{**about, "date": "2026-11-25", "exit_code": 0, "engines": {"MegaBlocks sparse": []}}], folder
+    )
+
+
+def test_it_opens_with_the_articles_claims(tmp_path):
+    whole = of_packages(tmp_path)
+    text = report.write(whole, tmp_path, tmp_path / "article.md").read_text()
+    lines = text.splitlines()
+    assert lines[0] == "# The article's experiment" and lines[2].startswith("## The article's claims")
+    first = lines.index("| the article | found here | why |") + 2
+    sparse, bmm, grouped, memory, fault = lines[first : first + 5]
+    for line, ratio in ((sparse, 3), (bmm, 2), (grouped, 0.5)):
+        assert f"bf16 forward, wall: {ratio:.2f} ({ratio:.2f} to {ratio:.2f}; 3)" in line
+        assert f"bf16 forward+backward, GPU busy: {ratio:.2f}" in line
+    assert "padded_bmm 1 of 3" in memory and "MegaBlocks sparse 0 of 3" in memory
+    assert "MegaBlocks sparse clean" in fault
+    flops = 2 * SOME[0].assignments * 512 * 1024
+    assert f"| block_sparse | 100 ({flops / 1e8:.3g}) |  |" in text
+    assert f"| MegaBlocks sparse | 200 ({flops / 2e8:.3g}) | wrong |" in text
+    assert "Of 24 pairs of times with a learned gate 24 are settled" in text
+
+
+def test_the_published_report_has_both_runs(written, tmp_path):
+    whole, _, _ = written
+    (tmp_path / "article").mkdir()
+    (tmp_path / "article" / "article.json").write_text(json.dumps(whole))
+    alone = report.publish(tmp_path, tmp_path / "article.md").read_text()
+    assert "claims, with the packages" not in alone
+    (tmp_path / "article_peers").mkdir()
+    of_packages(tmp_path / "article_peers")
+    text = report.publish(tmp_path, tmp_path / "article.md").read_text()
+    assert text.index("## The article's claims") < text.index("## What is measured") < text.index("## Runs\n")
+    assert "## Runs with the packages" in text and "](article_peers/ratio_bf16.png)" in text
