@@ -4,7 +4,7 @@
 Alone, or data parallel with the experts spread over the ranks:
 
     python examples/train_lm.py --data FILE
-    torchrun --nproc-per-node 2 examples/train_lm.py --data FILE
+    torchrun --nproc-per-node 2 examples/train_lm.py --data FILE --fsdp
     mpirun -n 2 python examples/train_lm.py --data FILE
     torchrun --nproc-per-node 8 examples/train_lm.py --preset olmoe-1b-7b --data TOKENS --device cuda --compile inductor
 
@@ -24,6 +24,8 @@ from lm_data import open_data
 from lm_metrics import MetricsLog, flops_per_token, gradient_norms, peak_flops, peak_memory
 from lm_model import DEFAULTS as MODEL
 from lm_model import PRESETS, LanguageModel, head_width
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 DEFAULTS = MODEL | dict(  # those of `train_lm --help`, which says what they are
@@ -136,12 +138,20 @@ def train_step(model, optimizer, data, step, options, world, due):
     }
 
 
-def prepared(options):
-    """The model, its dense part compiled as the options say."""
+def prepared(options, world):
+    """The model, its dense part compiled and sharded as the options say."""
     model = LanguageModel(options)
     if options.compile != "none":
         for block in model.blocks:
             block.attend = torch.compile(block.attend, backend=options.compile)
+    if options.fsdp:
+        whole = {parameter for _, parameter in anabranch.expert_parameters(model)}
+        # FSDP takes parameters of one type together: routers are of fp32, and small.
+        whole |= {parameter for parameter in model.parameters() if parameter.dtype != getattr(torch, options.dtype)}
+        mesh = init_device_mesh(torch.device(options.device).type, (world.size,))
+        precision = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(getattr(torch, options.dtype), torch.float32))
+        for module in [*model.blocks, model]:
+            fully_shard(module, mesh=mesh, mp_policy=precision, ignored_params=whole)
     return model
 
 
@@ -149,7 +159,7 @@ def train(options, world):
     data = open_data(options, world)
     if data.vocabulary > options.vocabulary:
         raise SystemExit(f"--data has a vocabulary of {data.vocabulary}, the model one of {options.vocabulary}")
-    model = prepared(options)
+    model = prepared(options, world)
     width = options.layers * options.heads * head_width(options)
     flops = flops_per_token(model, options.top_k, width, options.sequence_length)
     optimizer, log = AdamW(model, options), None
@@ -182,6 +192,7 @@ def options_of(arguments):
     parser.add_argument("--data", required=True, help="token files, any other file, or synthetic:V")
     parser.add_argument("--preset", choices=PRESETS, help="a published model; other options change it")
     parser.add_argument("--compile", default="none", metavar="BACKEND", help="torch.compile of the dense part: inductor")
+    parser.add_argument("--fsdp", action="store_true", help="FSDP2 of all but the experts, under torchrun")
     for name, value in DEFAULTS.items():
         kind = {"action": "store_true"} if value is False else {"type": type(value), "help": f"default: {value}"}
         parser.add_argument("--" + name.replace("_", "-"), default=value, **kind)
@@ -195,7 +206,11 @@ def main():
     if options.device == "cuda":
         options.device = f"cuda:{(anabranch.discover_rank().local_rank or 0) % torch.cuda.device_count()}"
         torch.cuda.set_device(options.device)
+    if options.fsdp:
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in options.device else "gloo")
     train(options, anabranch.as_group())
+    if options.fsdp:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -131,9 +131,11 @@ TINY = "--preset tiny --layers 2 --hidden 32 --expert-hidden 16 --heads 2 --head
 
 def test_a_preset_in_bf16_follows_fp32(tmp_path):
     lines = {dtype: train(ALONE, tmp_path / dtype, *TINY, "--dtype", dtype) for dtype in ("float32", "bfloat16")}
-    for narrow, wide in zip(lines["bfloat16"], lines["float32"], strict=True):
+    lines["sharded"] = train(TORCHRUN, tmp_path / "sharded", *TINY, "--dtype", "bfloat16", "--micro-batch", "1", "--fsdp")
+    for narrow, sharded, wide in zip(lines["bfloat16"], lines["sharded"], lines["float32"], strict=True):
         # A logit has 8 bits, a sum of thousands of tokens' losses more.
         assert narrow["loss"] == pytest.approx(wide["loss"], rel=2**-8)
+        assert sharded["loss"] == pytest.approx(wide["loss"], rel=2**-8)
     assert lines["bfloat16"][-1]["loss"] < lines["bfloat16"][0]["loss"]
 
 
