@@ -17,6 +17,7 @@
 #include "experts/permute.h"
 #include "experts/shared_expert.h"
 #include "moe_options.h"
+#include "overlap_choice.h"
 #include "routing/auxiliary_losses.h"
 #include "support/check.h"
 #include "support/given.h"
@@ -33,19 +34,23 @@ using torch::autograd::variable_list;
 /// What forward leaves for backward besides tensors.
 struct Step : torch::CustomClassHolder {
   Step(const Exchange& exchange, ExchangePlan plan, FeedForward expert, WeightSums main_grad,
-       bool recompute, Travel travel)
+       bool recompute, std::shared_ptr<OverlapChoice> overlap, OverlapChoice::Way way)
       : exchange(exchange),
         plan(std::move(plan)),
         expert(std::move(expert)),
         main_grad(std::move(main_grad)),
         recompute(recompute),
-        travel(travel) {}
+        overlap(std::move(overlap)),
+        way(way),
+        travel(way.degree > 0 ? Travel::kBeside : Travel::kInTurn) {}
 
   Exchange exchange;
   ExchangePlan plan;
   FeedForward expert;
   WeightSums main_grad;
   bool recompute;
+  std::shared_ptr<OverlapChoice> overlap;
+  OverlapChoice::Way way;
   Travel travel;
   std::optional<Dispatching> dispatching;  ///< of the tokens, in forward
 
@@ -139,6 +144,7 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
     const ExchangePlan& plan = step->plan;
 
     const auto dy = gradients[0].contiguous();
+    auto begin = OverlapChoice::begin(step->way, dy.device());
     auto dispatching = stage("anabranch.combine.backward", [&] {
       return step->dispatch({dy, {}});
     });
@@ -165,6 +171,7 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
             .parameters;
     const auto [dx, dweights] =
         stage("anabranch.dispatch.backward", [&] { return combining.finish(); });
+    step->overlap->note(step->way, /*backward=*/true, std::move(begin), dy.device());
 
     return {dx,
             dweights,
@@ -213,12 +220,14 @@ std::vector<Trial> trials_of(const MoEParameters& parameters, const ExchangePlan
 MoEFunction::MoEFunction(const MoEOptions& options, std::shared_ptr<Communicator> communicator)
     : options_(checked(options)),
       exchange_(std::move(communicator), options.num_experts),
-      engine_(make_grouped_gemm_engine(options.device, options.engine)) {}
+      engine_(make_grouped_gemm_engine(options.device, options.engine)),
+      overlap_(std::make_shared<OverlapChoice>(options)) {}
 
 MoEFunction::MoEFunction(const MoEOptions& options, const Exchange& exchange)
     : options_(checked(options)),
       exchange_(exchange),
-      engine_(make_grouped_gemm_engine(options.device, options.engine)) {}
+      engine_(make_grouped_gemm_engine(options.device, options.engine)),
+      overlap_(std::make_shared<OverlapChoice>(options)) {}
 
 MoEFunction MoEFunction::with(torch::Dtype dtype, torch::Device device) const {
   MoEOptions options = options_;
@@ -265,7 +274,9 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
                   communicator);
   }
   // While the counts are on their way to the host: what needs none. On CPUs they are there.
-  const int64_t degree = communicator.size() > 1 ? overlap_degree(options_) : 0;
+  const auto way = overlap_->begin_step(communicator, tokens.device());
+  const int64_t degree = way.degree;
+  auto begin = OverlapChoice::begin(way, tokens.device());
   std::optional<FeedForwardOutput> ahead;
   const auto compute_ahead = [&] {
     const Stage named("anabranch.shared_expert");
@@ -279,11 +290,11 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
   });
   // Rows that travel at once in one piece set out while the plan is made.
   const auto received = degree == 0 && !plan.is_made() ? plan.dispatch(rows) : torch::Tensor();
-  const auto step = c10::make_intrusive<Step>(exchange_,
-                                              in_chunks(plan.get(), std::max<int64_t>(degree, 1),
-                                                        exchange_.placement(), communicator.rank()),
-                                              expert, parameters.main_grad, options_.recompute,
-                                              degree > 0 ? Travel::kBeside : Travel::kInTurn);
+  const auto step =
+      c10::make_intrusive<Step>(exchange_,
+                                in_chunks(plan.get(), std::max<int64_t>(degree, 1),
+                                          exchange_.placement(), communicator.rank()),
+                                expert, parameters.main_grad, options_.recompute, overlap_, way);
   if (received.defined()) {
     step->dispatching.emplace(step->plan, received);
   }
@@ -294,6 +305,7 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
   const auto& [up, down] = parameters.experts;
   auto y = ThroughExperts::apply(rows, routing.weights, up.weight, down.weight, given(up.bias),
                                  given(down.bias), step);
+  overlap_->note(way, /*backward=*/false, std::move(begin), tokens.device());
   if (latent) {
     y = torch::linear(y, parameters.latent_up);
   }

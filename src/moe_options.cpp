@@ -7,6 +7,7 @@
 
 #include "communicator/agreement.h"
 #include "option_fields.h"
+#include "overlap_choice.h"
 #include "routing/rule.h"
 #include "support/check.h"
 
@@ -98,7 +99,7 @@ const MoEOptions& checked(const MoEOptions& options) {
   check_input(options.dtype == torch::kFloat32 || options.dtype == torch::kFloat64 ||
                   options.dtype == torch::kBFloat16 || options.dtype == torch::kFloat16,
               "MoEOptions: dtype = ", options.dtype, ", expected fp32, fp64, bf16 or fp16");
-  overlap_degree(options);
+  OverlapChoice{options};  // refuses what names none
   check_addressable(options.num_experts, options.expert_hidden_size, options.hidden_size);
   check_addressable(1, options.shared_expert_hidden_size, options.hidden_size);
   return options;
@@ -136,16 +137,6 @@ std::shared_ptr<Communicator> agree_on_options(const MoEOptions& options,
                                                std::shared_ptr<Communicator> communicator) {
   check_agreement(*communicator, fields(checked(options)));
   return communicator;
-}
-
-int64_t overlap_degree(const MoEOptions& options) {
-  constexpr std::array<std::pair<const char*, int64_t>, 5> kDegrees = {
-      {{"off", 0}, {"1", 1}, {"2", 2}, {"4", 4}, {"8", 8}}};
-  for (const auto& [name, degree] : kDegrees) {
-    if (options.overlap == name) return degree;
-  }
-  throw InputError(
-      c10::str("MoEOptions: overlap = '", options.overlap, "', expected off, 1, 2, 4 or 8"));
 }
 
 torch::Tensor layer_tokens(const torch::Tensor& x, const MoEOptions& options) {

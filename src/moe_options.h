@@ -13,9 +13,6 @@ const MoEOptions& checked(const MoEOptions& options);
 std::shared_ptr<Communicator> agree_on_options(const MoEOptions& options,
                                                std::shared_ptr<Communicator> communicator);
 
-/// Chunks in which rows travel beside the products; 0: they do not. InputError where `overlap` says neither.
-int64_t overlap_degree(const MoEOptions& options);
-
 /// `x` [..., h] as contiguous tokens [T, h]. InputError unless it is of the layer's type and device.
 torch::Tensor layer_tokens(const torch::Tensor& x, const MoEOptions& options);
 

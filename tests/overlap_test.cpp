@@ -4,7 +4,12 @@
 #include <anabranch/moe_layer.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
+#include <functional>
+#include <thread>
+
 #include "exchange/chunks.h"
+#include "overlap_choice.h"
 #include "support/devices.h"
 #include "support/layer_case.h"
 #include "support/thrown.h"
@@ -77,6 +82,76 @@ TEST(Overlap, GivesTheSameBitsInTwoHops) {
       expect_the_same_at_all_degrees(layer_case, communicator);
     }
   }
+}
+
+/// Past the steps that measure.
+TEST(Overlap, GivesTheSameBitsWhileItIsChosen) {
+  Random random(test_seed());
+  auto layer_case = layer_cases(random, world()->size(), 1).front();
+  layer_case.options.engine = device().is_cuda() ? "cublas_loop_1" : "auto";
+  auto expected_layer = make_layer(layer_case, world());
+  const auto expected = results_of(
+      expected_layer, run_step(expected_layer, layer_case, layer_case.counts, world()->rank()));
+  layer_case.options.overlap = "auto";
+  auto layer = make_layer(layer_case, world());
+  for (int64_t step = 0; step < 4 * OverlapChoice::kRounds + 2; ++step) {
+    SCOPED_TRACE(step);
+    layer->zero_grad();
+    expect_the_same(
+        results_of(layer, run_step(layer, layer_case, layer_case.counts, world()->rank())),
+        expected);
+  }
+}
+
+/// Milliseconds of a forward and of a backward.
+using TimeOf = std::function<int64_t(int64_t degree, bool backward)>;
+
+/// The degrees of `steps` steps that take so long.
+std::vector<int64_t> degrees_of(OverlapChoice& choice, int64_t steps, const TimeOf& time_of) {
+  std::vector<int64_t> degrees;
+  for (int64_t step = 0; step < steps; ++step) {
+    const auto way = choice.begin_step(*world(), torch::kCPU);
+    for (const bool backward : {false, true}) {
+      auto begin = OverlapChoice::begin(way, torch::kCPU);
+      std::this_thread::sleep_for(std::chrono::milliseconds(time_of(way.degree, backward)));
+      choice.note(way, backward, std::move(begin), torch::kCPU);
+    }
+    degrees.push_back(way.degree);
+  }
+  return degrees;
+}
+
+TEST(Overlap, IsChosenByTheSlowestRanksTimes) {
+  ANABRANCH_NEEDS_RANKS(2);
+  MoEOptions options;
+  options.overlap = "auto";
+  const int64_t measuring = 4 * OverlapChoice::kRounds;
+  // Rank 0 would take 1, whose backward is slow elsewhere.
+  OverlapChoice choice(options);
+  const auto degrees = degrees_of(choice, measuring + 2, [](int64_t degree, bool backward) {
+    if (degree == 1) return backward && world()->rank() > 0 ? 60 : 1;
+    return degree == 2 ? 5 : 20;
+  });
+  EXPECT_EQ(std::vector(degrees.begin(), degrees.begin() + 5),
+            (std::vector<int64_t>{0, 1, 2, 4, 0}));
+  EXPECT_EQ(degrees[measuring], 2);
+  EXPECT_EQ(degrees[measuring + 1], 2);
+  OverlapChoice none(options);
+  EXPECT_EQ(
+      degrees_of(none, measuring + 1, [](int64_t degree, bool) { return degree == 0 ? 1 : 10; })
+          .back(),
+      0);
+}
+
+TEST(Overlap, RefusesWaysThatAreNone) {
+  MoEOptions options;
+  for (const char* overlap : {"3", "", "Auto", "on"}) {
+    options.overlap = overlap;
+    EXPECT_THROW(OverlapChoice{options}, InputError) << overlap;
+  }
+  options.overlap = "auto";
+  options.engine = "deterministic";
+  EXPECT_THROW(OverlapChoice{options}, InputError);
 }
 
 MoEOptions small_options(Random& random) {

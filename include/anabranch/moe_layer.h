@@ -49,6 +49,8 @@ struct MoEParameters {
   torch::Tensor latent_up;           ///< [h, latent_size]
 };
 
+class OverlapChoice;
+
 /// A layer whose parameters lie elsewhere: MoELayer, and the operators of other languages, are made
 /// of it. Its calls are collective, as those of MoELayer.
 class MoEFunction {
@@ -83,6 +85,7 @@ class MoEFunction {
   MoEOptions options_;
   Exchange exchange_;
   std::shared_ptr<GroupedGemmEngine> engine_;
+  std::shared_ptr<OverlapChoice> overlap_;
 };
 
 /// `output` as it is; where its gradient passes, `loss` [] gets the gradient `scale` ([]; undefined: 1).

@@ -117,7 +117,9 @@ struct MoEOptions {
   Errors errors = Errors::kLate;
   /// How rows travel between ranks: "off", while a step waits for them; or beside its products, all at once
   /// ("1") or in chunks of whole experts ("2", "4", "8"), of which some travel while others are computed
-  /// (Tutel's pipelining degree). Results and gradients are the same; backward keeps more for longer.
+  /// (Tutel's pipelining degree). Results and gradients are the same; backward keeps more for longer. "auto": the
+  /// first steps, and some of every 2,000, take off, 1, 2 and 4 in turn, the others what was the quickest for the
+  /// slowest rank; not with engine "deterministic".
   std::string overlap = "off";
 
   torch::Dtype dtype = torch::kFloat32;  ///< fp32, fp64, bf16, fp16; the router stays ≥ fp32

@@ -118,7 +118,8 @@ class MoE(nn.Module):
             comes from the layer's next forward, `check` or `finish_gradients`; or "at_call", which waits once a step.
             On CPUs, and on several ranks, always at the call.
         overlap: how rows travel between ranks: "off", while a step waits for them; or beside its products, all at
-            once ("1") or in chunks of whole experts ("2", "4", "8"). Results and gradients are the same.
+            once ("1") or in chunks of whole experts ("2", "4", "8"). Results and gradients are the same. "auto": the first
+            steps, and some of every 2,000, take off, 1, 2 and 4 in turn, the others what was the quickest.
         seed: of the parameters; the same seed gives the same layer at any number of ranks, and that of
             the C++ library. None: drawn from torch's generator, which is then to be the same on all ranks.
         router: False: the layer has no router, and every forward is given its routing, of any top_k.

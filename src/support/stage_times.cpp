@@ -1,7 +1,5 @@
 #include "support/stage_times.h"
 
-#include <c10/core/impl/VirtualGuardImpl.h>
-
 #include <utility>
 
 namespace anabranch {
@@ -12,12 +10,6 @@ constexpr size_t kPending = 512;
 
 thread_local StageTimes* current = nullptr;
 thread_local std::optional<c10::Device> current_device;
-
-c10::Event recorded_now(c10::Device device) {
-  c10::Event event(device.type(), c10::EventFlag::BACKEND_DEFAULT);
-  event.record(c10::impl::VirtualGuardImpl(device.type()).getStream(device));
-  return event;
-}
 
 }  // namespace
 
@@ -31,19 +23,17 @@ StageTimes::Measuring::~Measuring() {
 }
 
 StageTimes::Measured::Measured(const char* name) : times_(current), name_(name) {
-  if (times_ == nullptr) return;
-  begin_ = std::chrono::steady_clock::now();
-  if (!current_device->is_cpu()) event_ = recorded_now(*current_device);
+  if (times_ != nullptr) begin_.emplace(*current_device);
 }
 
 StageTimes::Measured::~Measured() {
   if (times_ == nullptr) return;
   try {
-    if (event_) {
-      times_->add({name_, std::move(*event_), recorded_now(*current_device)});
+    Moment end(*current_device);
+    if (current_device->is_cpu()) {
+      times_->add(name_, end.seconds_since(*begin_));
     } else {
-      const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin_;
-      times_->add(name_, taken.count());
+      times_->add({name_, std::move(*begin_), std::move(end)});
     }
   } catch (const std::exception&) {
     // What failed on the device ends in an error where its results are used.
@@ -67,8 +57,7 @@ void StageTimes::add(OnDevice stage) {
 std::map<std::string, double> StageTimes::seconds() {
   const std::scoped_lock lock(mutex_);
   for (const auto& [name, begin, end] : on_device_) {
-    end.synchronize();
-    seconds_[name] += begin.elapsedTime(end) / 1000;
+    seconds_[name] += end.seconds_since(begin);
   }
   on_device_.clear();
   return seconds_;

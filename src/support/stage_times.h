@@ -1,14 +1,14 @@
 #pragma once
 
 #include <c10/core/Device.h>
-#include <c10/core/Event.h>
 
-#include <chrono>
 #include <map>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
+
+#include "support/moment.h"
 
 namespace anabranch {
 
@@ -40,8 +40,7 @@ class StageTimes {
    private:
     StageTimes* times_;
     const char* name_;
-    std::chrono::steady_clock::time_point begin_;
-    std::optional<c10::Event> event_;
+    std::optional<Moment> begin_;
   };
 
   /// Seconds by stage since the last reset. Waits for stages that a GPU has not ended.
@@ -51,8 +50,8 @@ class StageTimes {
  private:
   struct OnDevice {
     const char* name;
-    c10::Event begin;
-    c10::Event end;
+    Moment begin;
+    Moment end;
   };
 
   void add(const char* name, double seconds);
