@@ -58,7 +58,7 @@ def parser():
     add("--rounds", type=positive(int), default=3, help="turns over which these are spread, each over all cases (3)")
     add("--seed", type=int, default=1, help="of the inputs")
     add("--again", action="store_true", help="measure once more what failed, was wrong, missing or out of memory")
-    add("--continue", dest="published", type=Path, metavar="DIR", help="go on from DIR/article.json, a published one")
+    add("--continue", dest="published", type=Path, nargs="+", metavar="DIR", help="go on from DIR/article.json of each")
     add("--report-only", action="store_true", help="measure nothing")
     add("--publish", action="store_true", help="write benchmarks/results/article and docs/article.md too")
     add("--sanitize", nargs="?", const="memcheck", metavar="TOOL", help="only run the engines under compute-sanitizer")

@@ -13,9 +13,9 @@ import statistics
 import torch
 
 from .measure import why
-from .methods import Unsupported
 from .oracle import ACCUMULATION_ROUNDOFF, unit_roundoff
 from .peers import package
+from .registry import versions
 from .stages import stage_of_kernel
 
 BLOCK = 128
@@ -72,12 +72,10 @@ class MegaBlocks:
         self.stk, arguments = package("stk"), package("megablocks.layers.arguments")
         case = problem.case
         options = dict(hidden_size=case.hidden, ffn_hidden_size=case.expert_hidden, moe_num_experts=case.experts)
-        options.update(bias=False, mlp_impl="sparse", device=problem.device)
+        # Of the layer its topology is used alone; what has sparse experts refuses newer Tritons, which stk does not.
+        options.update(bias=False, mlp_impl="grouped", device=problem.device)
         options.update(fp16=problem.dtype is torch.float16, bf16=problem.dtype is torch.bfloat16)
-        try:
-            layer = package("megablocks.layers.dmoe").ParallelDroplessMLP(arguments.Arguments(**options))
-        except ValueError as error:  # their refusal of newer Tritons
-            raise Unsupported(str(error)) from error
+        layer = package("megablocks.layers.dmoe").ParallelDroplessMLP(arguments.Arguments(**options))
         self.counts, self.width = operands.counts, case.expert_hidden
         self.padded = [-(-count // BLOCK) * BLOCK for count in self.counts]
         bins = torch.tensor(self.padded, device=problem.device).cumsum(0).int()
@@ -129,13 +127,14 @@ def measure(problem, clock, engines):
     sum in fp32, allow as much as `allowed`.
     """
     operands = Operands(problem)
+    of_stk = f"stk, Triton {versions().get('triton')}"
     methods = {engine: (ours(operands, engine), lambda form, result: result) for engine in engines}
     try:
         theirs = MegaBlocks(problem, operands)
-        methods["MegaBlocks sparse"] = (theirs.products(), theirs.as_ours)
+        methods[of_stk] = (theirs.products(), theirs.as_ours)
     except Exception as error:
         status, reason = why(error)
-        yield dict(method="MegaBlocks sparse", form=None, status=status, reason=reason)
+        yield dict(method=of_stk, form=None, status=status, reason=reason)
     found = {}
     for form in ("SDD", "DSD", "DSᵀD", "DDS"):
         expected = operands.expected(form)

@@ -16,16 +16,23 @@ REPEATABLE = ("failed", "wrong", "missing", "out of memory")
 
 
 def adopt(published, folder):
-    """What `published`/article.json has becomes the beginning of `folder`, if nothing has been measured there."""
+    """What DIR/article.json has, of each DIR of `published` in turn, becomes the beginning of `folder`, if nothing has
+    been measured there. A row that several have is the last one's."""
     rows = folder / "rows.jsonl"
     if rows.exists():
         return
-    whole = json.loads((published / "article.json").read_text())
+    sanitized, records, runs = [], [], 0
+    for each in published:
+        whole = json.loads((each / "article.json").read_text())
+        sanitized += whole["sanitizer"]
+        for kind in ("runs", "rates", "rows", "stages", "products"):
+            for record in whole.get(kind, []):
+                own = {name: value for name, value in record.items() if name != "ratio"}
+                records.append({**own, "run": record["run"] + runs})
+        runs += len(whole["runs"])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sanitizer.json").write_text(json.dumps(whole["sanitizer"], indent=1) + "\n")
-    kinds = ("runs", "rates", "rows", "stages", "products")
-    records = [record for kind in kinds for record in whole.get(kind, [])]
-    rows.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "ratio"}) + "\n" for r in records))
+    (folder / "sanitizer.json").write_text(json.dumps(sanitized, indent=1) + "\n")
+    rows.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 class Store:

@@ -228,8 +228,8 @@ def of_packages(folder):
                 kept.add("step", run=0, **row(unit, which, method, memory_limit=16 << 30, **changes))
     own = dict(unit=cases.Unit(SOME[0], "bf16", "learned").name, status="ok", relative=1e-3, allowed=4e-3)
     kept.add("product", run=0, method="block_sparse", form="SDD", ms=0.1, turns=[0.1], **own)
-    kept.add("product", run=0, method="MegaBlocks sparse", form="SDD", ms=0.2, turns=[0.2], **own)
-    kept.add("product", run=0, method="MegaBlocks sparse", form="DDS", ms=0.2, turns=[0.2], **{**own, "status": "wrong"})
+    kept.add("product", run=0, method="stk", form="SDD", ms=0.2, turns=[0.2], **own)
+    kept.add("product", run=0, method="stk", form="DDS", ms=0.2, turns=[0.2], **{**own, "status": "wrong"})
     about = dict(tool="memcheck", command="compute-sanitizer", device="a GPU", commit="89abcdef0123", changed=False)
     return store.write_tables(
         kept, [{**about, "date": "2026-11-25", "exit_code": 0, "engines": {"MegaBlocks sparse": []}}], folder
@@ -250,7 +250,7 @@ def test_it_opens_with_the_articles_claims(tmp_path):
     assert "MegaBlocks sparse clean" in fault
     flops = 2 * SOME[0].assignments * 512 * 1024
     assert f"| block_sparse | 100 ({flops / 1e8:.3g}) |  |" in text
-    assert f"| MegaBlocks sparse | 200 ({flops / 2e8:.3g}) | wrong |" in text
+    assert f"| stk | 200 ({flops / 2e8:.3g}) | wrong |" in text
     assert "Of 24 pairs of times with a learned gate 24 are settled" in text
 
 

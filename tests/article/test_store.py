@@ -50,7 +50,7 @@ def test_what_was_published_is_gone_on_from(run, tmp_path):
     whole = store.write_tables(first.store, [{"tool": "memcheck"}], published)
     rows = first.store.steps()
     (tmp_path / "rows.jsonl").unlink()
-    store.adopt(published, tmp_path)
+    store.adopt([published], tmp_path)
     made = []
     again = run({"a": counted(made), "b": counted(made)})
     assert not made and again.store.steps().keys() == rows.keys()
@@ -58,8 +58,21 @@ def test_what_was_published_is_gone_on_from(run, tmp_path):
     assert all(row["status"] == rows[key]["status"] for key, row in again.store.steps().items())
     assert json.loads((tmp_path / "sanitizer.json").read_text()) == [{"tool": "memcheck"}]
     kept = (tmp_path / "rows.jsonl").read_text()
-    store.adopt(published, tmp_path)  # of what has been measured there, nothing is lost
+    store.adopt([published], tmp_path)  # of what has been measured there, nothing is lost
     assert (tmp_path / "rows.jsonl").read_text() == kept
+
+
+def test_several_published_folders_are_one(run, tmp_path):
+    whole = store.write_tables(run({"a": PlainLoop}).store, [{"tool": "memcheck"}], tmp_path)
+    for name, change in (("first", {}), ("second", {"ms": 77.0})):
+        (tmp_path / name).mkdir()
+        rows = [{**row, **change} for row in whole["rows"] if not change or row["ms"]]
+        (tmp_path / name / "article.json").write_text(json.dumps({**whole, "rows": rows}))
+    store.adopt([tmp_path / "first", tmp_path / "second"], tmp_path / "both")
+    both = store.Store(tmp_path / "both")
+    assert [record["run"] for record in both.of("run")] == [0, 1]
+    assert {(row["ms"], row["run"]) for row in both.steps().values()} == {(77.0, 1), (None, 0)}
+    assert len(json.loads((tmp_path / "both/sanitizer.json").read_text())) == 2
 
 
 def test_a_new_method_is_added(run):
