@@ -377,6 +377,57 @@ experts and exchanges nothing; `exchange`: dispatch and combine by themselves. E
 """
 
 
+def gpu_training(measured):
+    rows = [
+        (
+            case["way"],
+            f"{case['tokens_per_second']:,.0f}",
+            f"{case['model_TFLOP_per_s']:.0f}",
+            f"{case['peak_GiB']:.1f}",
+            str(case.get("micro_batch", case["batch_size"])),
+        )
+        for case in measured["results"]
+    ]
+    case, about = measured["results"][0], measured["provenance"]
+    return f"""## Whole steps of training on a GPU
+
+Qwen3-30B-A3B of {case['layers']} layers and a vocabulary of {case['vocabulary']:,}, bf16, {case['batch_size']} random sequences of
+{case['sequence_length']:,} tokens a step, optimizer included. `train_lm` keeps fp32 masters and main gradients; transformers
+{about['transformers']} (`grouped_mm`, SDPA, torch's fused AdamW) has parameters and states of bf16 alone. **{measured['ratio']:.2f} times**
+as many tokens a second.
+
+{table(("", "tokens/s", "model TFLOP/s", "peak GiB", "sequences at a time"), rows)}
+
+{gpu_provenance(measured, 'benchmarks/gpu/training.py')}
+"""
+
+
+def learning_curves(measured):
+    steps = [list(case["curve"])[index] for case in measured["results"][:1] for index in (0, len(case["curve"]) // 2, -1)]
+    rows = [
+        (
+            case["way"],
+            *(f"{case['curve'][step]:.4f}" for step in steps),
+            f"{case['validation_loss']:.4f}",
+            f"{100 * case['validation_over_fp32']:+.2f} %",
+            f"{100 * case['largest_over_fp32']:.2f} %",
+            f"{case['imbalance']:.2f}",
+        )
+        for case in measured["results"]
+    ]
+    header = ("", *(f"loss to step {step}" for step in steps), "held out", "from fp32", "curve's largest distance", "imbalance")
+    resumed = "the very same" if measured["resumed_is_the_same"] else "another"
+    return f"""## Learning curves
+
+`train_lm --preset tiny`, {measured['results'][0]['steps']:,} steps of one seed and order of the data; losses are means over a
+hundred steps. The run that was stopped and resumed in the middle has {resumed} curve.
+
+{table(header, rows)}
+
+{gpu_provenance(measured, 'benchmarks/gpu/learning_curves.py')}
+"""
+
+
 def place_of(case):
     return case["shape"], case["zipf"]
 
@@ -394,6 +445,8 @@ SECTIONS = {
     "gpu_kernels.json": gpu_kernels,
     "gpu_exchange_*.json": gpu_exchange,
     "gpu_expert_parallel_*.json": gpu_expert_parallel,
+    "gpu_training.json": gpu_training,
+    "gpu_learning_curves.json": learning_curves,
 }
 
 

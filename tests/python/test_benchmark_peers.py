@@ -103,7 +103,7 @@ def test_training_beside_transformers_is_measured(tmp_path):
         pytest.skip("a build without train_lm")
     file = tmp_path / "out.json"
     options = ["--program", program, "--device", "cpu", "--quick", "--rounds", "1", "--steps", "1", "--json", file]
-    environment = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    environment = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, BENCHMARKS / "gpu/training.py", *options], check=True, timeout=120, env=environment)
     measured = json.loads(file.read_text())
     ours, theirs = measured["results"]
@@ -112,3 +112,29 @@ def test_training_beside_transformers_is_measured(tmp_path):
     for row in (ours, theirs):
         # Random tokens of a vocabulary of 40, at the start: nobody knows more.
         assert row["loss"] == pytest.approx(math.log(40), rel=0.1)
+    assert f"**{measured['ratio']:.2f} times**" in report_of(tmp_path, "gpu_training", measured)
+
+
+def report_of(folder, name, measured):
+    """What docs/performance.md would say of it."""
+    measured["provenance"]["gpu"] = "a GPU"
+    (folder / f"{name}.json").write_text(json.dumps(measured))
+    command = [sys.executable, BENCHMARKS / "report.py", "--results", folder, "--output", folder / "report.md"]
+    subprocess.run(command, check=True)
+    return (folder / "report.md").read_text()
+
+
+def test_learning_curves_are_compared(tmp_path):
+    program = Path(anabranch.__file__).parents[2] / "examples/train_lm"
+    if not program.exists():
+        pytest.skip("a build without train_lm")
+    options = ["--program", program, "--data", BENCHMARKS.parent / "README.md", "--device", "cpu", "--steps", "2"]
+    environment = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, BENCHMARKS / "gpu/learning_curves.py", *options, "--json", tmp_path / "out.json"]
+    subprocess.run(script, check=True, timeout=120, env=environment)
+    measured = json.loads((tmp_path / "out.json").read_text())
+    fp32, bf16, *_, muon = measured["results"]
+    assert measured["resumed_is_the_same"] and fp32["validation_over_fp32"] == 0
+    assert 0 < abs(bf16["validation_over_fp32"]) < 2**-8
+    assert muon["validation_loss"] != bf16["validation_loss"]
+    assert "has the very same curve" in report_of(tmp_path, "gpu_learning_curves", measured)
