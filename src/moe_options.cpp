@@ -64,13 +64,15 @@ void check_gate(const MoEOptions& options) {
   if (options.gate == Gate::kTopK) {
     return;
   }
-  const char* name = options.gate == Gate::kGShard ? "kGShard" : "kNoisyTopK";
-  check_input(options.router_score == RouterScore::kSoftmax && options.expert_groups == 1 &&
-                  !options.expert_bias && options.forced_routing == ForcedRouting::kNone,
+  const char* name = name_of(options.gate);
+  check_input(options.expert_groups == 1 && !options.expert_bias &&
+                  options.forced_routing == ForcedRouting::kNone,
               "MoEOptions: gate ", name,
-              " takes softmax scores, one group of experts, no expert_bias and no forced_routing");
+              " takes one group of experts, no expert_bias and no forced_routing");
+  check_input(options.router_score == RouterScore::kSoftmax || options.gate == Gate::kSinkhorn,
+              "MoEOptions: gate ", name, " takes softmax scores");
   check_input(options.gate != Gate::kGShard || (options.top_k == 2 && options.renormalize),
-              "MoEOptions: gate kGShard with top_k = ", options.top_k,
+              "MoEOptions: gate gshard with top_k = ", options.top_k,
               options.renormalize ? "" : " and without renormalize",
               ", expected top_k = 2 and renormalize");
 }

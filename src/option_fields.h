@@ -78,9 +78,9 @@ constexpr auto names_of(Activation) {
                     EnumNames<Activation>{"quick_gelu", Activation::kQuickGelu}};
 }
 constexpr auto names_of(Gate) {
-  return std::array{EnumNames<Gate>{"top_k", Gate::kTopK},
-                    EnumNames<Gate>{"noisy_top_k", Gate::kNoisyTopK},
-                    EnumNames<Gate>{"gshard", Gate::kGShard}};
+  return std::array{
+      EnumNames<Gate>{"top_k", Gate::kTopK}, EnumNames<Gate>{"noisy_top_k", Gate::kNoisyTopK},
+      EnumNames<Gate>{"gshard", Gate::kGShard}, EnumNames<Gate>{"sinkhorn", Gate::kSinkhorn}};
 }
 constexpr auto names_of(RouterScore) {
   return std::array{EnumNames<RouterScore>{"softmax", RouterScore::kSoftmax},

@@ -111,7 +111,10 @@ TEST_F(InputErrorsTest, GroupsThatDoNotFit) {
 }
 
 TEST_F(InputErrorsTest, GatesThatGoWithNoOtherRules) {
-  for (const auto gate : {Gate::kNoisyTopK, Gate::kGShard}) {
+  for (const auto& [gate, name] :
+       std::vector<std::pair<Gate, std::string>>{{Gate::kNoisyTopK, "noisy_top_k"},
+                                                 {Gate::kGShard, "gshard"},
+                                                 {Gate::kSinkhorn, "sinkhorn"}}) {
     const auto refuse = [&](const Change& change) {
       expect_refused(
           [&](MoEOptions& o) {
@@ -119,9 +122,11 @@ TEST_F(InputErrorsTest, GatesThatGoWithNoOtherRules) {
             o.num_experts = 6;
             change(o);
           },
-          gate == Gate::kGShard ? "kGShard" : "kNoisyTopK");
+          name);
     };
-    refuse([](MoEOptions& o) { o.router_score = RouterScore::kSigmoid; });
+    if (gate != Gate::kSinkhorn) {
+      refuse([](MoEOptions& o) { o.router_score = RouterScore::kSigmoid; });
+    }
     refuse([](MoEOptions& o) { o.expert_bias = true; });
     refuse([](MoEOptions& o) { o.expert_groups = 2; });
   }

@@ -25,6 +25,10 @@ enum class Gate {
   /// The best expert, and in training the second one by chance, with probability 2 · its weight
   /// (GShard, arXiv:2006.16668, algorithm 1). Where it is not taken the token has one assignment.
   kGShard,
+  /// In training the top_k best after Sinkhorn's scaling of a rank's own tokens to equal loads, weighed by their
+  /// plain scores; in evaluation the top_k best (S-BASE, arXiv:2202.01169; Megatron-Core's sinkhorn). A token's
+  /// experts so depend on the others of its rank, also on later ones.
+  kSinkhorn,
 };
 
 /// What makes a logit a score.

@@ -73,6 +73,8 @@ def _refuse(of: Configuration) -> None:
 def _losses(of: Configuration) -> dict[str, Any]:
     """Coefficients: each of one loss, or of a list of them."""
     kinds = of.get("moe_router_load_balancing_type", default="none")
+    if kinds == "sinkhorn":
+        kinds = "none"  # a gate, see _scores
     coefficients = of.get("moe_aux_loss_coeff", default=0.0)
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
     coefficients = [float(each) for each in (coefficients if isinstance(coefficients, (list, tuple)) else [coefficients])]
@@ -92,6 +94,8 @@ def _scores(of: Configuration, top_k: int) -> dict[str, Any]:
     score = of.get("moe_router_score_function", default="softmax")
     before = of.get("moe_router_pre_softmax", default=False)
     of.only("moe_router_score_function", "softmax", "sigmoid", "sqrtsoftplus", why="expected one of these")
+    if of.get("moe_router_load_balancing_type", default="none") == "sinkhorn":
+        return {"gate": "sinkhorn", "router_score": "sigmoid" if top_k == 1 else "softmax", "renormalize": False}
     if score != "softmax":
         return {"router_score": {"sqrtsoftplus": "sqrt_softplus"}.get(score, score), "renormalize": top_k > 1}
     if top_k == 1 and not before:

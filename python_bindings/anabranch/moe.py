@@ -91,7 +91,8 @@ class MoE(nn.Module):
         latent_size: tokens go to the experts as rows of this width, projected down before the exchange and up
             after it (LatentMoE, arXiv:2601.18089); router and shared expert see them whole. 0: as they are.
         gate: "top_k"; "noisy_top_k" (arXiv:1701.06538); "gshard", the second expert by chance
-            (arXiv:2006.16668).
+            (arXiv:2006.16668); "sinkhorn", in training the best after Sinkhorn's scaling to equal loads, by which a token's
+            experts depend on the other tokens of its rank (S-BASE, arXiv:2202.01169).
         router_score: "softmax", "sigmoid" or "sqrt_softplus" of the logits.
         renormalize: the weights of a token's top_k experts sum to 1; not with top_k = 1, whose router
             would have no gradient.

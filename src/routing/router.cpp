@@ -4,11 +4,13 @@
 
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "routing/gate.h"
 #include "routing/noisy_top_k.h"
 #include "routing/route.h"
 #include "routing/rule.h"
+#include "routing/sinkhorn.h"
 #include "support/check.h"
 #include "support/initialize.h"
 #include "support/stage.h"
@@ -59,6 +61,22 @@ Routing gshard(const torch::Tensor& x, const torch::Tensor& weight, const MoEOpt
     routing.weights = routing.weights.masked_fill(~kept, 0);
     routing.may_skip = true;
   }
+  return routing;
+}
+
+Routing sinkhorn(const torch::Tensor& x, const torch::Tensor& weight, const MoEOptions& options,
+                 bool training, RoutingConditions conditions) {
+  const auto rule = routing_rule(options);
+  if (!training || conditions.expert_ids.defined()) return route_rows(x, weight, rule, conditions);
+  const auto logits = gate_logits(x, weight);
+  RoutingConditions of_choice;
+  of_choice.padding_mask = conditions.padding_mask;
+  const auto scaled = logits.detach() + sinkhorn_bias(logits.detach(), conditions.padding_mask);
+  const auto choice = route(scaled, {.top_k = options.top_k, .renormalize = false}, of_choice);
+  conditions.expert_ids = choice.expert_ids;
+  auto routing = route(logits, rule, conditions);
+  routing.first_nonfinite_token = choice.first_nonfinite_token;
+  routing.may_skip = conditions.padding_mask.defined();
   return routing;
 }
 
@@ -163,6 +181,9 @@ Routing route_tokens(const torch::Tensor& x, const RouterParameters& parameters,
       break;
     case Gate::kGShard:
       routing = gshard(gate_input, weight, options, training, conditions);
+      break;
+    case Gate::kSinkhorn:
+      routing = sinkhorn(gate_input, weight, options, training, std::move(conditions));
       break;
   }
   if (options.router_fp64) {

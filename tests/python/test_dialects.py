@@ -230,7 +230,7 @@ def test_options(name):
         ("megatron", {"moe_router_score_function": "tanh"}, "tanh"),
         ("megatron", {"moe_aux_loss_coeff": [0.1, 0.2]}, "each with a coefficient"),
         ("megatron", {"moe_router_dtype": "bf16"}, "moe_router_dtype"),
-        ("megatron", {"moe_router_load_balancing_type": "sinkhorn"}, "sinkhorn"),
+        ("megatron", {"moe_router_load_balancing_type": ["sinkhorn"]}, "sinkhorn"),
         ("megatron", {"moe_apply_probs_on_input": True}, "moe_apply_probs_on_input"),
         ("megatron", {"moe_latent_size": 4, "add_bias_linear": True}, "moe_latent_size"),
         ("megatron", {"moe_of_tomorrow": 4}, "moe_of_tomorrow = 4: this option is not known"),

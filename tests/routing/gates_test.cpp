@@ -4,8 +4,11 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <tuple>
+#include <vector>
 
 #include "reference/router.h"
+#include "routing/sinkhorn.h"
 #include "support/devices.h"
 #include "support/random.h"
 #include "support/thrown.h"
@@ -160,6 +163,84 @@ TEST_F(GatesTest, SameSeedSameRouting) {
     EXPECT_TRUE(ids(5).equal(ids(5)));
     EXPECT_FALSE(ids(5).equal(ids(6)));
   }
+}
+
+/// Rows and columns of exp(logits) to equal sums in turn, as often as the gate does; multiplied out.
+torch::Tensor scaled_by_sinkhorn(const torch::Tensor& logits) {
+  const auto cost = logits.to(torch::kCPU, torch::kFloat64).exp();
+  auto columns = torch::ones({cost.size(1)}, torch::kFloat64);
+  auto rows = torch::ones({cost.size(0)}, torch::kFloat64);
+  for (int64_t round = 0; round < kSinkhornRounds; ++round) {
+    rows = 1 / (cost.size(0) * (cost * columns).sum(1));
+    columns = 1 / (cost.size(1) * (cost * rows.unsqueeze(1)).sum(0));
+  }
+  return cost * columns * rows.unsqueeze(1);
+}
+
+TEST_F(GatesTest, SinkhornEqualsItsFormulas) {
+  for (const auto score : {RouterScore::kSoftmax, RouterScore::kSigmoid}) {
+    for (const auto& [tokens, experts, top_k] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{
+             {40, 6, 2}, {40, 5, 1}, {7, 4, 4}, {2, 3, 1}, {0, 4, 2}}) {
+      SCOPED_TRACE(c10::str("T ", tokens, " E ", experts, " k ", top_k));
+      auto of = options(Gate::kSinkhorn, experts, top_k);
+      of.router_score = score;
+      of.renormalize = false;
+      Router router(of);
+      const auto x = on_device(random_.normal({tokens, 12})).requires_grad_();
+      const auto dweights = on_device(random_.normal({tokens, top_k}));
+      const auto routing = router->forward(x);
+      (routing.weights * dweights).sum().backward();
+
+      const auto x2 = x.detach().clone().requires_grad_();
+      const auto logits = x2.matmul(router->weight.detach().t());
+      const auto wanted = std::get<1>(scaled_by_sinkhorn(logits.detach()).topk(top_k, 1));
+      EXPECT_TRUE(routing.expert_ids.cpu().equal(wanted));
+      const auto scores =
+          score == RouterScore::kSoftmax ? torch::softmax(logits, 1) : torch::sigmoid(logits);
+      const auto weights = scores.gather(1, routing.expert_ids);
+      (weights * dweights).sum().backward();
+      EXPECT_TRUE(close(routing.weights, weights, tolerance(torch::kFloat64, 40, 4)));
+      EXPECT_TRUE(close(x.grad(), x2.grad(), tolerance(torch::kFloat64, 40 * experts, 100)));
+
+      router->eval();
+      EXPECT_TRUE(router->forward(x).expert_ids.cpu().equal(
+          std::get<1>(logits.detach().topk(top_k, 1)).cpu()));
+      router->train();
+    }
+  }
+}
+
+/// Logits that all prefer one expert, by more than tokens differ.
+TEST_F(GatesTest, SinkhornBalances) {
+  constexpr int64_t kTokens = 2000;
+  constexpr int64_t kExperts = 8;
+  auto of = options(Gate::kSinkhorn, kExperts, 1);
+  of.renormalize = false;
+  Router router(of);
+  auto x = random_.normal({kTokens, 12});
+  x.select(1, 0).fill_(1);
+  {
+    const torch::NoGradGuard no_grad;
+    router->weight.select(1, 0).zero_();
+    router->weight[3][0] = 6;
+  }
+  const auto counts = router->forward(on_device(x)).counts;
+  EXPECT_LT(counts.max().item<int64_t>(), 2 * kTokens / kExperts);
+  router->eval();
+  EXPECT_EQ(router->forward(on_device(x)).counts[3].item<int64_t>(), kTokens);
+}
+
+/// It is refused as ever, and changes nobody else's choice.
+TEST_F(GatesTest, SinkhornLeavesOutATokenThatIsNotFinite) {
+  Router router(options(Gate::kSinkhorn, 6, 2));
+  auto x = random_.normal({30, 12});
+  const auto without =
+      router->forward(on_device(torch::cat({x.narrow(0, 0, 7), x.narrow(0, 8, 22)})));
+  x[7][2] = std::nan("");
+  const auto routing = router->forward(on_device(x));
+  EXPECT_EQ(routing.first_nonfinite_token.item<int64_t>(), 7);
+  EXPECT_TRUE(routing.expert_ids.narrow(0, 0, 7).equal(without.expert_ids.narrow(0, 0, 7)));
+  EXPECT_TRUE(routing.expert_ids.narrow(0, 8, 22).equal(without.expert_ids.narrow(0, 7, 22)));
 }
 
 TEST_F(GatesTest, ExpertBiasFollowsTheLoad) {
