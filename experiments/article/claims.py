@@ -4,8 +4,10 @@ from collections import Counter
 
 from . import plots, sanitize
 from .cases import PASSES, TYPES
-from .questions import sanitizer_results, spread, unit_label
-from .tables import GIB, busy_settled, grid_table, methods_in, milliseconds, select, settled, table
+from .questions import sanitizer_results, spread, stage_tables, unit_label
+from .tables import (
+    GIB, busy_settled, case_label, cases_in, grid_table, methods_in, milliseconds, select, settled, table,
+)  # fmt: skip
 
 LOOPS = ("cublas_loop_1", "cublas_loop_2", "cublas_loop_4", "cublas_loop_8")
 SPARSE = ("MegaBlocks sparse", "MegaBlocks sparse lean")
@@ -14,7 +16,8 @@ ARTICLE_LIMIT = 16 * GIB
 PACKAGES = """MegaBlocks 0.10.0, stanford-stk 0.7.1 and grouped_gemm 0.3.0 are PyPI's. MegaBlocks' own operators do not compile with
 CUDA 13 as they come (`csrc/cumsum.h` gives CUB's DeviceScan a `debug_synchronous` that it no longer takes): that argument
 was left out, in two calls. Its sparse products refuse Triton 3.2 and newer, so all methods ran beside Triton 3.1.0, whose
-kernels theirs are; LibTorch's and ours do not use it.
+kernels theirs are; LibTorch's and ours do not use it. ScatterMoE is not on PyPI: its repository's 47b5e15 was tried, and
+does not compile beside that Triton but for one forward.
 """
 # How a pair of times is known: (its word, where in a row, whether it is settled).
 WALL = ("wall", "ms", settled)
@@ -55,6 +58,22 @@ def compared(rows, methods, others):
     return "<br>".join(said) or "not measured"
 
 
+def without_routing(stages, methods):
+    """For a cell: a step's milliseconds in its trace but for routing, over cublas_loop_1's, which overlaps nothing."""
+    found = {}
+    for record in stages:
+        rest = sum(ms for stage, ms in record["ms"].items() if stage != "routing")
+        found[record["unit"], record["method"]] = rest, record["ms"]["GEMM"]
+    said = []
+    for (unit, method), (rest, products_alone) in found.items():
+        loop = found.get((unit, "cublas_loop_1"))
+        if loop and method == methods[0]:
+            said.append(
+                f"{unit_label(unit).partition(',')[0]}: all but routing {rest / loop[0]:.2f}, products alone {products_alone / loop[1]:.2f}"
+            )
+    return "<br>".join(said)
+
+
 def out_of_memory(rows, method):
     """Cases that a method cannot run within the article's memory, forward and backward, of those tried."""
     held = select(rows, method=method, memory_limit=ARTICLE_LIMIT, routing="learned")
@@ -64,12 +83,14 @@ def out_of_memory(rows, method):
 
 
 def survivors(rows):
-    said = []
-    for method in methods_in(select(rows, memory_limit=ARTICLE_LIMIT)):
-        failed, tried = out_of_memory(rows, method)
+    counts = {m: out_of_memory(rows, m) for m in methods_in(select(rows, memory_limit=ARTICLE_LIMIT))}
+    by_count = {}
+    for method, (failed, tried) in counts.items():
         if tried:
-            said.append(f"{method} {failed} of {tried}")
-    return ", ".join(said) or "not measured"
+            by_count.setdefault(f"{failed} of {tried} cases", []).append(method)
+    types = ", ".join(dtype for dtype in TYPES if select(rows, memory_limit=ARTICLE_LIMIT, dtype=dtype))
+    said = "; ".join(f"{count}: {', '.join(methods)}" for count, methods in by_count.items())
+    return f"{types}: {said}" if said else "not measured"
 
 
 def faults(whole):
@@ -82,39 +103,48 @@ def faults(whole):
     return ", ".join(f"{engine} {result}" for engine, result in found.items()) or "not run"
 
 
-def claims(whole):
-    rows = whole["rows"]
+def claims(whole, limited):
+    """`limited`: rows among which those within the article's memory are."""
+    rows, stages = whole["rows"], whole["stages"]
     lines = [
         (
             "A loop of cuBLAS products beats MegaBlocks' sparse implementation",
-            "MegaBlocks sparse over the fastest loop: " + compared(rows, SPARSE, LOOPS),
-            "Their Triton kernels are of one shape, 128 × 128 × 32 with four warps, and Triton makes of them what it "
-            "makes of any product. On Hopper cuBLAS has kernels of its own for each shape, with TMA and warps that "
-            "load for others that multiply. On a V100 both had the same instructions, and Triton little for it.",
+            f"MegaBlocks sparse over the fastest loop:<br>{compared(rows, SPARSE, LOOPS)}<br>from traces, forward and "
+            f"backward:<br>{without_routing(stages, SPARSE)}",
+            "Not the method: ours of it (block_sparse, with TMA and warps that load for others) is quicker than the loop "
+            "on small cases, where one expert's product does not fill the GPU, and as quick on the larger. stk's kernels "
+            "have one tile, 128 × 128 × 32 with four warps, and load through pointers: they too are quicker than the "
+            "loop's where products are small, and lose where they are large; what is around them in MegaBlocks loses on "
+            "both. A V100 has no TMA: what Triton's compiler lost to cuBLAS there, nothing here can show.",
         ),
         (
             "The loop beats padded bmm",
-            "padded_bmm over the fastest loop: " + compared(rows, ("padded_bmm",), LOOPS),
-            "Every expert has as many rows as the fullest: under a split as uneven as the article's twice as many as "
-            "there are. Where all counts are equal it pads nothing and is one launch.",
+            f"padded_bmm over the fastest loop:<br>{compared(rows, ('padded_bmm',), LOOPS)}",
+            "Every expert has as many rows as the fullest, which are copied there and back. Where all counts are equal "
+            "nothing is padded, and on the largest cases it is nearly as fast (Time, below).",
         ),
         (
             "The loop loses to MegaBlocks' grouped implementation",
-            "MegaBlocks grouped over the fastest loop: " + compared(rows, GROUPED, LOOPS),
+            f"MegaBlocks grouped over the fastest loop:<br>{compared(rows, GROUPED, LOOPS)}<br>from traces, forward and "
+            f"backward:<br>{without_routing(stages, GROUPED)}",
             "`grouped_gemm` as PyPI has it *is* a loop of cuBLAS products on one stream (its CUTLASS kernel is for who "
-            "builds it with `GROUPED_GEMM_CUTLASS=1`): what differs is what stands around the products, so the claim "
-            "compares two programs' permutations and hosts, not two ways to multiply.",
+            "builds it with `GROUPED_GEMM_CUTLASS=1`). What differs is around the products: gate, permutation, and the "
+            "host, which launches more. So the claim compares two programs, not two ways to multiply. Ours takes no "
+            "algorithm of cuBLAS's that splits a sum, since such lost rows (question 4), which may cost it some speed.",
         ),
         (
             "bmm fails 30 % of the cases for memory",
-            f"Out of memory within {ARTICLE_LIMIT / GIB:g} GiB, forward and backward: {survivors(rows)}",
-            "Memory of inputs, parameters and gradients is the same for all; padding is what bmm has beyond it.",
+            f"Out of memory within {ARTICLE_LIMIT / GIB:g} GiB, forward and backward, learned gate: {survivors(limited)}",
+            "A learned gate at its start is nearly even, so that little is padded; what is beyond 16 GiB is beyond it for "
+            "all, but for one case of bmm's. MegaBlocks takes more memory than bmm where both were measured (below): it "
+            "keeps its gathered rows, and the outputs of all of them, for backward.",
         ),
         (
             f"Triton's kernels fault at ({', '.join(map(str, sanitize.SIZES))})",
-            f"compute-sanitizer's memcheck: {faults(whole)}",
-            "No index of that case comes near 32 bits. What does: stk computes a block's address as its number times "
-            "128 × 128 in 32 bits, so that S may have 131,071 blocks, and 64×1024 h8192 E8 k8 has 524,288.",
+            f"compute-sanitizer's memcheck, forward and backward, even and uneven: {faults(whole)}",
+            "No index of that case comes near 32 bits. By its source, which was not run there, stk will fail elsewhere: "
+            "it computes a block's place as its number times 128 × 128 in 32 bits, so that S may have 131,072 blocks, "
+            "and 64×1024 h8192 E8 k8 has 524,288.",
         ),
     ]
     return table(("the article", "found here", "why"), lines)
@@ -186,7 +216,7 @@ def product_cell(record, flops):
 
 def peer_times(rows, image):
     """Times of every method that was in turns with the packages."""
-    text = "\n### Times beside ours\n"
+    text = "\n### Times and memory beside ours\n"
     free = select(rows, memory_limit=None)
     for dtype in TYPES:
         own = select(free, dtype=dtype, routing="learned")
@@ -196,19 +226,40 @@ def peer_times(rows, image):
         for which in PASSES:
             here = [row for row in own if row["pass"] == which]
             text += f"\nMilliseconds, {dtype}, {which}, learned routing:\n\n{grid_table(here, milliseconds)}\n"
+            text += f"\nPeak GiB, {dtype}, {which}, learned routing:\n\n{grid_table(here, gib)}\n"
         text += image.take()
     return text
 
 
-def opening(whole, image, methods):
-    """`methods`: the report's section of methods, for these rows."""
+def gib(row):
+    return f"{row['peak_bytes'] / GIB:.3g}"
+
+
+def stages(whole, image):
+    if not whole["stages"]:
+        return ""
+    text = """
+### Where their time goes
+
+As in question 5. MegaBlocks permutes and combines by one kernel, which is counted as permutation.
+"""
+    return text + stage_tables(whole, image)
+
+
+def opening(whole, image, methods, limited):
+    """`methods`: the report's section of methods, for these rows. `limited`: as for `claims`."""
     rows = whole["rows"]
+    free = select(rows, memory_limit=None)
+    names = ", ".join(map(case_label, cases_in(free)))
+    kinds = ", ".join(dict.fromkeys(f"{row['dtype']} with {row['routing']} routing" for row in free))
     return f"""## The article's claims, with the packages themselves
 
-Ratios are medians (least to most; over how many cases), of times that are settled; above 1 the loop is faster.
+Ratios are medians (least to most; over how many cases), of times that are settled; above 1 the loop is faster. The
+packages stand behind a gate in plain PyTorch, the loop has its layer's router: what traces say leaves that out. Measured:
+{names}, {kinds}; the rest of the grid has not been with the packages.
 
-{claims(whole)}
+{claims(whole, limited)}
 
 {PACKAGES}
 {methods}
-{sanitizer_results(whole)}{peer_times(rows, image)}{small_cases(rows)}{products(whole.get("products", []))}"""
+{sanitizer_results(whole)}{peer_times(rows, image)}{small_cases(rows)}{products(whole.get("products", []))}{stages(whole, image)}"""

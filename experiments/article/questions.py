@@ -225,6 +225,11 @@ of its kernels, which may run side by side. Where an activation is in a product'
 kernels are told apart by their names. Beside their sum stands the step's own time, measured without a trace: what it
 has beyond the sum, the GPU waits for its host.
 """
+    return text + stage_tables(whole, image)
+
+
+def stage_tables(whole, image):
+    records, text = whole["stages"], ""
     steps = {
         (row["unit"], row["method"]): row["ms"]
         for row in select(whole["rows"], memory_limit=None)

@@ -208,7 +208,9 @@ def write(whole, folder, document, peers=None):
     parts = ["# The article's experiment\n"]
     if peers or claims.known(whole):
         theirs, its_folder = peers or (whole, folder)
-        parts.append(claims.opening(theirs, Images(its_folder, document), methods(theirs, "### The packages")))
+        of_methods = methods(theirs, "### The packages")
+        known = theirs["rows"] + rows if peers else rows
+        parts.append(claims.opening(theirs, Images(its_folder, document), of_methods, known))
     parts += [about(whole), methods(whole), times(rows, image), memory(rows, image), "## What the article left open"]
     parts += [question(whole, image) for question in QUESTIONS]
     parts.append(runs(whole))

@@ -26,9 +26,9 @@ def settled(row):
 
 
 def busy_settled(row):
-    """The same of the GPU's time."""
-    turns = row.get("busy_turns")
-    return bool(turns) and max(turns) <= SETTLED * min(turns)
+    """The same of the GPU's time, of two turns at least."""
+    turns = row.get("busy_turns") or []
+    return len(turns) > 1 and max(turns) <= SETTLED * min(turns)
 
 
 def comparable(rows):

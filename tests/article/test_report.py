@@ -226,6 +226,9 @@ def of_packages(folder):
                 failed = method == "padded_bmm" and case is SOME[1]
                 changes = dict(status="out of memory", reason="too much", **NOTHING) if failed else {}
                 kept.add("step", run=0, **row(unit, which, method, memory_limit=16 << 30, **changes))
+    for method, scale in PACKAGES.items():
+        times = {stage: 100.0 if stage == "routing" else scale for stage in stages.STAGES}
+        kept.add("stages", run=0, unit=cases.Unit(SOME[0], "bf16", "learned").name, method=method, ms=times)
     own = dict(unit=cases.Unit(SOME[0], "bf16", "learned").name, status="ok", relative=1e-3, allowed=4e-3)
     kept.add("product", run=0, method="block_sparse", form="SDD", ms=0.1, turns=[0.1], **own)
     kept.add("product", run=0, method="stk", form="SDD", ms=0.2, turns=[0.2], **own)
@@ -246,7 +249,8 @@ def test_it_opens_with_the_articles_claims(tmp_path):
     for line, ratio in ((sparse, 3), (bmm, 2), (grouped, 0.5)):
         assert f"bf16 forward, wall: {ratio:.2f} ({ratio:.2f} to {ratio:.2f}; 3)" in line
         assert f"bf16 forward+backward, GPU busy: {ratio:.2f}" in line
-    assert "padded_bmm 1 of 3" in memory and "MegaBlocks sparse 0 of 3" in memory
+    assert "0 of 3 cases: cublas_loop_1, MegaBlocks grouped, MegaBlocks sparse; 1 of 3 cases: padded_bmm" in memory
+    assert "16×1024 h512 E8 k3: all but routing 3.00, products alone 3.00" in sparse
     assert "MegaBlocks sparse clean" in fault
     flops = 2 * SOME[0].assignments * 512 * 1024
     assert f"| block_sparse | 100 ({flops / 1e8:.3g}) |  |" in text
