@@ -124,8 +124,8 @@ def as_lines(whole):
     """JSON with a line for each record of each list."""
     parts = []
     for name, records in whole.items():
-        lines = ",\n  ".join(json.dumps(record) for record in records)
-        parts.append(f" {json.dumps(name)}: [\n  {lines}\n ]")
+        lines = "".join(f"\n  {json.dumps(record)}," for record in records).removesuffix(",")
+        parts.append(f" {json.dumps(name)}: [{lines}\n ]")
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
