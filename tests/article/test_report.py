@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from article import cases, measure, questions, report, stages, store, tables
+from article import cases, measure, plots, questions, report, stages, store, tables
 
 GRID = {case.tuple: case for case in cases.grid()}
 SOME = [GRID["16,1024,512,8,3"], GRID["64,1024,1024,8,3"], GRID["16,1024,512,4,4"]]
@@ -30,6 +30,17 @@ def row(unit, which, method, memory_limit=None, **changes):
 
 
 NOTHING = dict(ms=None, tflops=None, peak_bytes=None, errors={}, steps=0, turns=[])
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """For tests of the text: plots are made and not written, which takes most of a report's time."""
+
+    def save(figure, folder, name):
+        plots.plt.close(figure)
+        return folder / f"{name}.png"
+
+    monkeypatch.setattr(plots, "save", save)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +95,7 @@ def test_tables_of_time(written):
     assert "| block_sparse | wrong | 11 |" in text and "dup errs by 1, 7.5 times" in text
 
 
-def test_times_that_are_not_settled(tmp_path):
+def test_times_that_are_not_settled(tmp_path, without_pictures):
     kept = store.Store(tmp_path)
     kept.add("run", **RUN)
     for case, routing in ((case, routing) for case in SOME[:2] for routing in cases.ROUTINGS):
@@ -171,7 +182,7 @@ def test_predicted_times_follow_the_curve():
     assert questions.interpolated([(100, 1.0)], 0) == 0
 
 
-def test_what_has_not_been_run_is_said(tmp_path):
+def test_what_has_not_been_run_is_said(tmp_path, without_pictures):
     kept = store.Store(tmp_path)
     kept.add("run", **{**RUN, "small": True})
     unit = cases.Unit(SOME[0], "bf16", "learned")
@@ -239,7 +250,7 @@ def of_packages(folder):
     )
 
 
-def test_it_opens_with_the_articles_claims(tmp_path):
+def test_it_opens_with_the_articles_claims(tmp_path, without_pictures):
     whole = of_packages(tmp_path)
     text = report.write(whole, tmp_path, tmp_path / "article.md").read_text()
     lines = text.splitlines()
@@ -258,7 +269,7 @@ def test_it_opens_with_the_articles_claims(tmp_path):
     assert "Of 24 pairs of times with a learned gate 24 are settled" in text
 
 
-def test_the_published_report_has_both_runs(written, tmp_path):
+def test_the_published_report_has_both_runs(written, tmp_path, without_pictures):
     whole, _, _ = written
     (tmp_path / "article").mkdir()
     (tmp_path / "article" / "article.json").write_text(json.dumps(whole))
