@@ -20,4 +20,5 @@
 #include <anabranch/gradient_reducer.h>
 #include <anabranch/optimizers.h>
 #include <anabranch/checkpoint.h>
+#include <anabranch/safetensors.h>
 #include <anabranch/error.h>

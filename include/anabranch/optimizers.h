@@ -3,6 +3,7 @@
 #include <anabranch/gradients.h>
 #include <anabranch/parameters.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -85,5 +86,16 @@ struct MuonOptions {
 std::unique_ptr<ParallelOptimizer> make_muon(const std::vector<MuonParameter>& matrices,
                                              const std::vector<ParallelParameter>& others,
                                              const MuonOptions& options);
+
+using OptimizerMaker =
+    std::function<std::unique_ptr<ParallelOptimizer>(const std::vector<ParallelParameter>&)>;
+
+/// ZeRO's first stage (arXiv:1910.02054) over what `make` makes: every parameter is updated by one of the
+/// ranks that have it, which alone has its master and state, and then sent to the others. Replicated
+/// parameters lie over the world, each as a whole; experts over their replicas, each for itself. Parameters,
+/// state and checkpoints have the bits they have without. `step` is collective over the world.
+std::unique_ptr<ParallelOptimizer> make_sharded_optimizer(
+    const std::vector<ParallelParameter>& parameters, const ParallelGroups& groups,
+    const OptimizerMaker& make);
 
 }  // namespace anabranch

@@ -16,6 +16,10 @@ struct ParallelParameter {
   int64_t first_expert = 0;      ///< global number of this rank's first expert
   int64_t num_experts = 0;       ///< experts over all ranks
   torch::Tensor main_grad = {};  ///< takes the place of the parameter's grad() where defined
+  /// An optimizer's state that one rank alone has of those that have the parameter: that rank of the world,
+  /// and `tensor` is a meta tensor elsewhere. Of an expert's state every rank has its own part, and is the
+  /// owner. −1: they all have it.
+  int64_t owner = -1;
 
   const torch::Tensor& gradient() const { return main_grad.defined() ? main_grad : tensor.grad(); }
 };

@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 #include <anabranch/checkpoint.h>
 #include <anabranch/error.h>
+#include <anabranch/safetensors.h>
 
 #include <algorithm>
 #include <set>
@@ -9,7 +10,6 @@
 #include "checkpoint/file.h"
 #include "checkpoint/index.h"
 #include "checkpoint/optimizer_state.h"
-#include "checkpoint/safetensors.h"
 #include "checkpoint/state.h"
 
 namespace anabranch {
@@ -167,15 +167,23 @@ ParameterState read_state(const ExpectedState& expected, TensorSource& source) {
   return state;
 }
 
-/// This rank's part of each, on the CPU.
+/// This rank's part of each, on the CPU; undefined for those that it has no part of.
 std::vector<torch::Tensor> read_parts(const std::vector<ParallelParameter>& tensors,
                                       TensorSource& source) {
   std::vector<torch::Tensor> parts;
   for (const auto& tensor : tensors) {
-    parts.push_back(at::empty(tensor.tensor.sizes(), tensor.tensor.options().device(at::kCPU)));
+    parts.emplace_back();
+    if (tensor.tensor.is_meta()) continue;  // another rank's
+    parts.back() = at::empty(tensor.tensor.sizes(), tensor.tensor.options().device(at::kCPU));
     read_part(tensor, source, parts.back());
   }
   return parts;
+}
+
+void put(const std::vector<torch::Tensor>& parts, const std::vector<ParallelParameter>& tensors) {
+  for (size_t i = 0; i < parts.size(); ++i) {
+    if (parts[i].defined()) tensors[i].tensor.copy_(parts[i]);
+  }
 }
 
 /// Rank 0's. Collective.
@@ -260,7 +268,7 @@ CheckpointMetadata load_checkpoint(const fs::path& directory, torch::nn::Module&
     check_names(tensors, index, source, /*with_optimizer=*/true);
     parts = read_parts(tensors, source);
   });
-  for (size_t i = 0; i < parts.size(); ++i) tensors[i].tensor.copy_(parts[i]);
+  put(parts, tensors);
   return index.metadata;
 }
 
@@ -287,7 +295,7 @@ void load_checkpoint(const fs::path& directory, const std::string& index,
     check_names(tensors, parsed, source, with_optimizer);
     parts = read_parts(tensors, source);
   });
-  for (size_t i = 0; i < parts.size(); ++i) tensors[i].tensor.copy_(parts[i]);
+  put(parts, tensors);
 }
 
 }  // namespace anabranch

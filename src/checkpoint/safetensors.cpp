@@ -1,7 +1,6 @@
-#include "checkpoint/safetensors.h"
-
 #include <ATen/ATen.h>
 #include <anabranch/error.h>
+#include <anabranch/safetensors.h>
 #include <zlib.h>
 
 #include <algorithm>
@@ -10,6 +9,7 @@
 #include <nlohmann/json.hpp>
 #include <utility>
 
+#include "checkpoint/file.h"
 #include "support/json.h"
 
 namespace anabranch {
@@ -184,9 +184,11 @@ WrittenFile write_safetensors(const std::filesystem::path& path, std::vector<Nam
 }
 
 SafetensorsReader::SafetensorsReader(const std::filesystem::path& path)
-    : path_(path.string()), file_(File::open(path)), file_bytes_(file_.size()) {
+    : path_(path.string()),
+      file_(std::make_unique<File>(File::open(path))),
+      file_bytes_(file_->size()) {
   try {
-    const auto header = read_header(file_, file_bytes_);
+    const auto header = read_header(*file_, file_bytes_);
     header_checksum_ = checksum_of(header.data(), header.size());
     entries_ = parse_header(header, file_bytes_);
   } catch (const std::exception& error) {
@@ -194,12 +196,15 @@ SafetensorsReader::SafetensorsReader(const std::filesystem::path& path)
   }
 }
 
+SafetensorsReader::~SafetensorsReader() = default;
+SafetensorsReader::SafetensorsReader(SafetensorsReader&& other) noexcept = default;
+
 torch::Tensor SafetensorsReader::read(const std::string& name) const {
   const auto found = entries_.find(name);
   require(found != entries_.end(), path_, " holds no tensor '", name, "'");
   const auto& entry = found->second;
   auto tensor = at::empty(entry.shape, at::TensorOptions(entry.dtype));
-  file_.read(tensor.mutable_data_ptr(), entry.bytes, entry.offset);
+  file_->read(tensor.mutable_data_ptr(), entry.bytes, entry.offset);
   return tensor;
 }
 

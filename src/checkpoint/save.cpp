@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <anabranch/error.h>
 #include <anabranch/expert_placement.h>
+#include <anabranch/safetensors.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -14,7 +15,6 @@
 #include "checkpoint/collective.h"
 #include "checkpoint/file.h"
 #include "checkpoint/optimizer_state.h"
-#include "checkpoint/safetensors.h"
 #include "checkpoint/state.h"
 #include "communicator/agreement.h"
 
@@ -60,12 +60,13 @@ CheckpointContents contents_of(const torch::nn::Module& model,
 /// What must be the same on every rank for the shares to make one checkpoint.
 void check_same_tensors(const std::vector<ParallelParameter>& tensors, Communicator& world) {
   std::vector<std::pair<std::string, std::string>> fields;
-  for (const auto& [name, tensor, is_expert, first_expert, num_experts, main_grad] : tensors) {
+  for (const auto& [name, tensor, is_expert, first_expert, num_experts, main_grad, owner] :
+       tensors) {
     auto shape = tensor.sizes().vec();
     if (is_expert) shape.front() = num_experts;
     std::string text = c10::str(tensor.scalar_type(), " ", at::IntArrayRef(shape));
     // Scalars that count: the optimizer's steps.
-    if (tensor.dim() == 0 && is_optimizer_tensor(name)) {
+    if (tensor.dim() == 0 && is_optimizer_tensor(name) && owner < 0) {
       text += c10::str(" ", tensor.item<int64_t>());
     }
     fields.emplace_back(name, text);
@@ -73,31 +74,44 @@ void check_same_tensors(const std::vector<ParallelParameter>& tensors, Communica
   check_agreement(world, fields);
 }
 
-/// This rank's part: in the first group of expert-parallel ranks its experts, one by one; and
-/// replicated tensors, each with the rank that has least to write so far.
+/// The experts of a tensor that each rank of the world is to write: its own where the state is sharded over
+/// the replicas, otherwise those of the first group of expert-parallel ranks.
+int64_t experts_to_write(const ParallelParameter& tensor, int64_t rank,
+                         const ParallelGroups& groups) {
+  const int64_t expert_ranks = groups.expert_parallel->size();
+  const ExpertPlacement placement{tensor.num_experts, expert_ranks};
+  const int64_t held = placement.local_experts(rank % expert_ranks);
+  if (tensor.owner < 0) return rank < expert_ranks ? held : 0;
+  return ExpertPlacement{held, groups.expert_replicas->size()}.local_experts(rank / expert_ranks);
+}
+
+/// This rank's part: experts one by one; and replicated tensors, each with its owner, or with the rank that
+/// has least to write so far.
 std::vector<NamedTensor> tensors_of_share(const std::vector<ParallelParameter>& tensors,
                                           const ParallelGroups& groups) {
   const int64_t rank = groups.world->rank();
-  const int64_t expert_ranks = groups.expert_parallel->size();
   std::vector<int64_t> load(groups.world->size());
   std::vector<NamedTensor> share;
-  for (const auto& [name, tensor, is_expert, first_expert, num_experts, main_grad] : tensors) {
-    if (!is_expert) continue;
-    const ExpertPlacement placement{num_experts, expert_ranks};
+  for (const auto& parameter : tensors) {
+    const auto& tensor = parameter.tensor;
+    if (!parameter.is_expert) continue;
     const auto elements = c10::multiply_integers(tensor.sizes().slice(1));
-    for (int64_t owner = 0; owner < expert_ranks; ++owner) {
-      load[owner] += placement.local_experts(owner) * elements * tensor.element_size();
+    for (size_t other = 0; other < load.size(); ++other) {
+      const int64_t experts = experts_to_write(parameter, static_cast<int64_t>(other), groups);
+      load[other] += experts * elements * tensor.element_size();
     }
-    if (rank >= expert_ranks) continue;
-    for (int64_t local = 0; local < tensor.size(0); ++local) {
-      share.push_back({expert_name(name, first_expert + local), tensor[local]});
+    for (int64_t local = 0; local < experts_to_write(parameter, rank, groups); ++local) {
+      const auto name = expert_name(parameter.name, parameter.first_expert + local);
+      share.push_back({name, tensor[local]});
     }
   }
-  for (const auto& [name, tensor, is_expert, first_expert, num_experts, main_grad] : tensors) {
+  for (const auto& [name, tensor, is_expert, first_expert, num_experts, main_grad, owner] :
+       tensors) {
     if (is_expert) continue;
-    const auto owner = std::min_element(load.begin(), load.end()) - load.begin();
-    load[owner] += static_cast<int64_t>(tensor.nbytes());
-    if (rank == owner) share.push_back({name, tensor});
+    const auto writer =
+        owner >= 0 ? owner : std::min_element(load.begin(), load.end()) - load.begin();
+    load[writer] += static_cast<int64_t>(tensor.nbytes());
+    if (rank == writer) share.push_back({name, tensor});
   }
   return share;
 }

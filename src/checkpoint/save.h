@@ -1,6 +1,7 @@
 #pragma once
 
 #include <anabranch/checkpoint.h>
+#include <anabranch/safetensors.h>
 
 #include <filesystem>
 #include <functional>
@@ -8,7 +9,6 @@
 #include <vector>
 
 #include "checkpoint/index.h"
-#include "checkpoint/safetensors.h"
 
 namespace anabranch {
 

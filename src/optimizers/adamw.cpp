@@ -47,6 +47,7 @@ class AdamW final : public ParallelOptimizer {
   }
 
   void step(double learning_rate, const torch::Tensor& scale) override {
+    if (updated_.empty()) return;  // nor is it known on which device
     const at::NoGradGuard no_grad;
     steps_.add_(scale.isfinite());
     for (const auto& updated : updated_) {

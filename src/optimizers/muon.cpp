@@ -48,7 +48,7 @@ class Muon final : public ParallelOptimizer {
   void step(double learning_rate, const torch::Tensor& scale) override {
     const at::NoGradGuard no_grad;
     const auto finite = scale.isfinite();
-    steps_.add_(finite);
+    if (!updated_.empty()) steps_.add_(finite);
     for (auto& updated : updated_) {
       if (updated.parameter.gradient().defined()) {
         update(updated, learning_rate, scale, finite);

@@ -1,6 +1,7 @@
 // Files that someone made in order to break the reader. Each ends in a CheckpointError or is sound after
 // all: no crash, no other exception, no wait, no memory beyond the file's own size.
 #include <anabranch/checkpoint.h>
+#include <anabranch/safetensors.h>
 #include <c10/util/StringUtil.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
@@ -10,7 +11,6 @@
 
 #include "checkpoint/checkpoint_case.h"
 #include "checkpoint/index.h"
-#include "checkpoint/safetensors.h"
 #include "fuzz/crc32.h"
 #include "fuzz/targets.h"
 #include "support/mutations.h"

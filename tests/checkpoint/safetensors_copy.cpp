@@ -1,9 +1,8 @@
+#include <anabranch/safetensors.h>
 // Usage: safetensors_copy FROM TO
 // Reads a safetensors file and writes what it holds to another: for tests from Python.
 #include <exception>
 #include <iostream>
-
-#include "checkpoint/safetensors.h"
 
 int main(int argc, char** argv) {
   if (argc != 3) {

@@ -1,6 +1,5 @@
-#include "checkpoint/safetensors.h"
-
 #include <anabranch/error.h>
+#include <anabranch/safetensors.h>
 #include <gtest/gtest.h>
 
 #include "support/file_size_limit.h"

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <anabranch/error.h>
+#include <anabranch/safetensors.h>
 #include <c10/util/StringUtil.h>
 #include <unistd.h>
 
@@ -15,7 +16,6 @@
 
 #include "../../python_bindings/operators/options.h"
 #include "checkpoint/index.h"
-#include "checkpoint/safetensors.h"
 #include "communicator/nccl/datagram.h"
 #include "fuzz/crc32.h"
 

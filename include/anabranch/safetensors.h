@@ -5,12 +5,13 @@
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
-#include "checkpoint/file.h"
-
 namespace anabranch {
+
+class File;
 
 // The safetensors format (https://huggingface.co/docs/safetensors): the header's length as 8 bytes,
 // little-endian; the header in JSON; then the tensors' bytes without a gap.
@@ -42,6 +43,8 @@ class SafetensorsReader {
   };
 
   explicit SafetensorsReader(const std::filesystem::path& path);
+  ~SafetensorsReader();
+  SafetensorsReader(SafetensorsReader&& other) noexcept;
 
   const std::map<std::string, Entry>& entries() const { return entries_; }
   int64_t file_bytes() const { return file_bytes_; }
@@ -51,7 +54,7 @@ class SafetensorsReader {
 
  private:
   std::string path_;
-  File file_;
+  std::unique_ptr<File> file_;
   int64_t file_bytes_;
   uint32_t header_checksum_ = 0;
   std::map<std::string, Entry> entries_;
