@@ -7,6 +7,8 @@
 #   NAME            what to measure; default: all that can be measured here, of
 #                     gpu_layer gpu_layer_python (as Python calls it, beside other libraries that are installed)
 #                     gpu_grouped_gemm gpu_kernels gpu_exchange gpu_expert_parallel (from 2 GPUs on)
+#                   and, if it is named: gpu_training (train_lm beside transformers: a GPU with 141 GB)
+#                     gpu_learning_curves (train_lm in fp32, bf16, resumed, with Muon)
 #                     cpu_layer cpu_grouped_gemm (where there is no GPU)
 #   --output DIR    where NAME.json, or NAME_RANKS.json, and performance.md go (default: runs/benchmark)
 #   --quick         a few cases of each, to see whether it runs
@@ -39,7 +41,8 @@ while (($#)); do
     --quick) flags=(--quick) ;;
     --no-build) build_first=false ;;
     --publish) publish=true ;;
-    gpu_layer | gpu_layer_python | gpu_grouped_gemm | gpu_kernels | gpu_exchange | gpu_expert_parallel | cpu_layer | cpu_grouped_gemm)
+    gpu_layer | gpu_layer_python | gpu_grouped_gemm | gpu_kernels | gpu_exchange | gpu_expert_parallel | \
+      gpu_training | gpu_learning_curves | cpu_layer | cpu_grouped_gemm)
       names+=("$1")
       ;;
     *) die "unknown argument '$1' (try --help)" ;;
@@ -80,6 +83,7 @@ if $build_first; then
   for name in "${names[@]}"; do
     case $name in
       gpu_layer_python | gpu_expert_parallel) targets+=(anabranch_operators) ;;
+      gpu_training | gpu_learning_curves) targets+=(anabranch_operators train_lm) ;;
       *) targets+=("benchmark_$name") ;;
     esac
   done
@@ -103,6 +107,10 @@ measure() {
   case $name in
     gpu_layer_python) program=("${package[@]}" "$python" "$project_root/benchmarks/gpu/layer.py") ;;
     gpu_expert_parallel) program=("${package[@]}" "${@:3}" "$project_root/benchmarks/ranks/expert_parallel.py") ;;
+    gpu_training | gpu_learning_curves)
+      program=("${package[@]}" "$python" "$project_root/benchmarks/gpu/${name#gpu_}.py"
+        --program "$project_root/build/$preset/examples/train_lm" "${@:3}")
+      ;;
     *) program=("${@:3}" "${program[@]}") ;;
   esac
   local command=("${program[@]}" --commit "$commit" --json "$output/$file.json.new")
@@ -134,6 +142,10 @@ for name in "${names[@]}"; do
       for ranks in $(numbers_of_gpus); do
         measure "$name" "${name}_$ranks" "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks"
       done
+      ;;
+    gpu_learning_curves)
+      find "$project_root"/{docs,src,include,tests} -type f -name '*.[mchp]*' | sort | xargs cat >"$output/text.txt"
+      measure "$name" "$name" --data "$output/text.txt"
       ;;
     *) measure "$name" "$name" ;;
   esac

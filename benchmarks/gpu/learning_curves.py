@@ -64,6 +64,7 @@ def main():
     parser.add_argument("--data", required=True, help="a text")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--quick", action="store_const", dest="steps", const=20, help="20 steps, to see whether it runs")
     parser.add_argument("--json", help="file for the results")
     parser.add_argument("--commit", default="unknown", help="of the measured sources")
     arguments = parser.parse_args()

@@ -31,13 +31,22 @@ AttentionImpl::AttentionImpl(const ModelOptions& options, Initializer& initializ
   }
 }
 
-torch::Tensor AttentionImpl::forward(const torch::Tensor& x, const torch::Tensor& rotation) {
-  const auto [query, key, value] = attention_heads(at::linear(x, qkv_weight_, qkv_bias_),
-                                                   query_norm_, key_norm_, rotation, options_);
+torch::Tensor AttentionImpl::forward(const torch::Tensor& x, const torch::Tensor& rotation,
+                                     AttentionCache* cache) {
+  auto [query, key, value] = attention_heads(at::linear(x, qkv_weight_, qkv_bias_), query_norm_,
+                                             key_norm_, rotation, options_);
+  const bool is_first = cache == nullptr || !cache->key.defined();
+  if (!is_first) {
+    key = at::cat({cache->key, key}, 1);
+    value = at::cat({cache->value, value}, 1);
+  }
+  if (cache != nullptr) {
+    *cache = {key, value};
+  }
   const bool grouped = options_.heads != options_.key_heads();
   const auto mixed = at::scaled_dot_product_attention(
       query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), /*attn_mask=*/{},
-      /*dropout_p=*/0.0, /*is_causal=*/true, /*scale=*/{}, /*enable_gqa=*/grouped);
+      /*dropout_p=*/0.0, /*is_causal=*/is_first, /*scale=*/{}, /*enable_gqa=*/grouped);
   return at::linear(mixed.transpose(1, 2).flatten(2), output_weight_, output_bias_);
 }
 

@@ -13,13 +13,21 @@ namespace train_lm {
 torch::Tensor normalize(const torch::Tensor& x, const torch::Tensor& weight,
                         const ModelOptions& model);
 
+/// Keys and values of the tokens so far.
+struct AttentionCache {
+  torch::Tensor key;    ///< [B, S, key_heads, D]; undefined: of none
+  torch::Tensor value;  ///< the same
+};
+
 /// Causal self-attention with rotary positions, in heads that may share keys and values.
 class AttentionImpl : public torch::nn::Module {
  public:
   AttentionImpl(const ModelOptions& options, Initializer& initializer);
 
-  /// `x`: [B, S, h] → [B, S, h].
-  torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& rotation);
+  /// `x`: [B, S, h] → [B, S, h]. With a cache they stand behind the tokens that it has, of which there are
+  /// none or `x` is one token, and are added to it.
+  torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& rotation,
+                        AttentionCache* cache = nullptr);
 
  private:
   ModelOptions options_;

@@ -71,11 +71,12 @@ torch::Tensor normalized(const torch::Tensor& heads, const torch::Tensor& weight
 
 }  // namespace
 
-torch::Tensor rotation_of(int64_t length, const ModelOptions& model, torch::Device device) {
+torch::Tensor rotation_of(int64_t first, int64_t length, const ModelOptions& model,
+                          torch::Device device) {
   const int64_t width = model.head_width();
   const auto type = model.parameter_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto options = at::TensorOptions(type).device(device);
-  const auto positions = at::arange(length, options);
+  const auto positions = at::arange(first, first + length, options);
   const auto frequencies = at::pow(
       model.rope_theta, at::arange(width / 2, options) * (-2.0 / static_cast<double>(width)));
   const auto angles = at::outer(positions, frequencies);

@@ -6,9 +6,10 @@
 
 namespace train_lm {
 
-/// exp(i · position · frequency) for positions 0 to `length` − 1: [S, 1, head_width / 2] complex, of fp64
-/// for a model of fp64 and of fp32 for any other.
-torch::Tensor rotation_of(int64_t length, const ModelOptions& model, torch::Device device);
+/// exp(i · position · frequency) for `length` positions from `first` on: [S, 1, head_width / 2] complex, of
+/// fp64 for a model of fp64 and of fp32 for any other.
+torch::Tensor rotation_of(int64_t first, int64_t length, const ModelOptions& model,
+                          torch::Device device);
 
 struct AttentionHeads {
   torch::Tensor query;  ///< [B, S, heads, D]

@@ -17,6 +17,8 @@
 
 #include "agreement.h"
 #include "data.h"
+#include "hf_folder.h"
+#include "inference.h"
 #include "interrupt.h"
 #include "model.h"
 #include "optimizer.h"
@@ -96,7 +98,7 @@ void check_same_data(const TokenSource& data, anabranch::Communicator& world) {
 
 void write_sample(LanguageModel& model, const Options& options, const RunDirectory& directory,
                   anabranch::Communicator& world, Progress& progress) {
-  const std::string text = sample_text(model, options, world);
+  const std::string text = sample_text(model, options, options.training.sequence_length, world);
   on_rank_zero(world, [&] {
     std::ofstream file;
     file.exceptions(std::ios::failbit | std::ios::badbit);
@@ -131,11 +133,13 @@ std::string greeting(const Options& options, const RunState& state, const TokenS
 /// The whole run, on every rank; returns the exit code.
 int train(const Options& options, const std::shared_ptr<anabranch::Communicator>& world) {
   const auto data = check_and_open(options, *world);
-  prefer_attention(options.attention);
   const auto groups = anabranch::make_parallel_groups(world, options.expert_parallel);
   LanguageModel model(options, groups.expert_parallel);
+  if (!options.load_hf.empty()) {
+    load_hf(options.load_hf, model, options.model, groups);
+  }
   const auto parameters = anabranch::trained_parameters(*model, groups);
-  const auto optimizer = make_optimizer(parameters, options);
+  const auto optimizer = make_optimizer(parameters, groups, options);
 
   const RunDirectory directory(options, *data);
   std::vector<std::string> notes;
@@ -167,6 +171,9 @@ int train(const Options& options, const std::shared_ptr<anabranch::Communicator>
                                         "; to continue: the same command with --resume"));
     return outcome.signal == 0 ? 0 : kSignalBase + outcome.signal;
   }
+  if (!options.save_hf.empty()) {
+    save_hf(options.save_hf, model, options, groups);
+  }
   if (options.sample.length > 0) {
     write_sample(model, options, directory, *world, progress);
   }
@@ -193,8 +200,14 @@ int run(int argc, char** argv, std::shared_ptr<anabranch::Communicator>& world) 
   world = anabranch::make_mpi_communicator(communicator_options(command_line.options));
   try {
     if (command_line.train) {
-      world = with_all_to_all(command_line.options, move_to_device(command_line.options, world));
-      return leave_together(train(command_line.options, world), *world);
+      Options& options = command_line.options;
+      world = with_all_to_all(options, move_to_device(command_line.options, world));
+      prefer_attention(options.attention);
+      if (options.generate || options.evaluate) {
+        use_model(options, world);
+        return leave_together(0, *world);
+      }
+      return leave_together(train(options, world), *world);
     }
     if (world->rank() == 0) {
       (command_line.exit_code == 0 ? std::cout : std::cerr) << command_line.message << std::flush;

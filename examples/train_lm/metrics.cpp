@@ -66,6 +66,9 @@ std::string MetricsLog::add(const StepRecord& record) {
   interval_.tokens += record.tokens;
   interval_.seconds += record.seconds;
   interval_.data_seconds += record.data_seconds;
+  if (const auto exposed = record.exposed_communication_seconds) {
+    interval_.exposed_seconds = interval_.exposed_seconds.value_or(0) + *exposed;
+  }
   const bool spike = spikes_.add(record.loss);
   if (spike) {
     interval_.spikes.push_back(record.step);
@@ -118,7 +121,9 @@ nlohmann::json MetricsLog::describe(const StepRecord& record) const {
       json[name] = *value;
     }
   };
-  add_if_known("exposed_communication_seconds", record.exposed_communication_seconds);
+  if (interval_.exposed_seconds) {
+    json["exposed_communication_seconds"] = *interval_.exposed_seconds / steps;
+  }
   add_if_known("validation_loss", record.validation_loss);
   add_if_known("validation_bpb", record.validation_bpb);
   return json;

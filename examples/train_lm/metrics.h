@@ -23,9 +23,10 @@ struct StepRecord {
   double loss = 0;       ///< mean over the global batch, in nats a token, without auxiliary losses
   bool skipped = false;  ///< its gradient was not finite, and the parameters stayed as they were
   double seconds = 0;    ///< from the step's begin to its end, without validation
-  double data_seconds = 0;                              ///< of these, until the batch was there
-  std::optional<double> exposed_communication_seconds;  ///< of these, with nothing beside it
-  double run_seconds = 0;                               ///< since the run began
+  double data_seconds = 0;  ///< of these, until the batch was there
+  /// Of these, while gradients were summed between ranks, which nothing runs beside.
+  std::optional<double> exposed_communication_seconds;
+  double run_seconds = 0;  ///< since the run began
   double learning_rate = 0;
   double gradient_norm = 0;                                    ///< before clipping
   std::vector<std::pair<std::string, double>> gradient_norms;  ///< of each part, where measured
@@ -60,6 +61,7 @@ class MetricsLog {
     int64_t skipped = 0;
     double seconds = 0;
     double data_seconds = 0;
+    std::optional<double> exposed_seconds;
     std::vector<int64_t> spikes;
   };
   nlohmann::json describe(const StepRecord& record) const;

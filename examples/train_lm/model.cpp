@@ -53,10 +53,10 @@ BlockImpl::BlockImpl(const ModelOptions& options, const anabranch::MoEOptions* m
 }
 
 anabranch::MoEOutput BlockImpl::forward(const torch::Tensor& x, const torch::Tensor& rotation,
-                                        Timeline& timeline) {
+                                        Timeline& timeline, AttentionCache* cache) {
   const auto attended =
-      timeline.mark(x + attention_(normalize(x, attention_norm_, options_), rotation), "attention",
-                    "experts, backward");
+      timeline.mark(x + attention_(normalize(x, attention_norm_, options_), rotation, cache),
+                    "attention", "experts, backward");
   const auto normal = normalize(attended, moe_norm_, options_);
   anabranch::MoEOutput result;
   if (moe_.is_empty()) {
@@ -90,9 +90,10 @@ LanguageModelImpl::LanguageModelImpl(
 }
 
 anabranch::MoEOutput LanguageModelImpl::through_block(Block& block, const torch::Tensor& x,
-                                                      const torch::Tensor& rotation) {
+                                                      const torch::Tensor& rotation,
+                                                      AttentionCache* cache) {
   if (!recompute_blocks_ || !at::GradMode::is_enabled()) {
-    return block(x, rotation, timeline_);
+    return block(x, rotation, timeline_, cache);
   }
   const auto outputs = recomputed(x, [this, block, rotation](const torch::Tensor& input) mutable {
     const auto result = block->forward(input, rotation, timeline_);
@@ -112,13 +113,18 @@ anabranch::MoEOutput LanguageModelImpl::through_block(Block& block, const torch:
   return result;
 }
 
-ModelOutput LanguageModelImpl::forward(const torch::Tensor& tokens) {
+ModelOutput LanguageModelImpl::forward(const torch::Tensor& tokens,
+                                       std::vector<AttentionCache>* caches) {
   torch::Tensor x =
       timeline_.mark(at::embedding(embedding_, tokens), "embedding", "attention, backward");
-  const auto rotation = rotation_of(tokens.size(1), options_, tokens.device());
+  const bool has_past = caches != nullptr && caches->front().key.defined();
+  const int64_t past = has_past ? caches->front().key.size(1) : 0;
+  const auto rotation = rotation_of(past, tokens.size(1), options_, tokens.device());
   ModelOutput result;
-  for (auto& block : blocks_) {
-    const auto output = through_block(block, x, rotation);
+  for (size_t layer = 0; layer < blocks_.size(); ++layer) {
+    auto& block = blocks_[layer];
+    const auto output =
+        through_block(block, x, rotation, caches == nullptr ? nullptr : &(*caches)[layer]);
     const bool is_last = block.get() == blocks_.back().get();
     x = timeline_.mark(output.output, "experts",
                        is_last ? "head, backward" : "attention, backward");

@@ -24,7 +24,7 @@ class BlockImpl : public torch::nn::Module {
 
   /// Without experts the losses and the load are undefined.
   anabranch::MoEOutput forward(const torch::Tensor& x, const torch::Tensor& rotation,
-                               Timeline& timeline);
+                               Timeline& timeline, AttentionCache* cache = nullptr);
 
   /// Empty without experts.
   anabranch::MoELayer& moe() { return moe_; }
@@ -54,8 +54,9 @@ class LanguageModelImpl : public torch::nn::Module {
   LanguageModelImpl(const Options& options,
                     const std::shared_ptr<anabranch::Communicator>& expert_parallel);
 
-  /// `tokens`: [B, S] int64; B and S may differ between ranks, and B be 0. Collective.
-  ModelOutput forward(const torch::Tensor& tokens);
+  /// `tokens`: [B, S] int64; B and S may differ between ranks, and B be 0. `caches`, of each layer: see
+  /// Attention; without gradients. Collective.
+  ModelOutput forward(const torch::Tensor& tokens, std::vector<AttentionCache>* caches = nullptr);
 
   /// [vocabulary, h]: logits are hidden · headᵀ.
   const torch::Tensor& head() const { return head_.defined() ? head_ : embedding_; }
@@ -67,7 +68,7 @@ class LanguageModelImpl : public torch::nn::Module {
 
  private:
   anabranch::MoEOutput through_block(Block& block, const torch::Tensor& x,
-                                     const torch::Tensor& rotation);
+                                     const torch::Tensor& rotation, AttentionCache* cache);
 
   ModelOptions options_;
   bool recompute_blocks_;

@@ -25,9 +25,7 @@ int64_t parts_of(const anabranch::ParallelParameter& parameter, const ModelOptio
   return model.glu && (name.ends_with("up_weight") || name.ends_with("feed_forward.up")) ? 2 : 1;
 }
 
-}  // namespace
-
-std::unique_ptr<anabranch::ParallelOptimizer> make_optimizer(
+std::unique_ptr<anabranch::ParallelOptimizer> make_whole_optimizer(
     const std::vector<anabranch::ParallelParameter>& parameters, const Options& options) {
   const TrainingOptions& training = options.training;
   const anabranch::AdamWOptions adamw{
@@ -50,6 +48,18 @@ std::unique_ptr<anabranch::ParallelOptimizer> make_optimizer(
   }
   return anabranch::make_muon(matrices, others,
                               {.weight_decay = training.weight_decay, .adamw = adamw});
+}
+
+}  // namespace
+
+std::unique_ptr<anabranch::ParallelOptimizer> make_optimizer(
+    const std::vector<anabranch::ParallelParameter>& parameters,
+    const anabranch::ParallelGroups& groups, const Options& options) {
+  const auto make = [&options](const std::vector<anabranch::ParallelParameter>& some) {
+    return make_whole_optimizer(some, options);
+  };
+  return options.shard_optimizer ? anabranch::make_sharded_optimizer(parameters, groups, make)
+                                 : make(parameters);
 }
 
 double learning_rate_at(int64_t step, const TrainingOptions& options) {

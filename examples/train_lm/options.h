@@ -26,9 +26,12 @@ struct TrainingOptions {
 };
 
 struct SampleOptions {
-  std::string prompt = "In the beginning ";
+  std::string
+      prompt;  ///< bytes or, in another vocabulary, numbers of tokens; empty: of this program
   int64_t length = 400;
-  double temperature = 0.8;
+  double temperature = 0.8;  ///< 0: always the likeliest
+  double top_p = 1;          ///< of the likeliest tokens that have so much probability together
+  int64_t context = 0;       ///< see sample_text; of --generate
 };
 
 /// Everything `--help` lists.
@@ -40,12 +43,17 @@ struct Options {
   std::filesystem::path data;
   std::filesystem::path output = "output";
   bool resume = false;
+  bool generate = false;          ///< nothing but a sample of the model in `output` or `load_hf`
+  bool evaluate = false;          ///< nothing but its loss on held-out data
+  std::filesystem::path load_hf;  ///< a folder of transformers' to start from
+  std::filesystem::path save_hf;  ///< what to write one into in the end
   int64_t stop_at = 0;  ///< leave after this step as if interrupted; 0: at `training.steps`
 
   std::string device = "cpu";
   int64_t expert_parallel = 0;  ///< ranks that share one set of experts; 0: all
   std::string all_to_all = "flat";
   int64_t micro_batch = 0;          ///< sequences of a rank at a time; 0: all of its share
+  bool shard_optimizer = false;     ///< over the ranks that have a parameter (ZeRO-1)
   std::string recompute = "none";   ///< in backward: "experts", or the whole "block"
   std::string attention = "flash";  ///< or "cudnn": the first choice on a GPU
   bool stage_times = false;

@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 #include <anabranch/error.h>
 #include <anabranch/gradients.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <chrono>
@@ -52,7 +51,7 @@ Stepper::Stepper(const Options& options, const TokenSource& data,
 LaunchedStep Stepper::launch(const BatchPosition& position, bool with_norms, bool written) {
   const auto start = std::chrono::steady_clock::now();
   const Share share = share_of(position.size, groups_.world->rank(), groups_.world->size());
-  LaunchedStep step;
+  LaunchedStep step{.begin = Moment(device_)};
   step.record.step = position.step;
   step.record.ranks = groups_.world->size();
   step.record.learning_rate = learning_rate_at(position.step, options_.training);
@@ -62,15 +61,12 @@ LaunchedStep Stepper::launch(const BatchPosition& position, bool with_norms, boo
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   model_->timeline().mark("data");
   Sums sums = gradients_of_batch(windows, step.refusal);
-  const auto norm = update(step.record, with_norms);
+  const auto norm = update(step, with_norms);
   groups_.expert_replicas->all_reduce(sums.load);
   model_->update_expert_biases(sums.load);
   step.load = to_host(sums.load);
   step.numbers = to_host(shared_numbers(sums, norm, written));
-  if (!device_.is_cpu()) {
-    step.done.emplace(device_.type());
-    step.done->record(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
-  }
+  step.end.emplace(device_);
   model_->timeline().mark("metrics");
   return step;
 }
@@ -138,20 +134,22 @@ void Stepper::add_micro_batch(const torch::Tensor& windows, int64_t pieces, Sums
   add(sums.load, at::stack(output.expert_load));
 }
 
-torch::Tensor Stepper::update(StepRecord& record, bool with_norms) {
+torch::Tensor Stepper::update(LaunchedStep& step, bool with_norms) {
   auto& timeline = model_->timeline();
   const auto gradients = anabranch::gradients_of(parameters_);
   if (groups_.world->size() > 1) {
+    Moment before(device_);
     anabranch::finish_gradients(gradients, *groups_.world, *groups_.expert_replicas);
+    step.summing.emplace(std::move(before), Moment(device_));
     timeline.mark("gradients between ranks");
   }
   const auto [norm, scale] = anabranch::gradient_scale(
       gradients, options_.training.clip, *groups_.world, groups_.expert_parallel->size());
   if (with_norms) {
-    record.gradient_norms = gradient_norms(parameters_, groups_);
+    step.record.gradient_norms = gradient_norms(parameters_, groups_);
   }
   timeline.mark("gradient norm");
-  optimizer_.step(record.learning_rate, scale);
+  optimizer_.step(step.record.learning_rate, scale);
   timeline.mark("optimizer");
   anabranch::zero_gradients(parameters_);
   timeline.mark("zero gradients");
@@ -173,12 +171,15 @@ torch::Tensor Stepper::shared_numbers(const Sums& sums, const torch::Tensor& nor
 }
 
 StepResult Stepper::finish(LaunchedStep step) {
-  if (step.done) {
-    step.done->synchronize();
-  }
+  step.end->wait();
   groups_.world->check();
   const auto* numbers = step.numbers.const_data_ptr<double>();
   StepResult result{std::move(step.record), 0, false, std::move(step.refusal)};
+  result.record.seconds = step.begin.seconds_until(*step.end);
+  if (step.summing) {
+    result.record.exposed_communication_seconds =
+        step.summing->first.seconds_until(step.summing->second);
+  }
   result.record.loss = numbers[0];
   result.record.balance_loss = numbers[1];
   result.record.z_loss = numbers[2];

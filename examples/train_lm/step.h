@@ -2,26 +2,29 @@
 
 #include <anabranch/optimizers.h>
 #include <anabranch/parameters.h>
-#include <c10/core/Event.h>
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "data.h"
 #include "metrics.h"
 #include "model.h"
+#include "moment.h"
 #include "options.h"
 
 namespace train_lm {
 
 /// A step whose work is under way on a GPU (on a CPU it is done): its numbers come when it has ended.
 struct LaunchedStep {
-  StepRecord record;      ///< what the host knows already
-  torch::Tensor numbers;  ///< [7] fp64 on the host: see Stepper
-  torch::Tensor load;     ///< [layers, experts] int64 on the host
-  std::optional<c10::Event> done;
-  std::string refusal;  ///< of the routing on this rank, if any
+  Moment begin;
+  StepRecord record = {};                                 ///< what the host knows already
+  torch::Tensor numbers = {};                             ///< [7] fp64 on the host: see Stepper
+  torch::Tensor load = {};                                ///< [layers, experts] int64 on the host
+  std::optional<std::pair<Moment, Moment>> summing = {};  ///< of gradients between ranks
+  std::optional<Moment> end = {};
+  std::string refusal = {};  ///< of the routing on this rank, if any
 };
 
 /// What a step has come to, over all ranks.
@@ -60,7 +63,7 @@ class Stepper {
   Sums forward_and_backward(const torch::Tensor& windows);
   void add_micro_batch(const torch::Tensor& windows, int64_t pieces, Sums& sums);
   /// Returns the norm of the gradient, [] fp64.
-  torch::Tensor update(StepRecord& record, bool with_norms);
+  torch::Tensor update(LaunchedStep& step, bool with_norms);
   /// Makes them sums over all ranks, and adds `norm`.
   torch::Tensor shared_numbers(const Sums& sums, const torch::Tensor& norm, bool written);
 

@@ -1,6 +1,5 @@
 #include "timeline.h"
 
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
@@ -36,12 +35,7 @@ void Timeline::mark(const char* name) {
   if (!device_) {
     return;
   }
-  Mark mark{name, std::chrono::steady_clock::now(), std::nullopt};
-  if (!device_->is_cpu()) {
-    const c10::impl::VirtualGuardImpl device(device_->type());
-    mark.event.emplace(device_->type(), c10::EventFlag::BACKEND_DEFAULT);
-    mark.event->record(device.getStream(*device_));
-  }
+  Mark mark{name, Moment(*device_)};
   const std::lock_guard lock(mutex_);
   marks_.push_back(std::move(mark));
 }
@@ -58,11 +52,8 @@ torch::Tensor Timeline::mark(const torch::Tensor& x, const char* name, const cha
 void Timeline::stop() {
   const std::lock_guard lock(mutex_);
   for (size_t i = 1; i < marks_.size(); ++i) {
-    const auto& before = marks_[i - 1];
     const auto& mark = marks_[i];
-    milliseconds_[mark.name] +=
-        mark.event ? before.event->elapsedTime(*mark.event)
-                   : std::chrono::duration<double, std::milli>(mark.time - before.time).count();
+    milliseconds_[mark.name] += 1e3 * marks_[i - 1].moment.seconds_until(mark.moment);
   }
   marks_.clear();
   device_.reset();

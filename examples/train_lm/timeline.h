@@ -1,14 +1,14 @@
 #pragma once
 
-#include <c10/core/Event.h>
 #include <torch/types.h>
 
-#include <chrono>
 #include <map>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
+
+#include "moment.h"
 
 namespace train_lm {
 
@@ -35,8 +35,7 @@ class Timeline {
  private:
   struct Mark {
     const char* name;
-    std::chrono::steady_clock::time_point time;
-    std::optional<c10::Event> event;
+    Moment moment;
   };
 
   std::optional<torch::Device> device_;

@@ -87,7 +87,6 @@ void Trainer::settle(Progress& progress) {
     finish_save();
   }
   StepRecord& record = outcome_.last = std::move(result.record);
-  record.seconds = lap_.seconds();
   if (const auto remark = log_ ? log_->add(record) : ""; !remark.empty()) {
     progress.say(result.refusal.empty() ? remark : remark + "; " + result.refusal);
   }
@@ -100,7 +99,6 @@ void Trainer::settle(Progress& progress) {
     report(record, progress);
   }
   progress.show(record.step, progress.time_left(record.step) + " left");
-  lap_ = Stopwatch();
 }
 
 void Trainer::begin_stage_times(int64_t step) {
@@ -148,7 +146,6 @@ void Trainer::save(const RunState& state) {
   } else {
     directory_.save(saved, *model_, optimizer_, groups_);
   }
-  lap_ = Stopwatch();
 }
 
 void Trainer::finish_save() {
@@ -165,7 +162,7 @@ Outcome Trainer::run(RunState state, Progress& progress) {
   sound_ = state;
   first_step_ = state.step;
   seconds_before_ = state.seconds;
-  run_time_ = lap_ = Stopwatch();
+  run_time_ = Stopwatch();
   bool goes_on = true;
   while (goes_on && state.step < options_.training.steps) {
     goes_on = step_forward(state, progress);

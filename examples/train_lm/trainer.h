@@ -88,7 +88,6 @@ class Trainer {
   int64_t first_step_ = 0;     // done before this run
   double seconds_before_ = 0;  // that earlier runs took
   Stopwatch run_time_;
-  Stopwatch lap_;  // since a step was settled, or what else there was to do
 };
 
 }  // namespace train_lm

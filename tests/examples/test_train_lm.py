@@ -43,6 +43,7 @@ ENVIRONMENT = dict(
     OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
     OMPI_MCA_mpi_yield_when_idle="1",
     OMPI_MCA_btl_vader_single_copy_mechanism="none",
+    OMPI_MCA_ess_singleton_isolated="1",  # without mpirun, no daemon for what is not launched
 )
 
 
@@ -170,6 +171,7 @@ def test_a_run_leaves_what_it_promises(whole_run):
         squares = sum(norm**2 for norm in line["gradient_norms"].values())
         assert squares == pytest.approx(line["gradient_norm"] ** 2, rel=1e-12)
         assert 0 < line["data_seconds"] < line["step_seconds"] < line["seconds"]
+        assert 0 < line["exposed_communication_seconds"] < line["step_seconds"]
         assert line["memory"] > 1 << 20
         # 16 wide: per layer attention, router, two of five experts of two matrices; the head. 24 positions.
         weights = LAYERS * (4 * 16 * 16 + EXPERTS * 16 + 2 * 2 * 16 * 24) + 256 * 16
@@ -189,7 +191,7 @@ def test_a_run_leaves_what_it_promises(whole_run):
 @pytest.mark.parametrize(("dtype", "batch_size"), [("float64", 6), ("float64", 3), ("float32", 6)])
 def test_the_curve_is_the_same_at_any_number_of_ranks(train, dtype, batch_size):
     # Of 3 sequences on 4 ranks, the last rank holds none.
-    options = {"dtype": dtype, "batch_size": batch_size, "sample_length": 0}
+    options = {"dtype": dtype, "batch_size": batch_size}
     alone = read_metrics(train(0, **options))
     for ranks in (2, 4):
         metrics = read_metrics(train(ranks, **options))
@@ -355,7 +357,7 @@ def test_resume_refuses_a_description_made_to_break_it(half_run, text, tmp_path,
         os.mkfifo(directory / "options.json")
     else:
         (directory / "options.json").write_text(description, encoding="latin-1")
-    output = run(1, "--data", text, "--output", directory, *model_options(), "--resume", expect=2)
+    output = run(0, "--data", text, "--output", directory, *model_options(), "--resume", expect=2)
     assert "is damaged" in output or "holds no checkpoint" in output
 
 
@@ -373,6 +375,30 @@ def test_a_new_run_keeps_the_last_checkpoint_aside(half_run, text, tmp_path):
     assert len(read_metrics(directory)) == 1
     assert (directory / "checkpoint").is_dir()
     assert (directory / "checkpoint.previous").is_dir()
+
+
+def generated(ranks, directory, *words):
+    words = ["--output", directory, "--generate", "--prompt", "abc", "--sample-length", 30, "--seed", 7, *words]
+    return run(ranks, *words, "--device", "cpu")
+
+
+def test_text_is_the_same_with_keys_and_values_kept_and_computed_anew(whole_run):
+    # The nucleus of the likeliest token alone is that token.
+    greedy = generated(2, whole_run, "--temperature", 0)
+    assert greedy == generated(0, whole_run, "--temperature", 1, "--top-p", 1e-9, "--context", 1000)
+    drawn = generated(0, whole_run, "--temperature", 1, "--top-p", 0.9)
+    assert drawn == generated(2, whole_run, "--temperature", 1, "--top-p", 0.9, "--context", 1000)
+    assert drawn.startswith("abc") and drawn != greedy
+
+
+def test_the_last_validation_is_evaluated_again(whole_run, text):
+    last = read_metrics(whole_run)[-1]
+    words = ["--validation-sequences", 7, "--sequence-length", SEQUENCE_LENGTH, "--batch-size", 4]
+    output = run(0, "--data", text, "--output", whole_run, "--evaluate", *words)
+    loss, perplexity, bits = map(float, re.search(r"loss (\S+)  perplexity (\S+)  (\S+) bits/byte", output).groups())
+    assert loss == pytest.approx(last["validation_loss"], rel=1e-4)
+    assert perplexity == pytest.approx(math.exp(last["validation_loss"]), rel=1e-4)
+    assert bits == pytest.approx(last["validation_bpb"], rel=1e-4)
 
 
 def children_of(process):
@@ -466,12 +492,65 @@ def test_a_crash_while_a_run_is_resumed_loses_nothing(half_run, whole_run, text,
     shutil.copytree(half_run, directory)
     before = {file: (directory / file).read_bytes() for file in ("options.json", "metrics.jsonl")}
     limit = f"--fsize={len(before[name]) // 2}"  # of the rank alone: mpirun has files of its own to write
-    arguments = [limit, TRAIN_LM, "--data", text, "--output", directory, *model_options(), "--resume"]
+    arguments = ["--core=0", limit, TRAIN_LM, "--data", text, "--output", directory, *model_options(), "--resume"]
     output = run(1, *arguments, program="prlimit", expect=128 + signal.SIGXFSZ)
     assert "File size limit exceeded" in output
     assert {file: (directory / file).read_bytes() for file in before} == before
     run(2, "--data", text, "--output", directory, *model_options(), "--resume")
     assert without_timing(read_metrics(directory)) == without_timing(read_metrics(whole_run))
+
+
+def kill_job(process):
+    """mpirun and its ranks, at once, until nothing of them is left."""
+    ranks = children_of(process)
+    for pid in [process.pid, *ranks]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def lines_of(directory):
+    metrics = directory / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def kill_at_a_random_moment(process, directory, steps, generator):
+    """While it starts, or some steps later; False if it has ended before."""
+    wanted = lines_of(directory) + generator.randint(0, steps // 2)
+    while process.poll() is None and lines_of(directory) < wanted:
+        time.sleep(0.002)
+    time.sleep(generator.uniform(0, 0.05) if wanted else generator.uniform(0, 1))
+    if process.poll() is not None:
+        return False
+    kill_job(process)
+    return True
+
+
+def test_a_run_killed_at_random_moments_always_resumes(train, text, tmp_path):
+    """ANABRANCH_TEST_KILLS: how many times."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    generator = random.Random(seed)
+    changes = {"steps": 20, "validation_interval": 10, "sample_length": 0}
+    expected = without_timing(read_metrics(train(2, **changes)))
+    kills_left, number = int(os.environ.get("ANABRANCH_TEST_KILLS", "3")), 0
+    while kills_left > 0:
+        number += 1
+        directory = tmp_path / str(number)
+        killed = True
+        while killed:
+            resume = ["--resume"] if (directory / "checkpoint/checkpoint.index.json").exists() else []
+            options = model_options(checkpoint_interval=1, **changes) + ["--async-save"] * generator.randint(0, 1)
+            words = command(2, "--data", text, "--output", directory, *options, *resume)
+            process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            killed = kills_left > 0 and kill_at_a_random_moment(process, directory, 20, generator)
+            kills_left -= killed
+            output = process.communicate()[0]
+        assert process.returncode == 0, output
+        assert without_timing(read_metrics(directory)) == expected
 
 
 def test_a_killed_rank_ends_the_job(text, tmp_path):
@@ -500,6 +579,7 @@ def test_a_killed_rank_ends_the_job(text, tmp_path):
         ({"data": "synthetic:-1"}, "--data synthetic:-1: expected the size of a vocabulary"),
         ({"data": "synthetic:9x"}, "--data synthetic:9x: expected the size of a vocabulary"),
         ({"device": "abacus"}, "--device"),
+        ({"top_p": 0}, "--top-p must be above 0"),
         ({"stpes": 5}, "--stpes"),
     ],
 )
