@@ -15,6 +15,11 @@ anabranch_add_flags(-Wall -Wextra -Wpedantic)
 if(ANABRANCH_WERROR)
   anabranch_add_flags(-Werror)
 endif()
+if(CMAKE_UNITY_BUILD AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  # The first takes sources that are included for headers; the second, of g++ 12, sees what is not there where more
+  # is inlined. Builds source by source have both.
+  anabranch_add_flags(-Wno-subobject-linkage -Wno-array-bounds)
+endif()
 # The same flag for libraries and executables, so that they share the precompiled header.
 anabranch_add_flags(-fPIC)
 # Messages that name a source file name it from the project's folder.

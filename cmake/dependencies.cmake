@@ -3,18 +3,23 @@
 # The first whose headers all of the project compiles with; launch/setup.sh and pyproject.toml name it too.
 set(ANABRANCH_MINIMAL_LIBTORCH 2.8)
 
-# pip builds with the Python that it installs into: its torch is the one.
+# pip builds with the Python that it installs into: its torch is the one, also where pip hides that environment from
+# the build, which it does by these two variables.
 if(DEFINED SKBUILD AND NOT LibTorch_PYTHON AND NOT LibTorch_ROOT)
-  execute_process(
-    COMMAND "${Python_EXECUTABLE}" -c
-            "import importlib.util as u, sys; sys.exit(u.find_spec('torch') is None)"
-    RESULT_VARIABLE without_torch)
-  if(without_torch)
-    message(FATAL_ERROR "anabranch is built against the installed torch, and ${Python_EXECUTABLE} has "
-                        "none: pip install torch scikit-build-core, then build with "
-                        "--no-build-isolation")
+  foreach(environment IN ITEMS "" "--unset=PYTHONPATH;--unset=PYTHONNOUSERSITE")
+    if(NOT torch_folder)
+      execute_process(
+        COMMAND "${CMAKE_COMMAND}" -E env ${environment} "${Python_EXECUTABLE}" -c
+                "import importlib.util as u, os; print(os.path.dirname(u.find_spec('torch').origin))"
+        OUTPUT_VARIABLE torch_folder OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+    endif()
+  endforeach()
+  if(NOT torch_folder)
+    message(FATAL_ERROR "anabranch is built against the installed torch, and ${Python_EXECUTABLE} has none: pip "
+                        "install torch first. A tool that builds in an environment of its own (uv, python -m build) "
+                        "needs --no-build-isolation, after pip install scikit-build-core cmake ninja")
   endif()
-  set(LibTorch_PYTHON "${Python_EXECUTABLE}")
+  set(LibTorch_ROOT "${torch_folder}")
 endif()
 
 # The environment that launch/setup.sh makes, unless another Python or LibTorch is named.
@@ -39,36 +44,46 @@ add_library(anabranch_json INTERFACE)
 target_include_directories(anabranch_json SYSTEM INTERFACE "${NLOHMANN_JSON_INCLUDE_DIR}")
 
 set(ANABRANCH_WITH_CUDA OFF)
-if(ANABRANCH_CUDA)
+set(ANABRANCH_WHY_NO_CUDA "") # `anabranch info` says it too
+if(NOT ANABRANCH_CUDA)
+  set(ANABRANCH_WHY_NO_CUDA "ANABRANCH_CUDA was ${ANABRANCH_CUDA}")
+else()
   include(CheckLanguage)
   # nvcc's own choice would be the first g++ in PATH.
   if(NOT DEFINED CMAKE_CUDA_HOST_COMPILER AND NOT DEFINED ENV{CUDAHOSTCXX})
     set(CMAKE_CUDA_HOST_COMPILER "${CMAKE_CXX_COMPILER}" CACHE FILEPATH "What nvcc compiles host code with")
   endif()
-  check_language(CUDA)
-  if(NOT CMAKE_CUDA_COMPILER)
-    set(why "there is no CUDA compiler")
-  elseif(NOT LibTorch_CUDA_FOUND)
-    set(why "LibTorch in ${LibTorch_INCLUDE_DIR} has no CUDA")
+  find_program(ANABRANCH_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_PATH PATH_SUFFIXES bin)
+  mark_as_advanced(ANABRANCH_NVCC)
+  if(CMAKE_VERSION VERSION_GREATER_EQUAL 3.25.2)
+    check_language(CUDA)
+  endif()
+  if(NOT LibTorch_CUDA_FOUND)
+    set(ANABRANCH_WHY_NO_CUDA "LibTorch in ${LibTorch_INCLUDE_DIR} has no CUDA")
+  elseif(CMAKE_VERSION VERSION_LESS 3.25.2)
+    set(ANABRANCH_WHY_NO_CUDA "CMake ${CMAKE_VERSION} knows no C++20 for nvcc: take 3.25.2 or newer (pip install cmake)")
+  elseif(NOT CMAKE_CUDA_COMPILER AND ANABRANCH_NVCC)
+    set(ANABRANCH_WHY_NO_CUDA "${ANABRANCH_NVCC} with ${CMAKE_CUDA_HOST_COMPILER} cannot compile a program")
+  elseif(NOT CMAKE_CUDA_COMPILER)
+    set(ANABRANCH_WHY_NO_CUDA "there is no CUDA compiler (nvcc)")
   else()
-    if(CMAKE_VERSION VERSION_LESS 3.25.2)
-      message(FATAL_ERROR "CMake ${CMAKE_VERSION} knows no C++20 for nvcc: take 3.25.2 or newer, such as "
-                          "that of pip install cmake, or ANABRANCH_CUDA=OFF")
-    endif()
     find_package(CUDAToolkit REQUIRED)
     set(major ${CUDAToolkit_VERSION_MAJOR})
-    # One process has one CUDA runtime: torch's.
+    # One process has one CUDA runtime, torch's; within a major version it runs what an older or newer nvcc compiled.
     if(LibTorch_CUDA_VERSION AND NOT LibTorch_CUDA_VERSION MATCHES "^${major}\\.")
-      set(why "nvcc is of CUDA ${CUDAToolkit_VERSION}, LibTorch of ${LibTorch_CUDA_VERSION}")
+      set(ANABRANCH_WHY_NO_CUDA
+          "nvcc is of CUDA ${CUDAToolkit_VERSION}, LibTorch of ${LibTorch_CUDA_VERSION}: they must be of one major version")
     else()
       set(ANABRANCH_WITH_CUDA ON)
+      set(ANABRANCH_CUDA_VERSION "${CUDAToolkit_VERSION}")
     endif()
   endif()
-  if(NOT ANABRANCH_WITH_CUDA)
-    if(NOT ANABRANCH_CUDA STREQUAL "AUTO")
-      message(FATAL_ERROR "ANABRANCH_CUDA is ${ANABRANCH_CUDA}, but ${why}")
-    endif()
-    message(STATUS "Without CUDA: ${why}")
+  if(ANABRANCH_WHY_NO_CUDA AND NOT ANABRANCH_CUDA STREQUAL "AUTO")
+    message(FATAL_ERROR "ANABRANCH_CUDA is ${ANABRANCH_CUDA}, but ${ANABRANCH_WHY_NO_CUDA}")
+  elseif(ANABRANCH_WHY_NO_CUDA AND ANABRANCH_NVCC AND LibTorch_CUDA_FOUND)
+    message(WARNING "WITHOUT CUDA, for the CPU alone: ${ANABRANCH_WHY_NO_CUDA}")
+  elseif(ANABRANCH_WHY_NO_CUDA)
+    message(STATUS "Without CUDA: ${ANABRANCH_WHY_NO_CUDA}")
   endif()
 endif()
 if(ANABRANCH_WITH_CUDA)

@@ -157,5 +157,8 @@ if ((${#failed[@]})); then die "failed: ${failed[*]}"; fi
 if $publish; then
   cp "${results[@]}" "$project_root/benchmarks/results/"
   "$python" "$project_root/benchmarks/report.py"
+  if [[ -e $project_root/benchmarks/results/gpu_layer.json ]]; then
+    "$python" "$project_root/benchmarks/picture.py"
+  fi
   note "$project_root/docs/performance.md"
 fi

@@ -39,6 +39,12 @@ measuring_preset() {
   fi
 }
 
+# The preset to train with: of the build that is there, or cpu, which builds what training needs alone and without
+# CUDA, where no GPU is to be seen.
+training_preset() {
+  if (($(gpus) > 0)) || [[ -x $project_root/build/release/examples/train_lm ]]; then echo release; else echo cpu; fi
+}
+
 # Jobs for a build: one per core, but no more than memory allows at about 2 GB a compiler.
 build_jobs() {
   local jobs memory_kb by_memory

@@ -80,6 +80,7 @@ system_needs=(
   "ccache|has_command ccache|ccache|optional|without it a second clean build takes as long as the first"
   "hwloc|has_header hwloc.h|libhwloc-dev|optional|without it ranks are not bound to GPUs and cores"
   "iproute2, for tests|has_command tc|iproute2|optional|without it the tests over several hosts are skipped"
+  "doxygen|has_command doxygen|doxygen|optional|without it the documentation site is not built"
   "King James text (bible)|has_command bible|bible-kjv|optional|without it launch/train.sh needs --data FILE"
 )
 # Only where it is asked for: it brings services and a user.

@@ -9,7 +9,8 @@
 #                           command `bible` prints it)
 #   --output DIR            where everything goes (default: runs/train_lm)
 #   --device cuda           on this machine's GPUs, one for each rank (several ranks on one need NCCL
-#                           2.30.3 and NCCL_MULTI_RANK_GPU_ENABLE=1); builds with CUDA, needs nvcc
+#                           2.30.3 and NCCL_MULTI_RANK_GPU_ENABLE=1); builds with CUDA, needs nvcc. Where no GPU
+#                           is to be seen, and nothing is built yet, nothing of CUDA is built
 #   --resume                continue the run in DIR, on any number of ranks
 #   --steps N               optimizer steps
 #   --batch-size N          sequences a step, over all ranks
@@ -26,7 +27,7 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-preset=release
+preset=
 ranks=2
 data=
 output=$project_root/runs/train_lm
@@ -60,6 +61,7 @@ while (($#)); do
   shift
 done
 
+preset=${preset:-$(training_preset)}
 readonly program=$project_root/build/$preset/examples/train_lm
 
 if $show_help; then

@@ -11,6 +11,9 @@
 
 namespace train_lm {
 
+/// Of a text or token file the last part, one in so many, is held out.
+inline constexpr int64_t kHeldOutPart = 20;
+
 /// Which of a global batch's items are a rank's: contiguous, as evenly as they can be.
 struct Share {
   int64_t first = 0;

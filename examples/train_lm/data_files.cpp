@@ -8,12 +8,11 @@
 #include <fstream>
 #include <optional>
 
+#include "data.h"
 #include "require.h"
 
 namespace train_lm {
 namespace {
-
-constexpr int64_t kHeldOutPart = 20;  // one in twenty
 
 // llm.c: 256 numbers of 32 bits, then the tokens.
 constexpr int64_t kHeaderNumbers = 256;

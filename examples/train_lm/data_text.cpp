@@ -10,8 +10,6 @@
 namespace train_lm {
 namespace {
 
-constexpr int64_t kHeldOutPart = 20;  // one in twenty
-
 uint64_t fnv1a(const torch::Tensor& bytes) {
   const auto* data = bytes.const_data_ptr<uint8_t>();
   uint64_t hash = 0xcbf29ce484222325ULL;

@@ -69,7 +69,7 @@ class BackgroundSave {
 // The same for models and optimizers that are not LibTorch's.
 
 struct CheckpointContents {
-  /// Parameters and buffers, and what an optimizer keeps of a parameter as `optimizer.<slot>.<its name>`:
+  /// Parameters and buffers, and what an optimizer keeps of a parameter as `optimizer.SLOT.NAME`:
   /// of its shape and over the ranks as it is, or the slot `step`, an int64 scalar.
   std::vector<ParallelParameter> tensors;
   std::string optimizer;  ///< its class; empty: none

@@ -28,7 +28,7 @@ def _versions_differ() -> str | None:
 
 def load() -> None:
     """Registers torch.ops.anabranch; ImportError says what does not fit."""
-    remedy = "build it anew: pip install --force-reinstall --no-build-isolation --no-deps anabranch"
+    remedy = "build it anew: pip install --force-reinstall --no-deps anabranch"
     problem = _versions_differ()
     if problem is not None:
         raise ImportError(f"{problem}: {remedy}")

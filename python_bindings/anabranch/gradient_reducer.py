@@ -16,7 +16,7 @@ from .gradients import BUCKET_BYTES, ParallelGroups, finish_by, only_group, para
 
 class GradientReducer:
     """`finish_gradients`, of which the sums run beside the backward that makes the gradients. Once for a model, then in
-    every step:
+    every step::
 
         for x in micro_batches[:-1]:
             loss(x).backward()

@@ -1,9 +1,10 @@
-"""What this installation is and finds: `python -m anabranch.info`. No other module imports this one, which Python
-would run a second time as the program."""
+"""What this installation is and finds: `anabranch info`, or `python -m anabranch.info`. No module that `import anabranch`
+brings imports this one, which Python would run a second time as the program."""
 
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 import torch
 
@@ -13,19 +14,38 @@ from .engines import grouped_gemm_engines
 from .features import devices, transports, with_cuda
 
 
-def describe() -> str:
-    """A report, for people to read."""
+def facts() -> dict[str, Any]:
+    """For programs to read."""
     kinds = ["cpu", "cuda"] if with_cuda() else ["cpu"]
     info = discover_rank()
-    launcher = f"{info.launcher}: rank {info.rank} of {info.size}" if info.launcher else "none"
+    return {
+        "version": _build.VERSION,
+        "built_against_torch": _build.TORCH_VERSION,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "libraries": torch.ops.anabranch.describe_build().rstrip().splitlines(),
+        "why_no_kernels_for_gpus": _build.WHY_NO_CUDA,
+        "devices": devices(),
+        "engines": {kind: ["auto", *grouped_gemm_engines(kind)] for kind in kinds},
+        "transports": transports(),
+        "launcher": {"name": info.launcher, "rank": info.rank, "size": info.size} if info.launcher else None,
+    }
+
+
+def describe() -> str:
+    """A report, for people to read."""
+    found = facts()
+    why, launcher = found["why_no_kernels_for_gpus"], found["launcher"]
     lines = [
-        f"anabranch {_build.VERSION}, built against torch {_build.TORCH_VERSION}",
-        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
-        torch.ops.anabranch.describe_build().rstrip(),
-        f"devices: {', '.join(devices())}",
-        *(f"engines on {kind}: auto, {', '.join(grouped_gemm_engines(kind))}" for kind in kinds),
-        f"transports: {', '.join(transports())}",
-        f"launcher: {launcher}",
+        f"anabranch {found['version']}, built against torch {found['built_against_torch']}",
+        f"torch {found['torch']}, Python {found['python']}, {found['platform']}",
+        *found["libraries"],
+        f"no kernels for GPUs: {why}" if why else "built with CUDA kernels",
+        f"devices: {', '.join(found['devices'])}",
+        *(f"engines on {kind}: {', '.join(names)}" for kind, names in found["engines"].items()),
+        f"transports: {', '.join(found['transports'])}",
+        f"launcher: {launcher['name']}: rank {launcher['rank']} of {launcher['size']}" if launcher else "launcher: none",
     ]
     return "\n".join(lines)
 

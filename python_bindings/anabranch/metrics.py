@@ -29,15 +29,15 @@ class RouterMetrics:
     `read` gives the means since the last `read`, over forwards in training mode, micro-batches alike, as a dictionary
     of numbers: each metric as its mean over layers, and as `name/layer_N` of each, N the layer's place in the model:
 
-    =============================  =====================================================================
-    moe/load_balancing_loss        `balance_loss`: 1 in perfect balance
-    moe/seq_load_balancing_loss    `sequence_balance_loss`
-    moe/z_loss                     `z_loss`
-    moe/importance_loss, load_loss the noisy gate's
-    moe/cv                         coefficient of variation of the experts' load: 0 in perfect balance
-    moe/max_load                   the fullest expert's load over the mean
-    moe/entropy                    of the load, over log E: 1 in perfect balance
-    =============================  =====================================================================
+    ==============================  =====================================================================
+    moe/load_balancing_loss         `balance_loss`: 1 in perfect balance
+    moe/seq_load_balancing_loss     `sequence_balance_loss`
+    moe/z_loss                      `z_loss`
+    moe/importance_loss, load_loss  the noisy gate's
+    moe/cv                          coefficient of variation of the experts' load: 0 in perfect balance
+    moe/max_load                    the fullest expert's load over the mean
+    moe/entropy                     of the load, over log E: 1 in perfect balance
+    ==============================  =====================================================================
 
     What it collects stays on the device, and costs no wait; `read` waits. What checkpointing runs again is not counted
     again. Losses and load are those of the layer's group: the same on each of its ranks.
@@ -71,6 +71,7 @@ class RouterMetrics:
         ]
 
     def close(self) -> None:
+        """Collects no more."""
         for handle in self._handles:
             handle.remove()
 

@@ -125,7 +125,7 @@ class MoE(nn.Module):
             the C++ library. None: drawn from torch's generator, which is then to be the same on all ranks.
         router: False: the layer has no router, and every forward is given its routing, of any top_k.
         dtensor: the experts' parameters are DTensors [E, …] over the group's ranks, of which each has its experts: so
-            torch.distributed.checkpoint, state_dict helpers, torch's clip_grad_norm_ and FSDP2 see all of them. The
+            torch.distributed.checkpoint, state_dict helpers, torch's `clip_grad_norm_` and FSDP2 see all of them. The
             group is a DeviceMesh or a process group, the device the one that the layer stays on.
         experts: this rank's experts in the place of the layer's own: a module that is called with rows [P, hidden_size
             (latent_size)], expert by expert, and counts [this rank's experts] int64 in host memory, and returns results

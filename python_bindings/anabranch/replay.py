@@ -35,6 +35,7 @@ class RoutingRecord:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RoutingRecord:
+        """What `save` wrote."""
         return cls(torch.load(path, weights_only=True))
 
 

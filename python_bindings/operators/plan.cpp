@@ -34,7 +34,7 @@ constexpr std::tuple kPlanFields = {
 
 /// Calls `visit(name, member)` for each of them.
 template <typename Plan, typename Visit>
-void for_each_field(Plan&& plan, const Visit& visit) {
+void for_each_member(Plan&& plan, const Visit& visit) {
   std::apply([&](const auto&... field) { (visit(field.name, plan.*field.member), ...); },
              kPlanFields);
 }
@@ -43,13 +43,13 @@ void for_each_field(Plan&& plan, const Visit& visit) {
 
 std::vector<std::string> plan_fields() {
   std::vector<std::string> names;
-  for_each_field(ExchangePlan(), [&](const char* name, const auto&) { names.emplace_back(name); });
+  for_each_member(ExchangePlan(), [&](const char* name, const auto&) { names.emplace_back(name); });
   return names;
 }
 
 std::vector<torch::Tensor> pack_plan(const ExchangePlan& plan) {
   std::vector<torch::Tensor> list;
-  for_each_field(plan, [&](const char*, const auto& member) {
+  for_each_member(plan, [&](const char*, const auto& member) {
     if constexpr (std::same_as<std::remove_cvref_t<decltype(member)>, torch::Tensor>) {
       const bool shared = std::any_of(list.begin(), list.end(), [&](const auto& earlier) {
         return earlier.is_alias_of(member);
@@ -70,7 +70,7 @@ ExchangePlan unpack_plan(at::TensorList list, int64_t top_k) {
   check_input(list.size() == kFields, "a plan has ", kFields, " tensors, not ", list.size());
   ExchangePlan plan;
   size_t place = 0;
-  for_each_field(plan, [&](const char*, auto& member) {
+  for_each_member(plan, [&](const char*, auto& member) {
     if constexpr (std::same_as<std::remove_cvref_t<decltype(member)>, torch::Tensor>) {
       member = list[place++].contiguous();
     } else {

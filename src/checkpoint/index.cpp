@@ -9,6 +9,7 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
+#include "checkpoint/require.h"
 #include "support/json.h"
 
 namespace anabranch {
@@ -18,10 +19,6 @@ using Json = nlohmann::json;
 
 constexpr const char* kFormat = "anabranch checkpoint";
 constexpr int64_t kVersion = 1;
-
-void require(bool condition, const auto&... parts) {
-  if (!condition) throw CheckpointError(c10::str(parts...));
-}
 
 /// CRC-32 of the index without its own checksum, in the one form that Json::dump gives it.
 uint32_t index_checksum(Json json) {

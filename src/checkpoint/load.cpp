@@ -10,16 +10,13 @@
 #include "checkpoint/file.h"
 #include "checkpoint/index.h"
 #include "checkpoint/optimizer_state.h"
+#include "checkpoint/require.h"
 #include "checkpoint/state.h"
 
 namespace anabranch {
 namespace {
 
 namespace fs = std::filesystem;
-
-void require(bool condition, const auto&... parts) {
-  if (!condition) throw CheckpointError(c10::str(parts...));
-}
 
 // A model of a million tensors needs about a quarter of it.
 constexpr int64_t kMaxIndexBytes = int64_t{1} << 30;

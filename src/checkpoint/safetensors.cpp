@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "checkpoint/file.h"
+#include "checkpoint/require.h"
 #include "support/json.h"
 
 namespace anabranch {
@@ -39,10 +40,6 @@ constexpr std::array<std::pair<at::ScalarType, const char*>, 12> kDtypes{{
     {at::kByte, "U8"},
     {at::kBool, "BOOL"},
 }};
-
-void require(bool condition, const auto&... parts) {
-  if (!condition) throw CheckpointError(c10::str(parts...));
-}
 
 at::ScalarType parse_dtype(const std::string& text) {
   for (const auto& [dtype, name] : kDtypes) {

@@ -4,11 +4,11 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
-#include <numeric>
 #include <utility>
 
 #include "exchange/chunks.h"
 #include "kernels/rows.h"
+#include "support/sum.h"
 
 // Each of the two is the other's adjoint: the same plan read from the other end.
 
@@ -33,10 +33,6 @@ std::unique_ptr<Pending> start(Communicator& communicator, std::vector<Transfer>
     return std::make_unique<InTurn>(communicator, std::move(transfers));
   }
   return communicator.start_all_to_all_v(std::move(transfers));
-}
-
-int64_t sum(const std::vector<int64_t>& rows) {
-  return std::accumulate(rows.begin(), rows.end(), int64_t{0});
 }
 
 /// The next `rows` of `all`.

@@ -17,6 +17,7 @@
 #include "support/check.h"
 #include "support/host_copy.h"
 #include "support/stage.h"
+#include "support/sum.h"
 
 namespace anabranch {
 namespace {
@@ -25,10 +26,6 @@ namespace {
 // routing is valid, the rows it will send there, and the assignments among them of each of the receiver's
 // experts. As long as it is whatever the ranks were given, so it comes through where they disagree.
 enum Header : int64_t { kNonfiniteToken, kInvalidToken, kForm, kRows, kHeader };
-
-int64_t sum(const std::vector<int64_t>& values) {
-  return std::accumulate(values.begin(), values.end(), int64_t{0});
-}
 
 void check_routing(const Routing& routing) {
   const auto& ids = routing.expert_ids;

@@ -15,7 +15,7 @@ namespace {
 constexpr double kStepSize = 0.2;  // times √max(m, n): the root mean square of AdamW's usual steps
 
 /// One parameter, what is kept of it, and how it is cut into matrices.
-struct Updated {
+struct UpdatedMatrix {
   ParallelParameter parameter;
   int64_t parts;
   torch::Tensor master;
@@ -73,7 +73,7 @@ class Muon final : public ParallelOptimizer {
 
  private:
   /// Everything stays as it is unless `finite` [] bool, which the host does not read.
-  void update(Updated& updated, double learning_rate, const torch::Tensor& scale,
+  void update(UpdatedMatrix& updated, double learning_rate, const torch::Tensor& scale,
               const torch::Tensor& finite) const {
     auto& [parameter, parts, master, momentum] = updated;
     const auto gradient = parameter.gradient() * scale.to(master.scalar_type());
@@ -90,7 +90,7 @@ class Muon final : public ParallelOptimizer {
   }
 
   MuonOptions options_;
-  std::vector<Updated> updated_;
+  std::vector<UpdatedMatrix> updated_;
   torch::Tensor steps_;  // [] int64: updates made
   std::unique_ptr<ParallelOptimizer> others_;
 };

@@ -143,7 +143,7 @@ GateGradient half_gate_gradient(const torch::Tensor& dlogits, const torch::Tenso
 }
 
 /// The tensors that backward needs.
-struct Saved {
+struct SavedOfGate {
   torch::Tensor x;       ///< [T, h]
   torch::Tensor weight;  ///< [E, h]
   torch::Tensor split_weight;
@@ -156,14 +156,14 @@ struct SplitGate : torch::autograd::Function<SplitGate> {
   static torch::Tensor forward(AutogradContext* context, const torch::Tensor& x,
                                const torch::Tensor& weight) {
     const auto [parts, split_weight] = gate_product(x, weight);
-    context->save_for_backward(pack(Saved{x, weight, split_weight}));
+    context->save_for_backward(pack(SavedOfGate{x, weight, split_weight}));
     return parts.dim() == 3 ? parts.sum(1) : parts;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     refuse_double_backward("router");
     const torch::NoGradGuard no_grad;
-    const auto [x, weight, split_weight] = unpack<Saved>(context->get_saved_variables());
+    const auto [x, weight, split_weight] = unpack<SavedOfGate>(context->get_saved_variables());
     auto dlogits = gradients[0].contiguous();
     if (split_weight.defined()) {
       dlogits = GateKernels::on(x.device()).split(dlogits, kSplitGradient, /*side_by_side=*/true);

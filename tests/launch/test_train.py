@@ -80,6 +80,18 @@ def test_sets_up_and_builds_the_example_alone(project):
     assert re.search(r"--build --preset release .*--target train_lm$", project.calls()[2])
 
 
+@pytest.mark.parametrize(
+    "gpu, built, preset", [(False, "cuda", "cpu"), (True, "cuda", "release"), (False, "release", "release")]
+)
+def test_without_a_gpu_nothing_of_cuda_is_built(project, gpu, built, preset):
+    """Unless there is a build that has it already."""
+    shutil.move(project.root / "build/release", project.root / "build" / built)
+    project.command("nvidia-smi", "echo 'GPU 0: one'" if gpu else "exit 9")
+    path = f"{project.root / '.venv/bin'}:{os.environ['PATH']}"
+    output = project.run("train.sh", "--help", environment={"PATH": path})
+    assert f"build/{preset}/examples/train_lm" in output
+
+
 def test_options_reach_every_rank_as_they_were_given(project):
     given = ["--steps", "3", "--prompt", "two words and an *", "--experts=4", "--resume", "--top-k", "1"]
     train(project, "-n", "3", *given)

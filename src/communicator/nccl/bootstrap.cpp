@@ -21,7 +21,7 @@
 namespace anabranch {
 namespace {
 
-constexpr std::chrono::milliseconds kGlance{2};
+constexpr std::chrono::milliseconds kPause{2};
 constexpr int64_t kAddressBytes = 512;
 
 ncclUniqueId id_of(const std::string& bytes) {
@@ -41,7 +41,7 @@ class Joining {
         heartbeat_(NcclWatch::heartbeat_for(deadline)) {}
 
   void keep_waiting() {
-    std::this_thread::sleep_for(kGlance);
+    std::this_thread::sleep_for(kPause);
     const auto now = Clock::now();
     if (now >= next_sign_) {
       heartbeats_.publish(0);
@@ -142,7 +142,7 @@ std::shared_ptr<Communicator> meet_through_nccl(const std::string& unique_id, in
                                                 const CommunicatorOptions& options) {
   WaitingTime waiting;
   const NcclGroup::KeepWaiting keep_waiting = [&] {
-    std::this_thread::sleep_for(kGlance);
+    std::this_thread::sleep_for(kPause);
     if (waiting.so_far() > options.deadline) {
       throw CommunicationError(
           c10::str("rank ", rank, ": not all of the ", size,

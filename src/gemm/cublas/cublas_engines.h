@@ -10,6 +10,10 @@ bool runs_cublas(torch::Device device);
 
 constexpr int kMostCublasStreams = 8;
 
+/// What NVIDIA asks for on Hopper. A workspace of its own keeps a stream's results the same from run
+/// to run while other streams are busy.
+inline constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
+
 /// cuBLASLt expert by expert over 1 to 8 side streams, which fork from the current stream and
 /// join it; largest expert first. Engines of one device share the streams.
 std::shared_ptr<GroupedGemmEngine> make_cublas_loop_engine(torch::Device device, int streams);

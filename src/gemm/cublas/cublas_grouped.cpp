@@ -9,8 +9,6 @@
 namespace anabranch {
 namespace {
 
-constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
-
 /// A value for every group, as the API takes everything but the matrices: each expert is a group of
 /// one product, for sizes are common to a group.
 template <typename value_t>

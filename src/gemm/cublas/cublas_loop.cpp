@@ -22,10 +22,6 @@
 namespace anabranch {
 namespace {
 
-/// What NVIDIA asks for on Hopper. A workspace of its own keeps a stream's results the same from run
-/// to run while other streams are busy.
-constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
-
 /// Products that are worth waking threads for: cublasLtMatmul takes the host 6 to 10 us, and so long it
 /// takes at least to wake a thread.
 constexpr size_t kWorthThreads = 16;

@@ -16,7 +16,6 @@
 namespace anabranch {
 namespace {
 
-constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
 constexpr int64_t kMostGroups = 1023;  // of one call
 
 using Layout = UniqueHandle<cublasLtMatrixLayout_t, cublasLtMatrixLayoutDestroy>;
