@@ -15,8 +15,9 @@ GROUPED = ("MegaBlocks grouped", "MegaBlocks grouped lean")
 ARTICLE_LIMIT = 16 * GIB
 PACKAGES = """MegaBlocks 0.10.0, stanford-stk 0.7.1 and grouped_gemm 0.3.0 are PyPI's. MegaBlocks' own operators do not compile with
 CUDA 13 as they come (`csrc/cumsum.h` gives CUB's DeviceScan a `debug_synchronous` that it no longer takes): that argument
-was left out, in two calls. Its sparse products refuse Triton 3.2 and newer, so all methods ran beside Triton 3.1.0, whose
-kernels theirs are; LibTorch's and ours do not use it. ScatterMoE is not on PyPI: its repository's 47b5e15 was tried, and
+was left out, in two calls, and both packages' sources were compiled by nvcc 13.0 for sm_90. Its sparse products refuse
+Triton 3.2 and newer, so all methods ran beside Triton 3.1.0, in a folder of PYTHONPATH before the machine's own;
+LibTorch's products and ours do not use it. ScatterMoE is not on PyPI: its repository's 47b5e15 was tried, and
 does not compile beside that Triton but for one forward.
 """
 # How a pair of times is known: (its word, where in a row, whether it is settled).
@@ -142,9 +143,9 @@ def claims(whole, limited):
         (
             f"Triton's kernels fault at ({', '.join(map(str, sanitize.SIZES))})",
             f"compute-sanitizer's memcheck, forward and backward, even and uneven: {faults(whole)}",
-            "No index of that case comes near 32 bits. By its source, which was not run there, stk will fail elsewhere: "
-            "it computes a block's place as its number times 128 × 128 in 32 bits, so that S may have 131,072 blocks, "
-            "and 64×1024 h8192 E8 k8 has 524,288.",
+            "No index of that case comes near 32 bits. By what Triton compiles of it, which was not run there, stk will "
+            "fail elsewhere: a block's place is its number times 128 × 128 in 32 bits (`shl.b32` by 14 in its PTX), so "
+            "that S may have 131,072 blocks, and 64×1024 h8192 E8 k8 has 524,288.",
         ),
     ]
     return table(("the article", "found here", "why"), lines)
