@@ -97,11 +97,16 @@ double chance_of_rank(const MoEOptions& options, int64_t own) {
 Sizes::Sizes(const MoEOptions& given, int64_t tokens, int64_t ranks, double load)
     : options(given), tokens(tokens), ranks(ranks) {
   experts = ExpertPlacement{options.num_experts, ranks}.local_experts(0);
+  const bool bounded = ranks > 1 && options.receive_capacity > 0;
+  if (bounded) {
+    load = options.receive_capacity;
+  }
   const auto all = static_cast<double>(tokens * ranks);
   const auto balanced = static_cast<double>(tokens * options.top_k);
   assignments =
       std::min(std::lround(load * balanced), tokens * ranks * std::min(options.top_k, experts));
   rows = ranks == 1 ? tokens
+         : bounded  ? std::min(assignments, tokens * ranks)
                     : std::min({std::lround(load * all * chance_of_rank(options, experts)),
                                 assignments, tokens * ranks});
   const int64_t parts = std::min(most_parts(options.device), std::max<int64_t>(1, experts));

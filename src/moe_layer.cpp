@@ -6,7 +6,10 @@
 #include <torch/nn/functional/linear.h>
 
 #include <algorithm>
+#include <initializer_list>
+#include <iterator>
 #include <optional>
+#include <vector>
 
 #include "engine_agreement.h"
 #include "exchange/chunks.h"
@@ -16,6 +19,7 @@
 #include "experts/latent.h"
 #include "experts/permute.h"
 #include "experts/shared_expert.h"
+#include "kernels/rows.h"
 #include "moe_options.h"
 #include "overlap_choice.h"
 #include "routing/auxiliary_losses.h"
@@ -95,6 +99,17 @@ struct Saved {
   }
 };
 
+/// Makes what a step was to find NaN if its plan says so.
+void spoil(const ExchangePlan& plan, std::initializer_list<torch::Tensor> found) {
+  if (!plan.spoilt.defined()) {
+    return;
+  }
+  std::vector<torch::Tensor> tensors;
+  std::copy_if(found.begin(), found.end(), std::back_inserter(tensors),
+               [](const auto& tensor) { return tensor.defined() && tensor.numel() > 0; });
+  RowKernels::on(plan.spoilt.device()).spoil(tensors, plan.spoilt);
+}
+
 /// The way of the tokens through the experts of all ranks: x [T, h] and routing weights [T, top_k]
 /// → y [T, h], and upstream again.
 struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
@@ -127,6 +142,7 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
                                      plan.expert_counts, !step->recompute, pipeline)
                             .hidden;
     const auto y = stage("anabranch.combine", [&] { return combining.finish().rows; });
+    spoil(plan, {y});
 
     context->save_for_backward(pack(Saved{rows, routing_weights, hidden, experts}));
     step->dispatching.reset();
@@ -171,6 +187,8 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
             .parameters;
     const auto [dx, dweights] =
         stage("anabranch.dispatch.backward", [&] { return combining.finish(); });
+    spoil(plan, {dx, dweights, gradients_of.up.weight, gradients_of.down.weight,
+                 gradients_of.up.bias, gradients_of.down.bias});
     step->overlap->note(step->way, /*backward=*/true, std::move(begin), dy.device());
 
     return {dx,
@@ -258,6 +276,8 @@ MoEOutput MoEFunction::route(const RouterParameters& parameters, const torch::Te
                    routing.counts, options_);
 }
 
+double MoEFunction::capacity() const { return Unbounded::lives() ? 0 : options_.receive_capacity; }
+
 MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Tensor& x,
                                const Routing& routing) const {
   const auto tokens = layer_tokens(x, options_);
@@ -268,7 +288,7 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
   const bool shared = parameters.shared_expert.up.weight.defined();
   const bool latent = parameters.latent_down.defined();
   const auto rows = latent ? torch::linear(tokens, parameters.latent_down) : tokens;
-  auto plan = exchange_.begin_plan(routing, rows, options_.errors);
+  auto plan = exchange_.begin_plan(routing, rows, options_.errors, capacity());
   if (communicator.size() > 1 && !engine_->is_settled()) {
     settle_engine(expert, trials_of(parameters, plan.get(), tokens.size(0)), options_.recompute,
                   communicator);
@@ -288,8 +308,9 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
   const auto losses = stage("anabranch.losses", [&] {
     return auxiliary_losses(routing, plan.source_counts(), options_, communicator);
   });
-  // Rows that travel at once in one piece set out while the plan is made.
-  const auto received = degree == 0 && !plan.is_made() ? plan.dispatch(rows) : torch::Tensor();
+  // Rows in one piece that nothing is left to compute beside set out while the plan is made.
+  const bool with_plan = degree == 0 || (degree == 1 && (!shared || ahead));
+  const auto received = with_plan && !plan.is_made() ? plan.dispatch(rows) : torch::Tensor();
   const auto step =
       c10::make_intrusive<Step>(exchange_,
                                 in_chunks(plan.get(), std::max<int64_t>(degree, 1),
@@ -415,6 +436,16 @@ MoEOutput MoELayerImpl::forward(const torch::Tensor& x, const Routing& routing) 
 }
 
 void check() { check_late_refusals(); }
+
+bool take_exceeded_capacity() { return take_exceeded_rooms(); }
+
+namespace {
+thread_local int unbounded = 0;
+}  // namespace
+
+Unbounded::Unbounded() { ++unbounded; }
+Unbounded::~Unbounded() { --unbounded; }
+bool Unbounded::lives() { return unbounded > 0; }
 
 double imbalance(const torch::Tensor& expert_load) {
   check_input(expert_load.defined() && expert_load.dim() == 1 && expert_load.numel() > 0,

@@ -98,6 +98,10 @@ const MoEOptions& checked(const MoEOptions& options) {
               "shared_expert_hidden_size of at least 1");
   check_input(options.jitter >= 0 && options.jitter < 1, "MoEOptions: jitter = ", options.jitter,
               ", expected 0 ≤ jitter < 1");
+  check_input(std::isfinite(options.receive_capacity) && options.receive_capacity >= 0,
+              "MoEOptions: receive_capacity = ", options.receive_capacity, ", expected 0 or more");
+  check_input(options.receive_capacity == 0 || options.errors == Errors::kLate,
+              "MoEOptions: receive_capacity with errors = at_call, for which the host waits");
   check_input(options.dtype == torch::kFloat32 || options.dtype == torch::kFloat64 ||
                   options.dtype == torch::kBFloat16 || options.dtype == torch::kFloat16,
               "MoEOptions: dtype = ", options.dtype, ", expected fp32, fp64, bf16 or fp16");

@@ -53,6 +53,7 @@ inline constexpr std::tuple kOptionFields = {
     OptionField{"engine", &MoEOptions::engine},
     OptionField{"errors", &MoEOptions::errors},
     OptionField{"overlap", &MoEOptions::overlap},
+    OptionField{"receive_capacity", &MoEOptions::receive_capacity},
     OptionField{"dtype", &MoEOptions::dtype},
     OptionField{"device", &MoEOptions::device},
     OptionField{"seed", &MoEOptions::seed},

@@ -126,6 +126,28 @@ TEST(CudaLayer, TheHostWaitsOnceAStepOrNever) {
   }
 }
 
+// Nor between ranks that map each other's memory, where there is room for what comes.
+TEST(CudaLayer, TheHostNeverWaitsWhereThereIsRoom) {
+  const auto engines = grouped_gemm_engines(device());
+  if (!world()->reads_counts_on(device()) ||
+      std::count(engines.begin(), engines.end(), "hopper") == 0) {
+    GTEST_SKIP() << "counts are the host's here";
+  }
+  Random random(test_seed());
+  auto layer_case = large_case(random);
+  layer_case.options.receive_capacity = world()->size();
+  auto layer = make_layer(layer_case, world());
+  const auto x = shard(layer_case.x, layer_case.counts, world()->rank()).requires_grad_();
+  const auto doutput = shard(layer_case.doutput, layer_case.counts, world()->rank());
+  const auto step = [&] { layer->forward(x).output.backward(doutput); };
+  for (int i = 0; i < 4; ++i) {
+    step();
+  }
+  world()->barrier();
+  EXPECT_EQ(waits(trace(step).counted()), 0);
+  check();
+}
+
 /// What the host has given the GPU when it begins to wait, and how long the GPU then has nothing to do, in
 /// µs: between the last that it was given before the wait and the first after it.
 struct Wait {

@@ -112,6 +112,15 @@ TEST_F(MemoryPlanTest, OfOtherLayers) {
   expect_foreseen(shared, 1200);
 }
 
+TEST_F(MemoryPlanTest, OfARoomForAnyRouting) {
+  if (!world()->reads_counts_on(device())) {
+    GTEST_SKIP() << world()->name() << " does not read counts on " << device();
+  }
+  auto options = options_of(torch::kFloat32);
+  options.receive_capacity = world()->size();
+  expect_foreseen(options, 800);
+}
+
 // Nearly all is parameters and their gradients then.
 TEST_F(MemoryPlanTest, OfHardlyAnyTokens) {
   const auto options = options_of(torch::kFloat32);

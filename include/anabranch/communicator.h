@@ -25,6 +25,10 @@ struct Transfer {
   /// On a GPU it is not read by the host, so not checked. Undefined: they are the rows of `send` in
   /// order.
   torch::Tensor send_index = {};
+  /// [2, size] int64 beside the rows: how many go to each rank, and come from each, where `send_rows` and
+  /// `receive_rows` are empty. The tensors then have room for them, or more. On a GPU the host does not read
+  /// them, nor are they checked, or in `traffic`; where `reads_counts_on` says so alone.
+  torch::Tensor counts = {};
 };
 
 /// What this rank has moved to and from *other* ranks since construction or `reset_traffic`; in a
@@ -119,6 +123,8 @@ class Communicator {
   /// those that come are left alone. The deadline is that of `finish`. Several may be under way, and other
   /// collectives be called in between, by all ranks in the same order.
   std::unique_ptr<Pending> start_all_to_all_v(std::vector<Transfer> transfers);
+  /// Whether counts of transfers may be known to `device` alone.
+  virtual bool reads_counts_on(torch::Device device) const { return device.is_cpu(); }
   /// Replaces `tensor` with the sum over ranks; 16-bit types are summed in fp32 and rounded once.
   void all_reduce(torch::Tensor& tensor);
   /// `[size, *tensor.sizes()]`, the same shape on every rank.

@@ -28,6 +28,12 @@ class CommunicationError : public std::runtime_error {
   std::vector<int> peers_;
 };
 
+/// A step would have brought a rank more than MoEOptions::receive_capacity has room for.
+class CapacityError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 /// A call into another library failed: which, with what code of that library's, and where.
 class ForeignCallError : public std::runtime_error {
  public:

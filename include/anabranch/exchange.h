@@ -5,6 +5,7 @@
 #include <anabranch/expert_placement.h>
 #include <anabranch/routing.h>
 
+#include <array>
 #include <functional>
 #include <memory>
 #include <utility>
@@ -39,6 +40,12 @@ struct ExchangePlan {
   torch::Tensor checked_weights;
   /// [P] the routing's weights, as dispatch would bring them.
   torch::Tensor local_weights;
+
+  // Of a step whose counts the host does not learn (`Exchange::begin_plan` with a capacity), in which the
+  // four lists above are empty, and S, R and P what there is room for. Undefined otherwise.
+  torch::Tensor row_counts;         ///< [3, W] rows to each rank, from each, and to each again
+  torch::Tensor assignment_counts;  ///< [3, W]
+  torch::Tensor spoilt;             ///< [] int64, 1: nothing moves, what comes of it is to be NaN
 
   // Source side. Sent rows are ordered by (destination, token).
   torch::Tensor source_counts;  ///< [E] assignments of each expert
@@ -92,7 +99,9 @@ class PendingPlan {
   Rest rest_;  ///< empty when plan_ is made
 };
 
+struct Departures;
 class LateRefusals;
+struct RoutingCheck;
 
 /// What travels: rows and, where wanted, one value per assignment.
 struct Payload {
@@ -117,8 +126,12 @@ class Exchange {
                     Errors errors = Errors::kAtCall) const;
   /// The same up to where the host waits. What the stream is given before `get` runs while it does: work
   /// that needs no counts, and collectives that are alike on all ranks whatever routing they have.
+  ///
+  /// With late errors and a `capacity` > 0 the host does not wait at all: this rank has room for that many
+  /// times its own tokens' assignments, as MoEOptions::receive_capacity, and what any rank refuses is heard
+  /// late. Throws InputError where the communicator does not read counts on the device.
   PendingPlan begin_plan(const Routing& routing, const torch::Tensor& rows = {},
-                         Errors errors = Errors::kAtCall) const;
+                         Errors errors = Errors::kAtCall, double capacity = 0) const;
 
   /// Source → experts. Collective.
   Payload dispatch(const Payload& tokens, const ExchangePlan& plan) const;
@@ -129,6 +142,12 @@ class Exchange {
   Communicator& communicator() const { return *communicator_; }
 
  private:
+  /// [4 + W] −1, what a rank tells of itself in most steps alike (its form, its room), and a 0 for each rank.
+  torch::Tensor constants(const std::array<int64_t, 3>& form_and_room, torch::Device device) const;
+  PendingPlan begin_plan_within_room(const Routing& routing, const torch::Tensor& rows,
+                                     const RoutingCheck& check, Departures own,
+                                     double capacity) const;
+
   std::shared_ptr<Communicator> communicator_;
   ExpertPlacement placement_;
   /// What of its counts a rank tells each other rank; on the device of the last plan.
@@ -136,6 +155,11 @@ class Exchange {
   /// How this rank takes part in a step, in one number; and on the device of the last plan.
   mutable int64_t form_ = -1;
   mutable torch::Tensor form_on_device_;
+  // Of steps whose counts the host does not learn.
+  mutable torch::Tensor first_experts_;  ///< [W+1] of each rank, on the device of the last plan
+  /// Those of the last plan, and on its device.
+  mutable std::vector<int64_t> constant_values_;
+  mutable torch::Tensor constants_;
   mutable std::shared_ptr<LateRefusals> late_refusals_;  // made by the first late plan
 };
 

@@ -16,7 +16,7 @@ class ExpertCounts {
  public:
   /// As a GPU reads them, int64.
   struct OnDevice {
-    torch::Tensor first_row;  ///< [experts + 1], the last being all rows
+    torch::Tensor first_row;  ///< [experts + 1], the last being all that are some expert's
     torch::Tensor
         longest_first;  ///< [experts] experts by falling number of rows, ties in their order
   };
@@ -26,11 +26,11 @@ class ExpertCounts {
   ExpertCounts(std::vector<int64_t> counts);  // NOLINT(google-explicit-constructor)
   ExpertCounts(std::initializer_list<int64_t> counts)
       : ExpertCounts(std::vector<int64_t>(counts)) {}
-  /// Known to a GPU alone, but for their sum, `rows`.
+  /// Known to a device alone, but for `rows`: their sum, or more, and then the rows behind it are nobody's.
   ExpertCounts(OnDevice counts, int64_t rows);
 
   int64_t experts() const;
-  int64_t rows() const;  ///< of all experts
+  int64_t rows() const;  ///< of all experts, and those behind them that are nobody's
   bool known_to_host() const;
 
   /// Where only a GPU knows them, the host waits for its current stream.

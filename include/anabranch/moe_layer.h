@@ -81,6 +81,8 @@ class MoEFunction {
   MoEFunction(const MoEOptions& options, const Exchange& exchange);
   Routing routing_of(const RouterParameters& parameters, const torch::Tensor& x, bool training,
                      RoutingConditions conditions) const;
+  /// Of the step that begins: see Exchange::begin_plan.
+  double capacity() const;
 
   MoEOptions options_;
   Exchange exchange_;
@@ -149,9 +151,36 @@ class MoELayerImpl : public torch::nn::Module {
 };
 TORCH_MODULE(MoELayer);
 
-/// Waits for what the layers of this process have launched on GPUs, and throws the InputError of a step
-/// whose routing was refused there (see Errors::kLate). `finish_gradients` does so as well. Where a stream
-/// is recorded into a graph nothing is waited for.
+/// Waits for what the layers of this process have launched on GPUs, and throws the error of a step that was
+/// refused there: InputError for its routing (see Errors::kLate), on several ranks without counts of the
+/// host's CommunicationError for another rank's, CapacityError (see MoEOptions::receive_capacity).
+/// `finish_gradients` does so as well. Where a stream is recorded into a graph nothing is waited for.
 void check();
+
+/// The same, but says whether a capacity was exceeded, on all ranks of a layer alike, which is then no error.
+bool take_exceeded_capacity();
+
+/// While it lives, the layers that this thread calls have room for whatever comes, and wait for counts.
+class Unbounded {
+ public:
+  Unbounded();
+  ~Unbounded();
+  Unbounded(const Unbounded&) = delete;
+  Unbounded& operator=(const Unbounded&) = delete;
+  /// Whether there is one.
+  static bool lives();
+};
+
+/// What `step` returns, a graph's replay for one; or, if a capacity was exceeded in it, what `again` returns, in
+/// which none is. `again` is to compute all of the step anew, from gradients that it sets to zero itself.
+template <typename Step, typename Again>
+auto run(const Step& step, const Again& again) {
+  auto result = step();
+  if (!take_exceeded_capacity()) {
+    return result;
+  }
+  const Unbounded unbounded;
+  return again();
+}
 
 }  // namespace anabranch

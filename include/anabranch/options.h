@@ -125,6 +125,13 @@ struct MoEOptions {
   /// first steps, and some of every 2,000, take off, 1, 2 and 4 in turn, the others what was the quickest for the
   /// slowest rank; not with engine "deterministic".
   std::string overlap = "off";
+  /// Several ranks with late errors, on CPUs or on GPUs that map each other's memory: what a rank has room to
+  /// receive in a step, in multiples of its own tokens' assignments, which is the balanced load where all
+  /// ranks have as many tokens; num_ranks is enough for any routing then. Counts stay on the device, and the
+  /// host does not wait for them. A step that needs more is computed nowhere: its output is NaN, and a
+  /// CapacityError is heard late; see `run`. 0: as much as arrives, for which the host waits. (Tested on CPUs;
+  /// on GPUs it has not been run yet.)
+  double receive_capacity = 0;
 
   torch::Dtype dtype = torch::kFloat32;  ///< fp32, fp64, bf16, fp16; the router stays ≥ fp32
   torch::Device device = torch::kCPU;

@@ -27,7 +27,7 @@ from .groups import Group, as_group, hierarchical
 from .huggingface import convert
 from .memory import MemoryPlan, plan_memory
 from .metrics import RouterMetrics, log_to_tensorboard, log_to_trainer, log_to_wandb
-from .moe import MoE, MoEOutput, check
+from .moe import MoE, MoEOutput, check, run
 from .muon import Muon
 from .plots import plot_load
 from .replay import RoutingRecord, record_routing, replay_routing, trace_routing
@@ -69,6 +69,7 @@ __all__ = [
     "plot_load",
     "record_routing",
     "replay_routing",
+    "run",
     "save_checkpoint",
     "set_expert_bias_rate",
     "trace_routing",

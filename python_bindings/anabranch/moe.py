@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from .stats import LayerStats, Probe
 from .steps import watch
 
 _SEEDS = 2**63 - 1
+
+Result = TypeVar("Result")
 
 
 class MoEOutput(NamedTuple):
@@ -117,10 +119,16 @@ class MoE(nn.Module):
         errors: when a routing that is refused (NaN in a gate, expert ids out of range or twice) is an error: "late", on a
             GPU that only this process uses, for which nothing is waited: its tokens' outputs are NaN, and the error
             comes from the layer's next forward, `check` or `finish_gradients`; or "at_call", which waits once a step.
-            On CPUs, and on several ranks, always at the call.
+            On CPUs, and on several ranks without a `receive_capacity`, always at the call.
         overlap: how rows travel between ranks: "off", while a step waits for them; or beside its products, all at
             once ("1") or in chunks of whole experts ("2", "4", "8"). Results and gradients are the same. "auto": the first
             steps, and some of every 2,000, take off, 1, 2 and 4 in turn, the others what was the quickest.
+        receive_capacity: on several ranks, CPUs or GPUs that map each other's memory: what a rank has room to receive in
+            a step, in multiples of its own tokens' assignments, which is the balanced load where all ranks have as
+            many tokens; the number of ranks is enough for any routing then. Counts stay on the device, for which nothing
+            waits; rows travel in one chunk. A step that needs more is computed nowhere: its output is NaN, and a
+            RuntimeError is heard late; `run` does it again. 0: as much as arrives, for which the host waits. (Tested on
+            CPUs; on GPUs it has not been run yet.)
         seed: of the parameters; the same seed gives the same layer at any number of ranks, and that of
             the C++ library. None: drawn from torch's generator, which is then to be the same on all ranks.
         router: False: the layer has no router, and every forward is given its routing, of any top_k.
@@ -170,6 +178,7 @@ class MoE(nn.Module):
         engine: str = "auto",
         errors: str = "late",
         overlap: str = "off",
+        receive_capacity: float = 0.0,
         seed: int | None = None,
         router: bool = True,
         dtensor: bool = False,
@@ -215,6 +224,7 @@ class MoE(nn.Module):
             "engine": engine,
             "errors": errors,
             "overlap": overlap,
+            "receive_capacity": receive_capacity,
         }
         of_router = {"gate", "expert_bias", "forced_routing", "router_fp64", "jitter", "attach_losses"}
         of_router |= {name for name in options if name.endswith("_coefficient")}
@@ -514,9 +524,35 @@ class Through:
 
 def check() -> None:
     """Waits for what the layers of this process have launched on GPUs, and raises the ValueError of a step whose
-    routing was refused there (see `MoE`'s `errors`). `finish_gradients` does so as well. Waits for nothing while a
-    CUDA graph is recorded."""
+    routing was refused there (see `MoE`'s `errors`), or the RuntimeError of one that another rank refused or that
+    exceeded its `receive_capacity`. `finish_gradients` does so as well. Waits for nothing while a CUDA graph is
+    recorded."""
     torch.ops.anabranch.check()
+
+
+def run(step: Callable[[], Result], again: Callable[[], Result] | None = None) -> Result:
+    """What `step()` returns, a CUDA graph's replay for one, or, if a layer's `receive_capacity` was exceeded in it, what
+    `again()` returns, in which none is.
+
+    Waits for the step, as `check` does, and raises what it raises. All ranks of a layer do it again together. `again`,
+    or `step` where none is given, is to compute all of the step anew, from gradients that it sets to None or zero itself.
+
+        def step():
+            optimizer.zero_grad()
+            out = layer(x)
+            out.output.backward(dy)
+            return out
+
+        out = anabranch.run(step)
+    """
+    result = step()
+    if not torch.ops.anabranch.take_exceeded_capacity():
+        return result
+    torch.ops.anabranch.set_unbounded(True)
+    try:
+        return (again or step)()
+    finally:
+        torch.ops.anabranch.set_unbounded(False)
 
 
 def _checked_routing(routing: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "communicator/agreement.h"
 #include "moe_options.h"
@@ -176,6 +177,16 @@ std::string memory_plan(std::string options, at::ScalarType dtype, at::Device de
   return json.dump();
 }
 
+/// Unbounded for this thread, from here on or no longer.
+void set_unbounded(bool unbounded) {
+  thread_local std::optional<Unbounded> alive;
+  if (unbounded) {
+    alive.emplace();
+  } else {
+    alive.reset();
+  }
+}
+
 void update_bias(at::Tensor expert_bias, const at::Tensor& expert_load, double rate) {
   update_expert_bias(expert_bias, expert_load, rate);
 }
@@ -202,6 +213,8 @@ TORCH_LIBRARY(anabranch, library) {
       "-> str",
       memory_plan);
   library.def("check() -> ()", check);
+  library.def("take_exceeded_capacity() -> bool", take_exceeded_capacity);
+  library.def("set_unbounded(bool unbounded) -> ()", set_unbounded);
   library.def("agree(str options, ScalarType dtype, Device device, str group) -> ()", agree);
   library.def("self_group(str name) -> str", self_group);
   library.def("mpi_group(str name, float deadline) -> str", mpi_group);

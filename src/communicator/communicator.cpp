@@ -86,6 +86,37 @@ void check_transfer(const Transfer& transfer, int rank, int size) {
               "all_to_all_v: send and receive overlap in memory");
 }
 
+/// The same with counts that the host has read.
+Transfer with_known_counts(const Transfer& transfer) {
+  const auto* sent = transfer.counts.const_data_ptr<int64_t>();
+  const int64_t size = transfer.counts.size(1);
+  Transfer known = transfer;
+  known.counts.reset();
+  known.send_rows.assign(sent, sent + size);
+  known.receive_rows.assign(sent + size, sent + 2 * size);
+  const auto all = [](const std::vector<int64_t>& rows) {
+    return std::accumulate(rows.begin(), rows.end(), int64_t{0});
+  };
+  torch::Tensor& sent_tensor = known.send_index.defined() ? known.send_index : known.send;
+  sent_tensor = sent_tensor.narrow(0, 0, all(known.send_rows));
+  known.receive = known.receive.narrow(0, 0, all(known.receive_rows));
+  return known;
+}
+
+void check_counts(const Transfer& transfer, const Communicator& communicator) {
+  const auto& counts = transfer.counts;
+  const auto device = transfer.send.device();
+  const int64_t size = communicator.size();
+  check_input(counts.sizes() == at::IntArrayRef({2, size}) && counts.scalar_type() == at::kLong &&
+                  counts.is_contiguous() && counts.device() == device,
+              "all_to_all_v: counts are ", counts.scalar_type(), " ", counts.sizes(), " on ",
+              counts.device(), ", expected contiguous int64 [2, ", size, "] on ", device);
+  check_input(transfer.send_rows.empty() && transfer.receive_rows.empty(),
+              "all_to_all_v: counts beside send_rows or receive_rows");
+  check_input(communicator.reads_counts_on(device), "all_to_all_v: counts on ", device, ", which ",
+              communicator.name(), " does not read there");
+}
+
 /// Rows that travel on a stream beside the caller's.
 class RowsBeside final : public Pending {
  public:
@@ -114,8 +145,14 @@ class RowsBeside final : public Pending {
 }  // namespace
 
 std::unique_ptr<Pending> Communicator::start_rows(std::vector<Transfer> transfers) {
-  for (const Transfer& transfer : transfers) {
-    check_transfer(transfer, rank_, size_);
+  for (Transfer& transfer : transfers) {
+    if (transfer.counts.defined()) {
+      check_counts(transfer, *this);
+      if (transfer.send.is_cpu()) transfer = with_known_counts(transfer);
+    }
+    if (!transfer.counts.defined()) {
+      check_transfer(transfer, rank_, size_);
+    }
     check_device(transfer.send.device());
     check_input(transfer.send.device() == transfers.front().send.device(),
                 "all_to_all_v: tensors on ", transfers.front().send.device(), " and on ",

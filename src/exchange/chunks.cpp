@@ -116,7 +116,7 @@ FirstAndLast received_rows(const ExchangePlan& plan, const ExpertHomes& homes, i
 ExchangePlan in_chunks(ExchangePlan plan, int64_t chunks, const ExpertPlacement& placement,
                        int64_t rank) {
   const int64_t ranks = placement.num_ranks;
-  if (chunks == 1 || ranks == 1) {
+  if (chunks == 1 || ranks == 1 || plan.row_counts.defined()) {
     return plan;
   }
   const torch::NoGradGuard no_grad;

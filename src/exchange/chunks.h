@@ -6,7 +6,8 @@
 
 namespace anabranch {
 
-/// `plan` with its rows in at most `chunks` chunks, each of whole local experts; of a rank alone as it is.
+/// `plan` with its rows in at most `chunks` chunks, each of whole local experts; as it is of a rank alone, and where
+/// the host does not know its counts.
 ///
 /// On every rank chunk c holds the experts from chunk_begin(local experts, c, chunks) on. A row goes with
 /// the first chunk that has an expert of its token's, so that it still crosses once, and what comes back goes

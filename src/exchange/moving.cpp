@@ -6,6 +6,7 @@
 
 #include <utility>
 
+#include "exchange/arrivals.h"
 #include "exchange/chunks.h"
 #include "kernels/rows.h"
 #include "support/sum.h"
@@ -35,8 +36,13 @@ std::unique_ptr<Pending> start(Communicator& communicator, std::vector<Transfer>
   return communicator.start_all_to_all_v(std::move(transfers));
 }
 
-/// The next `rows` of `all`.
-torch::Tensor next_rows(const torch::Tensor& all, int64_t rows, int64_t& next) {
+/// The next rows of `all`, as many as `of_ranks` says; all of them where the host does not know.
+torch::Tensor next_rows(const torch::Tensor& all, const std::vector<int64_t>& of_ranks,
+                        int64_t& next) {
+  if (of_ranks.empty()) {
+    return all;
+  }
+  const int64_t rows = sum(of_ranks);
   next += rows;
   return all.narrow(0, next - rows, rows);
 }
@@ -44,7 +50,8 @@ torch::Tensor next_rows(const torch::Tensor& all, int64_t rows, int64_t& next) {
 /// [A] by (expert, token) → [T, top_k]; zeros where a slot has no assignment.
 torch::Tensor back_to_slots(const torch::Tensor& ordered_values, const ExchangePlan& plan) {
   const int64_t slots = plan.tokens * plan.top_k;
-  const bool none = plan.send_order.size(0) < slots;
+  const bool none =
+      plan.send_order.size(0) < slots;  // where the host does not know, they have zeros
   return (none ? at::zeros({slots}, ordered_values.options()) : at::empty_like(ordered_values))
       .scatter_(0, plan.send_order, ordered_values)
       .view({plan.tokens, plan.top_k});
@@ -70,13 +77,17 @@ Dispatching::Dispatching(Communicator& communicator, const Payload& tokens,
   int64_t next_received = 0;
   for (const ExchangeChunk& chunk : chunks_of(plan)) {
     std::vector<Transfer> transfers = {
-        {tokens.rows, chunk.send_rows,
-         next_rows(received_.rows, sum(chunk.receive_rows), next_received), chunk.receive_rows,
-         next_rows(plan.send_tokens, sum(chunk.send_rows), next_sent)}};
+        {tokens.rows, chunk.send_rows, next_rows(received_.rows, chunk.receive_rows, next_received),
+         chunk.receive_rows, next_rows(plan.send_tokens, chunk.send_rows, next_sent),
+         there(plan.row_counts)}};
     if (values.defined()) {
       arriving_values_ = at::empty({plan.assignments()}, values.options());
-      transfers.push_back({std::exchange(values, {}), plan.send_assignments, arriving_values_,
-                           plan.receive_assignments});
+      transfers.push_back({std::exchange(values, {}),
+                           plan.send_assignments,
+                           arriving_values_,
+                           plan.receive_assignments,
+                           {},
+                           there(plan.assignment_counts)});
     }
     chunks_.push_back(start(communicator, std::move(transfers), travel));
   }
@@ -110,15 +121,25 @@ void Combining::send(const Payload& results) {
     returned_.rows =
         at::empty({plan_.send_tokens.size(0), results.rows.size(1)}, results.rows.options());
   }
-  std::vector<Transfer> transfers = {
-      {results.rows, chunk.return_rows,
-       next_rows(returned_.rows, sum(chunk.returned_rows), next_row_), chunk.returned_rows}};
+  std::vector<Transfer> transfers = {{results.rows,
+                                      chunk.return_rows,
+                                      next_rows(returned_.rows, chunk.returned_rows, next_row_),
+                                      chunk.returned_rows,
+                                      {},
+                                      back(plan_.row_counts)}};
   if (results.values.defined()) {
-    returned_.values = at::empty({plan_.send_order.size(0)}, results.values.options());
+    const auto options = results.values.options();
+    const int64_t count = plan_.send_order.size(0);
+    returned_.values =
+        plan_.spoilt.defined() ? at::zeros({count}, options) : at::empty({count}, options);
     const auto by_arrival =
         at::empty_like(results.values).scatter_(0, plan_.received_order, results.values);
-    transfers.push_back(
-        {by_arrival, plan_.receive_assignments, returned_.values, plan_.send_assignments});
+    transfers.push_back({by_arrival,
+                         plan_.receive_assignments,
+                         returned_.values,
+                         plan_.send_assignments,
+                         {},
+                         back(plan_.assignment_counts)});
   }
   pending_.push_back(start(communicator_, std::move(transfers), travel_));
 }

@@ -3,21 +3,27 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
 #include <anabranch/error.h>
 #include <anabranch/exchange.h>
 
+#include <array>
 #include <limits>
 #include <memory>
 #include <numeric>
 #include <utility>
 
+#include "exchange/arrivals.h"
+#include "exchange/bounded_plan.h"
 #include "exchange/late_refusals.h"
 #include "kernels/plan.h"
 #include "kernels/rows.h"
+#include "support/capture.h"
 #include "support/check.h"
 #include "support/host_copy.h"
 #include "support/stage.h"
 #include "support/sum.h"
+#include "support/to_gpu.h"
 
 namespace anabranch {
 namespace {
@@ -294,42 +300,26 @@ ExchangePlan plan_alone(const Routing& routing, const torch::Tensor& ids, const 
 /// Of several ranks: all that is known before the host knows its counts.
 struct Beginning {
   Routing routing;
-  torch::Tensor ids;  ///< [T, top_k]
-  SendPlan send;
-  torch::Tensor weights;  ///< [T·top_k] in the order of send.send_order
-  HostCopy counts;        ///< the message and what was received
-  ArrivalEnds ends;       ///< as the device knows them
+  Departures own;
+  HostCopy counts;   ///< the message and what was received
+  ArrivalEnds ends;  ///< as the device knows them
 };
 
-/// What the plan is made of and what travels with it, by the counts that the host knows now.
-struct Arrivals {
-  torch::Tensor segment_rows;  ///< [P] int32
-  torch::Tensor weights;       ///< [P] in the same order
-  torch::Tensor rows;          ///< [R, h], or undefined
-};
+/// The first numbers of Told, in parts; `constants`: those from kToldInvalid on.
+std::vector<torch::Tensor> head(const RoutingCheck& check, const torch::Tensor& constants) {
+  std::vector<torch::Tensor> parts = {check.first_nonfinite_token.reshape({1})};
+  if (check.first_invalid_token.defined()) {
+    parts.push_back(check.first_invalid_token.reshape({1}));
+  }
+  const auto made = static_cast<int64_t>(parts.size());
+  parts.push_back(constants.narrow(0, made - kToldInvalid, kTold - made));
+  return parts;
+}
 
-Arrivals exchange(const Beginning& begun, const ExchangePlan& plan, const torch::Tensor& rows,
-                  Communicator& communicator) {
-  const auto sent = [&](const torch::Tensor& of_assignments) {
-    // All of them, unless there were none among the expert ids.
-    return of_assignments.narrow(0, 0, plan.send_order.size(0));
-  };
-  Arrivals arrived{sent(begun.send.segment_rows), sent(begun.weights), rows};
-  if (communicator.size() == 1) {
-    return arrived;
-  }
-  std::vector<Transfer> transfers;
-  for (auto* tensor : {&arrived.segment_rows, &arrived.weights}) {
-    const auto of_rank =
-        std::exchange(*tensor, at::empty({sum(plan.receive_assignments)}, tensor->options()));
-    transfers.push_back({of_rank, plan.send_assignments, *tensor, plan.receive_assignments});
-  }
-  if (rows.defined()) {
-    arrived.rows = at::empty({sum(plan.receive_rows), rows.size(1)}, rows.options());
-    transfers.push_back({rows, plan.send_rows, arrived.rows, plan.receive_rows, plan.send_tokens});
-  }
-  communicator.all_to_all_v(transfers);
-  return arrived;
+/// [T·top_k] the routing's weights in the order in which assignments are sent.
+torch::Tensor sent_weights(const Routing& routing, const SendPlan& send) {
+  return RowKernels::on(send.send_order.device())
+      .gather_rows(routing.weights.detach().contiguous().view(-1), send.send_order);
 }
 
 ExchangePlan finish_plan(const Beginning& begun, const ExpertPlacement& placement,
@@ -344,27 +334,17 @@ ExchangePlan finish_plan(const Beginning& begun, const ExpertPlacement& placemen
   }
   check_peers(announced.from);
 
-  const SendPlan& send = begun.send;
+  const SendPlan& send = begun.own.send;
   ExchangePlan plan = plan_counts(announced, placement, communicator.rank());
-  plan.tokens = begun.ids.size(0);
-  plan.top_k = begun.ids.size(1);
+  plan.tokens = begun.own.ids.size(0);
+  plan.top_k = begun.own.ids.size(1);
   plan.source_counts = send.expert_counts.narrow(0, 0, placement.num_experts);
   plan.send_tokens = send.send_tokens.narrow(0, 0, sum(plan.send_rows));
   plan.token_offsets = send.token_offsets;
   plan.token_rows = send.token_rows.narrow(0, 0, sum(plan.send_rows));
   plan.send_order = send.send_order.narrow(0, 0, sum(plan.send_assignments));
-
-  const Arrivals arrived = exchange(begun, plan, rows, communicator);
-  received = arrived.rows;
-  const PlanKernels& kernels = PlanKernels::on(begun.ids.device());
-  const ArrivalOrder arrivals = kernels.order_arrivals(arrived.segment_rows, begun.ends);
-  const Csr by_row = kernels.group(arrivals.assignment_rows, sum(plan.receive_rows));
-  plan.received_order = arrivals.received_order;
-  plan.assignment_rows = arrivals.assignment_rows;
-  plan.row_offsets = by_row.offsets;
-  plan.row_assignments = by_row.members;
-  plan.local_weights =
-      RowKernels::on(begun.ids.device()).gather_rows(arrived.weights, arrivals.received_order);
+  received = receive_into(plan, begun.own, rows, begun.ends,
+                          {sum(plan.receive_rows), sum(plan.receive_assignments)}, communicator);
   return plan;
 }
 
@@ -394,6 +374,7 @@ Exchange::Exchange(std::shared_ptr<Communicator> communicator, int64_t num_exper
     : communicator_(std::move(communicator)), placement_{num_experts, communicator_->size()} {
   check_input(num_experts >= 1, "exchange: num_experts = ", num_experts, ", expected at least 1");
   message_layout_ = message_layout(placement_);
+  first_experts_ = torch::tensor(first_experts(placement_), torch::kInt64);
 }
 
 ExchangePlan Exchange::plan(const Routing& routing, const torch::Tensor& rows,
@@ -401,8 +382,44 @@ ExchangePlan Exchange::plan(const Routing& routing, const torch::Tensor& rows,
   return begin_plan(routing, rows, errors).get();
 }
 
-PendingPlan Exchange::begin_plan(const Routing& routing, const torch::Tensor& rows,
-                                 Errors errors) const {
+torch::Tensor Exchange::constants(const std::array<int64_t, 3>& form_and_room,
+                                  torch::Device device) const {
+  std::vector<int64_t> values = {-1};
+  values.insert(values.end(), form_and_room.begin(), form_and_room.end());
+  values.resize(values.size() + placement_.num_ranks, 0);
+  if (values == constant_values_ && constants_.device() == device) {
+    return constants_;
+  }
+  auto made = device.is_cuda() ? to_gpu(values, device) : at::tensor(values, torch::kInt64);
+  if (!is_captured(device)) {  // a graph's memory holds them in its replays alone
+    constant_values_ = std::move(values);
+    constants_ = made;
+  }
+  return made;
+}
+
+PendingPlan Exchange::begin_plan_within_room(const Routing& routing, const torch::Tensor& rows,
+                                             const RoutingCheck& check, Departures own,
+                                             double capacity) const {
+  const auto device = own.ids.device();
+  check_input(communicator_->reads_counts_on(device), "exchange: a capacity on ", device,
+              ", where ", communicator_->name(),
+              " does not read counts: it takes ranks that map each other's memory");
+  late_refusals_ = LateRefusals::for_device(device, std::move(late_refusals_));
+  if (first_experts_.device() != device) {
+    first_experts_ = first_experts_.to(device);
+  }
+  const Room room =
+      room_for(capacity, own.ids.size(0), own.ids.size(1), placement_, communicator_->rank());
+  const auto told =
+      constants({Form::of(routing, rows).number(), room.rows, room.assignments}, device);
+  return begin_plan_within(room, std::move(own), head(check, told),
+                           told.narrow(0, kTold - kToldInvalid, placement_.num_ranks),
+                           first_experts_, placement_, communicator_, *late_refusals_);
+}
+
+PendingPlan Exchange::begin_plan(const Routing& routing, const torch::Tensor& rows, Errors errors,
+                                 double capacity) const {
   const torch::NoGradGuard no_grad;
   const Stage named("anabranch.plan");
   check_routing(routing);
@@ -413,16 +430,23 @@ PendingPlan Exchange::begin_plan(const Routing& routing, const torch::Tensor& ro
   const RoutingCheck check = check_of(routing, ids, placement_.num_experts);
   if (communicator_->size() == 1 && !routing.may_skip) {
     const bool late = errors == Errors::kLate && ids.is_cuda();
-    if (late && (late_refusals_ == nullptr || late_refusals_->device() != ids.device())) {
-      late_refusals_ = LateRefusals::make(ids.device());
+    if (late) {
+      late_refusals_ = LateRefusals::for_device(ids.device(), std::move(late_refusals_));
     }
     auto plan = plan_alone(routing, ids, check, placement_.num_experts, *communicator_,
                            late ? late_refusals_.get() : nullptr);
     plan.checked_weights = check.weights;
     return PendingPlan(std::move(plan));
   }
-  SendPlan send =
-      PlanKernels::on(ids.device()).plan_send(ids, first_experts(placement_), routing.may_skip);
+  Departures own{
+      ids,
+      PlanKernels::on(ids.device()).plan_send(ids, first_experts(placement_), routing.may_skip),
+      {}};
+  const SendPlan& send = own.send;
+  if (communicator_->size() > 1 && errors == Errors::kLate && capacity > 0) {
+    own.weights = sent_weights(routing, send);
+    return begin_plan_within_room(routing, rows, check, std::move(own), capacity);
+  }
   if (message_layout_.device() != ids.device()) {
     message_layout_ = message_layout_.to(ids.device());
   }
@@ -444,10 +468,9 @@ PendingPlan Exchange::begin_plan(const Routing& routing, const torch::Tensor& ro
   const auto ends = ArrivalEnds::of(received.select(1, kRows),
                                     received.narrow(1, kHeader, received.size(1) - kHeader));
   const auto source_counts = send.expert_counts.narrow(0, 0, placement_.num_experts);
-  auto weights = RowKernels::on(ids.device())
-                     .gather_rows(routing.weights.detach().contiguous().view(-1), send.send_order);
+  own.weights = sent_weights(routing, send);
   const auto begun = std::make_shared<const Beginning>(
-      Beginning{routing, ids, std::move(send), std::move(weights), std::move(counts), ends});
+      Beginning{routing, std::move(own), std::move(counts), ends});
   return {source_counts, [begun, placement = placement_, communicator = communicator_](
                              const torch::Tensor& rows, torch::Tensor& received) {
             return finish_plan(*begun, placement, *communicator, rows, received);

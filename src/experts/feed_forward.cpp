@@ -57,6 +57,8 @@ std::vector<Part> cut(const ExpertCounts& counts, int64_t parts) {
   if (parts == 1) {
     return {{0, 0, counts.rows(), counts}};
   }
+  const auto& on_host = counts.on_host();
+  const int64_t rows = std::accumulate(on_host.begin(), on_host.end(), int64_t{0});
   std::vector<Part> result;
   int64_t row = 0;
   std::vector<int64_t> own;
@@ -69,10 +71,10 @@ std::vector<Part> cut(const ExpertCounts& counts, int64_t parts) {
     // A new part begins where the ones before it have had their share.
     const auto made = static_cast<int64_t>(result.size()) + 1;
     const int64_t before = result.empty() ? 0 : result.back().first_row + result.back().rows;
-    if (row > before && row * parts >= counts.rows() * made) {
+    if (row > before && row * parts >= rows * made) {
       finish(e);
     }
-    own.push_back(counts.on_host()[e]);
+    own.push_back(on_host[e]);
     row += own.back();
   }
   finish(counts.experts());

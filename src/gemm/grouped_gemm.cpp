@@ -66,7 +66,7 @@ void check_counts(const ExpertCounts& expert_counts, int64_t rows) {
     }
     total += count;
   }
-  if (total != rows) {
+  if (expert_counts.rows() != rows) {
     throw InputError(c10::str("grouped GEMM: counts [", c10::Join(", ", counts), "] sum to ", total,
                               ", not to the ", rows, " rows"));
   }

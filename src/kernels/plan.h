@@ -8,6 +8,7 @@
 
 #include "kernels/csr.h"
 #include "kernels/kernels.h"
+#include "kernels/told.h"
 
 namespace anabranch {
 
@@ -71,6 +72,17 @@ struct LateRefusal {
   torch::Tensor told;                   ///< [2] in pinned memory: the two tokens
 };
 
+/// What all ranks make of what they have told each other (Told) of a step whose counts stay on the device, W
+/// ranks, L local experts; all int64. Lists of counts are three times [W]: to each rank, from each, and to each
+/// again, so that rows and what comes back each find theirs as two neighbours.
+struct Verdict {
+  torch::Tensor spoilt;             ///< [] 1: nothing is to move, and all counts are 0
+  torch::Tensor row_counts;         ///< [3, W]
+  torch::Tensor assignment_counts;  ///< [3, W]
+  ExpertCounts::OnDevice counts;    ///< of the local experts
+  ArrivalEnds ends;
+};
+
 /// Who sends what to whom, from the ids of experts.
 class PlanKernels : public Kernels<PlanKernels> {
  public:
@@ -93,9 +105,16 @@ class PlanKernels : public Kernels<PlanKernels> {
   virtual LocalPlan plan_local(const torch::Tensor& expert_ids, const torch::Tensor& weights,
                                int64_t num_experts, const LateRefusal* refusal = nullptr) const = 0;
   /// Brings arrivals into expert-major order. `segment_rows` [P] int32: row of each arrived
-  /// assignment within its source's segment, ordered by (source, expert).
-  virtual ArrivalOrder order_arrivals(const torch::Tensor& segment_rows,
-                                      const ArrivalEnds& ends) const = 0;
+  /// assignment within its source's segment, ordered by (source, expert). Where fewer may have come than there
+  /// is room for, `none` ≥ 0: the places behind them are their own, and of that row.
+  virtual ArrivalOrder order_arrivals(const torch::Tensor& segment_rows, const ArrivalEnds& ends,
+                                      int64_t none = -1) const = 0;
+  /// `told` [W, kTold + W + E]; `first_expert` [W+1], on the same device; of `rank` and its `local` experts. A step
+  /// is spoilt where a rank refuses its routing, has another form than rank 0, or would receive more than it has
+  /// room for, and where a failed exchange has left no counts. `mailbox` [4], in memory that the host sees as
+  /// well, is told what LateRefusals has in it.
+  virtual Verdict judge(const torch::Tensor& told, const torch::Tensor& first_expert, int64_t rank,
+                        int64_t local, const torch::Tensor& mailbox) const = 0;
   /// Groups positions 0..P−1 of `group_of` [P] by their value in [0, groups).
   virtual Csr group(const torch::Tensor& group_of, int64_t groups) const = 0;
 };

@@ -2,6 +2,8 @@
 
 #include <torch/types.h>
 
+#include <vector>
+
 #include "kernels/csr.h"
 #include "kernels/kernels.h"
 
@@ -23,6 +25,9 @@ class RowKernels : public Kernels<RowKernels> {
   /// out[g] = Σ_{p in group g} weights[p] · rows[p], in ascending p; weights [P] may be undefined.
   virtual torch::Tensor sum_rows(const torch::Tensor& rows, const Csr& groups,
                                  const torch::Tensor& weights) const = 0;
+  /// Makes all of `tensors`, at most 8 that are floating, contiguous and not empty, NaN if `spoilt` [] is not 0.
+  virtual void spoil(const std::vector<torch::Tensor>& tensors,
+                     const torch::Tensor& spoilt) const = 0;
 };
 
 }  // namespace anabranch

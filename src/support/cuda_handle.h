@@ -58,6 +58,13 @@ inline CudaEvent make_cuda_event() {
   return CudaEvent(event);
 }
 
+/// Whether what the stream is given is recorded into a graph.
+inline bool is_recorded(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check_cuda(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  return status != cudaStreamCaptureStatusNone;
+}
+
 inline CublasHandle make_cublas_handle() {
   cublasHandle_t handle = nullptr;
   check_cublas(cublasCreate(&handle), "cublasCreate");

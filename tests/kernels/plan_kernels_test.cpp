@@ -168,6 +168,88 @@ TEST_P(PlanKernelsTest, OrderArrivalsBringsExpertsTogether) {
                                             ArrivalEnds::of(on_device(rows), on_device(counts)));
     EXPECT_EQ(numbers(order.received_order), received_order) << counts;
     EXPECT_EQ(numbers(order.assignment_rows), assignment_rows) << counts;
+    // The same with room for more.
+    const auto none = random_.integer(1000, 2000);
+    for (int64_t room = random_.integer(1, 5); room > 0; --room) {
+      received_order.push_back(static_cast<int64_t>(received_order.size()));
+      assignment_rows.push_back(none);
+      segment_rows.push_back(-1);
+    }
+    const auto within =
+        plan_.order_arrivals(on_device(torch::tensor(segment_rows, torch::kInt32)),
+                             ArrivalEnds::of(on_device(rows), on_device(counts)), none);
+    EXPECT_EQ(numbers(within.received_order), received_order) << counts;
+    EXPECT_EQ(numbers(within.assignment_rows), assignment_rows) << counts;
+  }
+}
+
+// Of what ranks have told, in which one thing may be wrong, each rank's verdict by the definition.
+TEST_P(PlanKernelsTest, JudgeEqualsTheDefinition) {
+  for (int64_t i = 0; i < effort(80); ++i) {
+    const auto ranks = random_.integer(1, 8);
+    const auto experts = random_.pick<int64_t>({1, 3, 40, 300});
+    const auto first = random_blocks(random_, experts, ranks);
+    const auto begins = torch::tensor(first, torch::kInt64);
+    const auto drawn = [&](int64_t columns, double most) {
+      return (random_.uniform({ranks, columns}) * most).floor().to(torch::kInt64);
+    };
+    auto head = torch::tensor({-1, -1, 7, 0, 0}, torch::kInt64).repeat({ranks, 1});
+    const auto rows = drawn(ranks, 30);
+    const auto counts = drawn(experts, random_.pick<double>({1, 3, 40}));
+    const auto sums = torch::zeros({ranks, ranks}, torch::kInt64);  // by source and target
+    for (int64_t target = 0; target < ranks; ++target) {
+      sums.select(1, target).copy_(counts.slice(1, first[target], first[target + 1]).sum(1));
+    }
+    head.select(1, kToldRoomRows).copy_(rows.sum(0) + random_.integer(0, 2));
+    head.select(1, kToldRoomAssignments).copy_(sums.sum(0) + random_.integer(0, 2));
+    auto told = torch::cat({head, rows, counts}, 1);
+    const auto culprit = random_.integer(0, ranks - 1);
+    const auto wrong = random_.integer(0, 6);  // 6: nothing
+    const std::vector<int64_t> values = {17,
+                                         23,
+                                         8,
+                                         rows.sum(0)[culprit].item<int64_t>() - 1,
+                                         sums.sum(0)[culprit].item<int64_t>() - 1,
+                                         int64_t{1} << 40};
+    if (wrong < 6) {
+      told[culprit][wrong] = values[wrong];
+    }
+    const bool refuses = wrong < 2 || (wrong == kToldForm && ranks > 1);
+    const bool exceeded = wrong == kToldRoomRows || wrong == kToldRoomAssignments ||
+                          (wrong == 5);  // so many rows fit nowhere
+    const bool spoilt = refuses || exceeded;
+    SCOPED_TRACE(c10::str("W ", ranks, " E ", experts, " blocks ", c10::Join(",", first), " wrong ",
+                          wrong, " of ", culprit));
+    for (int64_t rank = 0; rank < ranks; ++rank) {
+      const int64_t local = first[rank + 1] - first[rank];
+      const auto told_to_host = torch::full({4}, -1, torch::kInt64);
+      const auto mailbox = GetParam().is_cuda() ? told_to_host.pin_memory() : told_to_host;
+      const auto verdict = plan_.judge(on_device(told), on_device(begins), rank, local, mailbox);
+      EXPECT_EQ(verdict.spoilt.item<int64_t>(), spoilt ? 1 : 0);  // and waits for the mailbox
+      // Of a form that is not rank 0's all others are to blame, if it is rank 0 that has another.
+      const int64_t refusing = wrong == kToldForm && culprit == 0 ? 1 : culprit;
+      EXPECT_EQ(numbers(mailbox),
+                (std::vector<int64_t>{wrong == 0 && rank == culprit ? 17 : -1,
+                                      wrong == 1 && rank == culprit ? 23 : -1,
+                                      refuses ? refusing : -1, exceeded ? 1 : -1}));
+      const int64_t goes_on = spoilt ? 0 : 1;
+      const auto expect_counts = [&](const torch::Tensor& found, const torch::Tensor& by_source) {
+        const auto to = by_source[rank] * goes_on;
+        EXPECT_EQ(numbers(found),
+                  numbers(torch::stack({to, by_source.select(1, rank) * goes_on, to})));
+      };
+      expect_counts(verdict.row_counts, rows);
+      expect_counts(verdict.assignment_counts, sums);
+      const auto own = counts.slice(1, first[rank], first[rank + 1]) * goes_on;
+      const auto of_experts = own.sum(0);
+      EXPECT_EQ(numbers(verdict.counts.first_row),
+                numbers(torch::cat({torch::zeros({1}, torch::kInt64), of_experts.cumsum(0)})));
+      EXPECT_EQ(numbers(verdict.counts.longest_first),
+                numbers(std::get<1>(of_experts.sort(/*stable=*/true, 0, /*descending=*/true))));
+      EXPECT_EQ(numbers(verdict.ends.by_source), numbers(own.flatten().cumsum(0)));
+      EXPECT_EQ(numbers(verdict.ends.by_expert), numbers(own.t().flatten().cumsum(0)));
+      EXPECT_EQ(numbers(verdict.ends.rows), numbers((rows.select(1, rank) * goes_on).cumsum(0)));
+    }
   }
 }
 

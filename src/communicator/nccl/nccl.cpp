@@ -70,6 +70,9 @@ class NcclCommunicator final : public Communicator {
   std::string name() const override { return "nccl"; }
 
   void check() override { watch_.check(); }
+  bool reads_counts_on(torch::Device device) const override {
+    return device.is_cpu() || peers_ != nullptr;
+  }
   bool uses_peer_memory() const { return peers_ != nullptr; }
 
  protected:
@@ -184,6 +187,7 @@ class NcclCommunicator final : public Communicator {
     const OnDevice stream(device_);
     watch_.run(name, stream, [&](ncclComm_t /*comm*/) { peers_->all_to_all_v(transfers, stream); });
     for (const Transfer& transfer : transfers) {
+      if (transfer.counts.defined()) continue;  // the host knows none
       const auto elsewhere = [&](const std::vector<int64_t>& rows) {
         return row_offsets(rows).back() - rows[rank()];
       };

@@ -34,7 +34,8 @@ class NcclWatch {
 
   /// Throws CommunicationError if the group has failed.
   void check();
-  /// Launches `calls` on `stream` as the group's next collective. Throws like `check`.
+  /// Launches `calls` on `stream` as the group's next collective. Throws like `check`. What is recorded into a
+  /// graph is not watched when it is replayed: what comes behind it on the stream is.
   void run(const char* name, cudaStream_t stream, const std::function<void(ncclComm_t)>& calls);
   /// Waits until all collectives have ended, then lets the group go. Throws like `check`.
   void finish();

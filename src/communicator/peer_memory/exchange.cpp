@@ -34,6 +34,10 @@ peer::Rows rows_of(const Transfer& transfer) {
       transfer.send_index.defined() ? transfer.send_index.const_data_ptr<int64_t>() : nullptr;
   rows.target = static_cast<std::byte*>(transfer.receive.data_ptr());
   rows.row_bytes = row_bytes(transfer.send);
+  if (transfer.counts.defined()) {
+    rows.counts = transfer.counts.const_data_ptr<int64_t>();
+    return rows;
+  }
   set_ranges(transfer.send_rows, rows.send_begin, rows.send_rows);
   set_ranges(transfer.receive_rows, rows.receive_begin, rows.receive_rows);
   return rows;
@@ -185,7 +189,11 @@ PeerExchange::~PeerExchange() {
 }
 
 void PeerExchange::all_to_all_v(const std::vector<Transfer>& transfers, cudaStream_t stream) {
-  check_cuda(cudaStreamWaitEvent(stream, last_), "cudaStreamWaitEvent");
+  // In a graph the order is that of the stream that it is recorded from.
+  const bool recorded = is_recorded(stream);
+  if (!recorded) {
+    check_cuda(cudaStreamWaitEvent(stream, last_), "cudaStreamWaitEvent");
+  }
   const auto launch = [&] {
     peer::launch_exchange(arguments_, stream);
     arguments_.num_transfers = 0;
@@ -203,7 +211,9 @@ void PeerExchange::all_to_all_v(const std::vector<Transfer>& transfers, cudaStre
   if (arguments_.num_transfers > 0) {
     launch();
   }
-  check_cuda(cudaEventRecord(last_, stream), "cudaEventRecord");
+  if (!recorded) {
+    check_cuda(cudaEventRecord(last_, stream), "cudaEventRecord");
+  }
 }
 
 void PeerExchange::abort() noexcept {

@@ -27,7 +27,8 @@ class PeerExchange {
   PeerExchange(const PeerExchange&) = delete;
   PeerExchange& operator=(const PeerExchange&) = delete;
 
-  /// On `stream`, in the order of the calls whatever their streams.
+  /// On `stream`, in the order of the calls whatever their streams; those that are recorded into a graph in that
+  /// of their stream.
   void all_to_all_v(const std::vector<Transfer>& transfers, cudaStream_t stream);
   /// Ends what is in flight, with undefined data. Calls nothing of CUDA's. No call may follow.
   void abort() noexcept;

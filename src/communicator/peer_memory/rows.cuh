@@ -59,6 +59,38 @@ __device__ inline void copy(std::byte* target, const std::byte* source, int64_t 
   }
 }
 
+/// Rows from `begin` on.
+struct Range {
+  int64_t begin;
+  int64_t count;
+};
+
+__device__ inline Range range_in(const int64_t* counts, int rank) {
+  int64_t begin = 0;
+  for (int before = 0; before < rank; ++before) {
+    begin += counts[before];
+  }
+  return {begin, counts[rank]};
+}
+
+/// With `kCounted` the host did not know them.
+template <bool kCounted>
+__device__ inline Range sent_to(const Rows& rows, int rank) {
+  if constexpr (kCounted) {
+    if (rows.counts != nullptr) return range_in(rows.counts, rank);
+  }
+  return {rows.send_begin[rank], rows.send_rows[rank]};
+}
+
+/// Of `size` ranks.
+template <bool kCounted>
+__device__ inline Range received_from(const Rows& rows, int rank, int size) {
+  if constexpr (kCounted) {
+    if (rows.counts != nullptr) return range_in(rows.counts + size, rank);
+  }
+  return {rows.receive_begin[rank], rows.receive_rows[rank]};
+}
+
 /// Bytes [offset, offset + bytes) of `count` rows from `row` on.
 struct Piece {
   int64_t row;
@@ -105,6 +137,7 @@ __device__ bool for_each_piece(int64_t rows, int64_t row_bytes, int lane, int la
 }
 
 /// One end of the queues of a lane between this rank and another, held by a block.
+template <bool kCounted>
 class Lane {
  public:
   /// `waited` is shared by the block's threads.
@@ -125,21 +158,22 @@ class Lane {
     uint64_t number = before;
     for (int i = 0; i < arguments_.num_transfers; ++i) {
       const Rows& rows = arguments_.transfers[i];
+      const Range range = kSends ? sent_to<kCounted>(rows, peer_)
+                                 : received_from<kCounted>(rows, peer_, arguments_.layout.size);
       const auto move = [&](const Piece& piece) {
         const uint64_t free = number < kSlots ? 0 : number + 1 - kSlots;
         if (!(kSends ? wait(own.emptied, free) : wait(own.filled, number + 1))) {
           return false;
         }
         if constexpr (kSends) {
-          gather(rows, rows.send_begin[peer_], piece, slot(peer_, arguments_.rank, number));
+          gather(rows, range.begin, piece, slot(peer_, arguments_.rank, number));
         } else {
-          take(rows, piece, slot(arguments_.rank, peer_, number));
+          take(rows, range.begin, piece, slot(arguments_.rank, peer_, number));
         }
         say(kSends ? others.filled : others.emptied, ++number);
         return true;
       };
-      if (!for_each_piece((kSends ? rows.send_rows : rows.receive_rows)[peer_], rows.row_bytes,
-                          lane_, arguments_.layout.lanes, move)) {
+      if (!for_each_piece(range.count, rows.row_bytes, lane_, arguments_.layout.lanes, move)) {
         return;
       }
     }
@@ -149,10 +183,10 @@ class Lane {
     }
   }
 
-  __device__ void take(const Rows& rows, const Piece& piece, const std::byte* slot) const {
-    copy(rows.target + (rows.receive_begin[peer_] + piece.row) * rows.row_bytes + piece.offset,
-         slot, piece.count * piece.bytes, static_cast<int>(threadIdx.x),
-         static_cast<int>(blockDim.x));
+  __device__ void take(const Rows& rows, int64_t begin, const Piece& piece,
+                       const std::byte* slot) const {
+    copy(rows.target + (begin + piece.row) * rows.row_bytes + piece.offset, slot,
+         piece.count * piece.bytes, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
   }
 
   __device__ Queues& queues(int owner, int other) const {
@@ -194,14 +228,15 @@ class Lane {
 };
 
 /// What a rank sends itself: of each transfer a part for each of `blocks`.
+template <bool kCounted>
 __device__ inline void move_own(const Arguments& arguments, int block, int blocks) {
   for (int i = 0; i < arguments.num_transfers; ++i) {
     const Rows& rows = arguments.transfers[i];
-    const int64_t count = rows.send_rows[arguments.rank];
-    const int64_t begin = chunk_begin(count, block, blocks);
-    const Piece piece{begin, chunk_begin(count, block + 1, blocks) - begin, 0, rows.row_bytes};
-    gather(rows, rows.send_begin[arguments.rank], piece,
-           rows.target + (rows.receive_begin[arguments.rank] + begin) * rows.row_bytes);
+    const Range sent = sent_to<kCounted>(rows, arguments.rank);
+    const Range received = received_from<kCounted>(rows, arguments.rank, arguments.layout.size);
+    const int64_t begin = chunk_begin(sent.count, block, blocks);
+    const Piece piece{begin, chunk_begin(sent.count, block + 1, blocks) - begin, 0, rows.row_bytes};
+    gather(rows, sent.begin, piece, rows.target + (received.begin + begin) * rows.row_bytes);
   }
 }
 
@@ -211,17 +246,18 @@ __host__ __device__ constexpr int lane_blocks(const Layout& layout) {
 }
 
 /// What a block does. Neighbours serve different peers.
+template <bool kCounted>
 __device__ inline void exchange(const Arguments& arguments, bool& waited) {
   const Layout& layout = arguments.layout;
   const auto block = static_cast<int>(blockIdx.x);
   if (block >= lane_blocks(layout)) {
-    move_own(arguments, block - lane_blocks(layout),
-             static_cast<int>(gridDim.x) - lane_blocks(layout));
+    move_own<kCounted>(arguments, block - lane_blocks(layout),
+                       static_cast<int>(gridDim.x) - lane_blocks(layout));
     return;
   }
   const int others = layout.size - 1;
   const int peer = (arguments.rank + 1 + block / 2 % others) % layout.size;
-  const Lane lane(arguments, peer, block / 2 / others, waited);
+  const Lane<kCounted> lane(arguments, peer, block / 2 / others, waited);
   if (block % 2 == 0) {
     lane.send();
   } else {

@@ -31,6 +31,9 @@ struct Rows {
   int64_t send_rows[kMaxRanks];
   int64_t receive_begin[kMaxRanks];
   int64_t receive_rows[kMaxRanks];
+  /// Where not null: the rows to and from each rank [2, size], which the host does not know, and the four
+  /// lists above say nothing.
+  const int64_t* counts;
 };
 
 struct Arguments {

@@ -67,6 +67,63 @@ TokenRanks find_token_ranks(const torch::Tensor& expert_ids, const std::vector<i
   return found;
 }
 
+/// What ranks have told, as the numbers of Told and of SendPlan lie.
+struct Hearing {
+  Hearing(const torch::Tensor& told, const torch::Tensor& first)
+      : ranks(told.size(0)),
+        width(told.size(1)),
+        numbers(told.const_data_ptr<int64_t>()),
+        first_expert(first.const_data_ptr<int64_t>()) {}
+
+  int64_t ranks;
+  int64_t width;
+  const int64_t* numbers;
+  const int64_t* first_expert;
+
+  const int64_t* of(int64_t rank) const { return numbers + rank * width; }
+  int64_t rows(int64_t source, int64_t target) const { return of(source)[kTold + target]; }
+  int64_t assignments(int64_t source, int64_t target) const {
+    const int64_t* counts = of(source) + kTold + ranks;
+    return std::accumulate(counts + first_expert[target], counts + first_expert[target + 1],
+                           int64_t{0});
+  }
+
+  bool is_sound() const {
+    for (int64_t rank = 0; rank < ranks; ++rank) {
+      if (!std::all_of(of(rank) + kToldRoomRows, of(rank) + width, [](int64_t number) {
+            return number >= 0 && number <= std::numeric_limits<int32_t>::max();
+          })) {
+        return false;
+      }
+    }
+    return true;
+  }
+  bool exceeds_a_room() const {
+    for (int64_t target = 0; target < ranks; ++target) {
+      int64_t all_rows = 0;
+      int64_t all_assignments = 0;
+      for (int64_t source = 0; source < ranks; ++source) {
+        all_rows += rows(source, target);
+        all_assignments += assignments(source, target);
+      }
+      if (all_rows > of(target)[kToldRoomRows] ||
+          all_assignments > of(target)[kToldRoomAssignments]) {
+        return true;
+      }
+    }
+    return false;
+  }
+  /// `ranks` where none refuses.
+  int64_t first_refusing() const {
+    int64_t rank = 0;
+    while (rank < ranks && of(rank)[kToldNonfinite] < 0 && of(rank)[kToldInvalid] < 0 &&
+           of(rank)[kToldForm] == of(0)[kToldForm]) {
+      ++rank;
+    }
+    return rank;
+  }
+};
+
 class CpuPlanKernels final : public PlanKernels {
  public:
   RoutingCheck check_routing(const torch::Tensor& expert_ids, const torch::Tensor& weights,
@@ -160,8 +217,43 @@ class CpuPlanKernels final : public PlanKernels {
             weights.defined() ? weights.view(-1).index_select(0, by_expert.members) : weights};
   }
 
-  ArrivalOrder order_arrivals(const torch::Tensor& segment_rows,
-                              const ArrivalEnds& ends) const override {
+  Verdict judge(const torch::Tensor& told, const torch::Tensor& first_expert, int64_t rank,
+                int64_t local, const torch::Tensor& mailbox) const override {
+    const Hearing hearing(told, first_expert);
+    Verdict verdict{at::zeros({}, told.options()),
+                    at::zeros({3, hearing.ranks}, told.options()),
+                    at::zeros({3, hearing.ranks}, told.options()),
+                    {},
+                    {}};
+    auto* const tell = mailbox.data_ptr<int64_t>();
+    const bool exceeded = hearing.exceeds_a_room();
+    const int64_t refusing = hearing.first_refusing();
+    if (hearing.of(rank)[kToldNonfinite] >= 0) tell[0] = hearing.of(rank)[kToldNonfinite];
+    if (hearing.of(rank)[kToldInvalid] >= 0) tell[1] = hearing.of(rank)[kToldInvalid];
+    if (refusing < hearing.ranks) tell[2] = refusing;
+    if (exceeded) tell[3] = 1;
+    const bool spoilt = exceeded || refusing < hearing.ranks || !hearing.is_sound();
+    verdict.spoilt.fill_(spoilt ? 1 : 0);
+    const auto heard = spoilt ? at::zeros_like(told) : told;
+    const Hearing counts(heard, first_expert);
+    for (int64_t other = 0; other < hearing.ranks; ++other) {
+      for (const int64_t to : {int64_t{0}, int64_t{2}}) {
+        verdict.row_counts[to][other] = counts.rows(rank, other);
+        verdict.assignment_counts[to][other] = counts.assignments(rank, other);
+      }
+      verdict.row_counts[1][other] = counts.rows(other, rank);
+      verdict.assignment_counts[1][other] = counts.assignments(other, rank);
+    }
+    const int64_t first = kTold + hearing.ranks + hearing.first_expert[rank];
+    verdict.ends = ArrivalEnds::of(heard.select(1, kTold + rank), heard.narrow(1, first, local));
+    const auto of_experts = heard.narrow(1, first, local).sum(0);
+    verdict.counts = {at::cat({at::zeros({1}, told.options()), of_experts.cumsum(0)}),
+                      of_experts.argsort(/*stable=*/true, /*dim=*/0, /*descending=*/true)};
+    return verdict;
+  }
+
+  ArrivalOrder order_arrivals(const torch::Tensor& segment_rows, const ArrivalEnds& ends,
+                              int64_t none) const override {
     const int64_t ranks = ends.rows.size(0);
     const int64_t experts = ends.by_source.size(0) / ranks;
     const auto* source_end = ends.by_source.const_data_ptr<int64_t>();
@@ -182,6 +274,10 @@ class CpuPlanKernels final : public PlanKernels {
           assignment_rows[p] = first_row + segment_row[i];
         }
       }
+    }
+    for (; p < segment_rows.size(0); ++p) {
+      received_order[p] = p;
+      assignment_rows[p] = none;
     }
     return order;
   }

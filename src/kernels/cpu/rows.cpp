@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <cstring>
+#include <limits>
 
 #include "kernels/cpu/rows_per_task.h"
 #include "kernels/rows.h"
@@ -78,6 +79,15 @@ class CpuRowKernels final : public RowKernels {
       });
     });
     return out;
+  }
+
+  void spoil(const std::vector<torch::Tensor>& tensors,
+             const torch::Tensor& spoilt) const override {
+    for (const auto& tensor : tensors) {
+      if (*spoilt.const_data_ptr<int64_t>() != 0) {
+        tensor.fill_(std::numeric_limits<double>::quiet_NaN());
+      }
+    }
   }
 };
 

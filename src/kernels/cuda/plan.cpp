@@ -6,6 +6,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "kernels/plan.h"
+#include "kernels/cuda/judge.h"
 #include "kernels/cuda/plan.h"
 #include "kernels/cuda/tensors.h"
 #include "support/block.h"
@@ -134,8 +135,8 @@ class CudaPlanKernels final : public PlanKernels {
     return plan;
   }
 
-  ArrivalOrder order_arrivals(const torch::Tensor& segment_rows,
-                              const ArrivalEnds& ends) const override {
+  ArrivalOrder order_arrivals(const torch::Tensor& segment_rows, const ArrivalEnds& ends,
+                              int64_t none) const override {
     const OnDevice stream(segment_rows);
     const int64_t count = segment_rows.size(0);
     const int64_t ranks = ends.rows.size(0);
@@ -144,9 +145,45 @@ class CudaPlanKernels final : public PlanKernels {
     cuda::launch_order_arrivals(
         segment_rows.const_data_ptr<int32_t>(), count, ends.by_source.const_data_ptr<int64_t>(),
         ends.by_expert.const_data_ptr<int64_t>(), ends.rows.const_data_ptr<int64_t>(), ranks,
-        ends.by_source.size(0) / ranks, order.received_order.data_ptr<int64_t>(),
+        ends.by_source.size(0) / ranks, none, order.received_order.data_ptr<int64_t>(),
         order.assignment_rows.data_ptr<int64_t>(), stream);
     return order;
+  }
+
+  Verdict judge(const torch::Tensor& told, const torch::Tensor& first_expert, int64_t rank,
+                int64_t local, const torch::Tensor& mailbox) const override {
+    const OnDevice stream(told);
+    const int64_t ranks = told.size(0);
+    const int64_t pieces = ranks * local;
+    constexpr auto kIndex = torch::kInt64;
+    Block block;
+    block.room(1, kIndex).room(3 * ranks, kIndex).room(3 * ranks, kIndex);
+    block.room(local + 1, kIndex).room(local, kIndex);
+    block.room(pieces, kIndex).room(pieces, kIndex).room(ranks, kIndex);
+    block.allocate(told.device());
+    Verdict verdict{
+        block.take({}, kIndex),
+        block.take({3, ranks}, kIndex),
+        block.take({3, ranks}, kIndex),
+        {block.take({local + 1}, kIndex), block.take({local}, kIndex)},
+        {block.take({pieces}, kIndex), block.take({pieces}, kIndex), block.take({ranks}, kIndex)}};
+    const auto address = [](const torch::Tensor& tensor) { return tensor.data_ptr<int64_t>(); };
+    const auto& ends = verdict.ends;
+    cuda::launch_judge({told.const_data_ptr<int64_t>(),
+                        first_expert.const_data_ptr<int64_t>(),
+                        ranks,
+                        told.size(1) - kTold - ranks,
+                        rank,
+                        local,
+                        address(verdict.spoilt),
+                        address(verdict.row_counts),
+                        address(verdict.assignment_counts),
+                        address(verdict.counts.first_row),
+                        address(verdict.counts.longest_first),
+                        {address(ends.by_source), address(ends.by_expert), address(ends.rows)},
+                        address(mailbox)},
+                       stream);
+    return verdict;
   }
 
   Csr group(const torch::Tensor& group_of, int64_t groups) const override {

@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/plan.h"
+#include "kernels/cuda/running_sums.cuh"
 
 // Integers only, and integer atomics only where the result does not depend on their order: the plan
 // is the same in every run.
@@ -101,31 +102,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-/// Exclusive running sum over the block's threads; `total` is the sum of all.
-__device__ int64_t block_exclusive_sum(int64_t value, int64_t& total) {
-  __shared__ int64_t warp_totals[kWarps];
-  const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
-  int64_t inclusive = value;
-#pragma unroll
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const int64_t below = __shfl_up_sync(kFullMask, inclusive, offset);
-    inclusive += lane >= offset ? below : 0;
-  }
-  __syncthreads();  // of an earlier call's readers
-  if (lane == kWarp - 1) {
-    warp_totals[warp] = inclusive;
-  }
-  __syncthreads();
-  int64_t before = 0;
-  total = 0;
-  for (int w = 0; w < kWarps; ++w) {
-    before += w < warp ? warp_totals[w] : 0;
-    total += warp_totals[w];
-  }
-  return before + inclusive - value;
-}
-
 /// A block per digit: its counts per block become an exclusive running sum, `totals` their sum.
 __global__ void __launch_bounds__(kThreads)
     scan_digits_kernel(int64_t blocks, int64_t* __restrict__ histogram,
@@ -135,7 +111,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t base = 0; base < blocks; base += kThreads) {
     const int64_t i = base + threadIdx.x;
     int64_t total;
-    const int64_t before = block_exclusive_sum(i < blocks ? counts[i] : 0, total);
+    const int64_t before = block_exclusive_sum<kThreads>(i < blocks ? counts[i] : 0, total);
     if (i < blocks) {
       counts[i] = carry + before;
     }
@@ -154,7 +130,7 @@ __device__ void find_first_places(const DigitPass& pass, const int64_t* histogra
     const int digit = base + threadIdx.x;
     const bool exists = digit < pass.digits;
     int64_t total;
-    const int64_t smaller = block_exclusive_sum(exists ? totals[digit] : 0, total);
+    const int64_t smaller = block_exclusive_sum<kThreads>(exists ? totals[digit] : 0, total);
     if (exists) {
       first[digit] = carry + smaller + histogram[digit * pass.blocks + blockIdx.x];
     }
@@ -375,19 +351,26 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 /// A thread per assignment in expert-major order. What a failed exchange has left for row numbers leads
-/// nowhere but to rows of their source, so that its error is the one that is heard.
+/// nowhere but to rows of their source, so that its error is the one that is heard. With `kMayLack` fewer may
+/// have come.
+template <bool kMayLack>
 __global__ void __launch_bounds__(kThreads)
     order_arrivals_kernel(const int32_t* __restrict__ segment_rows, int64_t count,
                           const int64_t* __restrict__ source_ends,
                           const int64_t* __restrict__ expert_ends,
                           const int64_t* __restrict__ row_ends, int64_t ranks, int64_t experts,
-                          int64_t* __restrict__ received_order,
+                          int64_t none, int64_t* __restrict__ received_order,
                           int64_t* __restrict__ assignment_rows) {
   const int64_t p = thread_index();
   if (p >= count) {
     return;
   }
   const int64_t piece = upper_bound(expert_ends, experts * ranks, p);
+  if (kMayLack && piece == experts * ranks) {
+    received_order[p] = p;
+    assignment_rows[p] = none;
+    return;
+  }
   const int64_t expert = piece / ranks;
   const int64_t rank = piece % ranks;
   const int64_t source_piece = rank * experts + expert;
@@ -512,14 +495,15 @@ void launch_local(const Local& plan, cudaStream_t stream) {
 
 void launch_order_arrivals(const int32_t* segment_rows, int64_t count, const int64_t* source_ends,
                            const int64_t* expert_ends, const int64_t* row_ends, int64_t ranks,
-                           int64_t experts, int64_t* received_order, int64_t* assignment_rows,
-                           cudaStream_t stream) {
+                           int64_t experts, int64_t none, int64_t* received_order,
+                           int64_t* assignment_rows, cudaStream_t stream) {
   if (count == 0) {
     return;
   }
-  order_arrivals_kernel<<<grid_for(count), kThreads, 0, stream>>>(
-      segment_rows, count, source_ends, expert_ends, row_ends, ranks, experts, received_order,
-      assignment_rows);
+  const auto kernel = none >= 0 ? order_arrivals_kernel<true> : order_arrivals_kernel<false>;
+  kernel<<<grid_for(count), kThreads, 0, stream>>>(segment_rows, count, source_ends, expert_ends,
+                                                   row_ends, ranks, experts, none, received_order,
+                                                   assignment_rows);
   check_launch("order_arrivals");
 }
 

@@ -84,7 +84,7 @@ void launch_local(const Local& plan, cudaStream_t stream);
 /// [W]: inclusive running sums of the counts; L local experts.
 void launch_order_arrivals(const int32_t* segment_rows, int64_t count, const int64_t* source_ends,
                            const int64_t* expert_ends, const int64_t* row_ends, int64_t ranks,
-                           int64_t experts, int64_t* received_order, int64_t* assignment_rows,
-                           cudaStream_t stream);
+                           int64_t experts, int64_t none, int64_t* received_order,
+                           int64_t* assignment_rows, cudaStream_t stream);
 
 }  // namespace anabranch::cuda

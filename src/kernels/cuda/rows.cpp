@@ -36,6 +36,18 @@ class CudaRowKernels final : public RowKernels {
                           out.size(0), out.size(1), out.data_ptr(), stream);
     return out;
   }
+
+  void spoil(const std::vector<torch::Tensor>& tensors,
+             const torch::Tensor& spoilt) const override {
+    const OnDevice stream(spoilt);
+    cuda::Spoilt numbers = {};
+    TORCH_INTERNAL_ASSERT(tensors.size() <= cuda::kMostSpoilt);
+    for (const auto& tensor : tensors) {
+      numbers.tensors[numbers.count] = tensor.data_ptr();
+      numbers.bytes[numbers.count++] = static_cast<int64_t>(tensor.nbytes());
+    }
+    cuda::launch_spoil(numbers, spoilt.const_data_ptr<int64_t>(), stream);
+  }
 };
 
 }  // namespace

@@ -230,6 +230,21 @@ __global__ void __launch_bounds__(kThreads, kSumBlocks) sum_rows_kernel(RowSum<s
   }
 }
 
+__global__ void __launch_bounds__(kThreads)
+    spoil_kernel(Spoilt numbers, const int64_t* __restrict__ spoilt) {
+  if (*spoilt == 0) {
+    return;
+  }
+  for (int tensor = 0; tensor < numbers.count; ++tensor) {
+    auto* words = static_cast<uint16_t*>(numbers.tensors[tensor]);
+    const auto count = numbers.bytes[tensor] / static_cast<int64_t>(sizeof(uint16_t));
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
+         i += static_cast<int64_t>(gridDim.x) * kThreads) {
+      words[i] = 0xFFFF;
+    }
+  }
+}
+
 }  // namespace
 
 void launch_gather_rows(const void* rows, const int64_t* index, int64_t count, int64_t row_bytes,
@@ -279,6 +294,14 @@ void launch_sum_rows(Scalar scalar, const void* rows, const int64_t* offsets,
       check_launch("sum_rows");
     });
   });
+}
+
+void launch_spoil(const Spoilt& numbers, const int64_t* spoilt, cudaStream_t stream) {
+  if (numbers.count == 0) {
+    return;
+  }
+  spoil_kernel<<<grid_size(multiprocessors()), kThreads, 0, stream>>>(numbers, spoilt);
+  check_launch("spoil");
 }
 
 }  // namespace anabranch::cuda

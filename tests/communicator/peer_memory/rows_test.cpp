@@ -84,7 +84,9 @@ std::vector<std::byte> random_bytes(Random& random, int64_t size) {
 /// One buffer of all ranks.
 class Buffer {
  public:
-  Buffer(Random& random, const Counts& counts, int64_t row_bytes, bool gathers) : counts_(counts) {
+  /// `told`: the kernel reads the counts where the host does not know them.
+  Buffer(Random& random, const Counts& counts, int64_t row_bytes, bool gathers, bool told = false)
+      : counts_(counts) {
     const auto ranks = static_cast<int>(counts.size());
     for (int rank = 0; rank < ranks; ++rank) {
       Rows rows = {};
@@ -112,9 +114,25 @@ class Buffer {
       rows_[rank].target = targets_[rank].data();
       rows_[rank].index = gathers ? indices_[rank].data() : nullptr;
     }
+    for (int rank = 0; told && rank < ranks; ++rank) {
+      told_.push_back(counts[rank]);
+      for (int other = 0; other < ranks; ++other) {
+        told_.back().push_back(counts[other][rank]);
+      }
+    }
   }
 
-  const Rows& of(int rank) const { return rows_[rank]; }
+  Rows of(int rank) const {
+    Rows rows = rows_[rank];
+    if (!told_.empty()) {
+      rows.counts = told_[rank].data();
+      for (auto* unknown :
+           {rows.send_begin, rows.send_rows, rows.receive_begin, rows.receive_rows}) {
+        std::fill_n(unknown, kMaxRanks, int64_t{1} << 40);
+      }
+    }
+    return rows;
+  }
 
   void expect_arrived() const {
     const auto ranks = static_cast<int>(rows_.size());
@@ -136,7 +154,7 @@ class Buffer {
  private:
   Counts counts_;
   std::vector<std::vector<std::byte>> sources_, targets_;
-  std::vector<std::vector<int64_t>> indices_;
+  std::vector<std::vector<int64_t>> indices_, told_;
   std::vector<Rows> rows_;
 };
 
@@ -158,8 +176,10 @@ class Ranks {
     for (size_t other = 0; other < mailboxes_.size(); ++other) {
       arguments->mailboxes[other] = mailboxes_[other].memory.get();
     }
+    bool counted = false;
     for (const Buffer* buffer : buffers) {
       arguments->transfers[arguments->num_transfers++] = buffer->of(rank);
+      counted = counted || buffer->of(rank).counts != nullptr;
     }
     const unsigned blocks = lane_blocks(layout_) + kOwnBlocks;
     for (unsigned number = 0; number < blocks; ++number) {
@@ -171,7 +191,8 @@ class Ranks {
           threadIdx.x = thread;
           blockDim.x = kThreads;
           gridDim.x = blocks;
-          exchange(*arguments, shared->waited);
+          counted ? exchange<true>(*arguments, shared->waited)
+                  : exchange<false>(*arguments, shared->waited);
         });
       }
     }
@@ -204,7 +225,7 @@ TEST(PeerRows, ArriveWhateverTheirNumberAndSize) {
         const int64_t bytes = random_row_bytes(random);
         const int64_t largest = std::min<int64_t>(400, 10 * kSlotBytes / bytes);
         buffers.push_back(std::make_unique<Buffer>(random, random_counts(random, ranks, largest),
-                                                   bytes, random.chance()));
+                                                   bytes, random.chance(), random.chance()));
         all.push_back(buffers.back().get());
       }
       for (int rank = 0; rank < ranks; ++rank) {
