@@ -11,14 +11,18 @@
 #include <optional>
 #include <vector>
 
+#include "balance/balancer.h"
+#include "balance/shadows.h"
 #include "engine_agreement.h"
 #include "exchange/chunks.h"
 #include "exchange/late_refusals.h"
 #include "exchange/moving.h"
+#include "exchange/rounds.h"
 #include "experts/feed_forward.h"
 #include "experts/latent.h"
 #include "experts/permute.h"
 #include "experts/shared_expert.h"
+#include "experts_in_rounds.h"
 #include "kernels/rows.h"
 #include "moe_options.h"
 #include "overlap_choice.h"
@@ -201,6 +205,48 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
   }
 };
 
+/// Tokens that stay on their rank, with the experts whose weights come to them.
+struct Staying {
+  Routing routing;  ///< ids are places among the shadows
+  Shadows shadows;
+};
+
+/// Decides what travels. Where weights do, `plan` becomes that of the tokens that still travel, and the others
+/// are returned. Collective.
+std::optional<Staying> let_weights_travel(Balancer& balancer, const Exchange& exchange,
+                                          const MoEParameters& parameters,
+                                          const FeedForward& expert, const Routing& routing,
+                                          const torch::Tensor& rows, PendingPlan& plan) {
+  if (!balancer.is_on()) {
+    return std::nullopt;
+  }
+  Communicator& communicator = exchange.communicator();
+  const auto counts = communicator.all_gather(plan.source_counts());
+  plan.get();
+  const auto& shadowed =
+      balancer.choose(counts.cpu(), expert, parameters.experts, communicator).experts;
+  if (shadowed.empty()) {
+    return std::nullopt;
+  }
+  const auto split = split_routing(routing, shadowed, exchange.placement(), communicator.rank());
+  plan = exchange.begin_plan(split.travelling, rows);
+  return Staying{split.staying,
+                 bring_shadows(parameters.experts, parameters.main_grad, shadowed, exchange)};
+}
+
+/// As ThroughExperts, of a rank alone.
+torch::Tensor through_shadows(const torch::Tensor& x, const Staying& staying,
+                              const FeedForward& expert, bool recompute,
+                              const std::shared_ptr<OverlapChoice>& overlap) {
+  const auto& [routing, shadows] = staying;
+  const auto& [up, down] = shadows.experts;
+  const Exchange alone(make_self_communicator(), up.weight.size(0));
+  const auto step = c10::make_intrusive<Step>(alone, alone.plan(routing), expert, shadows.sums,
+                                              recompute, overlap, OverlapChoice::Way());
+  return ThroughExperts::apply(x, routing.weights, up.weight, down.weight, given(up.bias),
+                               given(down.bias), step);
+}
+
 /// The sequences that lie along the last dimension before h, or all tokens as one.
 int64_t sequences_of(const torch::Tensor& x, int64_t tokens) {
   const int64_t length = x.dim() >= 3 ? x.size(-2) : tokens;
@@ -239,13 +285,17 @@ MoEFunction::MoEFunction(const MoEOptions& options, std::shared_ptr<Communicator
     : options_(checked(options)),
       exchange_(std::move(communicator), options.num_experts),
       engine_(make_grouped_gemm_engine(options.device, options.engine)),
-      overlap_(std::make_shared<OverlapChoice>(options)) {}
+      overlap_(std::make_shared<OverlapChoice>(options)),
+      balancer_(std::make_shared<Balancer>(options, exchange_.placement())) {
+  check_receive_rows_limit(options_, exchange_.communicator().size());
+}
 
 MoEFunction::MoEFunction(const MoEOptions& options, const Exchange& exchange)
     : options_(checked(options)),
       exchange_(exchange),
       engine_(make_grouped_gemm_engine(options.device, options.engine)),
-      overlap_(std::make_shared<OverlapChoice>(options)) {}
+      overlap_(std::make_shared<OverlapChoice>(options)),
+      balancer_(std::make_shared<Balancer>(options, exchange_.placement())) {}
 
 MoEFunction MoEFunction::with(torch::Dtype dtype, torch::Device device) const {
   MoEOptions options = options_;
@@ -289,6 +339,7 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
   const bool latent = parameters.latent_down.defined();
   const auto rows = latent ? torch::linear(tokens, parameters.latent_down) : tokens;
   auto plan = exchange_.begin_plan(routing, rows, options_.errors, capacity());
+  const auto source_counts = plan.source_counts();
   if (communicator.size() > 1 && !engine_->is_settled()) {
     settle_engine(expert, trials_of(parameters, plan.get(), tokens.size(0)), options_.recompute,
                   communicator);
@@ -306,27 +357,41 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
     compute_ahead();
   }
   const auto losses = stage("anabranch.losses", [&] {
-    return auxiliary_losses(routing, plan.source_counts(), options_, communicator);
+    return auxiliary_losses(routing, source_counts, options_, communicator);
   });
+  const auto staying =
+      let_weights_travel(*balancer_, exchange_, parameters, expert, routing, rows, plan);
   // Rows in one piece that nothing is left to compute beside set out while the plan is made.
-  const bool with_plan = degree == 0 || (degree == 1 && (!shared || ahead));
+  const bool with_plan =
+      options_.receive_rows_limit == 0 && (degree == 0 || (degree == 1 && (!shared || ahead)));
   const auto received = with_plan && !plan.is_made() ? plan.dispatch(rows) : torch::Tensor();
-  const auto step =
-      c10::make_intrusive<Step>(exchange_,
-                                in_chunks(plan.get(), std::max<int64_t>(degree, 1),
-                                          exchange_.placement(), communicator.rank()),
-                                expert, parameters.main_grad, options_.recompute, overlap_, way);
-  if (received.defined()) {
-    step->dispatching.emplace(step->plan, received);
-  }
-  if (degree > 0 && shared && !ahead) {
-    step->start_dispatch(rows);
-    compute_ahead();  // while rows travel
-  }
+  const int64_t rounds = count_rounds(plan.get(), options_.receive_rows_limit, communicator);
+  balancer_->note_rounds(rounds);
   const auto& [up, down] = parameters.experts;
-  auto y = ThroughExperts::apply(rows, routing.weights, up.weight, down.weight, given(up.bias),
-                                 given(down.bias), step);
-  overlap_->note(way, /*backward=*/false, std::move(begin), tokens.device());
+  torch::Tensor y;
+  if (rounds > 1) {
+    y = through_experts_in_rounds(rows, routing.weights, parameters.experts, parameters.main_grad,
+                                  expert, exchange_, in_rounds(plan.get(), rounds));
+  } else {
+    const auto step =
+        c10::make_intrusive<Step>(exchange_,
+                                  in_chunks(plan.get(), std::max<int64_t>(degree, 1),
+                                            exchange_.placement(), communicator.rank()),
+                                  expert, parameters.main_grad, options_.recompute, overlap_, way);
+    if (received.defined()) {
+      step->dispatching.emplace(step->plan, received);
+    }
+    if (degree > 0 && shared && !ahead) {
+      step->start_dispatch(rows);
+      compute_ahead();  // while rows travel
+    }
+    y = ThroughExperts::apply(rows, routing.weights, up.weight, down.weight, given(up.bias),
+                              given(down.bias), step);
+    overlap_->note(way, /*backward=*/false, std::move(begin), tokens.device());
+  }
+  if (staying.has_value()) {
+    y = y + through_shadows(rows, *staying, expert, options_.recompute, overlap_);
+  }
   if (latent) {
     y = torch::linear(y, parameters.latent_up);
   }
@@ -337,9 +402,10 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
                                     parameters.shared_expert_main_grad, expert, std::move(ahead)),
               tokens, parameters.shared_expert_gate);
   }
-  return output_of(x.dim() == 2 ? y : y.view(x.sizes()), routing, losses, plan.source_counts(),
-                   options_);
+  return output_of(x.dim() == 2 ? y : y.view(x.sizes()), routing, losses, source_counts, options_);
 }
+
+std::string MoEFunction::explain() const { return balancer_->explain(); }
 
 namespace {
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <concepts>
 
+#include "balance/balancer.h"
 #include "communicator/agreement.h"
 #include "option_fields.h"
 #include "overlap_choice.h"
@@ -106,6 +107,15 @@ const MoEOptions& checked(const MoEOptions& options) {
                   options.dtype == torch::kBFloat16 || options.dtype == torch::kFloat16,
               "MoEOptions: dtype = ", options.dtype, ", expected fp32, fp64, bf16 or fp16");
   OverlapChoice{options};  // refuses what names none
+  balance_of(options);
+  check_input(options.receive_rows_limit >= 0,
+              "MoEOptions: receive_rows_limit = ", options.receive_rows_limit,
+              ", expected 0 (none) or more");
+  check_input(options.receive_capacity == 0 ||
+                  (options.receive_rows_limit == 0 && options.balance == "off"),
+              "MoEOptions: receive_capacity with ",
+              options.balance == "off" ? "receive_rows_limit" : "balance",
+              ", for which the host would have to know the counts");
   check_addressable(options.num_experts, options.expert_hidden_size, options.hidden_size);
   check_addressable(1, options.shared_expert_hidden_size, options.hidden_size);
   return options;
@@ -143,6 +153,12 @@ std::shared_ptr<Communicator> agree_on_options(const MoEOptions& options,
                                                std::shared_ptr<Communicator> communicator) {
   check_agreement(*communicator, fields(checked(options)));
   return communicator;
+}
+
+void check_receive_rows_limit(const MoEOptions& options, int64_t ranks) {
+  check_input(options.receive_rows_limit == 0 || options.receive_rows_limit >= ranks,
+              "MoEOptions: receive_rows_limit = ", options.receive_rows_limit, " with ", ranks,
+              " ranks, expected 0 (none) or at least a row from each");
 }
 
 torch::Tensor layer_tokens(const torch::Tensor& x, const MoEOptions& options) {

@@ -13,6 +13,9 @@ const MoEOptions& checked(const MoEOptions& options);
 std::shared_ptr<Communicator> agree_on_options(const MoEOptions& options,
                                                std::shared_ptr<Communicator> communicator);
 
+/// InputError unless each of so many ranks may send a row.
+void check_receive_rows_limit(const MoEOptions& options, int64_t ranks);
+
 /// `x` [..., h] as contiguous tokens [T, h]. InputError unless it is of the layer's type and device.
 torch::Tensor layer_tokens(const torch::Tensor& x, const MoEOptions& options);
 

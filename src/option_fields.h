@@ -54,6 +54,8 @@ inline constexpr std::tuple kOptionFields = {
     OptionField{"errors", &MoEOptions::errors},
     OptionField{"overlap", &MoEOptions::overlap},
     OptionField{"receive_capacity", &MoEOptions::receive_capacity},
+    OptionField{"receive_rows_limit", &MoEOptions::receive_rows_limit},
+    OptionField{"balance", &MoEOptions::balance},
     OptionField{"dtype", &MoEOptions::dtype},
     OptionField{"device", &MoEOptions::device},
     OptionField{"seed", &MoEOptions::seed},

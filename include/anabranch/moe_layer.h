@@ -6,8 +6,11 @@
 #include <anabranch/router.h>
 
 #include <memory>
+#include <string>
 
 namespace anabranch {
+
+class Balancer;
 
 struct MoEOutput {
   torch::Tensor output;  ///< the input's shape and type
@@ -74,6 +77,9 @@ class MoEFunction {
   /// The same for rows of that type on that device.
   MoEFunction with(torch::Dtype dtype, torch::Device device) const;
 
+  /// What travelled in the last step, tokens or weights, in how many rounds, and why.
+  std::string explain() const;
+
   const MoEOptions& options() const { return options_; }
   const Exchange& exchange() const { return exchange_; }
 
@@ -88,6 +94,7 @@ class MoEFunction {
   Exchange exchange_;
   std::shared_ptr<GroupedGemmEngine> engine_;
   std::shared_ptr<OverlapChoice> overlap_;
+  std::shared_ptr<Balancer> balancer_;
 };
 
 /// `output` as it is; where its gradient passes, `loss` [] gets the gradient `scale` ([]; undefined: 1).
@@ -129,6 +136,9 @@ class MoELayerImpl : public torch::nn::Module {
   /// [] what the losses that `attach_losses` attaches are multiplied by: a loss scaler's number, over the
   /// number of micro-batches. Undefined: 1.
   void set_attached_loss_scale(const torch::Tensor& scale) { attached_loss_scale_ = scale; }
+
+  /// What travelled in the last step, tokens or weights, in how many rounds, and why.
+  std::string explain() const { return function_.explain(); }
 
   const MoEOptions& options() const { return function_.options(); }
   const Exchange& exchange() const { return function_.exchange(); }

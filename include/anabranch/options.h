@@ -129,9 +129,21 @@ struct MoEOptions {
   /// receive in a step, in multiples of its own tokens' assignments, which is the balanced load where all
   /// ranks have as many tokens; num_ranks is enough for any routing then. Counts stay on the device, and the
   /// host does not wait for them. A step that needs more is computed nowhere: its output is NaN, and a
-  /// CapacityError is heard late; see `run`. 0: as much as arrives, for which the host waits. (Tested on CPUs;
+  /// CapacityError is heard late; see `run`. Without receive_rows_limit and balance. 0: as much as arrives, for which the host waits. (Tested on CPUs;
   /// on GPUs it has not been run yet.)
   double receive_capacity = 0;
+  /// The most rows of others' tokens and its own that a rank receives at a time, at least one a rank; 0: any
+  /// number. A step in which a rank is sent more goes in rounds on all ranks, forward and backward: a part
+  /// of the rows is dispatched, computed and combined after another. Of such a step the tokens alone are kept
+  /// for backward, which brings them to the experts again. Results are the same but for the rounding of
+  /// the experts' gradients, which are sums over rounds.
+  int64_t receive_rows_limit = 0;
+  /// What travels where some experts have more than their share of a step's tokens: "off", always tokens, to the
+  /// experts' owners; or, where a step is foreseen to be shorter for it, the weights of the fullest experts to all
+  /// ranks, which compute their own tokens, and the weights' gradients back (shadowed experts, FasterMoE): "shadow",
+  /// by nominal rates of products and links, alike in all runs; "auto", by rates that the first step measures.
+  /// Results are the same within rounding.
+  std::string balance = "off";
 
   torch::Dtype dtype = torch::kFloat32;  ///< fp32, fp64, bf16, fp16; the router stays ≥ fp32
   torch::Device device = torch::kCPU;

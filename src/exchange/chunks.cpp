@@ -1,66 +1,26 @@
 #include "exchange/chunks.h"
 
-#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/ones_like.h>
-#include <ATen/ops/repeat_interleave.h>
 #include <ATen/ops/tensor.h>
-#include <ATen/ops/zeros.h>
 
 #include "communicator/chunks.h"
+#include "exchange/arrange.h"
 #include "kernels/plan.h"
 
 namespace anabranch {
 namespace {
 
-/// values[i] as often as counts[i] says, `total` in all.
-torch::Tensor repeated(const torch::Tensor& values, const torch::Tensor& counts, int64_t total) {
-  return values.repeat_interleave(counts, /*dim=*/0, /*output_size=*/total);
-}
-
-/// [Σ rows]: the rank of each row, where rows lie by rank.
-torch::Tensor rank_of_rows(const std::vector<int64_t>& rows, const torch::TensorOptions& options) {
-  const auto ranks = static_cast<int64_t>(rows.size());
-  return repeated(at::arange(ranks, options), at::tensor(rows, at::kLong).to(options.device()),
-                  std::accumulate(rows.begin(), rows.end(), int64_t{0}));
-}
-
-/// Chunk and rank of every expert, [E] on the host.
-struct ExpertHomes {
-  explicit ExpertHomes(const ExpertPlacement& placement, int64_t chunks) {
-    std::vector<int64_t> chunk, rank;
-    for (int64_t r = 0; r < placement.num_ranks; ++r) {
-      const int64_t local = placement.local_experts(r);
-      for (int64_t c = 0; c < chunks; ++c) {
-        const auto experts = chunk_length(local, static_cast<int>(c), static_cast<int>(chunks));
-        chunk.insert(chunk.end(), experts, c);
-      }
-      rank.insert(rank.end(), local, r);
+/// [E] on the host: the chunk of every expert.
+torch::Tensor chunk_of_experts(const ExpertPlacement& placement, int64_t chunks) {
+  std::vector<int64_t> chunk;
+  for (int64_t r = 0; r < placement.num_ranks; ++r) {
+    const int64_t local = placement.local_experts(r);
+    for (int64_t c = 0; c < chunks; ++c) {
+      const auto experts = chunk_length(local, static_cast<int>(c), static_cast<int>(chunks));
+      chunk.insert(chunk.end(), experts, c);
     }
-    chunk_of = at::tensor(chunk, at::kLong);
-    rank_of = at::tensor(rank, at::kLong);
   }
-  torch::Tensor chunk_of;
-  torch::Tensor rank_of;
-};
-
-/// Rows that lay by (rank, token), ordered anew by (chunk, rank, token).
-struct Arranged {
-  torch::Tensor from;    ///< [rows] where each lay
-  torch::Tensor place;   ///< [rows] where each lies now
-  torch::Tensor counts;  ///< [chunks · ranks]
-};
-
-Arranged arrange(const torch::Tensor& chunk, const torch::Tensor& rank, int64_t chunks,
-                 int64_t ranks) {
-  Arranged rows;
-  rows.from = chunk.argsort(/*stable=*/true, /*dim=*/0, /*descending=*/false);
-  rows.place =
-      at::empty_like(rows.from).scatter_(0, rows.from, at::arange(chunk.size(0), chunk.options()));
-  rows.counts = at::zeros({chunks * ranks}, chunk.options())
-                    .scatter_add_(0, chunk * ranks + rank, at::ones_like(chunk));
-  return rows;
+  return at::tensor(chunk, at::kLong);
 }
 
 /// Rows by the first and by the last chunk of their assignments, which `by_row` names in the order of
@@ -80,28 +40,22 @@ struct FirstAndLast {
 };
 
 /// Of the rows that are sent: their assignments lie by (expert, token).
-FirstAndLast sent_rows(const ExchangePlan& plan, const ExpertHomes& homes, int64_t chunks,
-                       int64_t ranks) {
+FirstAndLast sent_rows(const ExchangePlan& plan, const torch::Tensor& chunk_of_expert,
+                       int64_t chunks, int64_t ranks) {
   const auto options = plan.send_tokens.options();
-  const int64_t assignments = plan.send_order.size(0);
-  const auto of_assignments = [&](const torch::Tensor& of_experts) {
-    return repeated(of_experts.to(options.device()), plan.source_counts, assignments);
-  };
   const auto rank = rank_of_rows(plan.send_rows, options);
-  // The row of each (token, rank).
-  const auto row_of = at::empty({plan.tokens * ranks}, options);
-  row_of.scatter_(0, plan.send_tokens * ranks + rank, at::arange(rank.size(0), options));
-  const auto row = row_of.index_select(
-      0, plan.send_order.div(plan.top_k, "trunc") * ranks + of_assignments(homes.rank_of));
-  const Csr by_row = PlanKernels::on(options.device()).group(row, rank.size(0));
-  return {by_row, of_assignments(homes.chunk_of), rank, chunks, ranks};
+  const Csr by_row =
+      PlanKernels::on(options.device()).group(sent_row_of_assignments(plan), rank.size(0));
+  const auto chunk_of_assignment =
+      repeated(chunk_of_expert.to(options.device()), plan.source_counts, plan.send_order.size(0));
+  return {by_row, chunk_of_assignment, rank, chunks, ranks};
 }
 
-FirstAndLast received_rows(const ExchangePlan& plan, const ExpertHomes& homes, int64_t chunks,
-                           const ExpertPlacement& placement, int64_t own_rank) {
+FirstAndLast received_rows(const ExchangePlan& plan, const torch::Tensor& chunk_of_expert,
+                           int64_t chunks, const ExpertPlacement& placement, int64_t own_rank) {
   const auto options = plan.assignment_rows.options();
-  const auto own =
-      homes.chunk_of.narrow(0, placement.first_expert(own_rank), placement.local_experts(own_rank));
+  const auto own = chunk_of_expert.narrow(0, placement.first_expert(own_rank),
+                                          placement.local_experts(own_rank));
   const auto chunk_of_assignment =
       repeated(own, at::tensor(plan.expert_counts.on_host(), at::kLong), plan.assignments());
   return {{plan.row_offsets, plan.row_assignments},
@@ -120,9 +74,9 @@ ExchangePlan in_chunks(ExchangePlan plan, int64_t chunks, const ExpertPlacement&
     return plan;
   }
   const torch::NoGradGuard no_grad;
-  const ExpertHomes homes(placement, chunks);
-  const FirstAndLast sent = sent_rows(plan, homes, chunks, ranks);
-  const FirstAndLast received = received_rows(plan, homes, chunks, placement, rank);
+  const auto chunk_of_expert = chunk_of_experts(placement, chunks);
+  const FirstAndLast sent = sent_rows(plan, chunk_of_expert, chunks, ranks);
+  const FirstAndLast received = received_rows(plan, chunk_of_expert, chunks, placement, rank);
   const auto counts =
       at::cat({sent.first.counts, received.first.counts, received.last.counts, sent.last.counts})
           .cpu();

@@ -107,8 +107,13 @@ void Dispatching::wait_for_next() {
   }
 }
 
-Combining::Combining(Communicator& communicator, const ExchangePlan& plan, Travel travel)
-    : communicator_(communicator), plan_(plan), travel_(travel), chunks_(chunks_of(plan)) {}
+Combining::Combining(Communicator& communicator, const ExchangePlan& plan, Travel travel,
+                     torch::Tensor returned)
+    : communicator_(communicator),
+      plan_(plan),
+      travel_(travel),
+      chunks_(chunks_of(plan)),
+      returned_{std::move(returned), {}} {}
 
 void Combining::send(const Payload& results) {
   const torch::NoGradGuard no_grad;
@@ -144,13 +149,18 @@ void Combining::send(const Payload& results) {
   pending_.push_back(start(communicator_, std::move(transfers), travel_));
 }
 
-Payload Combining::finish() {
+Payload Combining::finish_unsummed() {
   const torch::NoGradGuard no_grad;
   for (const auto& pending : pending_) {
     pending->finish();
   }
   pending_.clear();
-  const Payload returned = std::exchange(returned_, {});
+  return std::exchange(returned_, {});
+}
+
+Payload Combining::finish() {
+  const torch::NoGradGuard no_grad;
+  const Payload returned = finish_unsummed();
   Payload summed = returned;
   if (communicator_.size() > 1) {
     summed.rows = RowKernels::on(returned.rows.device())

@@ -40,12 +40,17 @@ class Dispatching {
 /// Results on their way back, a chunk at a time. Plan and communicator outlive it.
 class Combining {
  public:
-  Combining(Communicator& communicator, const ExchangePlan& plan, Travel travel);
+  /// `returned`: [S, h], where rows come to; undefined: to memory of their own.
+  Combining(Communicator& communicator, const ExchangePlan& plan, Travel travel,
+            torch::Tensor returned = {});
 
   /// The next chunk's rows, [its rows, h]; with the last chunk the values [P], if there are any.
   /// Collective.
   void send(const Payload& results);
-  /// When all have been sent. Collective where they travel in turn.
+  /// When all have been sent: rows [S, h] as they come back, values [A] by (expert, token). Collective where
+  /// they travel in turn.
+  Payload finish_unsummed();
+  /// The same with the rows of a token summed, [T, h], and values at their slots, [T, top_k].
   Payload finish();
 
  private:

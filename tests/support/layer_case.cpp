@@ -86,19 +86,20 @@ torch::Tensor draw_smooth_input(Random& random, const LayerCase& drawn) {
 }  // namespace
 
 std::string LayerCase::describe() const {
-  return c10::str("h ", options.hidden_size, " n ", options.expert_hidden_size, " E ",
-                  options.num_experts, " k ", options.top_k, " activation ",
-                  static_cast<int>(options.activation), options.glu ? " glu" : "",
-                  options.bias ? " bias" : "", " shared ", options.shared_expert_hidden_size,
-                  options.shared_expert_gate ? " (gated)" : "",
-                  options.renormalize ? " renormalize" : "",
-                  options.router_score == RouterScore::kSigmoid ? " sigmoid" : "", " scale ",
-                  options.routing_scale, options.expert_bias ? " expert bias" : "", " groups ",
-                  options.top_groups, " of ", options.expert_groups,
-                  options.group_score == GroupScore::kMaximum ? " by maximum" : "",
-                  options.recompute ? " recompute" : "", " ", to_string(options.dtype), " tokens ",
-                  tokens, " (", c10::Join("+", counts), ") ", to_string(skew), " ",
-                  to_string(split), routing_from_outside ? " routing from outside" : "");
+  return c10::str(
+      "h ", options.hidden_size, " n ", options.expert_hidden_size, " E ", options.num_experts,
+      " k ", options.top_k, " activation ", static_cast<int>(options.activation),
+      options.glu ? " glu" : "", options.bias ? " bias" : "", " shared ",
+      options.shared_expert_hidden_size, options.shared_expert_gate ? " (gated)" : "",
+      options.renormalize ? " renormalize" : "",
+      options.router_score == RouterScore::kSigmoid ? " sigmoid" : "", " scale ",
+      options.routing_scale, options.expert_bias ? " expert bias" : "", " groups ",
+      options.top_groups, " of ", options.expert_groups,
+      options.group_score == GroupScore::kMaximum ? " by maximum" : "",
+      options.recompute ? " recompute" : "", " rows at a time ", options.receive_rows_limit,
+      " balance ", options.balance, " ", to_string(options.dtype), " tokens ", tokens, " (",
+      c10::Join("+", counts), ") ", to_string(skew), " ", to_string(split),
+      routing_from_outside ? " routing from outside" : "");
 }
 
 LayerCase draw_layer_case(Random& random, int ranks, const MoEOptions& options, int64_t tokens,
@@ -157,7 +158,19 @@ std::vector<LayerCase> layer_cases(Random& random, int ranks, int64_t sample) {
   add(one, 11, Skew::kUniform, Split::kUneven);  // most ranks own no expert
   add(all, 9, Skew::kUniform, Split::kSomeEmpty);
   add(single, 30, Skew::kOneExpert, Split::kEven);
+  single.receive_rows_limit = ranks + 2;
+  add(single, 30, Skew::kOneExpert, Split::kEven);
   add(recomputed, 30, Skew::kOneExpert, Split::kOnOneRank);
+  everything.receive_rows_limit = ranks;
+  add(everything, 25, Skew::kZipf, Split::kUneven);
+  everything.receive_rows_limit = 0;
+  auto shadowed = everything;  // small experts of many tokens
+  shadowed.balance = "shadow";
+  shadowed.hidden_size = shadowed.expert_hidden_size = 4;
+  add(shadowed, 90, Skew::kOneExpert, Split::kUneven);
+  shadowed.receive_rows_limit = ranks + 3;
+  shadowed.recompute = true;
+  add(shadowed, 90, Skew::kZipf, Split::kSomeEmpty, true);
   add(everything, 1, Skew::kZipf, Split::kOnOneRank);
   add(plain, 20, Skew::kEmptyExperts, Split::kUneven, true);
   auto grouped = everything;  // as DeepSeek-V3
@@ -184,6 +197,8 @@ std::vector<LayerCase> layer_cases(Random& random, int ranks, int64_t sample) {
     options.routing_scale = random.pick<double>({1, 2.5});
     options.expert_bias = random.chance(0.3);
     options.recompute = random.chance();
+    options.receive_rows_limit = random.chance(0.3) ? ranks + random.integer(0, 20) : 0;
+    options.balance = random.chance(0.3) ? "shadow" : "off";
     options.dtype = random.pick(all_dtypes());
     if (options.activation == Activation::kRelu && options.bias) {
       // In 16 bits the product is rounded before the bias joins it: near 0 their sum's sign is open.

@@ -1,0 +1,44 @@
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "balance/rates.h"
+#include "balance/shadow_choice.h"
+
+namespace anabranch {
+
+enum class Balance {
+  kOff,     ///< tokens travel
+  kShadow,  ///< weights travel where nominal rates make that shorter: the same choices in all runs
+  kAuto,    ///< by rates that the first step measures
+};
+/// InputError where `options.balance` says none of them.
+Balance balance_of(const MoEOptions& options);
+
+/// Decides, step by step, what travels to whom: tokens, or weights. Alike on all ranks.
+class Balancer {
+ public:
+  Balancer(const MoEOptions& options, const ExpertPlacement& placement)
+      : options_(options), placement_(placement) {}
+
+  /// Whether there is anything to decide.
+  bool is_on() const { return placement_.num_ranks > 1 && balance_of(options_) != Balance::kOff; }
+  /// For `counts` as of choose_shadows. Collective at the first step, which measures.
+  const ShadowChoice& choose(const torch::Tensor& counts, const FeedForward& expert,
+                             const ExpertProjections& experts, Communicator& communicator);
+  /// In how many rounds what travels did so.
+  void note_rounds(int64_t rounds) { rounds_ = rounds; }
+
+  /// What was done in the last step, and why.
+  std::string explain() const;
+
+ private:
+  MoEOptions options_;
+  ExpertPlacement placement_;
+  std::optional<Rates> rates_;
+  std::optional<ShadowChoice> choice_;
+  int64_t rounds_ = 0;
+};
+
+}  // namespace anabranch
