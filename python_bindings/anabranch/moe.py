@@ -129,6 +129,13 @@ class MoE(nn.Module):
             waits; rows travel in one chunk. A step that needs more is computed nowhere: its output is NaN, and a
             RuntimeError is heard late; `run` does it again. 0: as much as arrives, for which the host waits. (Tested on
             CPUs; on GPUs it has not been run yet.)
+        receive_rows_limit: the most rows that a rank receives at a time, at least one a rank; 0: any number. A step
+            in which a rank is sent more goes in rounds on all ranks, forward and backward: slower, in bounded memory,
+            with the same results but for the rounding of the experts' gradients.
+        balance: what travels where some experts have more than their share of a step's tokens: "off", always tokens; or,
+            where a step is foreseen to be shorter for it, the weights of the fullest experts to all ranks and their
+            gradients back: "shadow", by nominal rates of products and links, alike in all runs; "auto", by rates
+            that the first step measures. Results are the same within rounding; `explain()` says what was done.
         seed: of the parameters; the same seed gives the same layer at any number of ranks, and that of
             the C++ library. None: drawn from torch's generator, which is then to be the same on all ranks.
         router: False: the layer has no router, and every forward is given its routing, of any top_k.
@@ -179,6 +186,8 @@ class MoE(nn.Module):
         errors: str = "late",
         overlap: str = "off",
         receive_capacity: float = 0.0,
+        receive_rows_limit: int = 0,
+        balance: str = "off",
         seed: int | None = None,
         router: bool = True,
         dtensor: bool = False,
@@ -225,6 +234,8 @@ class MoE(nn.Module):
             "errors": errors,
             "overlap": overlap,
             "receive_capacity": receive_capacity,
+            "receive_rows_limit": receive_rows_limit,
+            "balance": balance,
         }
         of_router = {"gate", "expert_bias", "forced_routing", "router_fp64", "jitter", "attach_losses"}
         of_router |= {name for name in options if name.endswith("_coefficient")}
@@ -232,10 +243,11 @@ class MoE(nn.Module):
         given = sorted(name for name in of_router if options[name] != defaults[name].default)
         if not router and given:
             raise ValueError(f"router=False with {', '.join(given)}: a router's")
-        if (self._own_experts or self._own_activation) and (shared_expert_hidden_size or recompute or activation_limit or glu_offset):
+        of_core = shared_expert_hidden_size or recompute or activation_limit or glu_offset or receive_rows_limit
+        if (self._own_experts or self._own_activation) and (of_core or balance != "off"):
             raise ValueError(
-                "experts or an activation of one's own with shared_expert_hidden_size, recompute, activation_limit or "
-                "glu_offset, which are the core's experts'"
+                "experts or an activation of one's own with shared_expert_hidden_size, recompute, activation_limit, "
+                "glu_offset, receive_rows_limit or balance, which are the core's experts'"
             )
         self.options = options
         self.attached_loss_scale: Tensor | None = None
@@ -363,6 +375,13 @@ class MoE(nn.Module):
             raise ValueError("update_expert_bias: the layer has no bias of its experts (expert_bias=True)")
         bias = self._parts_but_experts(None)["router"]["expert_bias"]
         torch.ops.anabranch.update_expert_bias(bias, expert_load, rate)
+
+    def explain(self) -> str:
+        """What travelled in the last step, tokens or weights, in how many rounds, and why.
+
+        Layers of the same options and group share it: the last step is that of any of them."""
+        weight = self._any_weight()
+        return torch.ops.anabranch.explain(self._options, self._group, weight.dtype, weight.device)
 
     def stats(self) -> LayerStats:
         """What this rank's layer has done since `reset_stats`. Waits for the device; no communication."""

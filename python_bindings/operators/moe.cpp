@@ -378,6 +378,13 @@ TORCH_LIBRARY_FRAGMENT(anabranch, library) {
       });
 }
 
+TORCH_LIBRARY_FRAGMENT(anabranch, library) {
+  library.def(
+      "explain(str options, str group, ScalarType dtype, Device device) -> str",
+      [](const std::string& options, const std::string& group, at::ScalarType dtype,
+         at::Device device) { return function_for(options, group, dtype, device)->explain(); });
+}
+
 TORCH_LIBRARY_IMPL(anabranch, CPU, library) {
   library.impl("moe", moe);
   library.impl("moe_forward", moe_forward);

@@ -34,8 +34,8 @@ def batch(total=24):
     return x, dy
 
 
-def run_layer(rank, size, freeze_experts, device):
-    layer = anabranch.MoE(**OPTIONS, **MORE, device=device)
+def run_layer(rank, size, freeze_experts, device, more=None):
+    layer = anabranch.MoE(**OPTIONS, **MORE, **(more or {}), device=device)
     assert layer.group.size == size and layer.group.rank == rank
     layer.experts.requires_grad_(not freeze_experts)
     x, dy = (part[tokens_of(rank, size)].to(device) for part in batch())
@@ -47,14 +47,16 @@ def run_layer(rank, size, freeze_experts, device):
     stats = layer.stats()
     assert stats.forwards == 1 and (stats.bytes_sent > 0) == (size > 1)
     norm = anabranch.clip_gradient_norm(layer, 1e9)
+    assert (" rounds" in layer.explain()) == (more is not None)
     return out.output.tolist(), x.grad.tolist(), out.balance_loss.item(), out.expert_load.tolist(), gradients, norm
 
 
-@pytest.mark.parametrize("freeze_experts", [False, True])
-@pytest.mark.parametrize("size", [2, 4])
-def test_any_number_of_ranks_gives_the_answer_of_one(size, freeze_experts, device):
+@pytest.mark.parametrize(
+    "size, freeze_experts, more", [(2, True, None), (2, False, {"receive_rows_limit": 5}), (4, False, None), (4, True, None)]
+)
+def test_any_number_of_ranks_gives_the_answer_of_one(size, freeze_experts, more, device):
     (one,) = run_ranks(1, run_layer, freeze_experts, "cpu")
-    several = run_ranks(size, run_layer, freeze_experts, device.type, backend=backend_for(device, size))
+    several = run_ranks(size, run_layer, freeze_experts, device.type, more, backend=backend_for(device, size))
 
     def close(actual, expected):
         torch.testing.assert_close(
