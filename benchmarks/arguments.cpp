@@ -67,6 +67,10 @@ const std::map<std::string, AddOption>& known_options() {
       {"all-to-all", add_all_to_all},
       {"overlap",
        option(&Arguments::overlap, "how rows travel beside the products, see MoEOptions")},
+      {"balance", option(&Arguments::balance, "what travels where load is skewed, see MoEOptions")},
+      {"receive-rows-limit",
+       option(&Arguments::receive_rows_limit, "rows that a rank receives at a time; 0: any number",
+              CLI::NonNegativeNumber)},
       {"bytes", add_bytes},
   };
   return options;

@@ -30,6 +30,8 @@ struct Arguments {
   std::string dtype = "fp32";  ///< or "bf16"
   AllToAll all_to_all = AllToAll::kFlat;
   std::string overlap = "off";  ///< of the layer, see MoEOptions
+  std::string balance = "off";  ///< the same
+  int64_t receive_rows_limit = 0;
   std::vector<int64_t> bytes = {16, 256, 4096, 16384, 65536, 262144};  ///< from a rank to another
 };
 

@@ -53,6 +53,8 @@ MoEOptions layer_options(const Arguments& arguments, torch::Device device) {
   layer.renormalize = arguments.top_k > 1;
   layer.seed = arguments.seed;
   layer.overlap = arguments.overlap;
+  layer.balance = arguments.balance;
+  layer.receive_rows_limit = arguments.receive_rows_limit;
   layer.dtype = tensor_options(arguments, device).dtype().toScalarType();
   layer.device = device;
   return layer;
@@ -115,6 +117,9 @@ class Step {
     return seconds;
   }
 
+  /// Of the layer's last step.
+  std::string explain() const { return layer_->explain(); }
+
   /// [W, W] bytes of rows from each rank to each other in a step: x and dy to the experts' ranks, y and
   /// dx back.
   torch::Tensor link_bytes() const {
@@ -164,6 +169,8 @@ Json describe(const Arguments& arguments, Communicator& world) {
           {"rounds", arguments.rounds},
           {"all_to_all", to_string(arguments.all_to_all)},
           {"overlap", arguments.overlap},
+          {"balance", arguments.balance},
+          {"receive_rows_limit", arguments.receive_rows_limit},
           {"device", arguments.device},
           {"dtype", arguments.dtype},
           {"threads", at::get_num_threads()},
@@ -208,6 +215,7 @@ void run(const Arguments& arguments) {
   record["assignments"] = to_vector(step.assignments());
   record["expert_load"] = to_vector(load);
   record["expert_imbalance"] = imbalance(load);
+  record["explain"] = step.explain();
   if (world->rank() == 0) {
     write_record(record, arguments.json);
   }
@@ -218,9 +226,10 @@ void run(const Arguments& arguments) {
 
 int main(int argc, char** argv) {
   using namespace anabranch::benchmark;
-  return run_benchmark(argc, argv,
-                       {"One MoE layer on several ranks, forward and backward, with its stages",
-                        {"tokens", "hidden", "expert-hidden", "experts", "top-k", "skew", "rounds",
-                         "seed", "all-to-all", "overlap", "device", "dtype", "json"}},
-                       run);
+  return run_benchmark(
+      argc, argv,
+      {"One MoE layer on several ranks, forward and backward, with its stages",
+       {"tokens", "hidden", "expert-hidden", "experts", "top-k", "skew", "rounds", "seed",
+        "all-to-all", "overlap", "balance", "receive-rows-limit", "device", "dtype", "json"}},
+      run);
 }

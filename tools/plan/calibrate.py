@@ -33,15 +33,15 @@ EXCHANGES = ("dispatch", "combine", "dispatch_backward", "combine_backward")
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
 
-def measure(program, launcher, ranks, sizes, rounds, skew=0.0, overlap="off"):
-    """One record of benchmark_step for each of `sizes`. Throws Refused with what a run printed."""
+def measure(program, launcher, ranks, sizes, rounds, skew=0.0, **more):
+    """One record of benchmark_step, with `more` options, for each of `sizes`. Throws Refused with what a run printed."""
     records = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "records.jsonl"
         for tokens, hidden, expert_hidden, experts, top_k in sizes:
             options = f"--tokens {tokens} --hidden {hidden} --expert-hidden {expert_hidden}"
             options += f" --experts {experts} --top-k {top_k} --rounds {rounds} --skew {skew} --json {file}"
-            options += f" --overlap {overlap}"
+            options += "".join(f" --{name} {value}" for name, value in more.items())
             command = [*shlex.split(launcher.format(ranks=ranks)), str(program), *options.split()]
             result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
             if result.returncode != 0:
