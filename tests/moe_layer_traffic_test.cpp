@@ -69,6 +69,8 @@ TEST_F(TrafficTest, BytesAreTheDeduplicatedMinimum) {
   for (auto& layer_case : layer_cases(random_, size_, effort(20))) {
     SCOPED_TRACE(layer_case.describe());
     layer_case.options.engine = "deterministic";  // the first step agrees on nothing
+    layer_case.options.receive_rows_limit = 0;
+    layer_case.options.balance = "off";
     const auto& options = layer_case.options;
     const ExpertPlacement placement{options.num_experts, size_};
     const auto expected = run_reference(layer_case, size_);
