@@ -60,30 +60,13 @@ struct Sizes {
   int64_t assignments;  // P
   int64_t rows;         // R, and on average as many are sent
   int64_t part;         // rows of P that are in work at a time
-  int64_t rounds = 1;   // in which they come
-  bool recompute;       // hidden in backward
-  bool summed = false;  // the experts' gradients are added to what there is
   int64_t up;           // width of hidden
   int64_t element;      // bytes of a number of the layer's type
   int64_t wide;         // of the router's
   bool staged;          // rows are gathered before they are sent
 
-  /// Of one of its rounds, which keeps nothing for backward.
-  Sizes of_round() const {
-    Sizes round = *this;
-    const auto share = [&](int64_t all) { return (all + rounds - 1) / rounds; };
-    round.rows = share(rows);
-    round.assignments = share(assignments);
-    round.part = share(part);
-    round.recompute = round.summed = true;
-    return round;
-  }
   int64_t of_tokens(int64_t width) const { return tokens * width * element; }
   int64_t of_rows(int64_t width) const { return rows * width * element; }
-  /// Rows that it sends, in all of its rounds.
-  int64_t of_sent(int64_t width) const {
-    return std::min(rows, tokens * std::min(options.top_k, ranks)) * width * element;
-  }
   int64_t of_assignments(int64_t width) const { return assignments * width * element; }
   int64_t of_part(int64_t width) const { return part * width * element; }
   /// What cuBLAS works in during a product, where the kernel of ours does not compute. (Those of cublas_loop's
@@ -112,7 +95,7 @@ double chance_of_rank(const MoEOptions& options, int64_t own) {
 }
 
 Sizes::Sizes(const MoEOptions& given, int64_t tokens, int64_t ranks, double load)
-    : options(given), tokens(tokens), ranks(ranks), recompute(given.recompute) {
+    : options(given), tokens(tokens), ranks(ranks) {
   experts = ExpertPlacement{options.num_experts, ranks}.local_experts(0);
   const bool bounded = ranks > 1 && options.receive_capacity > 0;
   if (bounded) {
@@ -128,10 +111,6 @@ Sizes::Sizes(const MoEOptions& given, int64_t tokens, int64_t ranks, double load
                                 assignments, tokens * ranks});
   const int64_t parts = std::min(most_parts(options.device), std::max<int64_t>(1, experts));
   part = assignments * ((experts + parts - 1) / parts) / std::max<int64_t>(1, experts);
-  if (ranks > 1 && options.receive_rows_limit > 0) {
-    rounds =
-        std::max<int64_t>(1, (rows + options.receive_rows_limit - 1) / options.receive_rows_limit);
-  }
   up = (options.glu ? 2 : 1) * options.expert_hidden_size;
   element = static_cast<int64_t>(c10::elementSize(options.dtype));
   wide = static_cast<int64_t>(c10::elementSize(at::toOpMathType(options.dtype)));
@@ -182,12 +161,12 @@ void route(Ledger& memory, const Sizes& z) {
   }
 }
 
-void plan(Ledger& memory, const Sizes& z, const std::string& what) {
+void plan(Ledger& memory, const Sizes& z) {
   const int64_t slots = z.tokens * z.options.top_k;
   const int64_t numbers = z.ranks == 1 ? 4 * slots + z.tokens
                                        : slots + 2 * z.rows + z.tokens + 3 * z.assignments + z.rows;
   memory.hold("plan: scratch", 8 * slots + (z.ranks == 1 ? 0 : 4 * z.assignments));
-  memory.hold(what, 8 * numbers);
+  memory.hold("plan", 8 * numbers);
   memory.release("plan: scratch");
 }
 
@@ -220,7 +199,7 @@ void combine(Ledger& memory, const Sizes& z, const std::string& what, const std:
 void feed_forward(Ledger& memory, const Sizes& z) {
   const int64_t h = z.options.hidden_size;
   memory.hold("engine's workspace", z.workspace());
-  if (!z.recompute) {
+  if (!z.options.recompute) {
     memory.hold("hidden", z.of_assignments(z.up));
   }
   // Of the last part: the results are there, unless it is the first as well.
@@ -228,7 +207,7 @@ void feed_forward(Ledger& memory, const Sizes& z) {
     memory.hold("results", z.of_assignments(h));
   }
   memory.hold("a part's rows", z.of_part(h));
-  if (z.recompute) {
+  if (z.options.recompute) {
     memory.hold("a part's hidden", z.of_part(z.up));
   }
   memory.hold("a part's activation", z.of_part(z.options.expert_hidden_size));
@@ -265,33 +244,11 @@ void add_shared_expert(Ledger& memory, const Sizes& z) {
   }
 }
 
-/// Way there and back in rounds: the rows of all of them come back, and are summed in the end.
-void forward_in_rounds(Ledger& memory, const Sizes& z) {
-  const int64_t h = z.options.hidden_size;
-  const Sizes round = z.of_round();
-  plan(memory, z, "rounds");
-  memory.hold("routing weights", z.assignments * z.wide);
-  memory.hold("rows that came back", z.of_sent(h));
-  dispatch(memory, round, "rows received", /*with_weights=*/false);
-  feed_forward(memory, round);
-  memory.hold("sums of rows", round.of_rows(h));
-  for (const char* name : {"results", "sums of rows", "rows received", "plan"}) {
-    memory.release(name);
-  }
-  memory.hold("output", z.of_tokens(h));
-  memory.release("rows that came back");
-}
-
 void forward(Ledger& memory, const Sizes& z) {
   route(memory, z);
-  plan(memory, z, "plan");
+  plan(memory, z);
   if (z.ranks > 1) {  // while the host waits
     shared_expert(memory, z);
-  }
-  if (z.rounds > 1) {
-    forward_in_rounds(memory, z);
-    add_shared_expert(memory, z);
-    return;
   }
   dispatch(memory, z, "rows received", /*with_weights=*/true);
   feed_forward(memory, z);
@@ -331,7 +288,7 @@ void feed_forward_backward(Ledger& memory, const Sizes& z) {
   const int64_t h = z.options.hidden_size;
   const bool several = z.part < z.assignments;
   const auto down = [&] {
-    if (z.recompute) {
+    if (z.options.recompute) {
       memory.hold("a part's rows", z.of_part(h));
       memory.hold("a part's hidden", z.of_part(z.up));
       memory.release("a part's rows");
@@ -346,9 +303,9 @@ void feed_forward_backward(Ledger& memory, const Sizes& z) {
   memory.hold("gradient of the weights", z.assignments * z.wide);
   memory.hold("engine's workspace", z.workspace());
   down();
-  memory.hold("gradients", z.summed ? 0 : z.down_weight());
+  memory.hold("gradients", z.down_weight());
   end_of_down();
-  memory.hold("gradients", z.summed ? 0 : z.up_weight());
+  memory.hold("gradients", z.up_weight());
   memory.hold("a part's rows", z.of_part(h));
   memory.release("a part's rows");
   memory.hold("gradient of the experts' rows", z.of_assignments(h));
@@ -377,38 +334,8 @@ void route_backward(Ledger& memory, const Sizes& z) {
   memory.release("router: gradient of x");
 }
 
-/// Of the experts, whose gradients are sums over the rounds, in their wide type until the last.
-void backward_in_rounds(Ledger& memory, const Sizes& z) {
-  const int64_t h = z.options.hidden_size;
-  const Sizes round = z.of_round();
-  const int64_t weights = z.up_weight() + z.down_weight();
-  memory.hold("sums of the experts' gradients", weights / z.element * z.wide);
-  memory.hold("rows that came back", z.of_sent(h));
-  dispatch(memory, round, "gradient's rows received", /*with_weights=*/false);
-  dispatch(memory, round, "rows received", /*with_weights=*/false);
-  feed_forward_backward(memory, round);
-  memory.hold("sums of rows", round.of_rows(h));
-  for (const char* name : {"sums of rows", "gradient of the experts' rows", "rows received",
-                           "gradient's rows received", "gradient of the weights"}) {
-    memory.release(name);
-  }
-  if (z.wide == z.element)
-    memory.release("sums of the experts' gradients");  // they are the gradients
-  memory.hold("gradients", weights);
-  memory.release("sums of the experts' gradients");
-  memory.hold("gradient of x", z.of_tokens(h));
-  memory.release("rows that came back");
-  memory.release("routing weights");
-}
-
 void backward(Ledger& memory, const Sizes& z) {
   shared_expert_backward(memory, z);
-  if (z.rounds > 1) {
-    backward_in_rounds(memory, z);
-    memory.release("gradient of x, so far");
-    route_backward(memory, z);
-    return;
-  }
   dispatch(memory, z, "gradient's rows received", /*with_weights=*/false);
   feed_forward_backward(memory, z);
   memory.hold(z.ranks > 1 ? "sums of rows" : "gradient of x", z.of_rows(z.options.hidden_size));

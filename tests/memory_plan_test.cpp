@@ -121,23 +121,6 @@ TEST_F(MemoryPlanTest, OfARoomForAnyRouting) {
   expect_foreseen(options, 800);
 }
 
-TEST_F(MemoryPlanTest, OfStepsInRounds) {
-  for (const auto dtype : {torch::kFloat32, torch::kBFloat16}) {
-    auto options = options_of(dtype);
-    options.receive_rows_limit = 350;
-    expect_foreseen(options, 1500);
-  }
-}
-
-/// All tokens of 4 ranks, or as many in rounds as a rank has of its own.
-TEST_F(MemoryPlanTest, IsBoundedByTheLimitOfRows) {
-  auto options = options_of(torch::kBFloat16);
-  const auto peak = [&] { return plan_memory(options, 100000, 4, 4).peak(); };
-  const int64_t unlimited = peak();
-  options.receive_rows_limit = 100000;
-  EXPECT_LT(peak(), unlimited / 2);
-}
-
 // Nearly all is parameters and their gradients then.
 TEST_F(MemoryPlanTest, OfHardlyAnyTokens) {
   const auto options = options_of(torch::kFloat32);
