@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def from_pretrained(
-    folder: str | os.PathLike[str], group: object = None, *, model_class: Any = None, **options: Any
+    folder: str | os.PathLike[str], group: object = None, *, model_class: Any = None, dtensor: bool = False, **options: Any
 ) -> PreTrainedModel:
     """A converted model whose experts this rank has read alone: `convert(AutoModelForCausalLM.from_pretrained(folder))`,
     in the memory and reading time of one rank's share.
@@ -28,6 +28,7 @@ def from_pretrained(
         folder: what transformers' from_pretrained takes, with weights in safetensors; on every rank the same.
         group: the expert-parallel group, a DeviceMesh or a process group; see `as_group`. Collective over it.
         model_class: of transformers, also one of its Auto classes; None: AutoModelForCausalLM.
+        dtensor: see `convert`.
         options: of transformers' from_pretrained: dtype, config, attn_implementation, revision, …; device_map: one device.
 
     ValueError with the reason for a model that `convert` does not take, or a checkpoint that lacks experts.
@@ -43,7 +44,7 @@ def from_pretrained(
     model, report = reading.from_pretrained(folder, output_loading_info=True, **options)
     model.__class__ = chosen
     _check_complete(model, report, folder)
-    return convert(model, ranks)
+    return convert(model, group if dtensor else ranks, dtensor=dtensor)
 
 
 def _class_of(auto: Any, folder: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -37,8 +37,8 @@ def mesh_of(source: object, group: Group, device: torch.device) -> DeviceMesh:
     return DeviceMesh.from_group(made_from, kind)
 
 
-def spread(rows: Tensor, num_experts: int, mesh: DeviceMesh) -> DTensor:
-    """`rows`: this rank's experts of `num_experts`. ValueError where a DTensor would have them on other ranks."""
+def check_equal_shares(num_experts: int, mesh: DeviceMesh) -> None:
+    """ValueError where a DTensor would have the experts on other ranks than a layer has."""
     ranks, most = mesh.size(), -(-num_experts // mesh.size())
     ours = [num_experts // ranks + (rank < num_experts % ranks) for rank in range(ranks)]
     theirs = [min(most, max(0, num_experts - rank * most)) for rank in range(ranks)]
@@ -47,6 +47,11 @@ def spread(rows: Tensor, num_experts: int, mesh: DeviceMesh) -> DTensor:
             f"dtensor=True with {num_experts} experts over {ranks} ranks, which have {ours} of them, where a DTensor's "
             f"would have {theirs}: take a multiple of the ranks"
         )
+
+
+def spread(rows: Tensor, num_experts: int, mesh: DeviceMesh) -> DTensor:
+    """`rows`: this rank's experts of `num_experts`."""
+    check_equal_shares(num_experts, mesh)
     return DTensor.from_local(
         rows, mesh, [Shard(0)], run_check=False, shape=torch.Size((num_experts, *rows.shape[1:])), stride=rows.stride()
     )

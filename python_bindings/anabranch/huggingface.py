@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DeviceMesh, DTensor
 
 from ._held import first_expert
 from ._saving import CollectiveSaving
-from ._spread import rows_of
+from ._spread import check_equal_shares, mesh_of, rows_of
 from .groups import Group, as_group
 from .moe import MoE
 from .stacked_experts import Layout, recognised
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def convert(model: Model, group: object = None) -> Model:
+def convert(model: Model, group: object = None, *, dtensor: bool = False) -> Model:
     """Swaps the experts of a transformers model for anabranch layers with the same weights.
 
     In place, and returns the model; each rank keeps its experts only. All else stays: the family's router and what
@@ -35,6 +35,8 @@ def convert(model: Model, group: object = None) -> Model:
         model: of transformers 5, with the same weights on every rank; its experts are stacked, follow transformers'
             interface for them, and compute down(activation(gate) · up), also clamped as in gpt-oss, or down(activation(up)).
         group: the expert-parallel group, see `as_group`. Collective over it.
+        dtensor: the layers' experts are DTensors [num_experts, …] over the group, a DeviceMesh or a process group, as
+            with `MoE(dtensor=True)`: torch.distributed.checkpoint writes and reads them at any number of ranks.
 
     TypeError for what is no model of transformers; ValueError with the reason for one with other experts or none, or
     that has been converted. It is unchanged then.
@@ -45,8 +47,13 @@ def convert(model: Model, group: object = None) -> Model:
         raise TypeError(f"model is a {type(model).__name__}, expected a PreTrainedModel of transformers")
     ranks = as_group(group)
     found = [(name, experts, *recognised(name, experts, ranks.size)) for name, experts in stacked_experts(model)]
+    on_devices = {experts.down_proj.device for _, experts, *_ in found}
+    meshes = {device: mesh_of(group, ranks, device) for device in on_devices} if dtensor and ranks.size > 1 else {}
+    for _, experts, *_ in found if meshes else ():
+        check_equal_shares(experts.down_proj.shape[0], meshes[experts.down_proj.device])
     for name, experts, layout, computed in found:
-        model.set_submodule(name, ConvertedExperts(experts, layout, computed, ranks))
+        mesh = meshes.get(experts.down_proj.device)
+        model.set_submodule(name, ConvertedExperts(experts, layout, computed, ranks, mesh))
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and any(isinstance(part, ConvertedExperts) for part in module.modules()):
             module.save_pretrained = CollectiveSaving(module)  # type: ignore[method-assign]
@@ -81,7 +88,9 @@ def stacked_experts(model: Any) -> list[tuple[str, Any]]:
 class ConvertedExperts(nn.Module):
     """An anabranch layer in the place of a family's stacked experts. Collective."""
 
-    def __init__(self, experts: Any, layout: Layout, computed: dict[str, Any], group: Group) -> None:
+    def __init__(
+        self, experts: Any, layout: Layout, computed: dict[str, Any], group: Group, mesh: DeviceMesh | None = None
+    ) -> None:
         super().__init__()
         num_experts, hidden_size, expert_hidden_size = layout.to_layer("down_proj", experts.down_proj).shape
         self.layout = layout
@@ -95,7 +104,8 @@ class ConvertedExperts(nn.Module):
             bias=layout.bias,
             router=False,
             seed=0,
-            group=group,
+            group=group if mesh is None else mesh,
+            dtensor=mesh is not None,
             device="meta",
             dtype=experts.down_proj.dtype,
         ).to_empty(device=experts.down_proj.device)
@@ -118,6 +128,7 @@ class ConvertedExperts(nn.Module):
 
 def _fill(parameter: nn.Parameter, values: nn.Parameter, name: str, layout: Layout, first: int) -> None:
     with torch.no_grad():
-        rows = rows_of(values) if isinstance(values, DTensor) else values[first : first + parameter.shape[0]]
-        parameter.copy_(layout.to_layer(name, rows))
+        ours = rows_of(parameter)
+        rows = rows_of(values) if isinstance(values, DTensor) else values[first : first + ours.shape[0]]
+        ours.copy_(layout.to_layer(name, rows))
     parameter.requires_grad_(values.requires_grad)

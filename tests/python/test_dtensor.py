@@ -72,6 +72,47 @@ def values_of(model):
     return {name: (p.full_tensor() if isinstance(p, DTensor) else p).tolist() for name, p in model.named_parameters()}
 
 
+def converted(seed, **options):
+    from models import make_model
+
+    return anabranch.convert(make_model("olmoe", seed, experts=4), dtensor=True, **options)
+
+
+def converted_written(folder, seed):
+    from models import make_model
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    model = converted(seed, group=mesh_of(torch.distributed.get_world_size()))
+    checkpoint.save(get_model_state_dict(model), checkpoint_id=f"{folder}/converted")
+    model.save_pretrained(f"{folder}/saved")
+    again = anabranch.from_pretrained(f"{folder}/saved", dtensor=True)
+    plain = dict(make_model("olmoe", seed, experts=4).named_parameters())
+    for each in (model, again):
+        assert len(global_experts(each)) == 4
+        for name, p in global_experts(each).items():
+            whole = plain[name.replace("moe.experts.up_weight", "gate_up_proj").replace("moe.experts.down_weight", "down_proj")]
+            assert torch.equal(p.full_tensor(), whole)
+
+
+def converted_read(folder, seed):
+    """At another number of ranks; one of them alone has no DTensors."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    model, wanted = converted(seed + 1), converted(seed)
+    state = get_model_state_dict(model)
+    checkpoint.load(state, checkpoint_id=f"{folder}/converted")
+    set_model_state_dict(model, state)
+    assert values_of(model) == values_of(wanted)
+    batch = torch.randint(3, 20, (2, 5), generator=torch.Generator().manual_seed(seed))
+    loss = model(batch, labels=batch).loss
+    loss.backward()
+    anabranch.finish_gradients(model)
+    assert all(p.grad.to_local().isfinite().all() for p in global_experts(model).values())
+    assert torch.equal(loss, wanted(batch, labels=batch).loss)
+
+
 def written(rank, size, folder, seed):
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
@@ -86,6 +127,7 @@ def written(rank, size, folder, seed):
     if rank == 0:
         assert {name: value.tolist() for name, value in full.items() if "_extra" not in name} == before
     trained(model, optimizer, seed + 10, rank, size)
+    converted_written(folder, seed)
     return before, values_of(model)
 
 
@@ -101,6 +143,7 @@ def read(rank, size, folder, seed):
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     before = values_of(model)
     trained(model, optimizer, seed + 10, rank, size)
+    converted_read(folder, seed)
     return before, values_of(model)
 
 
