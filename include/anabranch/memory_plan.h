@@ -33,7 +33,9 @@ int64_t total_bytes(const std::vector<MemoryPlan::Item>& items);
 /// What rank 0 of `ranks`, which has no fewer experts than any, needs for a training step with `tokens`
 /// tokens on every rank. `load`: the assignments that its experts receive, over those of a rank in perfect
 /// balance; 1 is balance, and no routing has more than `ranks` · min(top_k, its experts) / top_k. With a
-/// receive_capacity that is the load. GPUs of up to 8 ranks are taken to be on one host. Throws InputError for options that no layer can have.
+/// receive_capacity that is the load. GPUs of up to 8 ranks are taken to be on one host, all rows to come in one
+/// round (`receive_rows_limit`), and no weights of experts to travel (`balance`). Throws InputError for options
+/// that no layer can have.
 MemoryPlan plan_memory(const MoEOptions& options, int64_t tokens, int64_t ranks = 1,
                        double load = 1.0);
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from . import functional as F
 from ._parts import Experts
+from ._through import MoEOutput, Through
 from .activations import ACTIVATIONS
-from .moe import MoE, MoEOutput, Through
+from .moe import MoE
 
 
 def lora_config(**options: Any) -> peft.LoraConfig:

@@ -6,16 +6,17 @@ import inspect
 import json
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import _fakes, own_experts  # noqa: F401
+from . import _fakes  # noqa: F401
 from ._held import check_held, held, warn_of_unnamed
 from ._parts import Experts, Part
 from ._spread import mesh_of, spread
-from ._wrappers import SpreadExperts, refuse_active_ddp
+from ._through import Given, MoEOutput, Through, checked_routing
+from ._wrappers import SpreadExperts
 from .dialects import options_from
 from .groups import alone, as_group
 from .stats import LayerStats, Probe
@@ -24,31 +25,6 @@ from .steps import watch
 _SEEDS = 2**63 - 1
 
 Result = TypeVar("Result")
-
-
-class MoEOutput(NamedTuple):
-    """What a layer returns."""
-
-    output: Tensor
-    """The input's shape and type."""
-    balance_loss: Tensor | None
-    """[] E · Σ_e f_e · P_e over the group's whole batch, 1 in perfect balance; None with routing from outside."""
-    z_loss: Tensor | None
-    """[] mean_t logsumexp(logits[t])² over the group's whole batch; None with routing from outside."""
-    expert_load: Tensor
-    """[num_experts] int64: assignments of each expert over all ranks of the group."""
-    importance_loss: Tensor | None = None
-    """[] squared coefficient of variation of the experts' sums of weights; None but for the noisy gate."""
-    load_loss: Tensor | None = None
-    """[] the same of their smooth load (arXiv:1701.06538, eq. 11); None but for the noisy gate."""
-    sequence_balance_loss: Tensor | None = None
-    """[] mean over the group's sequences of each one's balance loss; None without `sequence_balance_coefficient`."""
-    auxiliary_loss: Tensor | None = None
-    """[] Σ of the losses that have a coefficient, times it; None where none has."""
-    expert_ids: Tensor | None = None
-    """[T, top_k] int64: where this rank's tokens went, in row-major order; −1 for none."""
-    expert_weights: Tensor | None = None
-    """[T, top_k] with what weights; without a gradient, but for a routing from outside."""
 
 
 class MoE(nn.Module):
@@ -361,7 +337,7 @@ class MoE(nn.Module):
         if routing is not None:
             if expert_ids is not None or padding_mask is not None:
                 raise ValueError("routing with expert_ids or padding_mask, which are for the layer's router")
-            expert_ids, weights = _checked_routing(routing)
+            expert_ids, weights = checked_routing(routing)
         elif not self.has_router:
             raise ValueError("routing is None, expected expert ids and weights: the layer has no router")
         through = Through(self, self._parts_but_experts(x), Given(expert_ids, weights, padding_mask, may_skip))
@@ -458,89 +434,6 @@ class MoE(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items()) + f", group={self.group}"
 
 
-class Given(NamedTuple):
-    """Where tokens go, as far as that is not the router's choice; see `MoE.forward`."""
-
-    expert_ids: Tensor | None
-    weights: Tensor | None
-    padding_mask: Tensor | None
-    may_skip: bool
-
-
-class Through:
-    """The way of a step's rows through a layer, when the experts' parameters are known."""
-
-    def __init__(self, layer: MoE, parts: dict[str, dict[str, Tensor]], given: Given) -> None:
-        self.layer = layer
-        self.given = given
-        self._parts = parts
-
-    @property
-    def routing(self) -> tuple[Tensor, Tensor] | None:
-        """From outside, ids and weights; None: the layer's own router's."""
-        ids, weights = self.given.expert_ids, self.given.weights
-        return None if ids is None or weights is None else (ids, weights)
-
-    def __call__(self, x: Tensor, experts: dict[str, Tensor]) -> MoEOutput:
-        layer, given, options = self.layer, self.given, self.layer._options
-        if not layer.has_router and given.expert_ids is not None:
-            options = f'{{"top_k": {given.expert_ids.shape[-1]}, {layer._other_options[1:]}'
-        if not torch.compiler.is_compiling():
-            refuse_active_ddp()
-        if layer._own_experts or layer._own_activation is not None:
-            return self._output_of(self._by_own_experts(x, experts, options))
-        parameters = layer._parameter_list({**self._parts, "experts": experts}, x)
-        if x.device.type != parameters[-1].device.type:
-            raise ValueError(f"x is on {x.device}, the layer on {parameters[-1].device}")
-        return self._output_of(
-            torch.ops.anabranch.moe(
-                x, parameters, *given, options, layer._group, layer.training, layer._probe.tensor
-            )
-        )
-
-    def _output_of(self, found: tuple[Any, ...]) -> MoEOutput:
-        """Of what the operator returns."""
-        output, balance, z, importance, of_load, of_sequences, auxiliary, load, ids, of_experts = found
-        if self.given.weights is not None:
-            return MoEOutput(output, None, None, load, expert_ids=self.given.expert_ids, expert_weights=self.given.weights)
-        options = self.layer.options
-        if options["gate"] != "noisy_top_k":
-            importance = of_load = None
-        if not options["sequence_balance_coefficient"]:
-            of_sequences = None
-        if auxiliary.dim():
-            auxiliary = None
-        elif options["attach_losses"] and self.layer.training:
-            output = torch.ops.anabranch.attach_loss(output, auxiliary, self.layer.attached_loss_scale)
-        return MoEOutput(output, balance, z, load, importance, of_load, of_sequences, auxiliary, ids, of_experts)
-
-    def _by_own_experts(self, x: Tensor, parameters: dict[str, Tensor], options: str) -> tuple[Any, ...]:
-        """What the operator returns, by experts or an activation that the core does not know."""
-        layer, own = self.layer, self.layer.options
-        expert_ids, weights, padding_mask, may_skip = self.given
-        losses: list[Any] = [None] * 6
-        if weights is None:
-            may_skip = expert_ids is not None or padding_mask is not None or own["gate"] == "gshard"
-            given = {"expert_ids": expert_ids, "padding_mask": padding_mask}
-            routed = own_experts.route(x, self._parts["router"], options, layer._group, layer.training, **given)
-            weights, *losses, load, expert_ids = routed
-        else:
-            assert expert_ids is not None
-            load = own_experts.load_of(expert_ids, own["num_experts"], layer.group, may_skip)
-            weights = weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        rows = x.reshape(-1, x.shape[-1])
-        if own["latent_size"]:
-            rows = nn.functional.linear(rows, self._parts[""]["latent_down"])
-        if layer._own_activation is None:
-            experts: Any = layer.get_submodule("experts")
-        else:
-            experts = own_experts.stacked(parameters, layer._own_activation, own["glu"], own["engine"])
-        output = own_experts.through(experts, rows, expert_ids, weights, own["num_experts"], layer._group, may_skip)
-        if own["latent_size"]:
-            output = nn.functional.linear(output, self._parts[""]["latent_up"])
-        return (output.view(x.shape), *losses, load, expert_ids, weights.detach())
-
-
 def check() -> None:
     """Waits for what the layers of this process have launched on GPUs, and raises the ValueError of a step whose
     routing was refused there (see `MoE`'s `errors`), or the RuntimeError of one that another rank refused or that
@@ -572,14 +465,6 @@ def run(step: Callable[[], Result], again: Callable[[], Result] | None = None) -
         return (again or step)()
     finally:
         torch.ops.anabranch.set_unbounded(False)
-
-
-def _checked_routing(routing: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    if not isinstance(routing, (tuple, list)) or len(routing) != 2 or not all(isinstance(r, Tensor) for r in routing):
-        raise TypeError(f"routing is {routing!r:.80}, expected a pair of tensors, expert ids and weights [T, top_k]")
-    if routing[0].dim() != 2:
-        raise ValueError(f"routing: expert ids are {tuple(routing[0].shape)}, expected [T, top_k]")
-    return routing[0], routing[1]
 
 
 def _to_json(options: dict[str, Any]) -> str:
