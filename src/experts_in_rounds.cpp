@@ -112,7 +112,7 @@ class GradientSums {
 };
 
 /// The tensors that backward needs.
-struct Saved {
+struct SavedInRounds {
   torch::Tensor x;  ///< [T, h]
   ExpertProjections experts;
 
@@ -139,7 +139,7 @@ struct ThroughExpertsInRounds : torch::autograd::Function<ThroughExpertsInRounds
       results.reset();
       stage("anabranch.combine", [&] { returned.combine({sums, {}}, round); });
     }
-    context->save_for_backward(pack(Saved{x, experts}));
+    context->save_for_backward(pack(SavedInRounds{x, experts}));
     context->saved_data["step"] = torch::IValue::make_capsule(step);
     return stage("anabranch.combine", [&] { return returned.sum_of_tokens(); });
   }
@@ -147,7 +147,7 @@ struct ThroughExpertsInRounds : torch::autograd::Function<ThroughExpertsInRounds
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     refuse_double_backward("MoELayer");
     const torch::NoGradGuard no_grad;
-    const auto saved = unpack<Saved>(context->get_saved_variables());
+    const auto saved = unpack<SavedInRounds>(context->get_saved_variables());
     const ExpertProjections& experts = saved.experts;
     const auto step =
         c10::static_intrusive_pointer_cast<StepInRounds>(context->saved_data["step"].toCapsule());

@@ -35,7 +35,7 @@ Registry& registry() {
   return all;
 }
 
-enum Told : int64_t { kNonfinite, kInvalid, kPeer, kExceeded };
+enum RefusalPlace : int64_t { kNonfinite, kInvalid, kPeer, kExceeded };
 
 /// What was there, and −1 in its place.
 int64_t take(int64_t& token) { return std::atomic_ref(token).exchange(-1); }

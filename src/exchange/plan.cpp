@@ -189,14 +189,14 @@ torch::Tensor wait_for(const HostCopy& counts, Communicator& communicator) {
 }
 
 /// What this rank tells the others and is told by them, on the device.
-struct Told {
+struct ToldCounts {
   torch::Tensor all;       ///< the message, and behind it what was received
   torch::Tensor received;  ///< [W, kHeader + local experts]
 };
 
 /// One small exchange. Of `numbers` the message is those that `layout` names.
-Told tell(Communicator& communicator, const ExpertPlacement& placement,
-          const torch::Tensor& numbers, const torch::Tensor& layout) {
+ToldCounts tell(Communicator& communicator, const ExpertPlacement& placement,
+                const torch::Tensor& numbers, const torch::Tensor& layout) {
   const int64_t ranks = placement.num_ranks;
   const int64_t width = kHeader + placement.local_experts(communicator.rank());
   std::vector<int64_t> sizes;

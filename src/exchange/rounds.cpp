@@ -13,13 +13,10 @@
 #include "communicator/chunks.h"
 #include "exchange/arrange.h"
 #include "kernels/plan.h"
+#include "support/sum.h"
 
 namespace anabranch {
 namespace {
-
-int64_t sum(const std::vector<int64_t>& values) {
-  return std::accumulate(values.begin(), values.end(), int64_t{0});
-}
 
 /// The most of `rows` [W] that may come at once when each rank's share of them is sent in every round.
 int64_t most_at_once(const std::vector<int64_t>& rows, int64_t rounds) {

@@ -322,7 +322,7 @@ def stop_all_for(job, seconds):
 def test_ranks_that_are_all_stopped_go_on(start):
     job = start("exchange_for_a_while", deadline=1.0)
     stop_all_for(job, 2.5)
-    outcome = job.outcome(MARGIN)
+    outcome = job.outcome(5 * MARGIN)  # it computes for as long as a loaded machine takes
     assert outcome.returncode == 0, outcome.output
     assert sorted(outcome.statuses.items()) == [(rank, 0) for rank in range(RANKS)]
 
