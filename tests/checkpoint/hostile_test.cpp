@@ -178,8 +178,9 @@ TEST_F(HostileIndex, APipe) {
 TEST_F(HostileIndex, FuzzedAndLoaded) {
   Random random(test_seed());
   const auto words = fuzz_target("index").words;
+  load(with_checksum(
+      sound_));  // so not all is refused, however few inputs a loaded machine comes to
   auto snapshot = std::make_unique<Snapshot>(training_);
-  load(with_checksum(sound_));  // so not all is refused, however few a loaded machine comes to
   int64_t loaded = 0;
   const int64_t count =
       fuzz("loaded_index", Mutator(random.next(), {sound_}, words), [&](const std::string& text) {
