@@ -12,6 +12,7 @@
 
 #include "support/capture.h"
 #include "support/check.h"
+#include "support/median.h"
 
 namespace anabranch {
 namespace {
@@ -37,9 +38,7 @@ double median_seconds(const std::vector<Taken>& all) {
   if (all.empty()) return 0;
   std::vector<double> seconds;
   for (const auto& [begin, end] : all) seconds.push_back(end.seconds_since(begin));
-  const auto middle = seconds.begin() + static_cast<int64_t>(seconds.size()) / 2;
-  std::nth_element(seconds.begin(), middle, seconds.end());
-  return *middle;
+  return median(std::move(seconds));
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 
 #include "support/check.h"
 #include "support/side_stream.h"
+#include "support/sum.h"
 
 namespace anabranch {
 namespace {
@@ -94,12 +95,9 @@ Transfer with_known_counts(const Transfer& transfer) {
   known.counts.reset();
   known.send_rows.assign(sent, sent + size);
   known.receive_rows.assign(sent + size, sent + 2 * size);
-  const auto all = [](const std::vector<int64_t>& rows) {
-    return std::accumulate(rows.begin(), rows.end(), int64_t{0});
-  };
   torch::Tensor& sent_tensor = known.send_index.defined() ? known.send_index : known.send;
-  sent_tensor = sent_tensor.narrow(0, 0, all(known.send_rows));
-  known.receive = known.receive.narrow(0, 0, all(known.receive_rows));
+  sent_tensor = sent_tensor.narrow(0, 0, sum(known.send_rows));
+  known.receive = known.receive.narrow(0, 0, sum(known.receive_rows));
   return known;
 }
 

@@ -8,7 +8,7 @@
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
-#include <numeric>
+#include "support/sum.h"
 
 namespace anabranch {
 
@@ -19,7 +19,7 @@ torch::Tensor repeated(const torch::Tensor& values, const torch::Tensor& counts,
 torch::Tensor rank_of_rows(const std::vector<int64_t>& rows, const torch::TensorOptions& options) {
   const auto ranks = static_cast<int64_t>(rows.size());
   return repeated(at::arange(ranks, options), at::tensor(rows, at::kLong).to(options.device()),
-                  std::accumulate(rows.begin(), rows.end(), int64_t{0}));
+                  sum(rows));
 }
 
 torch::Tensor sent_row_of_assignments(const ExchangePlan& plan) {

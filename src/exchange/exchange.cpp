@@ -1,10 +1,9 @@
 #include <anabranch/exchange.h>
 
-#include <numeric>
-
 #include "exchange/chunks.h"
 #include "exchange/moving.h"
 #include "support/check.h"
+#include "support/sum.h"
 
 namespace anabranch {
 namespace {
@@ -39,9 +38,7 @@ Payload Exchange::combine(const Payload& results, const ExchangePlan& plan) cons
   const auto chunks = chunks_of(plan);
   for (size_t chunk = 0; chunk < chunks.size(); ++chunk) {
     const auto& of_ranks = chunks[chunk].return_rows;
-    const int64_t count = chunks.size() == 1
-                              ? results.rows.size(0)
-                              : std::accumulate(of_ranks.begin(), of_ranks.end(), int64_t{0});
+    const int64_t count = chunks.size() == 1 ? results.rows.size(0) : sum(of_ranks);
     const bool last = chunk + 1 == chunks.size();
     combining.send({results.rows.narrow(0, next, count), last ? results.values : torch::Tensor()});
     next += count;

@@ -14,6 +14,7 @@
 #include "communicator/sum.h"
 #include "communicator/transfer_rows.h"
 #include "support/check.h"
+#include "support/median.h"
 #include "support/stream.h"
 
 namespace anabranch {
@@ -26,11 +27,6 @@ std::vector<int64_t> kind_of(const std::vector<Transfer>& transfers) {
     kinds.push_back(row_bytes(transfer.send));
   }
   return kinds;
-}
-
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
 }
 
 class HierarchicalCommunicator final : public Communicator {

@@ -5,17 +5,13 @@
 #include <ATen/ops/tensor.h>
 
 #include <algorithm>
-#include <numeric>
 #include <utility>
 
 #include "communicator/transfer_rows.h"
+#include "support/sum.h"
 
 namespace anabranch {
 namespace {
-
-int64_t total(const std::vector<int64_t>& rows) {
-  return std::accumulate(rows.begin(), rows.end(), int64_t{0});
-}
 
 /// The same with its rows in order, gathered from where the index says.
 Transfer in_order(const Transfer& transfer) {
@@ -58,7 +54,7 @@ std::vector<TwoHops::Forwarded> TwoHops::exchange_counts(
     send_rows[node()[i]] = kinds * static_cast<int64_t>(destinations_[i].size());
     receive_rows[node()[i]] = kinds * static_cast<int64_t>(mine_.size());
   }
-  const auto arrived = at::empty({total(receive_rows)}, at::kLong);
+  const auto arrived = at::empty({sum(receive_rows)}, at::kLong);
   flat_->all_to_all_v({{at::tensor(counts, at::kLong), send_rows, arrived, receive_rows}});
   const int64_t* next = arrived.const_data_ptr<int64_t>();
   std::vector<Forwarded> forwarded(transfers.size(), Forwarded(node().size()));
@@ -84,10 +80,10 @@ Transfer TwoHops::first_hop(const Transfer& transfer, const Forwarded& forwarded
       pieces.push_back(transfer.send.narrow(0, begin[destination], rows));
       hop.send_rows[node()[i]] += rows;
     }
-    hop.receive_rows[node()[i]] = total(forwarded[i]);
+    hop.receive_rows[node()[i]] = sum(forwarded[i]);
   }
   hop.send = join(pieces, transfer.send);
-  hop.receive = empty_rows(total(hop.receive_rows), transfer.receive);
+  hop.receive = empty_rows(sum(hop.receive_rows), transfer.receive);
   return hop;
 }
 
@@ -121,7 +117,7 @@ Transfer TwoHops::second_hop(const Transfer& transfer, const torch::Tensor& arri
     }
   }
   hop.send = join(pieces, transfer.send);
-  hop.receive = empty_rows(total(hop.receive_rows), transfer.receive);
+  hop.receive = empty_rows(sum(hop.receive_rows), transfer.receive);
   return hop;
 }
 
