@@ -12,7 +12,7 @@ MEGATRON = {1: "u1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
 def mixed_bits(bits):
-    """SplitMix64's finalizer, of a number or an array of uint64 (examples/train_lm/random.cpp)."""
+    """SplitMix64's finalizer, of a number or an array of uint64 (examples/train_lm/data/random.cpp)."""
     bits = numpy.asarray(bits, dtype=numpy.uint64) + numpy.uint64(0x9E3779B97F4A7C15)
     bits = (bits ^ (bits >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
@@ -137,7 +137,7 @@ class Joined:
 
 
 class TokenFiles(Source):
-    """Token files of Megatron's or llm.c's: what examples/train_lm/data.h says of them."""
+    """Token files of Megatron's or llm.c's: what examples/train_lm/data/data.h says of them."""
 
     def __init__(self, options, world):
         super().__init__(options, world)

@@ -1,4 +1,4 @@
-"""What the Python examples say of a run: the lines of examples/train_lm/metrics.cpp, and TensorBoard's files."""
+"""What the Python examples say of a run: the lines of examples/train_lm/metrics/metrics.cpp, and TensorBoard's files."""
 
 import json
 import math

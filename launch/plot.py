@@ -3,7 +3,7 @@
 
 metrics.jsonl holds one JSON object a logged step: `step` and `loss` (nats a token), where they were
 measured `validation_loss` and `validation_bpb` (bits a byte of the text), `tokens_per_second` and what else
-examples/train_lm/metrics.cpp writes, and per layer the experts' shares of the assignments in `load` and the
+examples/train_lm/metrics/metrics.cpp writes, and per layer the experts' shares of the assignments in `load` and the
 fullest expert over the mean in `imbalance_per_layer`. A step logged twice, as by a resumed run, counts
 as it was logged last.
 """

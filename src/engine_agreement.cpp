@@ -7,7 +7,7 @@
 #include <anabranch/agreement.h>
 
 #include "communicator/agreement.h"
-#include "support/capture.h"
+#include "support/cuda/capture.h"
 
 namespace anabranch {
 namespace {

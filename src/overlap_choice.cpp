@@ -10,7 +10,7 @@
 #include <tuple>
 #include <utility>
 
-#include "support/capture.h"
+#include "support/cuda/capture.h"
 #include "support/check.h"
 #include "support/median.h"
 

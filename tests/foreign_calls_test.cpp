@@ -6,7 +6,7 @@
 #include <string>
 
 #include "communicator/nccl/group.h"
-#include "support/cuda_handle.h"
+#include "support/cuda/handle.h"
 
 namespace anabranch::test {
 namespace {

@@ -19,7 +19,7 @@
 #include "kernels/plan.h"
 #include "kernels/routing.h"
 #include "kernels/rows.h"
-#include "support/to_gpu.h"
+#include "support/cuda/to_gpu.h"
 
 namespace anabranch::test {
 namespace {

@@ -23,7 +23,7 @@
 #include "communicator/nccl/group.h"
 #include "communicator/nccl/nccl.h"
 #include "gpu/measure.h"
-#include "support/cuda_check.h"
+#include "support/cuda/check.h"
 
 namespace anabranch::benchmark {
 namespace {

@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "support/cuda_check.h"
+#include "support/cuda/check.h"
 
 namespace anabranch::benchmark {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "loss.h"
+#include "model/loss.h"
 
 namespace train_lm {
 

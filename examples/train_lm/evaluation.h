@@ -2,8 +2,8 @@
 
 #include <anabranch/communicator.h>
 
-#include "data.h"
-#include "model.h"
+#include "data/data.h"
+#include "model/model.h"
 #include "options.h"
 
 namespace train_lm {

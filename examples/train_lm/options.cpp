@@ -7,7 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
-#include "hf_config.h"
+#include "huggingface/config.h"
 #include "require.h"
 #include "sample.h"
 

@@ -5,7 +5,7 @@
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 
-#include "model_options.h"
+#include "model/model_options.h"
 
 namespace train_lm {
 

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "data.h"
+#include "data/data.h"
 #include "options.h"
 
 namespace train_lm {

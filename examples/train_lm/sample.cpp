@@ -6,7 +6,7 @@
 #include <sstream>
 #include <vector>
 
-#include "random.h"
+#include "data/random.h"
 #include "require.h"
 
 namespace train_lm {

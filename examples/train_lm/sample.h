@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "model.h"
+#include "model/model.h"
 #include "options.h"
 
 namespace train_lm {

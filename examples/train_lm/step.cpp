@@ -12,8 +12,8 @@
 #include <utility>
 
 #include "interrupt.h"
-#include "loss.h"
-#include "metrics_norms.h"
+#include "model/loss.h"
+#include "metrics/norms.h"
 #include "optimizer.h"
 
 namespace train_lm {

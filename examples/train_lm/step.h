@@ -8,10 +8,10 @@
 #include <utility>
 #include <vector>
 
-#include "data.h"
-#include "metrics.h"
-#include "model.h"
-#include "moment.h"
+#include "data/data.h"
+#include "metrics/metrics.h"
+#include "model/model.h"
+#include "metrics/moment.h"
 #include "options.h"
 
 namespace train_lm {

@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "evaluation.h"
-#include "metrics_device.h"
+#include "metrics/device.h"
 
 namespace train_lm {
 namespace {

@@ -8,11 +8,11 @@
 #include <memory>
 #include <optional>
 
-#include "data.h"
-#include "metrics.h"
-#include "model.h"
+#include "data/data.h"
+#include "metrics/metrics.h"
+#include "model/model.h"
 #include "options.h"
-#include "progress.h"
+#include "metrics/progress.h"
 #include "run_directory.h"
 #include "step.h"
 

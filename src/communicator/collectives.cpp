@@ -8,7 +8,7 @@
 
 #include "communicator/sum.h"
 #include "communicator/transfer_rows.h"
-#include "support/side_stream.h"
+#include "support/cuda/side_stream.h"
 
 namespace anabranch {
 namespace {

@@ -10,7 +10,7 @@
 #include <numeric>
 
 #include "support/check.h"
-#include "support/side_stream.h"
+#include "support/cuda/side_stream.h"
 #include "support/sum.h"
 
 namespace anabranch {

@@ -8,9 +8,9 @@
 #include <mutex>
 #include <vector>
 
-#include "support/capture.h"
+#include "support/cuda/capture.h"
 #include "support/check.h"
-#include "support/stream.h"
+#include "support/cuda/stream.h"
 
 namespace anabranch {
 namespace {

@@ -18,12 +18,12 @@
 #include "exchange/late_refusals.h"
 #include "kernels/plan.h"
 #include "kernels/rows.h"
-#include "support/capture.h"
+#include "support/cuda/capture.h"
 #include "support/check.h"
-#include "support/host_copy.h"
+#include "support/cuda/host_copy.h"
 #include "support/stage.h"
 #include "support/sum.h"
-#include "support/to_gpu.h"
+#include "support/cuda/to_gpu.h"
 
 namespace anabranch {
 namespace {

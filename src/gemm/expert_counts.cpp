@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "support/to_gpu.h"
+#include "support/cuda/to_gpu.h"
 
 namespace anabranch {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <optional>
 
-#include "support/nvtx_range.h"
+#include "support/cuda/nvtx_range.h"
 #include "support/stage_times.h"
 
 namespace anabranch {

@@ -1,7 +1,7 @@
 // What train_lm reads, for tests that compare it with their own: token_windows DATA LENGTH SEED PART FIRST
 // COUNT SIZE writes sequences FIRST to FIRST + COUNT of the part as int64. PART "training": of a step's
 // batch of SIZE, whose step is FIRST / SIZE + 1; "validation": of SIZE of them.
-#include <data.h>
+#include <data/data.h>
 
 #include <exception>
 #include <iostream>

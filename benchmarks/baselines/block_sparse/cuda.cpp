@@ -7,7 +7,7 @@
 #include "gemm/hopper/tensor_map.h"
 #include "gemm/hopper/hopper_engine.h"
 #include "kernels/cuda/tensors.h"
-#include "support/cuda_device.h"
+#include "support/cuda/device.h"
 
 namespace anabranch::block_sparse {
 namespace {

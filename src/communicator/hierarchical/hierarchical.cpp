@@ -15,7 +15,7 @@
 #include "communicator/transfer_rows.h"
 #include "support/check.h"
 #include "support/median.h"
-#include "support/stream.h"
+#include "support/cuda/stream.h"
 
 namespace anabranch {
 namespace {

@@ -18,7 +18,7 @@
 #include "communicator/mpi/watch.h"
 #include "communicator/staged_messages.h"
 #include "support/check.h"
-#include "support/stream.h"
+#include "support/cuda/stream.h"
 
 namespace anabranch {
 namespace {

@@ -16,7 +16,7 @@
 #include "communicator/store/store.h"
 #include "communicator/waiting_time.h"
 #include "support/check.h"
-#include "support/cuda_device.h"
+#include "support/cuda/device.h"
 
 namespace anabranch {
 namespace {

@@ -18,8 +18,8 @@
 #include "communicator/sum.h"
 #include "communicator/transfer_rows.h"
 #include "support/check.h"
-#include "support/cuda_device.h"
-#include "support/stream.h"
+#include "support/cuda/device.h"
+#include "support/cuda/stream.h"
 
 namespace anabranch {
 namespace {

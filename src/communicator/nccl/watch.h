@@ -8,7 +8,7 @@
 #include "communicator/nccl/group.h"
 #include "communicator/nccl/heartbeats.h"
 #include "communicator/waiting_time.h"
-#include "support/cuda_handle.h"
+#include "support/cuda/handle.h"
 
 namespace anabranch {
 

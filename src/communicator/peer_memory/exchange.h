@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "communicator/peer_memory/rows.h"
-#include "support/cuda_handle.h"
+#include "support/cuda/handle.h"
 
 namespace anabranch {
 

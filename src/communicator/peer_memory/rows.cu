@@ -1,5 +1,5 @@
 #include "communicator/peer_memory/rows.cuh"
-#include "support/cuda_check.h"
+#include "support/cuda/check.h"
 
 namespace anabranch::peer {
 namespace {

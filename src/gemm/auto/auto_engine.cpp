@@ -15,7 +15,7 @@
 #include "gemm/auto/rule.h"
 #include "gemm/auto/trials.h"
 #include "gemm/engines.h"
-#include "support/capture.h"
+#include "support/cuda/capture.h"
 
 namespace anabranch {
 namespace {

@@ -3,7 +3,7 @@
 #include <cublas_v2.h>
 
 #include "gemm/auto/measuring.h"
-#include "support/cuda_handle.h"
+#include "support/cuda/handle.h"
 
 namespace anabranch {
 namespace {

@@ -3,8 +3,8 @@
 #include <mutex>
 
 #include "gemm/cublas/cublas_products.h"
-#include "support/cuda_device.h"
-#include "support/cuda_handle.h"
+#include "support/cuda/device.h"
+#include "support/cuda/handle.h"
 
 namespace anabranch {
 namespace {

@@ -15,8 +15,8 @@
 #include "gemm/cublas/fork.h"
 #include "gemm/cublas/sum_parts.h"
 #include "support/check.h"
-#include "support/cuda_device.h"
-#include "support/cuda_handle.h"
+#include "support/cuda/device.h"
+#include "support/cuda/handle.h"
 #include "support/thread_team.h"
 
 namespace anabranch {

@@ -1,8 +1,8 @@
 #include "gemm/cublas/cublas_products.h"
 
 #include "support/check.h"
-#include "support/cuda_check.h"
-#include "support/cuda_device.h"
+#include "support/cuda/check.h"
+#include "support/cuda/device.h"
 
 namespace anabranch {
 namespace {

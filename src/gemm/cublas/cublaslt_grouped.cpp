@@ -11,7 +11,7 @@
 #include "gemm/cublas/cublaslt_grouped_api.h"
 #include "gemm/cublas/lt_attributes.h"
 #include "support/check.h"
-#include "support/cuda_device.h"
+#include "support/cuda/device.h"
 
 namespace anabranch {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "support/cuda_handle.h"
+#include "support/cuda/handle.h"
 
 namespace anabranch {
 

@@ -6,7 +6,7 @@
 #include <bit>
 #include <cstdint>
 
-#include "support/cuda_handle.h"
+#include "support/cuda/handle.h"
 
 // What the callers of cuBLASLt have in common.
 

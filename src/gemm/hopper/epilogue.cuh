@@ -5,7 +5,7 @@
 // TMA.
 #include "gemm/hopper/ptx.cuh"
 #include "gemm/hopper/shape.cuh"
-#include "kernels/cuda/activation.cuh"
+#include "kernels/cuda/experts/activation.cuh"
 
 namespace anabranch::hopper {
 

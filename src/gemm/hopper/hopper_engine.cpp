@@ -10,7 +10,7 @@
 #include "gemm/hopper/tile_choice.h"
 #include "kernels/cuda/tensors.h"
 #include "support/check.h"
-#include "support/cuda_device.h"
+#include "support/cuda/device.h"
 
 namespace anabranch {
 namespace {

@@ -4,7 +4,7 @@
 #include "gemm/hopper/launch.h"
 #include "gemm/hopper/tile_choice.h"
 #include "kernels/cuda/device.cuh"
-#include "support/cuda_check.h"
+#include "support/cuda/check.h"
 
 namespace anabranch::hopper {
 namespace {

@@ -7,7 +7,7 @@
 #include <source_location>
 
 #include "support/check.h"
-#include "support/cuda_check.h"
+#include "support/cuda/check.h"
 
 namespace anabranch::hopper {
 namespace {

@@ -9,7 +9,7 @@
 #include <type_traits>
 
 #include "kernels/cuda/launch.h"
-#include "support/cuda_check.h"
+#include "support/cuda/check.h"
 
 // What the device code of every stage has in common.
 

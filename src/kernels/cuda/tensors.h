@@ -5,7 +5,7 @@
 
 #include "kernels/cuda/launch.h"
 #include "support/check.h"
-#include "support/cuda_device.h"
+#include "support/cuda/device.h"
 
 // Between tensors and the launchers' raw pointers.
 

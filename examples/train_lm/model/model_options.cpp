@@ -1,0 +1,127 @@
+#include "model/model_options.h"
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include "require.h"
+
+namespace train_lm {
+namespace {
+
+void check_attention(const ModelOptions& model) {
+  at_least("--heads", model.heads, 1);
+  at_least("--kv-heads", model.kv_heads, 0);
+  at_least("--head-size", model.head_size, 0);
+  require(model.head_size > 0 || model.hidden % model.heads == 0, "--hidden ", model.hidden,
+          " is not divisible by --heads ", model.heads);
+  require(model.head_width() % 2 == 0, "--hidden / --heads must be even, got ", model.head_width());
+  require(model.heads % model.key_heads() == 0, "--heads ", model.heads,
+          " is not divisible by --kv-heads ", model.kv_heads);
+  positive("--rope-theta", model.rope_theta);
+}
+
+void check_experts(const ModelOptions& model) {
+  at_least("--expert-hidden", model.expert_hidden, 1);
+  at_least("--experts", model.experts, 1);
+  at_least("--top-k", model.top_k, 1);
+  require(model.top_k <= model.experts, "--top-k ", model.top_k, " is more than --experts ",
+          model.experts);
+  at_least("--shared-expert-hidden", model.shared_expert_hidden, 0);
+  at_least("--dense-layers", model.dense_layers, 0);
+  require(model.dense_layers < model.layers, "--dense-layers ", model.dense_layers,
+          " leaves none of --layers ", model.layers, " to the experts");
+  at_least("--dense-hidden", model.dense_hidden, model.dense_layers > 0 ? 1 : 0);
+  positive("--routing-scale", model.routing_scale);
+  not_negative("--bias-rate", model.bias_rate);
+}
+
+void add_attention_options(CLI::App& app, ModelOptions& model) {
+  app.add_option("--heads", model.heads, "attention heads");
+  app.add_option("--kv-heads", model.kv_heads,
+                 "heads of keys and values, shared by heads of queries; 0: as many");
+  app.add_option("--head-size", model.head_size, "width of a head; 0: hidden / heads");
+  app.add_option("--qk-norm", model.qk_norm, "RMSNorm of queries and keys")
+      ->check(CLI::IsMember({"none", "head", "all"}));
+  app.add_option("--rope-theta", model.rope_theta, "base of the rotary positions");
+  app.add_flag("--attention-bias", model.attention_bias, "biases in attention's projections");
+}
+
+void add_expert_options(CLI::App& app, ModelOptions& model) {
+  app.add_option("--experts", model.experts, "experts in every block");
+  app.add_option("--top-k", model.top_k, "experts a token goes to");
+  app.add_option("--expert-hidden", model.expert_hidden, "inner width of an expert");
+  app.add_flag("--glu", model.glu, "gated experts (SwiGLU) instead of GELU");
+  app.add_flag("--expert-biases", model.expert_biases, "biases in the experts' projections");
+  app.add_option("--shared-expert-hidden", model.shared_expert_hidden,
+                 "inner width of an expert that sees every token; 0: none");
+  app.add_option("--dense-layers", model.dense_layers, "first layers, which have no experts");
+  app.add_option("--dense-hidden", model.dense_hidden, "inner width of these layers' networks");
+  app.add_option("--router-score", model.router_score, "what makes a logit a score")
+      ->check(CLI::IsMember({"softmax", "sigmoid"}));
+  app.add_option("--renormalize", model.renormalize,
+                 "weights of a token sum to 1; auto: of several")
+      ->check(CLI::IsMember({"auto", "yes", "no"}));
+  app.add_option("--routing-scale", model.routing_scale, "the weights are multiplied by it");
+  app.add_option("--bias-rate", model.bias_rate,
+                 "balance by a selection bias that changes by so much a step; 0: none");
+}
+
+}  // namespace
+
+torch::Dtype ModelOptions::parameter_type() const {
+  return dtype == "float64" ? at::kDouble : dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
+}
+
+void add_model_options(CLI::App& app, ModelOptions& model) {
+  app.add_option("--vocabulary", model.vocabulary, "tokens there are; 256: bytes");
+  app.add_option("--hidden", model.hidden, "width of a token");
+  app.add_option("--layers", model.layers, "transformer blocks");
+  app.add_option("--norm", model.norm, "LayerNorm without biases, or RMSNorm")
+      ->check(CLI::IsMember({"layer", "rms"}));
+  app.add_option("--norm-epsilon", model.norm_epsilon, "in its root");
+  app.add_flag("--tied-head", model.tied_head, "the head is the embedding");
+  app.add_option("--dtype", model.dtype,
+                 "type of the parameters; bfloat16: with fp32 masters and sums of gradients")
+      ->check(CLI::IsMember({"float32", "float64", "bfloat16"}));
+  add_attention_options(app, model);
+  add_expert_options(app, model);
+}
+
+void check_model(const ModelOptions& model) {
+  at_least("--vocabulary", model.vocabulary, 1);
+  at_least("--hidden", model.hidden, 1);
+  at_least("--layers", model.layers, 1);
+  positive("--norm-epsilon", model.norm_epsilon);
+  check_experts(model);
+  check_attention(model);
+}
+
+void to_json(nlohmann::json& json, const ModelOptions& options) {
+  json = {{"vocabulary", options.vocabulary},
+          {"hidden", options.hidden},
+          {"layers", options.layers},
+          {"norm", options.norm},
+          {"norm-epsilon", options.norm_epsilon},
+          {"tied-head", options.tied_head},
+          {"heads", options.heads},
+          {"kv-heads", options.kv_heads},
+          {"head-size", options.head_size},
+          {"qk-norm", options.qk_norm},
+          {"rope-theta", options.rope_theta},
+          {"attention-bias", options.attention_bias},
+          {"experts", options.experts},
+          {"top-k", options.top_k},
+          {"expert-hidden", options.expert_hidden},
+          {"glu", options.glu},
+          {"expert-biases", options.expert_biases},
+          {"shared-expert-hidden", options.shared_expert_hidden},
+          {"dense-layers", options.dense_layers},
+          {"dense-hidden", options.dense_hidden},
+          {"router-score", options.router_score},
+          {"renormalize", options.renormalize},
+          {"routing-scale", options.routing_scale},
+          {"bias-rate", options.bias_rate},
+          {"dtype", options.dtype}};
+}
+
+}  // namespace train_lm

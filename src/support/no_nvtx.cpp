@@ -1,8 +1,0 @@
-#include "support/nvtx_range.h"
-
-namespace anabranch {
-
-NvtxRange::NvtxRange(const char* /*name*/) {}
-NvtxRange::~NvtxRange() = default;
-
-}  // namespace anabranch
