@@ -140,7 +140,8 @@ def plot_speed(records, path):
     bottom.set_ylabel("seconds")
     if bottom.lines:
         bottom.set_yscale("log")
-        bottom.legend()
+        # Below the axes: within them it would cover lines, whose ends lie decades apart.
+        figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
     finish(figure, path)
     return True
 

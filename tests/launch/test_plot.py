@@ -92,6 +92,21 @@ def test_other_loads_make_another_picture(tmp_path):
     assert not numpy.array_equal(*pictures)
 
 
+def test_the_legend_of_speeds_covers_no_line(tmp_path, monkeypatch):
+    """Steps, data and communication so far apart that no corner of the axes is free."""
+    drawn = []
+    monkeypatch.setattr(plot, "finish", lambda figure, path: drawn.append(figure))
+    more = [{"exposed_communication_seconds": 10 ** -(s % 4)} for s in range(1, 101)]
+    assert plot.plot_speed([record(s, data_seconds=10 ** -(s % 5), **more[s - 1]) for s in range(1, 101)], tmp_path / "speed.png")
+    (figure,) = drawn
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert legend.get_texts()[0].get_text() == "step" and len(legend.get_texts()) == 3
+    box = legend.get_window_extent()
+    assert figure.bbox.contains(*box.min) and figure.bbox.contains(*box.max)
+    assert not any(axes.get_tightbbox().overlaps(box) or axes.get_legend() for axes in figure.axes)
+
+
 def test_many_experts_and_layers_fit(tmp_path):
     load = [[1 / 128] * 128 for _ in range(24)]
     write(tmp_path, [record(s, load=load) for s in (1, 2, 3)])
