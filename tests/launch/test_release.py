@@ -1,6 +1,7 @@
 """tools/release: what it changes, commits and tags, and what it refuses."""
 
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -34,6 +35,49 @@ def test_a_release(repository, version):
     assert tagged.stdout.strip() == f"v{version}"
 
 
+LIBRARY = {
+    "CMakeLists.txt": "cmake_minimum_required(VERSION 3.25)\nproject(\n  anabranch\n  VERSION 1.2.3\n  LANGUAGES CXX)\n"
+    "add_library(anabranch SHARED library.cpp)\ntarget_include_directories(anabranch PUBLIC include)\n",
+    "include/anabranch/options.h": "struct Options { int size; };\nint first(const Options& options);\nint second();\n",
+    "library.cpp": '#include <anabranch/options.h>\nstruct Private { int x; };\nint hidden(Private p) { return p.x; }\n'
+    "int first(const Options& options) { return options.size; }\nint second() { return 2; }\n",
+    ".gitignore": "/build/\n",
+}
+CHANGES = {  # (file, what is there, what takes its place), and whether a patch may do so
+    "nothing": (("library.cpp", "return 2", "return 3"), True),
+    "added": (("library.cpp", "int second", "int third() { return 3; }\nint second"), True),
+    "private": (("library.cpp", "int x;", "int x, y;"), True),
+    "a larger struct": (("include/anabranch/options.h", "int size;", "int size, more;"), False),
+    "removed": (("library.cpp", "int second() { return 2; }", ""), False),
+    "another argument": (("library.cpp", "int second()", "int second(long)"), False),
+}
+
+
+@pytest.mark.skipif(shutil.which("abidiff") is None, reason="abidiff is not installed")
+@pytest.mark.skipif(not (ROOT / ".venv/bin/cmake").exists(), reason="not set up here")
+def test_a_patch_does_not_change_the_binary_interface(repository):
+    for name, text in LIBRARY.items():
+        path = repository / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    git = ["git", "-C", repository]
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "2"], check=True)
+    subprocess.run([*git, "tag", "v1.2.3"], check=True)
+    for name, ((file, old, new), allowed) in CHANGES.items():
+        (repository / file).write_text(LIBRARY[file].replace(old, new))
+        subprocess.run([*git, "commit", "-qam", name], check=True)
+        result = release(repository, "1.2.4")
+        assert result.returncode == (0 if allowed else 2), (name, result.stdout, result.stderr)
+        assert allowed or "at least a minor release" in result.stderr, (name, result.stderr)
+        subprocess.run([*git, "reset", "-q", "--hard", "v1.2.3"], check=True)
+        if allowed:
+            subprocess.run([*git, "tag", "-d", "v1.2.4"], check=True, capture_output=True)
+    (repository / "include/anabranch/options.h").write_text(LIBRARY["include/anabranch/options.h"].replace("int size;", "int size, more;"))
+    subprocess.run([*git, "commit", "-qam", "larger"], check=True)
+    assert "type size changed" in release(repository, "1.3.0").stdout
+
+
 @pytest.mark.parametrize("version", ["1.2.3", "1.2.5", "1.4.0", "3.0.0", "next"])
 def test_another_version_does_not_follow(repository, version):
     result = release(repository, version)
@@ -47,7 +91,8 @@ def test_nothing_to_say_and_changes_that_nobody_committed(repository):
     assert "not committed" in release(repository, "1.2.5").stderr
 
 
-def test_the_project_s_own_files_are_as_it_wants_them():
+def test_the_project_s_own_files_are_as_it_wants_them(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")  # as where it is started
     script = runpy.run_path(str(ROOT / "tools/release"))
     assert script["VERSION_LINE"].search((ROOT / "CMakeLists.txt").read_text())
     assert script["HEADING"] in (ROOT / "CHANGELOG.md").read_text()
