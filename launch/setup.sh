@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Usage: launch/setup.sh [--check] [--slurm] [--help]
+# Usage: launch/setup.sh [--check] [--tests] [--slurm] [--help]
 #
 # Gives this machine what anabranch builds and runs with, says what it does, and does nothing twice:
 #
@@ -9,6 +9,7 @@
 #            torch (its wheel is LibTorch), CMake, Ninja, and what plots and tests
 #
 # --check    installs nothing: says what is there and what is missing; fails when something is
+# --tests    also what tests alone use: a browser, doxygen, abidiff, tc
 # --slurm    also Slurm and munge, for the tests of jobs; their services stay off, now and after a reboot
 #
 # Without root it names what is missing and how to provide it on a cluster.
@@ -27,10 +28,12 @@ readonly stamp=$venv/anabranch-setup.txt
 readonly requirements=$project_root/launch/requirements.txt
 
 check_only=false
+with_tests=false
 with_slurm=false
 for argument in "$@"; do
   case $argument in
     --check) check_only=true ;;
+    --tests) with_tests=true ;;
     --slurm) with_slurm=true ;;
     -h | --help)
       print_header_of "$0"
@@ -79,10 +82,17 @@ system_needs=(
   "Python's venv module|has_venv|python3 python3-venv|required|module load python, or ANABRANCH_PYTHON=/path/to/python3"
   "ccache|has_command ccache|ccache|optional|without it a second clean build takes as long as the first"
   "hwloc|has_header hwloc.h|libhwloc-dev|optional|without it ranks are not bound to GPUs and cores"
-  "iproute2, for tests|has_command tc|iproute2|optional|without it the tests over several hosts are skipped"
-  "doxygen|has_command doxygen|doxygen|optional|without it the documentation site is not built"
   "King James text (bible)|has_command bible|bible-kjv|optional|without it launch/train.sh needs --data FILE"
 )
+# Only where it is asked for: a newcomer's first run does not wait for it.
+if $with_tests; then
+  system_needs+=(
+    "iproute2, for tests|has_command tc|iproute2|optional|without it the tests over several hosts are skipped"
+    "doxygen|has_command doxygen|doxygen|optional|without it the documentation site is not built"
+    "Chromium, for tests|has_command chromium|chromium fonts-liberation|optional|without it nobody looks at pages as a browser shows them"
+    "abidiff, for releases|has_command abidiff|abigail-tools|optional|without it tools/release compares no binary interfaces"
+  )
+fi
 # Only where it is asked for: it brings services and a user.
 if $with_slurm; then
   system_needs+=(

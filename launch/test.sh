@@ -19,8 +19,8 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 preset=release
-setup_arguments=()
-if [[ ! -d /run/systemd/system ]]; then setup_arguments=(--slurm); fi
+setup_arguments=(--tests)
+if [[ ! -d /run/systemd/system ]]; then setup_arguments+=(--slurm); fi
 ctest_arguments=()
 while (($#)); do
   case $1 in
@@ -34,7 +34,7 @@ while (($#)); do
       shift
       ;;
     --preset=*) preset=${1#*=} ;;
-    --slurm) setup_arguments=(--slurm) ;;
+    --slurm) setup_arguments=(--tests --slurm) ;;
     *) ctest_arguments+=("$1") ;;
   esac
   shift

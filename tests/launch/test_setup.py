@@ -107,14 +107,15 @@ def test_sudo_installs_what_is_missing_and_nothing_else(bare):
     assert "g++" not in install.split()  # the compiler is there
 
 
-def test_slurm_is_installed_only_when_asked_for(bare):
+@pytest.mark.parametrize("flag, package", [("--slurm", "slurm-wlm munge"), ("--tests", "chromium")])
+def test_what_tests_alone_use_is_installed_only_when_asked_for(bare, flag, package):
     folder, commands = bare
     executable(commands / "apt-get", f'#!/bin/bash\necho "$*" >> {folder}/installed\n')
     executable(commands / "sudo", SUDO)
     run(folder, path=commands, expect=1)
-    assert "slurm" not in (folder / "installed").read_text()
-    run(folder, "--slurm", path=commands, expect=1)
-    assert "slurm-wlm munge" in (folder / "installed").read_text()
+    assert package not in (folder / "installed").read_text()
+    run(folder, flag, path=commands, expect=1)
+    assert package in (folder / "installed").read_text()
 
 
 POLICY = Path("/usr/sbin/policy-rc.d")

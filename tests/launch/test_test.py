@@ -13,7 +13,7 @@ from conftest import ROOT
 def test_builds_everything_and_runs_everything(project):
     project.run("test.sh")
     setup, configure, build, test = project.calls()
-    assert setup in ("setup", "setup --slurm")
+    assert setup in ("setup --tests", "setup --tests --slurm")
     assert configure == "cmake --preset release"
     assert build.startswith("cmake --build --preset release") and "--target" not in build
     assert test.startswith("ctest --preset release")
@@ -56,15 +56,24 @@ def test_continuous_integration_calls_it(project):
     shutil.copytree(ROOT / ".ci", project.root / ".ci")
     project.run("../.ci/run", expect=8, environment={"CTEST_EXIT": "8"})
     calls = project.calls()
-    assert calls[0] == "setup --slurm"
+    assert calls[0] == "setup --tests --slurm"
     assert calls[-1].startswith("ctest --preset release") and "--slurm" not in calls[-1]
 
 
 def test_slurm_is_set_up_unasked_only_where_no_systemd_would_run_it(project):
     project.run("test.sh")
-    assert (project.calls()[0] == "setup --slurm") == (not Path("/run/systemd/system").is_dir())
+    assert (project.calls()[0] == "setup --tests --slurm") == (not Path("/run/systemd/system").is_dir())
     project.run("test.sh", "--slurm", "-N")
-    assert project.calls()[4] == "setup --slurm" and project.calls()[-1].endswith(" -N")
+    assert project.calls()[4] == "setup --tests --slurm" and project.calls()[-1].endswith(" -N")
+
+
+def test_the_dockerfile_runs_the_commands_of_continuous_integration(project):
+    """Its set-up is the one of test.sh, its build is test.sh's, and what a container runs is .ci/run."""
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    project.run("test.sh", "--slurm", "-N")
+    assert any(line.startswith(f"RUN launch/{project.calls()[0].replace('setup', 'setup.sh')} ") for line in lines)
+    assert "RUN CI=true launch/test.sh --slurm -N" in lines and lines[-1] == 'CMD ["bash", ".ci/run"]'
+    assert "launch/test.sh\" --slurm" in (ROOT / ".ci/run").read_text()
 
 
 @pytest.mark.skipif(not (ROOT / ".venv/bin/ninja").exists(), reason="not set up here")
