@@ -1,16 +1,21 @@
 """The documentation site: it builds without a warning, has every public name, and its links lead somewhere."""
 
 import functools
+import html
+import http.server
 import importlib
 import inspect
+import json
 import pathlib
 import re
 import shutil
 import subprocess
+import threading
 import urllib.parse
 from html.parser import HTMLParser
 
 import anabranch
+import matplotlib.image
 import pytest
 
 PROJECT = pathlib.Path(__file__).resolve().parents[2]
@@ -103,3 +108,88 @@ def test_links_lead_somewhere_and_nothing_comes_from_the_network(site):
 def test_the_front_page_leads_to_it(site):
     assert "docs/site/index.html" in (site / "index.html").read_text()
     assert f"anabranch {anabranch.__version__}" in (site / "docs/site/index.html").read_text()
+
+
+# Shows each page as wide as a screen and as a phone, and leaves in the page's title what is broken about it.
+LOOKS = """
+<!doctype html><title>not done</title><body><script>
+const pages = PAGES, widths = [1280, 390], broken = [], looked = [];
+async function look(page, width) {
+  const frame = document.createElement("iframe");
+  frame.style = `width: ${width}px; height: 900px; border: 0`;
+  const loaded = new Promise(done => frame.onload = done);
+  frame.src = page;
+  document.body.append(frame);
+  await loaded;
+  const page_ = frame.contentDocument, say = what => broken.push(`${page} at ${width}: ${what}`);
+  const whole = page_.documentElement, article = page_.querySelector("article");
+  if (whole.scrollWidth > width + 1) say(`${whole.scrollWidth} wide`);
+  for (const image of page_.images) if (!image.complete || !image.naturalWidth) say(`${image.src} is not shown`);
+  const box = article ? article.getBoundingClientRect() : {width: 0, height: 0};
+  if (box.width < Math.min(width * 0.8, 600) || box.height < 100) say(`text of ${box.width} by ${box.height}`);
+  for (const part of article ? article.querySelectorAll("pre, table, img, p, li") : []) {
+    const own = part.getBoundingClientRect(), held = part.closest(".table-wrapper, pre, .highlight");
+    if (own.right > box.right + 1 && !(held && getComputedStyle(held).overflowX != "visible"))
+      say(`<${part.tagName}> ${part.textContent.slice(0, 40)} leaves the text by ${own.right - box.right}`);
+  }
+  looked.push(page);
+  frame.remove();
+}
+(async () => {
+  for (const width of widths) for (const page of pages) await look(page, width);
+  document.title = JSON.stringify({broken, looked: looked.length});
+})().catch(error => document.title = JSON.stringify({broken: [String(error)], looked: looked.length}));
+</script>
+"""
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def browser(site, tmp_path):
+    """Runs Chromium on a page of the site, given as text, with flags; returns what it prints. No other server is reached."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no chromium")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def show(path, *flags):
+        command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path}"]
+        command += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--virtual-time-budget=60000", *flags]
+        url = f"http://127.0.0.1:{server.server_port}/{path}"
+        return subprocess.run([*command, url], capture_output=True, text=True, timeout=240, check=True).stdout
+
+    yield show
+    server.shutdown()
+
+
+def pages_of(site):
+    """Those that people write or look into; sources of modules aside."""
+    pages = sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html"))
+    return [page for page in pages if not page.startswith("_modules") and page not in ("index.html", "genindex.html", "search.html")]
+
+
+def test_pages_keep_their_layout_in_a_browser(site, browser):
+    """On a screen and on a phone nothing leaves its place, and every picture is shown."""
+    pages = [page for page in pages_of(site) if "py-modindex" not in page]
+    assert len(pages) >= 15
+    (site / "looks.html").write_text(LOOKS.replace("PAGES", json.dumps(pages)))
+    try:
+        (title,) = re.findall(r"<title>(.*?)</title>", browser("looks.html", "--dump-dom"), re.DOTALL)
+    finally:
+        (site / "looks.html").unlink()
+    found = json.loads(html.unescape(title))
+    assert found["looked"] == 2 * len(pages) and not found["broken"], "\n".join(found["broken"])
+
+
+def test_screenshots_of_the_main_pages(site, browser):
+    """For people, in build/site; of each there is more to see than an empty page."""
+    for name in ("index", "cpp_api"):
+        picture = site.parent / f"{name}.png"
+        browser(f"docs/site/{name}.html", f"--screenshot={picture}", "--window-size=1280,900")
+        pixels = matplotlib.image.imread(picture)[..., :3]
+        assert pixels.shape[:2] == (900, 1280) and (pixels.max(axis=-1) < 0.5).mean() > 0.005, name
