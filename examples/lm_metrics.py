@@ -1,8 +1,10 @@
 """What the Python examples say of a run: the lines of examples/train_lm/metrics/metrics.cpp, and TensorBoard's files."""
 
+import contextlib
 import json
 import math
 import resource
+import time
 from collections import deque
 from pathlib import Path
 
@@ -55,6 +57,44 @@ def peak_memory(device, world):
         peaks[world.rank] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     world.all_reduce(peaks)
     return peaks.max().item()
+
+
+class OwnWork:
+    """How long this rank takes for what waits for no other, its loss: a slow one takes longer than the others."""
+
+    def __init__(self, device):
+        self.device = torch.device(device)
+        self.clear()
+
+    def clear(self):
+        self.spans, self.sequences = [], 0
+
+    def now(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextlib.contextmanager
+    def work(self, sequences):
+        begin = self.now()
+        yield
+        self.spans.append((begin, self.now()))
+        self.sequences += sequences
+
+    def milliseconds(self, world):
+        """Of each rank, of a sequence since the last call; None where it had none. Collective."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            spent = sum(begin.elapsed_time(end) for begin, end in self.spans)
+        else:
+            spent = sum(end - begin for begin, end in self.spans) * 1e3
+        of_ranks = torch.zeros(world.size, dtype=torch.float64)
+        of_ranks[world.rank] = spent / self.sequences if self.sequences else math.nan
+        world.all_reduce(of_ranks)
+        self.clear()
+        return [value if math.isfinite(value) else None for value in of_ranks.tolist()]
 
 
 @torch.no_grad()

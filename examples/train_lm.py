@@ -21,7 +21,7 @@ import anabranch
 import torch
 import torch.nn.functional as F
 from lm_data import open_data
-from lm_metrics import MetricsLog, flops_per_token, gradient_norms, peak_flops, peak_memory
+from lm_metrics import MetricsLog, OwnWork, flops_per_token, gradient_norms, peak_flops, peak_memory
 from lm_model import DEFAULTS as MODEL
 from lm_model import PRESETS, LanguageModel, head_width
 from torch.distributed.device_mesh import init_device_mesh
@@ -83,7 +83,7 @@ class AdamW:
             parameter.grad = None
 
 
-def backward(model, data, step, options, world):
+def backward(model, data, step, options, world, own):
     """Leaves the gradients of the batch's mean loss; returns that of this rank's share, its parts of the auxiliary
     losses, the load [layers, experts], and the time until the batch was there."""
     begin = time.perf_counter()
@@ -96,7 +96,8 @@ def backward(model, data, step, options, world):
     loads = 0
     for first in range(0, pieces * size, size):
         logits, outputs = model(inputs[first : first + size])
-        loss = summed_loss(logits, targets[first : first + size]) / (options.batch_size * options.sequence_length)
+        with own.work(len(logits)):
+            loss = summed_loss(logits, targets[first : first + size]) / (options.batch_size * options.sequence_length)
         balance, z_loss = (sum(getattr(o, name) for o in outputs) / pieces for name in ("balance_loss", "z_loss"))
         # finish_gradients takes the mean over ranks; this rank's loss is its part of the batch's.
         (loss * world.size + balance * options.balance_loss + z_loss * options.z_loss).backward()
@@ -105,10 +106,10 @@ def backward(model, data, step, options, world):
     return totals, loads, data_seconds
 
 
-def train_step(model, optimizer, data, step, options, world, due):
+def train_step(model, optimizer, data, step, options, world, due, own):
     """One step; what there is to say of it, and more of it where a line is `due`."""
     begin = time.perf_counter()
-    totals, loads, data_seconds = backward(model, data, step, options, world)
+    totals, loads, data_seconds = backward(model, data, step, options, world, own)
     anabranch.finish_gradients(model)
     norms = gradient_norms(model, world) if due else {}
     norm = anabranch.clip_gradient_norm(model, options.clip)
@@ -162,14 +163,14 @@ def train(options, world):
     model = prepared(options, world)
     width = options.layers * options.heads * head_width(options)
     flops = flops_per_token(model, options.top_k, width, options.sequence_length)
-    optimizer, log = AdamW(model, options), None
+    optimizer, own, log = AdamW(model, options), OwnWork(options.device), None
     if world.rank == 0:
         log = MetricsLog(options.output, flops, peak_flops(options.device, getattr(torch, options.dtype)))
     begin = time.perf_counter()
     bar = tqdm(range(1, options.steps + 1), disable=world.rank != 0, unit="step")
     for step in bar:
         due = [step == options.steps or step % every == 0 for every in (options.log_interval, options.validation_interval)]
-        spent, line = train_step(model, optimizer, data, step, options, world, any(due))
+        spent, line = train_step(model, optimizer, data, step, options, world, any(due), own)
         if log:
             log.add(step, line["loss"], **spent)
         if due[1]:
@@ -179,9 +180,9 @@ def train(options, world):
             model.train()
         if not any(due):
             continue
-        memory = peak_memory(options.device, world)
+        line |= {"memory": peak_memory(options.device, world), "rank_milliseconds": own.milliseconds(world)}
         if log:
-            line = log.write(line | {"seconds": time.perf_counter() - begin, "memory": memory})
+            line = log.write(line | {"seconds": time.perf_counter() - begin})
             bar.set_postfix(loss=f"{line['loss']:.3f}", imbalance=f"{line['imbalance']:.2f}")
     if log:
         log.close()

@@ -59,8 +59,10 @@ LaunchedStep Stepper::launch(const BatchPosition& position, bool with_norms, boo
   step.record.tokens = position.size * options_.training.sequence_length;
   step.record.data_seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  step.record.head_sequences = windows.size(0);
   model_->timeline().mark("data");
   Sums sums = gradients_of_batch(windows, step.refusal);
+  step.heads = std::move(sums.heads);
   const auto norm = update(step, with_norms);
   groups_.expert_replicas->all_reduce(sums.load);
   model_->update_expert_biases(sums.load);
@@ -114,7 +116,9 @@ void Stepper::add_micro_batch(const torch::Tensor& windows, int64_t pieces, Sums
   // finish_gradients takes the mean over ranks, whose shares differ: this makes that mean the one
   // over the global batch.
   const double scale = groups_.world->size() / global_tokens_;
+  Moment before(device_);
   const TokenLoss loss = cross_entropy(output.hidden, model_->head(), batch.targets, scale);
+  sums.heads.emplace_back(std::move(before), Moment(device_));
   const auto parts = static_cast<double>(pieces);
   const torch::Tensor total = loss.scaled + output.balance_loss * (training.balance_loss / parts) +
                               output.z_loss * (training.z_loss / parts);
@@ -176,6 +180,9 @@ StepResult Stepper::finish(LaunchedStep step) {
   const auto* numbers = step.numbers.const_data_ptr<double>();
   StepResult result{std::move(step.record), 0, false, std::move(step.refusal)};
   result.record.seconds = step.begin.seconds_until(*step.end);
+  for (const auto& [begin, end] : step.heads) {
+    result.record.head_seconds += begin.seconds_until(end);
+  }
   if (step.summing) {
     result.record.exposed_communication_seconds =
         step.summing->first.seconds_until(step.summing->second);

@@ -22,6 +22,7 @@ struct LaunchedStep {
   StepRecord record = {};                                 ///< what the host knows already
   torch::Tensor numbers = {};                             ///< [7] fp64 on the host: see Stepper
   torch::Tensor load = {};                                ///< [layers, experts] int64 on the host
+  std::vector<std::pair<Moment, Moment>> heads = {};      ///< head and loss of each micro-batch
   std::optional<std::pair<Moment, Moment>> summing = {};  ///< of gradients between ranks
   std::optional<Moment> end = {};
   std::string refusal = {};  ///< of the routing on this rank, if any
@@ -55,6 +56,7 @@ class Stepper {
     torch::Tensor balance_loss;  ///< [] fp64, of this rank's group
     torch::Tensor z_loss;        ///< [] fp64, of this rank's group
     torch::Tensor load;          ///< [layers, experts] int64, of this rank's group
+    std::vector<std::pair<Moment, Moment>> heads = {};  ///< head and loss, forward
   };
 
   /// Leaves the gradients of the global batch's mean loss, of this rank; what is refused is said in `refusal`,

@@ -53,8 +53,15 @@ void Trainer::validate(StepRecord& record) {
 }
 
 void Trainer::report(StepRecord& record, Progress& progress) {
-  const auto mine = at::tensor({peak_memory(torch::Device(options_.device))}, at::kLong);
-  record.memory = groups_.world->all_gather(mine).max().item<int64_t>();
+  const auto memory = static_cast<double>(peak_memory(torch::Device(options_.device)));
+  const double milliseconds = 1e3 * head_seconds_ / static_cast<double>(head_sequences_);
+  head_seconds_ = 0;
+  head_sequences_ = 0;
+  const auto all = groups_.world->all_gather(at::tensor({memory, milliseconds}, at::kDouble));
+  record.memory = static_cast<int64_t>(all.select(1, 0).max().item<double>());
+  const auto of_ranks = all.select(1, 1).contiguous();
+  const auto* first = of_ranks.const_data_ptr<double>();
+  record.rank_milliseconds.assign(first, first + of_ranks.numel());
   if (log_) {
     progress.say(log_->write(record, options_.training.steps) + "  " +
                  progress.time_left(record.step) + " left");
@@ -87,6 +94,8 @@ void Trainer::settle(Progress& progress) {
     finish_save();
   }
   StepRecord& record = outcome_.last = std::move(result.record);
+  head_seconds_ += record.head_seconds;
+  head_sequences_ += record.head_sequences;
   if (const auto remark = log_ ? log_->add(record) : ""; !remark.empty()) {
     progress.say(result.refusal.empty() ? remark : remark + "; " + result.refusal);
   }

@@ -85,6 +85,8 @@ class Trainer {
   RunState sound_;        // after the last step that was not skipped
   int64_t in_a_row_ = 0;  // skipped
 
+  double head_seconds_ = 0;  // of this rank since the last line, and its sequences
+  int64_t head_sequences_ = 0;
   int64_t first_step_ = 0;     // done before this run
   double seconds_before_ = 0;  // that earlier runs took
   Stopwatch run_time_;

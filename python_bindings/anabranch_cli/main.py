@@ -87,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     reshard.add_argument("output", type=Path, help="a folder that is empty or not there yet")
     reshard.add_argument("--ranks", type=int, required=True, help="files: one for each rank that will load it")
 
-    watch = command(commands, "watch", _watch, "a training run's loss, speed and expert load, as they come")
+    watch = command(commands, "watch", _watch, "a training run's loss, speed, expert load and slow rank, as they come")
     watch.add_argument("folder", type=Path, help="that has metrics.jsonl: train's --output")
     watch.add_argument("--interval", type=float, default=1.0, help="seconds between looks")
     watch.add_argument("--once", action="store_true", help="one look, and no more")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 from .problem import Problem
 
+SLOW = 1.25  # times the ranks' median
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 60
 
@@ -23,7 +25,32 @@ def look(folder: Path) -> dict[str, Any]:
         raise Problem(f"{path}: {error.strerror}") from error
     records = [record for record in map(_parsed, lines) if record is not None]
     course = {name: [record[name] for record in records if name in record] for name in ("loss", "tokens_per_second")}
-    return {"records": len(records), "last": records[-1] if records else None, "course": course}
+    last = records[-1] if records else None
+    return {"records": len(records), "last": last, "course": course, "own_work": own_work(records)}
+
+
+def own_work(records: list[dict[str, Any]], most: int = 5) -> dict[str, Any] | None:
+    """Of the last lines: milliseconds that each rank takes for what waits for no other, and which one is slow."""
+    lines = [record["rank_milliseconds"] for record in records if record.get("rank_milliseconds")]
+    lines = [line for line in lines[-most:] if len(line) == len(lines[-1])]
+    if not lines or len(lines[-1]) < 2:
+        return None
+    measured = [[value for value in column if value is not None] for column in zip(*lines)]
+    ranks = [statistics.mean(column) if column else None for column in measured]
+    known = [value for value in ranks if value is not None]
+    if not known:
+        return None
+    median, worst = statistics.median_low(known), max(known)
+    slow = ranks.index(worst) if worst > SLOW * median else None
+    return {"milliseconds": ranks, "median": median, "slow_rank": slow}
+
+
+def own_work_in_words(found: dict[str, Any]) -> str:
+    slow, median = found["slow_rank"], found["median"]
+    if slow is None:
+        return f"no slow rank: own work of a sequence {median:.3g} ms"
+    worst = found["milliseconds"][slow]
+    return f"SLOW: rank {slow}, own work of a sequence {worst:.3g} ms, {worst / median:.1f} times the median"
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
@@ -58,6 +85,8 @@ def text(found: dict[str, Any]) -> str:
         if values:
             lines.append(f"{name:18s} {values[-1]:12.4g}  {spark(values)}")
     lines += [f"{name:18s} {last[name]:12.4g}" for name in _numbers(last)]
+    if found["own_work"]:
+        lines.append(own_work_in_words(found["own_work"]))
     if last.get("load"):
         lines += ["expert load, of an even share, a line each layer"]
         lines += ["  " + " ".join(f"{share:4.2f}" for share in _relative(row)) for row in last["load"]]
@@ -105,6 +134,9 @@ def _screen(found: dict[str, Any], folder: Path) -> Any:
     for name in _numbers(last):
         numbers.add_row(name, f"{last[name]:.4g}", "")
     parts: list[Any] = [numbers]
+    if found["own_work"]:
+        slow = found["own_work"]["slow_rank"] is not None
+        parts.append(Text(own_work_in_words(found["own_work"]), style="bold red" if slow else ""))
     if last.get("load"):
         heat = Text("expert load (blue: less than an even share, red: more)\n")
         for row in last["load"]:

@@ -172,6 +172,7 @@ def test_a_run_leaves_what_it_promises(whole_run):
         assert squares == pytest.approx(line["gradient_norm"] ** 2, rel=1e-12)
         assert 0 < line["data_seconds"] < line["step_seconds"] < line["seconds"]
         assert 0 < line["exposed_communication_seconds"] < line["step_seconds"]
+        assert len(line["rank_milliseconds"]) == 2 and min(line["rank_milliseconds"]) > 0
         assert line["memory"] > 1 << 20
         # 16 wide: per layer attention, router, two of five experts of two matrices; the head. 24 positions.
         weights = LAYERS * (4 * 16 * 16 + EXPERTS * 16 + 2 * 2 * 16 * 24) + 256 * 16

@@ -168,8 +168,21 @@ def test_watch(shown, tmp_path):
     assert shown("watch", tmp_path, "--json")["last"] == steps[-1]
 
 
+@pytest.mark.parametrize("slow", [None, 0, 3])
+def test_watch_names_a_slow_rank(shown, tmp_path, slow):
+    """One that takes twice as long, among lines of which some know nothing of some ranks."""
+    times = [2.0 if rank == slow else 1.0 for rank in range(4)]
+    lines = [{"step": 1, "rank_milliseconds": [9.0]}]  # of another number of ranks, before it went on
+    lines += [{"step": step, "rank_milliseconds": [None if (rank, step) == (1, 4) else t for rank, t in enumerate(times)]} for step in (2, 3, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert shown("watch", tmp_path, "--json")["own_work"] == {"milliseconds": times, "median": 1.0, "slow_rank": slow}
+    text = shown("watch", tmp_path, "--once")
+    assert ("no slow rank" in text) if slow is None else (f"SLOW: rank {slow}, own work of a sequence 2 ms, 2.0 times" in text)
+
+
 def test_watch_in_a_terminal(tmp_path, monkeypatch):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 2.5, "load": [[0.75, 0.25]]}\n')
+    line = {"step": 3, "loss": 2.5, "load": [[0.75, 0.25]], "rank_milliseconds": [1.0, 3.0]}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     monkeypatch.setattr(watch.time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
     watch.follow(tmp_path, 0.1)  # and ends as by Ctrl-C
     from rich.console import Console
@@ -177,6 +190,7 @@ def test_watch_in_a_terminal(tmp_path, monkeypatch):
     console = Console(record=True, width=80, file=open("/dev/null", "w"), force_terminal=True, color_system="truecolor")
     console.print(watch._screen(watch.look(tmp_path), tmp_path))
     drawn = console.export_text(styles=True)
+    assert "SLOW: rank 1" in drawn
     assert "step 3" in drawn and "38;2;255;128;128" in drawn and "38;2;128;128;255" in drawn  # 1.5 and 0.5 of even
 
 

@@ -6,6 +6,7 @@ OF_THE_MACHINE = {
     "memory",
     "mfu",
     "model_tflops",
+    "rank_milliseconds",
     "seconds",
     "step_seconds",
     "tokens_per_second",

@@ -97,6 +97,7 @@ nlohmann::json MetricsLog::describe(const StepRecord& record) const {
       {"step_seconds", interval_.seconds / steps},
       {"data_seconds", interval_.data_seconds / steps},
       {"memory", record.memory},
+      {"rank_milliseconds", record.rank_milliseconds},
       {"imbalance", mean(per_layer)},
       {"imbalance_per_layer", per_layer},
       {"ranks", record.ranks},

@@ -26,6 +26,9 @@ struct StepRecord {
   double data_seconds = 0;  ///< of these, until the batch was there
   /// Of these, while gradients were summed between ranks, which nothing runs beside.
   std::optional<double> exposed_communication_seconds;
+  /// Of these, in this rank's head and loss forward, for so many sequences of its own: nothing in it waits for a rank.
+  double head_seconds = 0;
+  int64_t head_sequences = 0;
   double run_seconds = 0;  ///< since the run began
   double learning_rate = 0;
   double gradient_norm = 0;                                    ///< before clipping
@@ -34,6 +37,8 @@ struct StepRecord {
   double z_loss = 0;          ///< mean over layers
   torch::Tensor expert_load;  ///< [layers, experts] int64 assignments
   int64_t memory = 0;         ///< peak bytes so far, of the rank that takes most
+  /// Of each rank, milliseconds of a sequence's head and loss since the line before; NaN where it had no sequence.
+  std::vector<double> rank_milliseconds;
   int ranks = 1;
   std::optional<double> validation_loss;  ///< nats a token on held-out data
   std::optional<double> validation_bpb;   ///< bits a byte, where a token's bytes are known
