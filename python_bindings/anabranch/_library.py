@@ -28,7 +28,8 @@ def _versions_differ() -> str | None:
 
 def load() -> None:
     """Registers torch.ops.anabranch; ImportError says what does not fit."""
-    remedy = "build it anew: pip install --force-reinstall --no-deps anabranch"
+    series = ".".join(torch.__version__.split(".")[:2])
+    remedy = f"take the wheel for this torch, +pt{series}..., or build it anew: pip install --force-reinstall --no-deps ."
     problem = _versions_differ()
     if problem is not None:
         raise ImportError(f"{problem}: {remedy}")

@@ -1,0 +1,37 @@
+"""Tools that write tables into pages: what stands there is what their files of results say."""
+
+import json
+import re
+import runpy
+
+import pytest
+from conftest import ROOT
+
+TABLES = [  # tool, page, name, files of results, what of them the table is made of
+    ("build_wheels", "docs/site/tried.md", "wheels", ["wheels.json"], lambda found: found["wheels"]),
+    ("matrix", "docs/site/tried.md", "compilers", ["matrix.json"], lambda found: found["pairs"]),
+    ("first_run", "CONTRIBUTING.md", "first run", ["first_run_before.json", "first_run.json"], lambda found: found),
+]
+
+
+def tool(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return runpy.run_path(str(ROOT / "tools" / name))
+
+
+@pytest.mark.parametrize("program, page, name, files, part", TABLES, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_page_says_what_the_results_do(program, page, name, files, part, monkeypatch):
+    results = [ROOT / "benchmarks/results" / file for file in files]
+    found = [part(json.loads(path.read_text())) for path in results if path.exists()]
+    written = re.search(rf"<!-- {name}: [^>]* -->\n(.*?)<!-- end -->", (ROOT / page).read_text(), re.DOTALL).group(1)
+    made = tool(program, monkeypatch)
+    head, rows = made["table"](found if len(files) > 1 else found[0])
+    expected = [" | ".join(map(str, line)) for line in [head, ["---"] * len(head), *rows]]
+    assert written.splitlines() == [f"| {line} |" for line in expected]
+
+
+@pytest.mark.parametrize(
+    "torch, cuda, local", [("2.11.0", "13.0.88", "pt2.11cu130"), ("2.15.1", "", "pt2.15cpu"), ("2.13.0", "13.2", "pt2.13cu132")]
+)
+def test_the_local_version_names_torch_and_cuda(torch, cuda, local, monkeypatch):
+    assert tool("build_wheels", monkeypatch)["local_version"]({"TORCH_VERSION": torch, "CUDA_VERSION": cuda}) == local
