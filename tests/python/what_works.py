@@ -16,7 +16,8 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 
-PAGE = pathlib.Path(__file__).parents[2] / "docs/habits.md"
+TESTS = pathlib.Path(__file__).parent
+PAGE = TESTS.parents[1] / "docs/habits.md"
 ROWS = {
     "one process; 2 and 4 ranks of gloo": "test_groups::any_number_of_ranks",
     "MPI (mpirun), mpi4py": "test_groups::mpirun|mpi4py",
@@ -63,6 +64,11 @@ def provenance(paths: list[str]) -> str:
     return f"{day}, {os.cpu_count()} CPU cores, tests of GPUs skipped where there is none; {versions}."
 
 
+def path_of(test: str) -> str:
+    (path,) = TESTS.glob(f"*/{test}.py")
+    return str(path.relative_to(TESTS.parents[1]))
+
+
 def row(what: str, pattern: str, found: list[tuple[str, str]]) -> str:
     asked = [part if "::" in part else f"{pattern.split('::')[0]}::{part}" for part in pattern.split("|")]
     matches = [re.compile("{}::test_.*{}".format(*each.split("::"))) for each in asked]
@@ -71,7 +77,7 @@ def row(what: str, pattern: str, found: list[tuple[str, str]]) -> str:
         raise SystemExit(f"no test matches {pattern}: {what}")
     answer = "no" if of_row["failed"] else "not run" if not of_row["passed"] else "refused" if what in REFUSED else "yes"
     counts = ", ".join(f"{of_row[kind]} {kind}" for kind in ("passed", "skipped", "failed") if of_row[kind])
-    files = ", ".join(dict.fromkeys(f"`tests/python/{each.split('::')[0]}.py`" for each in asked))
+    files = ", ".join(dict.fromkeys(f"`{path_of(each.split('::')[0])}`" for each in asked))
     return f"| {what} | {answer} | {counts} | {files} |"
 
 

@@ -12,10 +12,10 @@ import anabranch
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks/gpu"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks/gpu"))
 from peers import PEERS, Missing
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 
 
 @dataclasses.dataclass

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-PAGE = (pathlib.Path(__file__).parents[2] / "docs/habits.md").read_text()
+PAGE = (pathlib.Path(__file__).parents[3] / "docs/habits.md").read_text()
 PROGRAMS = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL))
 NEEDED = {
     "torchtitan_moe.py": ("torchtitan", "pip install torchtitan==0.3.0"),

@@ -258,7 +258,7 @@ def test_what_is_no_configuration():
 
 @pytest.mark.parametrize("dialect, title", [("megatron", "Megatron-Core"), ("megablocks", "MegaBlocks"), ("torchtitan", "torchtitan")])
 def test_the_tables_of_the_documentation_are_those_of_the_code(dialect, title):
-    text = (pathlib.Path(__file__).parents[2] / "docs" / "python.md").read_text()
+    text = (pathlib.Path(__file__).parents[3] / "docs" / "python.md").read_text()
     table = re.search(rf"^\| {title}.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
     keys = {
         re.split("[ =]", key.lstrip("-"))[0].replace("-", "_")

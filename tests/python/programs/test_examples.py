@@ -15,7 +15,7 @@ import transformers
 from anabranch.features import transports
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-PROJECT = pathlib.Path(__file__).parents[2]
+PROJECT = pathlib.Path(__file__).parents[3]
 TRAIN_LM_CPP = pathlib.Path(anabranch.__file__).parents[2] / "examples" / "train_lm"
 ALONE = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
