@@ -8,6 +8,7 @@
 
 #include "checkpoint/checkpoint_case.h"
 #include "checkpoint/index.h"
+#include "support/file_bytes.h"
 #include "support/random.h"
 #include "support/shared_directory.h"
 #include "support/world.h"
@@ -18,16 +19,6 @@ namespace {
 namespace fs = std::filesystem;
 
 const ShardedModel::Options kOptions{.num_experts = 3};
-
-std::string read_file(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
-void write_file(const fs::path& path, const std::string& bytes) {
-  std::ofstream file(path, std::ios::binary | std::ios::trunc);
-  file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-}
 
 /// A sound checkpoint, a model of other numbers, and a way to load the one, damaged, into the
 /// other.

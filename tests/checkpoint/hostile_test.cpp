@@ -13,6 +13,7 @@
 #include "checkpoint/index.h"
 #include "fuzz/crc32.h"
 #include "fuzz/targets.h"
+#include "support/file_bytes.h"
 #include "support/mutations.h"
 #include "support/random.h"
 #include "support/shared_directory.h"
@@ -23,15 +24,6 @@ namespace {
 
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
-
-std::string read_file(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
-void write_file(const fs::path& path, const std::string& bytes) {
-  std::ofstream(path, std::ios::binary | std::ios::trunc).write(bytes.data(), std::ssize(bytes));
-}
 
 /// A safetensors file with this header and so many bytes behind it.
 std::string safetensors_with(const std::string& header, size_t bytes = 0) {

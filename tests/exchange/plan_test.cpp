@@ -151,13 +151,6 @@ NaivePlan naive_plan(const RoutingCase& routed, int64_t rank) {
   return plan;
 }
 
-Routing routing_of(const torch::Tensor& expert_ids) {
-  Routing routing;
-  routing.expert_ids = on_device(expert_ids);
-  routing.weights = on_device(torch::ones(expert_ids.sizes(), torch::kFloat32));
-  return routing;
-}
-
 class PlanTest : public ::testing::Test {
  protected:
   std::shared_ptr<Communicator> world_ = world();

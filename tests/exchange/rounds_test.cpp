@@ -12,6 +12,7 @@
 #include "support/layer_case.h"
 #include "support/random_routing.h"
 #include "support/tolerance.h"
+#include "support/routing_case.h"
 #include "support/world.h"
 
 namespace anabranch::test {
@@ -19,13 +20,6 @@ namespace {
 
 int64_t sum(const std::vector<int64_t>& values) {
   return std::accumulate(values.begin(), values.end(), int64_t{0});
-}
-
-Routing routing_of(const torch::Tensor& ids) {
-  Routing routing;
-  routing.expert_ids = on_device(ids);
-  routing.weights = on_device(torch::ones(ids.sizes()));
-  return routing;
 }
 
 /// Every assignment in one round, no round with more rows than allowed, and no more rounds than by the

@@ -18,6 +18,7 @@
 #include "checkpoint/index.h"
 #include "communicator/nccl/datagram.h"
 #include "fuzz/crc32.h"
+#include "support/file_bytes.h"
 
 namespace anabranch::test {
 namespace {
@@ -108,15 +109,6 @@ class Folder {
  private:
   fs::path path_;
 };
-
-void write_file(const fs::path& path, const std::string& bytes) {
-  std::ofstream(path, std::ios::binary | std::ios::trunc).write(bytes.data(), std::ssize(bytes));
-}
-
-std::string read_file(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
 
 /// Every tensor is its bytes, as they lie in the file.
 bool read_safetensors(const fs::path& path, const std::string& bytes) {

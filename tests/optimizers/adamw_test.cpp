@@ -12,8 +12,6 @@
 namespace anabranch::test {
 namespace {
 
-constexpr int64_t kSteps = 4;
-constexpr double kRate = 0.01;
 constexpr double kScale = 0.25;
 
 /// Kingma and Ba's algorithm with Loshchilov and Hutter's decay, as their papers write it, in fp64.

@@ -9,9 +9,6 @@
 namespace anabranch::test {
 namespace {
 
-constexpr int64_t kSteps = 3;
-constexpr double kRate = 0.01;
-
 bool is_matrix(const ParallelParameter& parameter) { return parameter.name.ends_with("_weight"); }
 
 /// Up-projections of many experts have gate and up part, see ShardedModel.

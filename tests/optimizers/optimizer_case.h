@@ -12,6 +12,9 @@
 
 namespace anabranch::test {
 
+constexpr int64_t kSteps = 4;
+constexpr double kRate = 0.01;
+
 /// Sizes that divide the world's.
 inline std::vector<int> expert_parallel_sizes() {
   std::vector<int> sizes;

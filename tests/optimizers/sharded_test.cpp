@@ -11,14 +11,12 @@
 namespace anabranch::test {
 namespace {
 
-constexpr double kRate = 0.01;
-
 struct Way {
   const char* name;
   OptimizerMaker make;
 };
 
-std::unique_ptr<ParallelOptimizer> muon_of(const std::vector<ParallelParameter>& parameters) {
+std::unique_ptr<ParallelOptimizer> default_muon(const std::vector<ParallelParameter>& parameters) {
   std::vector<MuonParameter> matrices;
   std::vector<ParallelParameter> others;
   for (const auto& parameter : parameters) {
@@ -39,7 +37,7 @@ std::vector<Way> ways() {
   };
   return {{"AdamW", adamw(torch::kFloat32)},
           {"AdamW with bf16 states", adamw(torch::kBFloat16)},
-          {"Muon", muon_of}};
+          {"Muon", default_muon}};
 }
 
 /// A model in training, its optimizer sharded or not.

@@ -16,7 +16,7 @@
 namespace anabranch::test {
 namespace {
 
-RoutingRule random_rule(Random& random, int64_t experts) {
+RoutingRule random_simple_rule(Random& random, int64_t experts) {
   RoutingRule rule;
   rule.router_score = random.pick<RouterScore>(
       {RouterScore::kSoftmax, RouterScore::kSigmoid, RouterScore::kSqrtSoftplus});
@@ -70,7 +70,7 @@ torch::Tensor weights_of(const torch::Tensor& logits, const torch::Tensor& ids,
 TEST_P(ConditionsTest, AGivenChoiceIsWeighedAndDifferentiated) {
   for (int64_t i = 0; i < effort(40); ++i) {
     const auto experts = random_.pick<int64_t>({1, 4, 8, 30, 128, 1280});
-    const auto rule = random_rule(random_, experts);
+    const auto rule = random_simple_rule(random_, experts);
     const auto tokens = random_.pick<int64_t>({0, 1, 33});
     SCOPED_TRACE(c10::str("T ", tokens, " E ", experts, " k ", rule.top_k, " score ",
                           static_cast<int>(rule.router_score)));
@@ -116,7 +116,7 @@ TEST_P(ConditionsTest, TokensWithAChoiceOfTheirOwnAreRoutedByTheRule) {
 TEST_P(ConditionsTest, PaddingCountsForNothing) {
   for (int64_t i = 0; i < effort(40); ++i) {
     const auto experts = random_.pick<int64_t>({1, 4, 8, 30, 128, 1280});
-    const auto rule = random_rule(random_, experts);
+    const auto rule = random_simple_rule(random_, experts);
     const auto tokens = random_.pick<int64_t>({0, 1, 33});
     const double share = random_.pick<double>({0, 0.4, 1});
     SCOPED_TRACE(c10::str("T ", tokens, " E ", experts, " k ", rule.top_k, " padding ", share));

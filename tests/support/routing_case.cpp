@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "support/devices.h"
+
 namespace anabranch::test {
 
 std::string RoutingCase::describe() const {
@@ -44,6 +46,13 @@ std::vector<RoutingCase> routing_cases(Random& random, int ranks, int64_t sample
         random.pick(all_splits()));
   }
   return cases;
+}
+
+Routing routing_of(const torch::Tensor& expert_ids) {
+  Routing routing;
+  routing.expert_ids = on_device(expert_ids);
+  routing.weights = on_device(torch::ones(expert_ids.sizes(), torch::kFloat32));
+  return routing;
 }
 
 }  // namespace anabranch::test

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <anabranch/routing.h>
+
 #include <string>
 #include <vector>
 
@@ -29,5 +31,8 @@ RoutingCase make_routing_case(Random& random, int ranks, int64_t num_experts, in
 
 /// Corners that a random draw may miss, then `sample` random ones.
 std::vector<RoutingCase> routing_cases(Random& random, int ranks, int64_t sample);
+
+/// Those experts' ids [T, top_k] with weights of one, on the test's device.
+Routing routing_of(const torch::Tensor& expert_ids);
 
 }  // namespace anabranch::test
