@@ -142,12 +142,22 @@ if(LibTorch_FOUND AND NOT TARGET LibTorch::CPU)
   add_library(LibTorch::CPU INTERFACE IMPORTED)
   target_link_libraries(LibTorch::CPU INTERFACE LibTorch::torch_cpu LibTorch::c10)
 
+  # Clang 18 gave constrained templates other names (Itanium C++ ABI, "Tn"), which torch's binaries, by g++, do not have.
+  target_compile_options(
+    LibTorch::CPU
+    INTERFACE
+      $<$<AND:$<COMPILE_LANG_AND_ID:CXX,Clang>,$<VERSION_GREATER_EQUAL:$<CXX_COMPILER_VERSION>,18>>:-fclang-abi-compat=17>)
+
   # at::parallel_for is a template that runs on one core unless the including file is compiled with
-  # OpenMP. Its runtime must be the one that torch loads, or there are two pools of threads.
+  # OpenMP. Its runtime must be the one that torch loads, or there are two pools of threads: of GNU's, for which Clang
+  # generates no code. (LLVM's beside it would be asked for threads whose numbers GNU's tells: loops would lose parts.)
   if(EXISTS "${LibTorch_INCLUDE_DIR}/ATen/Config.h")
     file(STRINGS "${LibTorch_INCLUDE_DIR}/ATen/Config.h" _libtorch_openmp
          REGEX "define AT_PARALLEL_OPENMP 1")
-    if(_libtorch_openmp)
+    if(_libtorch_openmp AND CMAKE_CXX_COMPILER_ID STREQUAL "Clang")
+      message(WARNING "With Clang the library's own loops on a CPU run on one core: torch's OpenMP is GNU's. Its matrix "
+                      "products are torch's, on all cores.")
+    elseif(_libtorch_openmp)
       target_compile_options(LibTorch::CPU INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fopenmp>)
       file(GLOB _libtorch_gomp "${_libtorch_prefix}/lib/libgomp*.so*")
       if(_libtorch_gomp)

@@ -13,6 +13,7 @@ them. DIR also holds TensorBoard's files. (Checkpoints and a sample of text: the
 """
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -186,6 +187,8 @@ def train(options, world):
             bar.set_postfix(loss=f"{line['loss']:.3f}", imbalance=f"{line['imbalance']:.2f}")
     if log:
         log.close()
+        if options.json:
+            print(json.dumps(line))
 
 
 def options_of(arguments):
@@ -193,6 +196,7 @@ def options_of(arguments):
     parser.add_argument("--data", required=True, help="token files, any other file, or synthetic:V")
     parser.add_argument("--preset", choices=PRESETS, help="a published model; other options change it")
     parser.add_argument("--compile", default="none", metavar="BACKEND", help="torch.compile of the dense part: inductor")
+    parser.add_argument("--json", action="store_true", help="print the last line of metrics.jsonl")
     parser.add_argument("--fsdp", action="store_true", help="FSDP2 of all but the experts, under torchrun")
     for name, value in DEFAULTS.items():
         kind = {"action": "store_true"} if value is False else {"type": type(value), "help": f"default: {value}"}

@@ -108,7 +108,7 @@ TEST_P(FeedForwardTest, EqualsOneExpertAfterAnother) {
       const auto x = given_rows();
       const auto dy = given_rows();
       const auto values = some(weighted, {rows});
-      const FeedForward expert = {make_grouped_gemm_engine(GetParam()), activation, glu};
+      const FeedForward expert = {make_grouped_gemm_engine(GetParam()), {activation, glu}};
 
       const auto [y, hidden] = feed_forward(expert, x, parameters, counts, kept);
       EXPECT_EQ(hidden.defined(), kept);
@@ -143,7 +143,7 @@ TEST_P(FeedForwardTest, EqualsOneExpertAfterAnother) {
 }
 
 TEST_P(FeedForwardTest, RankWithoutExperts) {
-  const FeedForward expert = {make_grouped_gemm_engine(GetParam()), Activation::kGelu, false};
+  const FeedForward expert = {make_grouped_gemm_engine(GetParam()), {Activation::kGelu, false}};
   const ExpertProjections parameters = {{draw({0, 5, 6}), draw({0, 5})},
                                         {draw({0, 6, 5}), draw({0, 6})}};
   const IndexedRows none = {draw({0, 6}), {}};

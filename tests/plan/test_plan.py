@@ -352,6 +352,14 @@ def test_a_step_with_its_timeline(tmp_path):
     assert (tmp_path / "timeline.png").stat().st_size > 5000
 
 
+def test_json_in_the_place_of_text(tmp_path):
+    step = json.loads(plan("step", "--gpus", 64, "--json"))
+    found = json.loads(plan("layouts", "--gpus", "8,64", "--json"))
+    assert {one["gpus"] for one in found} == {8, 64} and any(one == step for one in found)
+    rows = json.loads(plan("check", "--json"))
+    assert len(rows) > 9 and all(row["published"] > 0 and row["predicted"] > 0 and row["unit"] for row in rows)
+
+
 def test_scale_draws_where_it_hurts(tmp_path):
     model = tmp_path / "model.json"
     model.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(MODEL, tokens=512))))

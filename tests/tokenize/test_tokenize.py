@@ -92,6 +92,7 @@ def test_documents_are_what_the_tokenizer_makes_of_them(texts, jsonl, tmp_path):
     assert about["tokens"] == tokens and about["documents"] == len(documents) and about["bytes"] == size
     assert about["bytes_per_token"] == size / tokens and about["vocabulary"] == 300
     assert f"{tokens:,} tokens of {len(documents)} documents" in said
+    assert json.loads(run(jsonl, "--output", tmp_path / "again", "--vocabulary", 300, "--json")) == about
     # No text spells an end.
     assert all(document.count(about["end_of_text"]) == 1 for document in documents)
     assert sorted(contents(tmp_path / "out")) == ["tokenizer.json", "tokens.bin", "tokens.idx", "tokens.json"]

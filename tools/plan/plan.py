@@ -27,6 +27,7 @@ from machine import Refused, machine_from, read_machine, read_model
 from timeline import Layout, Planner
 
 HERE = Path(__file__).resolve().parent
+STDOUT = object()
 ROOT = HERE.parents[1]
 # Networks of a node against which `scale` holds the machine's own.
 BANDWIDTHS = [0.1e9 / 8, 1e9 / 8, 10e9 / 8, 100e9 / 8, 400e9 / 8]
@@ -70,14 +71,25 @@ def write_json(path, values):
     Path(path).write_text(json.dumps(values, indent=1, default=float) + "\n")
 
 
+def tell(arguments, text, values):
+    """The text for people, or, with --json, the values; with --json FILE both, the values in the file."""
+    if arguments.json is STDOUT:
+        print(json.dumps(values, indent=1, default=float))
+        return
+    print(text)
+    if arguments.json:
+        write_json(arguments.json, values)
+
+
 def run_layouts(arguments):
     planner = planner_of(arguments)
+    texts, values = [], []
     for gpus in arguments.gpus:
         check_gpus(gpus, planner.machine)
         found = planner.layouts(gpus)
-        print(table(found[: arguments.top], planner.machine))
-        if arguments.json:
-            write_json(arguments.json, [prediction.summary() for prediction in found])
+        texts.append(table(found[: arguments.top], planner.machine))
+        values += [prediction.summary() for prediction in found]
+    tell(arguments, "\n".join(texts), values)
 
 
 def check_gpus(gpus, machine):
@@ -97,9 +109,7 @@ def run_step(arguments):
             f"one that divides it, and a divisor of {gpus}"
         )
     prediction = planner.predict(Layout(gpus, group, arguments.all_to_all, arguments.overlap))
-    print(table([prediction], planner.machine))
-    if arguments.json:
-        write_json(arguments.json, prediction.summary())
+    tell(arguments, table([prediction], planner.machine), prediction.summary())
     if arguments.plot:
         plots.timeline(prediction, arguments.plot)
 
@@ -117,15 +127,14 @@ def run_scale(arguments):
         "the internet: 1 Gb/s and 20 ms a node": plots.slower(machine, *INTERNET),
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
-    by_machine = {}
+    by_machine, texts = {}, []
     for name, described in networks.items():
         planner = Planner(described, model, chosen, arguments.seed)
         by_machine[name] = []
         for gpus in arguments.gpus:
             check_gpus(gpus, described)
             by_machine[name].append(best(planner, gpus))
-        print(name)
-        print(table(by_machine[name], described))
+        texts += [name, table(by_machine[name], described)]
     plots.scale(by_machine, arguments.output / "scale.png")
 
     gpus = arguments.gpus[-1]
@@ -135,15 +144,14 @@ def run_scale(arguments):
         shares.append([(lambda p: p.compute / p.step)(best(planner, gpus)) for planner in row])
     plots.internet(BANDWIDTHS, LATENCIES, shares, gpus, arguments.output / "internet.png")
     plots.timeline(by_machine[machine.name][-1], arguments.output / "timeline.png")
-    write_json(
-        arguments.output / "scale.json",
-        {
-            "machine": dataclasses.asdict(machine),
-            "model": dataclasses.asdict(model),
-            "best": {name: [p.summary() for p in found] for name, found in by_machine.items()},
-            "internet": {"bandwidths": BANDWIDTHS, "latencies": LATENCIES, "compute_share": shares, "gpus": gpus},
-        },
-    )
+    values = {
+        "machine": dataclasses.asdict(machine),
+        "model": dataclasses.asdict(model),
+        "best": {name: [p.summary() for p in found] for name, found in by_machine.items()},
+        "internet": {"bandwidths": BANDWIDTHS, "latencies": LATENCIES, "compute_share": shares, "gpus": gpus},
+    }
+    write_json(arguments.output / "scale.json", values)
+    tell(arguments, "\n".join(texts), values)
 
 
 def run_calibrate(arguments):
@@ -153,7 +161,7 @@ def run_calibrate(arguments):
     values = calibrate.fit(records, arguments.name, arguments.cores_per_node)
     machine_from(values, "calibrate")
     write_json(arguments.output, values)
-    print(json.dumps(values, indent=1, default=float))
+    tell(arguments, json.dumps(values, indent=1, default=float), values)
 
 
 def run_check(arguments):
@@ -167,8 +175,8 @@ def run_check(arguments):
     else:
         rows = list(check.published())
         of = "published"
-    print(check.table(rows, of))
-    print(f"\n{check.verdict(rows)}")
+    values = [{"what": what, "unit": unit, of: known, "predicted": predicted} for what, unit, known, predicted in rows]
+    tell(arguments, f"{check.table(rows, of)}\n\n{check.verdict(rows)}", values)
 
 
 def numbers(text):
@@ -187,6 +195,7 @@ def parse(argv):
     def command(name, run, text, machine=HERE / "machines/h100_infiniband.json"):
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
+        sub.add_argument("--json", nargs="?", type=Path, const=STDOUT, metavar="FILE", help="JSON in the place of text, or in FILE beside it")
         if machine:
             sub.add_argument("--machine", type=Path, default=machine, help="JSON (see tools/plan/machines)")
         return sub
@@ -202,14 +211,12 @@ def parse(argv):
     sub = command("layouts", run_layouts, "all layouts, the best first")
     of_a_model(sub, [64])
     sub.add_argument("--top", type=int, default=10, help="how many to print")
-    sub.add_argument("--json", type=Path, help="file for all of them")
 
     sub = command("step", run_step, "one layout")
     of_a_model(sub, [64])
     sub.add_argument("--expert-parallel", type=int, help="GPUs of a group (default: as many as possible)")
     sub.add_argument("--all-to-all", choices=["flat", "hierarchical"], default="flat")
     sub.add_argument("--overlap", type=int, choices=range(1, 17), default=1, metavar="PARTS")
-    sub.add_argument("--json", type=Path)
     sub.add_argument("--plot", type=Path, help="file for the timeline")
 
     sub = command("scale", run_scale, "best layouts over GPUs and networks, with plots")

@@ -156,6 +156,9 @@ def tokenize(options):
     }  # fmt: skip
     write_whole(options.output / "tokens.json", json.dumps(about, indent=2).encode() + b"\n")
     shutil.rmtree(folder)
+    if options.json:
+        print(json.dumps(about, indent=1))
+        return
     print(f"{tokens:,} tokens of {documents:,} documents, {size / tokens:.2f} bytes a token, in {options.output}")
     print(f"to train on them: train_lm --data {options.output}")
 
@@ -176,6 +179,7 @@ def main():
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: the cores)")
     add("--part-bytes", type=int, default=64 << 20, metavar="N", help="text of a part (default: 64 MiB)")
     add("--shard-tokens", type=int, default=10**8, metavar="N", help="tokens of an llm.c file (default: 100 million)")
+    add("--json", action="store_true", help="print what tokens.json says, in the place of text")
     options = parser.parse_args()
     for name, least in (("workers", 1), ("part_bytes", 1), ("shard_tokens", 1), ("train_bytes", 1)):
         if getattr(options, name) < least:

@@ -38,8 +38,11 @@ def run(*command, expect=0):
 
 def train(launcher, folder, *options):
     """The lines of metrics.jsonl."""
-    run(*launcher, PROJECT / "examples/train_lm.py", "--data", PROJECT / "README.md", "--output", folder, *SMALL, *options)
-    return metrics_of(folder)
+    program = [*launcher, PROJECT / "examples/train_lm.py", "--data", PROJECT / "README.md", "--output", folder, "--json"]
+    said = run(*program, *SMALL, *options)
+    lines = metrics_of(folder)
+    assert [json.loads(line) for line in said.splitlines() if line.startswith("{")] == lines[-1:]
+    return lines
 
 
 def metrics_of(folder):
