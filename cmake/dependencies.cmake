@@ -29,8 +29,15 @@ if(NOT LibTorch_PYTHON AND NOT DEFINED ENV{VIRTUAL_ENV} AND EXISTS
 endif()
 find_package(LibTorch ${ANABRANCH_MINIMAL_LIBTORCH} REQUIRED)
 
-if(ANABRANCH_MPI)
-  set(MPI_CXX_SKIP_MPICXX ON) # MPI's C interface is all there is in MPI 4
+set(MPI_CXX_SKIP_MPICXX ON) # MPI's C interface is all there is in MPI 4
+if(ANABRANCH_MPI STREQUAL "AUTO")
+  find_package(MPI 3.0 QUIET COMPONENTS CXX)
+  set(ANABRANCH_MPI ON)
+  if(NOT MPI_CXX_FOUND)
+    set(ANABRANCH_MPI OFF)
+    message(WARNING "WITHOUT MPI: there is none (Debian: libopenmpi-dev). Ranks start by torchrun, or over a process group")
+  endif()
+elseif(ANABRANCH_MPI)
   find_package(MPI 3.0 REQUIRED COMPONENTS CXX)
 endif()
 

@@ -146,6 +146,14 @@ def test_an_nvcc_that_cannot_compile(tmp_path):
     assert returncode != 0 and "ANABRANCH_CUDA is ON, but" in words
 
 
+def test_without_mpi(tmp_path):
+    """AUTO, which pip builds with, goes on without one, and says so."""
+    build = ["-B", tmp_path / "build", "-D", f"LibTorch_PYTHON={sys.executable}", "-D", "CMAKE_DISABLE_FIND_PACKAGE_MPI=ON"]
+    returncode, words = configured(*build, "-D", "ANABRANCH_MPI=AUTO")
+    assert returncode == 0 and "WITHOUT MPI: there is none" in words and "anabranch: MPI OFF" in words, words
+    assert 'ANABRANCH_MPI = "AUTO"' in (PROJECT / "pyproject.toml").read_text()
+
+
 def configured_with(version, folder):
     """CMake's words about a LibTorch of that version, of which there is no more than what tells it."""
     torch = folder / "torch"
