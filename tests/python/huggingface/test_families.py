@@ -138,6 +138,33 @@ def test_whole_models(family, seed, tmp_path):
     assert_same_weights(plain, tmp_path)
 
 
-def test_the_list_is_of_this_transformers():
+def families_with_experts():
+    """By what their configurations name: a number of experts."""
+    number = re.compile(r"\b(num_experts|num_local_experts|n_routed_experts|moe_num_experts)\b")
+    for folder in pathlib.Path(transformers.models.__path__[0]).iterdir():
+        if any(number.search(file.read_text()) for file in folder.glob("configuration_*.py")):
+            yield folder.name
+
+
+def implementing(family):
+    """Another family, whose classes are this one's models, or whose model is a part of this one's."""
+    names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if family in names:
+        return getattr(transformers, names[family]).__module__.split(".")[-2]
+    kinds = vars(importlib.import_module(f"transformers.models.{family}.configuration_{family}")).values()
+    return next(kind().text_config.model_type for kind in kinds if "text_config" in getattr(kind, "sub_configs", ()))
+
+
+def test_every_configuration_with_experts_is_of_these_families():
     families = {family for family, _, _ in CLASSES}
+    others = {family: implementing(family) for family in families_with_experts() if family not in families}
+    assert others.pop("doge") == "doge"  # below
+    assert set(others.values()) <= families - REFUSED.keys(), others
     assert REFUSED.keys() <= families and len(families - REFUSED.keys()) > 40
+
+
+def test_experts_that_are_rows_of_embeddings(seed):
+    sizes = dict(vocab_size=8, hidden_size=16, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, num_experts=16)
+    model = transformers.DogeForCausalLM(transformers.DogeConfig(**sizes, num_experts_per_tok=2, is_moe=True))
+    with pytest.raises(ValueError, match=NONE):
+        anabranch.convert(model)
