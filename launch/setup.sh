@@ -9,7 +9,8 @@
 #            torch (its wheel is LibTorch), CMake, Ninja, and what plots and tests
 #
 # --check    installs nothing: says what is there and what is missing; fails when something is
-# --tests    also what tests alone use: a browser, doxygen, abidiff, tc
+# --tests    also what tests alone use: a browser, doxygen, abidiff, tc, and the libraries that tests run ours in
+#            (launch/requirements_peers.txt)
 # --slurm    also Slurm and munge, for the tests of jobs; their services stay off, now and after a reboot
 #
 # Without root it names what is missing and how to provide it on a cluster.
@@ -26,6 +27,8 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 readonly minimal_torch=2.8
 readonly stamp=$venv/anabranch-setup.txt
 readonly requirements=$project_root/launch/requirements.txt
+readonly peers=$project_root/launch/requirements_peers.txt
+readonly peers_stamp=$venv/anabranch-peers.txt
 
 check_only=false
 with_tests=false
@@ -240,6 +243,13 @@ install_requirements() {
   fi
 }
 
+# What is installed beside all else, whose dependencies are there or not asked for. Tests of what is missing are skipped.
+install_peers() {
+  tell_uv_what_pip_knows
+  "$venv/bin/python" -m uv pip install --python "$venv/bin/python" "${uv_flags[@]}" --no-deps --requirement "$peers" ||
+    warn "could not install launch/requirements_peers.txt: tests that take those libraries are skipped"
+}
+
 describe_result() {
   note "ready: torch $(torch_version_of "$venv/bin/python"), $("$venv/bin/cmake" --version | head -n 1)"
 }
@@ -285,7 +295,14 @@ else
     die "could not install launch/requirements.txt. Without a network, set ANABRANCH_PYTHON to a" \
       "Python that has torch, and PIP_NO_INDEX=1 and PIP_FIND_LINKS to a folder of the other wheels."
   printf '%s\n' "$python" "$(<"$requirements")" >"$stamp"
+  rm -f -- "$peers_stamp"
   describe_result
+fi
+
+if $with_tests && ! $check_only && [[ $(cat -- "$peers_stamp" 2>/dev/null) != "$(<"$peers")" ]]; then
+  note "installing launch/requirements_peers.txt (75 MB)"
+  install_peers
+  cat -- "$peers" >"$peers_stamp"
 fi
 
 if $check_only && $required_missing; then

@@ -22,7 +22,7 @@ def bare(tmp_path):
     """A folder with the script and a PATH on which neither MPI nor apt-get is, for a user not root."""
     folder = tmp_path / "project"
     (folder / "launch").mkdir(parents=True)
-    for name in ("setup.sh", "common.sh", "requirements.txt"):
+    for name in ("setup.sh", "common.sh", "requirements.txt", "requirements_peers.txt"):
         shutil.copy(ROOT / "launch" / name, folder / "launch" / name)
     commands = tmp_path / "commands"
     commands.mkdir()
@@ -197,6 +197,19 @@ def test_uv_hears_what_pip_has_been_told(whole):
     told = (folder / "uv").read_text()
     assert "--no-index" in told and "UV_DEFAULT_INDEX=https://a/simple\n" in told
     assert "UV_FIND_LINKS=/one,/two\n" in told and "UV_INDEX=https://own/simple\n" in told
+
+
+def test_libraries_of_tests_are_installed_once_and_without_what_they_ask_for(whole):
+    folder, commands = whole
+    run(folder, path=commands)
+    assert "--no-deps" not in (folder / "uv").read_text()
+    run(folder, "--tests", path=commands)
+    assert "--no-deps" in (folder / "uv").read_text() and "launch/requirements_peers.txt" in (folder / "uv").read_text()
+    (folder / "uv").unlink()
+    run(folder, "--tests", path=commands)
+    assert not (folder / "uv").exists()
+    (folder / ".venv/anabranch-peers.txt").unlink()
+    assert "tests that take those libraries are skipped" in run(folder, "--tests", path=commands, UV_EXIT="1")
 
 
 def test_without_uv_pip_installs_and_says_so(whole):

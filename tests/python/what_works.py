@@ -27,25 +27,33 @@ ROWS = {
     "FSDP2 with MixedPrecisionPolicy(param_dtype=bf16)": "test_dtensor::mixed_precision",
     "torch's clip_grad_norm_ under FSDP2": "test_dtensor::clipping",
     "FSDP1": "test_gradients_wrapped::fsdp1",
-    "torch.distributed.checkpoint at another number of ranks": "test_dtensor::distributed_checkpoint",
+    "ZeRO-1: ZeroRedundancyOptimizer beside experts": "test_gradients::zero_redundancy",
+    "torch.distributed.checkpoint at another number of ranks, of converted models too": "test_dtensor::distributed_checkpoint",
     "checkpoints of one's own at another number of ranks": "test_checkpoint::",
     "GradScaler": "test_gradients_scaled::",
     "torch.compile, export": "test_operators::compile|export",
+    "torch.compile under DistributedDataParallel": "test_gradients_wrapped::inner_model_of_ddp.True",
+    "torch.compile, fullgraph, of checkpointed layers": "test_recompute::compiled_checkpoint",
     "activation checkpointing": "test_module::checkpoint|test_recompute::",
+    "activation offload, hooks on saved tensors": "test_saved_tensors::",
     "CUDA graphs": "test_cuda_graphs::",
     "transformers: families converted, or refused with the reason": "test_families::",
     "transformers: from_pretrained of a rank's share": "test_from_pretrained::",
     "transformers' Trainer: train, save, resume": "test_trainer::ddp_with_spread_experts",
+    "TRL's SFTTrainer": "test_habits::program.*trl",
+    "Accelerate": "test_habits::program.*accelerate",
+    "Lightning": "test_habits::program.*lightning",
     "DeepSpeed": "test_trainer::deepspeed_is_refused",
     "PEFT: LoRA on router and experts by target_parameters": "test_adapters::",
     "PEFT: LoRA on experts as grouped GEMMs": "test_lora::",
-    "torchtitan": "test_torchtitan::",
-    "Megatron-Core": "test_megatron::",
+    "torchtitan": "test_torchtitan::|test_habits::program.*torchtitan",
+    "Megatron-Core": "test_megatron::|test_habits::program.*megatron",
     "configurations of Megatron-Core, MegaBlocks, torchtitan, transformers": "test_dialects::",
     "programs of this page": "test_habits::program",
 }
 """What it is, and the tests of it: file, ::, a part of the name."""
 REFUSED = {"DeepSpeed"}
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "lightning", "torchtitan", "megatron-core")
 
 
 def results(paths: list[str]) -> list[tuple[str, str]]:
@@ -60,7 +68,7 @@ def results(paths: list[str]) -> list[tuple[str, str]]:
 
 def provenance(paths: list[str]) -> str:
     day = datetime.date.fromtimestamp(max(os.path.getmtime(path) for path in paths))
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft", "accelerate"))
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     return f"{day}, {os.cpu_count()} CPU cores, tests of GPUs skipped where there is none; {versions}."
 
 

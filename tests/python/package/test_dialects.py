@@ -4,6 +4,7 @@ The rules are written down here from their papers and sources; where Megatron-Co
 is asked too.
 """
 
+import inspect
 import itertools
 import pathlib
 import re
@@ -97,6 +98,12 @@ def megatrons_own(logits, config, bias):
     return probabilities.double()
 
 
+def knows_sqrtsoftplus():
+    """Whether the Megatron-Core that is installed does: 0.16 does not."""
+    utils = pytest.importorskip("megatron.core.transformer.moe.moe_utils")
+    return "sqrtsoftplus" in inspect.getsource(utils.topk_routing_with_score_function)
+
+
 def megatron_configs():
     """All combinations of what decides about the routing."""
     scores = [{}, {"moe_router_pre_softmax": True}, {"moe_router_score_function": "sigmoid"}]
@@ -132,6 +139,8 @@ def assert_routes_as(rule, config):
 def test_megatron_routes_the_same_or_is_refused(rule):
     refused = 0
     for config in megatron_configs():
+        if rule is megatrons_own and config.get("moe_router_score_function") == "sqrtsoftplus" and not knows_sqrtsoftplus():
+            continue
         if computed_here(config):
             assert_routes_as(rule, config)
         else:

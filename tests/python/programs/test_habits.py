@@ -14,6 +14,8 @@ PROGRAMS = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL)
 NEEDED = {
     "torchtitan_moe.py": ("torchtitan", "pip install torchtitan==0.3.0"),
     "lightning_loop.py": ("lightning", "pip install lightning==2.6.6"),
+    "megatron_moe.py": ("megatron", "pip install megatron-core==0.16.1"),
+    "trl_sft.py": ("trl", "pip install trl==1.16.0"),
 }
 
 
