@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""One MoE block of a converted model beside the same block in transformers, at as few tokens as a model decodes: in eval
+mode without gradients, on the CPU. Prints microseconds a call, medians of rounds in turn, and transformers' over ours.
+
+    PYTHONPATH=build/release/python benchmarks/cpu/decode.py [--hidden 2048] [--inner 1024] [--experts 64] [--top-k 8]
+
+With small sizes (--hidden 64 --inner 32) little is arithmetic: what remains is the host's time for a call.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+
+import torch
+import transformers
+
+import anabranch
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64)
+TRANSFORMERS = ("eager", "batched_mm", "grouped_mm")
+"""Its ways to run experts."""
+
+
+def blocks_of(arguments):
+    """By name: ours, and the same in transformers."""
+    config = transformers.OlmoeConfig(
+        vocab_size=8, hidden_size=arguments.hidden, intermediate_size=arguments.inner, num_hidden_layers=1,
+        num_attention_heads=1, num_experts=arguments.experts, num_experts_per_tok=arguments.top_k, norm_topk_prob=True,
+    )  # fmt: skip
+    model = transformers.OlmoeForCausalLM(config).to(getattr(torch, arguments.dtype)).eval()
+    blocks = {}
+    for way in TRANSFORMERS:
+        other = copy.deepcopy(model)
+        other.set_experts_implementation(way)
+        blocks[way] = other.model.layers[0].mlp
+    return {"anabranch": anabranch.convert(model).model.layers[0].mlp, **blocks}
+
+
+def check(blocks, x):
+    """All compute the same, within the rounding of sums in the type."""
+    expected = blocks["anabranch"](x).float()
+    error = torch.finfo(x.dtype).eps * x.shape[-1] ** 0.5 * 8 * expected.abs().max()
+    for name, block in blocks.items():
+        assert (block(x).float() - expected).abs().max() <= error, name
+
+
+def medians(blocks, x, rounds, calls):
+    """Microseconds a call, by block."""
+    times = {name: [] for name in blocks}
+    for _ in range(rounds):
+        for name, block in blocks.items():
+            begin = time.perf_counter()
+            for _ in range(calls):
+                block(x)
+            times[name].append((time.perf_counter() - begin) / calls * 1e6)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("hidden", 2048), ("inner", 1024), ("experts", 64), ("top-k", 8), ("rounds", 15), ("calls", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    arguments = parser.parse_args()
+    blocks = blocks_of(arguments)
+    print(f"{torch.get_num_threads()} threads, {arguments.dtype}; us a call, and transformers' over ours")
+    print(f"{'tokens':>6}" + "".join(f"{name:>20}" for name in blocks))
+    with torch.no_grad():
+        for tokens in arguments.tokens:
+            x = torch.randn(1, tokens, arguments.hidden, dtype=getattr(torch, arguments.dtype))
+            check(blocks, x)
+            found = medians(blocks, x, arguments.rounds, arguments.calls)
+            ours = found["anabranch"]
+            ratios = "".join(f"{found[name]:12.0f} ({found[name] / ours:4.2f})" for name in TRANSFORMERS)
+            print(f"{tokens:6}{ours:20.0f}{ratios}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
