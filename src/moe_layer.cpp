@@ -29,6 +29,7 @@
 #include "routing/auxiliary_losses.h"
 #include "support/check.h"
 #include "support/given.h"
+#include "support/observer.h"
 #include "support/single_backward.h"
 #include "support/stage.h"
 #include "support/tensor_list.h"
@@ -39,7 +40,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-/// What forward leaves for backward besides tensors.
+/// What forward leaves for backward besides tensors: of the plan the counts.
 struct Step : torch::CustomClassHolder {
   Step(const Exchange& exchange, ExchangePlan plan, FeedForward expert, WeightSums main_grad,
        bool recompute, std::shared_ptr<OverlapChoice> overlap, OverlapChoice::Way way)
@@ -61,17 +62,34 @@ struct Step : torch::CustomClassHolder {
   OverlapChoice::Way way;
   Travel travel;
   std::optional<Dispatching> dispatching;  ///< of the tokens, in forward
+  std::shared_ptr<const Observer> observer = backward_observer();
 
   void start_dispatch(const torch::Tensor& x) {
     const Stage named("anabranch.dispatch");
     dispatching.emplace(exchange.communicator(), Payload{x, {}}, plan, travel);
   }
 
-  Dispatching dispatch(const Payload& payload) const {
+  Dispatching dispatch(const Payload& payload, const ExchangePlan& plan) const {
     return {exchange.communicator(), payload, plan, travel};
   }
-  Combining combine() const { return {exchange.communicator(), plan, travel}; }
+  Combining combine(const ExchangePlan& plan) const {
+    return {exchange.communicator(), plan, travel};
+  }
 };
+
+/// The rows' places in a plan, which are as long as its rows and assignments.
+auto places_of(ExchangePlan& plan) {
+  return std::tie(plan.send_tokens, plan.token_offsets, plan.token_rows, plan.send_order,
+                  plan.received_order, plan.assignment_rows, plan.row_offsets,
+                  plan.row_assignments);
+}
+
+/// The counts of `plan`, without what belongs to its rows and assignments.
+ExchangePlan counts_of(ExchangePlan plan) {
+  std::apply([](auto&... places) { ((places = torch::Tensor()), ...); }, places_of(plan));
+  plan.checked_weights = plan.local_weights = plan.source_counts = torch::Tensor();
+  return plan;
+}
 
 /// The rows of `dispatching` on their way in, those that `go_on` sends with `combining` on their way out.
 template <typename Output, typename GoOn>
@@ -97,9 +115,11 @@ struct Saved {
   torch::Tensor routing_weights;  ///< [P]
   torch::Tensor hidden;           ///< [P, n or 2n]; undefined: to be computed again
   ExpertProjections experts;
+  ExchangePlan plan;  ///< its places
 
   auto tensors() {
-    return std::tuple_cat(std::tie(rows, routing_weights, hidden), tensors_of(experts));
+    return std::tuple_cat(std::tie(rows, routing_weights, hidden), tensors_of(experts),
+                          places_of(plan));
   }
 };
 
@@ -131,7 +151,7 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
       step->start_dispatch(x);
     }
     Dispatching& dispatching = *step->dispatching;
-    Combining combining = step->combine();
+    Combining combining = step->combine(plan);
     const auto rows = dispatching.received().rows;
     const auto& routing_weights = plan.local_weights;
     const auto pipeline = pipeline_between<FeedForwardOutput>(
@@ -148,8 +168,9 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
     const auto y = stage("anabranch.combine", [&] { return combining.finish().rows; });
     spoil(plan, {y});
 
-    context->save_for_backward(pack(Saved{rows, routing_weights, hidden, experts}));
+    context->save_for_backward(pack(Saved{rows, routing_weights, hidden, experts, plan}));
     step->dispatching.reset();
+    step->plan = counts_of(std::move(step->plan));
     context->saved_data["step"] = torch::IValue::make_capsule(step);
     return y;
   }
@@ -157,18 +178,20 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     refuse_double_backward("MoELayer");
     const torch::NoGradGuard no_grad;
-    const auto [rows, routing_weights, hidden, experts] =
+    auto [rows, routing_weights, hidden, experts, places] =
         unpack<Saved>(context->get_saved_variables());
     const auto step =
         c10::static_intrusive_pointer_cast<Step>(context->saved_data["step"].toCapsule());
-    const ExchangePlan& plan = step->plan;
+    const auto observed = begin(step->observer);
+    ExchangePlan plan = step->plan;
+    places_of(plan) = places_of(places);
 
     const auto dy = gradients[0].contiguous();
     auto begin = OverlapChoice::begin(step->way, dy.device());
     auto dispatching = stage("anabranch.combine.backward", [&] {
-      return step->dispatch({dy, {}});
+      return step->dispatch({dy, {}}, plan);
     });
-    Combining combining = step->combine();
+    Combining combining = step->combine(plan);
     const auto chunks = static_cast<int64_t>(chunks_of(plan).size());
     const auto pipeline = pipeline_between<FeedForwardGradient>(
         *step, "anabranch.combine.backward", dispatching,
@@ -313,8 +336,10 @@ Routing MoEFunction::routing_of(const RouterParameters& parameters, const torch:
 }
 
 MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Tensor& x,
-                               bool training, const RoutingConditions& conditions) const {
-  return forward(parameters, x, routing_of(parameters.router, x, training, conditions));
+                               bool training, const RoutingConditions& conditions,
+                               bool sums_losses) const {
+  return forward(parameters, x, routing_of(parameters.router, x, training, conditions),
+                 sums_losses);
 }
 
 MoEOutput MoEFunction::route(const RouterParameters& parameters, const torch::Tensor& x,
@@ -329,7 +354,7 @@ MoEOutput MoEFunction::route(const RouterParameters& parameters, const torch::Te
 double MoEFunction::capacity() const { return Unbounded::lives() ? 0 : options_.receive_capacity; }
 
 MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Tensor& x,
-                               const Routing& routing) const {
+                               const Routing& routing, bool sums_losses) const {
   const auto tokens = layer_tokens(x, options_);
   check_layer_routing(routing, tokens.size(0), options_);
   const FeedForward expert{
@@ -338,7 +363,7 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
   const bool shared = parameters.shared_expert.up.weight.defined();
   const bool latent = parameters.latent_down.defined();
   const auto rows = latent ? torch::linear(tokens, parameters.latent_down) : tokens;
-  auto plan = exchange_.begin_plan(routing, rows, options_.errors, capacity());
+  auto plan = exchange_.begin_plan(routing, rows, options_.errors, capacity(), sums_losses);
   const auto source_counts = plan.source_counts();
   if (communicator.size() > 1 && !engine_->is_settled()) {
     settle_engine(expert, trials_of(parameters, plan.get(), tokens.size(0)), options_.recompute,
@@ -357,7 +382,9 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
     compute_ahead();
   }
   const auto losses = stage("anabranch.losses", [&] {
-    return auxiliary_losses(routing, source_counts, options_, communicator);
+    return sums_losses || plan.any_sums_losses()  // whoever does is to come through, and hear of it
+               ? auxiliary_losses(routing, source_counts, options_, communicator)
+               : AuxiliaryLosses{.expert_load = source_counts};
   });
   const auto staying =
       let_weights_travel(*balancer_, exchange_, parameters, expert, routing, rows, plan);
@@ -471,6 +498,10 @@ MoEParameters MoELayerImpl::parameters_of_modules() const {
           latent_up_};
 }
 
+bool MoELayerImpl::sums_losses() const {
+  return is_training() || evaluation_losses_ || options().receive_capacity > 0;
+}
+
 void MoELayerImpl::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
   auto moved = function_.with(dtype, device);
   Module::to(device, dtype, non_blocking);
@@ -490,7 +521,8 @@ void MoELayerImpl::to(torch::Device device, bool non_blocking) {
 }
 
 MoEOutput MoELayerImpl::forward(const torch::Tensor& x, const RoutingConditions& conditions) {
-  auto out = function_.forward(parameters_of_modules(), x, is_training(), conditions);
+  auto out =
+      function_.forward(parameters_of_modules(), x, is_training(), conditions, sums_losses());
   if (options().attach_losses && is_training()) {
     out.output = attach_loss(out.output, out.auxiliary_loss, attached_loss_scale_);
   }
@@ -498,7 +530,7 @@ MoEOutput MoELayerImpl::forward(const torch::Tensor& x, const RoutingConditions&
 }
 
 MoEOutput MoELayerImpl::forward(const torch::Tensor& x, const Routing& routing) {
-  return function_.forward(parameters_of_modules(), x, routing);
+  return function_.forward(parameters_of_modules(), x, routing, sums_losses());
 }
 
 void check() { check_late_refusals(); }

@@ -1,5 +1,6 @@
 // What a layer adds around its experts: latent projections, padding, losses by sequence and attached ones, at
 // any number of ranks.
+#include <anabranch/error.h>
 #include <anabranch/gradients.h>
 #include <anabranch/moe_layer.h>
 #include <gtest/gtest.h>
@@ -151,6 +152,42 @@ TEST_F(LayerLossesTest, AnAttachedLossIsTheOneHandedOn) {
   plain->forward(x).output.sum().backward();
   EXPECT_TRUE(identical(attached->named_parameters()["router.weight"].grad(),
                         plain->named_parameters()["router.weight"].grad()));
+}
+
+TEST_F(LayerLossesTest, AnEvaluationSumsNothing) {
+  MoELayer layer(options(), world());
+  const auto x = own(random_.normal({23, kHidden}));
+  const auto& communicator = layer->exchange().communicator();
+  const torch::NoGradGuard no_grad;
+  const auto collectives = [&](MoEOutput& out) {
+    const int64_t before = communicator.traffic().collectives;
+    out = layer->forward(x);
+    return communicator.traffic().collectives - before;
+  };
+  MoEOutput trained, evaluated, asked;
+  collectives(trained);  // engines are agreed on in the first step
+  const int64_t in_training = collectives(trained);
+  layer->eval();
+  EXPECT_EQ(collectives(evaluated), in_training - (communicator.size() > 1 ? 1 : 0));
+  layer->set_evaluation_losses(true);
+  EXPECT_EQ(collectives(asked), in_training);
+  EXPECT_TRUE(identical(evaluated.output, trained.output));
+  EXPECT_TRUE(identical(evaluated.expert_load, evaluated.own_expert_load));
+  EXPECT_FALSE(evaluated.balance_loss.defined() || evaluated.z_loss.defined());
+  EXPECT_TRUE(identical(asked.expert_load, trained.expert_load));
+  EXPECT_TRUE(identical(asked.balance_loss, trained.balance_loss));
+}
+
+TEST_F(LayerLossesTest, RanksThatDifferInEvaluationAreToldSo) {
+  if (world()->size() == 1) GTEST_SKIP() << "of several ranks";
+  MoELayer layer(options(), world());
+  const auto x = own(random_.normal({23, kHidden}));
+  const torch::NoGradGuard no_grad;
+  const auto expected = layer->forward(x).output;
+  layer->train(world()->rank() == world()->size() - 1);
+  EXPECT_THROW(layer->forward(x), CommunicationError);
+  layer->train();
+  EXPECT_TRUE(identical(layer->forward(x).output, expected));
 }
 
 }  // namespace

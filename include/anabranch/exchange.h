@@ -77,14 +77,20 @@ class PendingPlan {
       : source_counts_(plan.source_counts), plan_(std::move(plan)) {}
   /// `rest` makes what is missing, and dispatches `rows`, if they are defined, to `received`.
   using Rest = std::function<ExchangePlan(const torch::Tensor& rows, torch::Tensor& received)>;
-  PendingPlan(torch::Tensor source_counts, Rest rest)
-      : source_counts_(std::move(source_counts)), rest_(std::move(rest)) {}
+  /// `any_sums_losses`: whether a rank of the step has said so; null: all do.
+  PendingPlan(torch::Tensor source_counts, Rest rest, std::function<bool()> any_sums_losses)
+      : source_counts_(std::move(source_counts)),
+        rest_(std::move(rest)),
+        any_sums_losses_(std::move(any_sums_losses)) {}
 
   /// [E] those of the plan; where the routing is refused, of no meaning.
   const torch::Tensor& source_counts() const { return source_counts_; }
   /// The host waits for the counts, and the plan is made of them. Collective at the first call, which
   /// throws as `Exchange::plan`.
   const ExchangePlan& get();
+  /// Of a plan that is not made, of a rank that sums no losses: whether another rank does. `get` will throw then,
+  /// once those that wait for the sum have got it. The host waits for the counts.
+  bool any_sums_losses() const { return any_sums_losses_ && any_sums_losses_(); }
   /// Whether `get` has nothing left to do.
   bool is_made() const { return rest_ == nullptr; }
   /// Of a plan that is not made: the same, and `rows` [T, h] set out as soon as the host has the counts, before
@@ -97,6 +103,7 @@ class PendingPlan {
   torch::Tensor source_counts_;
   ExchangePlan plan_;
   Rest rest_;  ///< empty when plan_ is made
+  std::function<bool()> any_sums_losses_;
 };
 
 struct Departures;
@@ -126,12 +133,15 @@ class Exchange {
                     Errors errors = Errors::kAtCall) const;
   /// The same up to where the host waits. What the stream is given before `get` runs while it does: work
   /// that needs no counts, and collectives that are alike on all ranks whatever routing they have.
+  /// `sums_losses`: whether this rank will sum losses while the counts travel, which all ranks are to do alike.
+  /// Those that do not are found out by the host, so with a capacity all do.
   ///
   /// With late errors and a `capacity` > 0 the host does not wait at all: this rank has room for that many
   /// times its own tokens' assignments, as MoEOptions::receive_capacity, and what any rank refuses is heard
   /// late. Throws InputError where the communicator does not read counts on the device.
   PendingPlan begin_plan(const Routing& routing, const torch::Tensor& rows = {},
-                         Errors errors = Errors::kAtCall, double capacity = 0) const;
+                         Errors errors = Errors::kAtCall, double capacity = 0,
+                         bool sums_losses = true) const;
 
   /// Source → experts. Collective.
   Payload dispatch(const Payload& tokens, const ExchangePlan& plan) const;

@@ -15,7 +15,8 @@ class Balancer;
 struct MoEOutput {
   torch::Tensor output;  ///< the input's shape and type
   /// Auxiliary losses of the group's whole batch: equal on every rank, and meant to be added to each
-  /// rank's loss with the same coefficient. Undefined when the routing was handed in.
+  /// rank's loss with the same coefficient. Undefined when the routing was handed in, and in an evaluation
+  /// (`MoELayerImpl::set_evaluation_losses`).
   /// [] E · Σ_e f_e · P_e with f_e the share of all assignments that went to expert e and P_e its mean
   /// probability: 1 in perfect balance (Switch Transformer, arXiv:2101.03961, eq. 4). With
   /// Gate::kGShard f_e counts best experts only: E² times the loss of GShard's algorithm 1.
@@ -26,7 +27,8 @@ struct MoEOutput {
   /// perfect balance. Without noise the load is that of the assignments, without gradient.
   torch::Tensor importance_loss;
   torch::Tensor load_loss;
-  /// [E] int64: assignments of each expert over all ranks of the group.
+  /// [E] int64: assignments of each expert over all ranks of the group; where losses were not summed, of this
+  /// rank's tokens.
   torch::Tensor expert_load;
   /// [E] int64: those of this rank's tokens, before the exchange.
   torch::Tensor own_expert_load;
@@ -64,11 +66,13 @@ class MoEFunction {
 
   /// `x`: [..., h] of the layer's type and device. `training`: with the router's jitter, noise and
   /// chance. Of `conditions` the choice and the padding are taken, for the tokens in row-major order.
+  /// `sums_losses`: whether losses and load are summed over the ranks, all of which must do alike: those that do
+  /// not are told so on every rank. Not false with a `receive_capacity`.
   MoEOutput forward(const MoEParameters& parameters, const torch::Tensor& x, bool training,
-                    const RoutingConditions& conditions = {}) const;
+                    const RoutingConditions& conditions = {}, bool sums_losses = true) const;
   /// With routing from outside.
-  MoEOutput forward(const MoEParameters& parameters, const torch::Tensor& x,
-                    const Routing& routing) const;
+  MoEOutput forward(const MoEParameters& parameters, const torch::Tensor& x, const Routing& routing,
+                    bool sums_losses = true) const;
   /// What forward finds out before experts come into it: no output. For experts of one's own, to which rows
   /// then go by Exchange.
   MoEOutput route(const RouterParameters& parameters, const torch::Tensor& x, bool training,
@@ -137,6 +141,10 @@ class MoELayerImpl : public torch::nn::Module {
   /// number of micro-batches. Undefined: 1.
   void set_attached_loss_scale(const torch::Tensor& scale) { attached_loss_scale_ = scale; }
 
+  /// Whether a forward in eval mode sums losses and load over the ranks; at first not, which spares a collective.
+  /// The same on all ranks. With a `receive_capacity` they are summed in any mode.
+  void set_evaluation_losses(bool summed) { evaluation_losses_ = summed; }
+
   /// What travelled in the last step, tokens or weights, in how many rounds, and why.
   std::string explain() const { return function_.explain(); }
 
@@ -149,6 +157,7 @@ class MoELayerImpl : public torch::nn::Module {
 
  private:
   MoEParameters parameters_of_modules() const;
+  bool sums_losses() const;
 
   MoEFunction function_;
   Router router_{nullptr};
@@ -158,6 +167,7 @@ class MoELayerImpl : public torch::nn::Module {
   torch::Tensor latent_down_;         ///< [latent_size, h], undefined without the option
   torch::Tensor latent_up_;           ///< [h, latent_size]
   torch::Tensor attached_loss_scale_;
+  bool evaluation_losses_ = false;
 };
 TORCH_MODULE(MoELayer);
 

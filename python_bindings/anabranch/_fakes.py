@@ -24,7 +24,7 @@ def _on_one_device(**tensors: Tensor | None) -> None:
 
 
 @torch.library.register_fake("anabranch::moe")
-def _moe(x: Tensor, parameters: list[Tensor], expert_ids, weights, padding_mask, may_skip, options, group, training, probe):
+def _moe(x: Tensor, parameters: list[Tensor], expert_ids, weights, padding_mask, may_skip, options, group, training, losses, probe):
     _on_one_device(x=x, parameters=parameters[-1], expert_ids=expert_ids, weights=weights, padding_mask=padding_mask)
     refuse_active_ddp()
     of_router = _gate_type(parameters[-1].dtype)
@@ -33,18 +33,19 @@ def _moe(x: Tensor, parameters: list[Tensor], expert_ids, weights, padding_mask,
         return x.new_empty(() if exists else (0,), dtype=of_router)
 
     routed = weights is None
+    summed = routed and losses
     given = json.loads(options)
-    noisy = routed and given.get("gate") == "noisy_top_k"
+    noisy = summed and given.get("gate") == "noisy_top_k"
     coefficients = {name: given.get(f"{name}_coefficient", 0) > 0 for name in ("balance", "sequence_balance", "z")}
     chosen = (x.numel() // x.shape[-1], given["top_k"]) if routed else (0,)
     return (
         x.new_empty(x.shape),
-        loss(routed),
-        loss(routed),
+        loss(summed),
+        loss(summed),
         loss(noisy),
         loss(noisy),
-        loss(routed and coefficients["sequence_balance"]),
-        loss(routed and any(coefficients.values())),
+        loss(summed and coefficients["sequence_balance"]),
+        loss(summed and any(coefficients.values())),
         x.new_empty((parameters[0].shape[0],), dtype=torch.int64),
         x.new_empty(chosen, dtype=torch.int64),
         x.new_empty(chosen, dtype=of_router),
@@ -60,7 +61,7 @@ def _moe_forward(x, parameters, *of_layer_and_needs_gradient):
 @torch.library.register_fake("anabranch::router_forward")
 def _router_forward(x, weight, noise_weight, expert_bias, expert_ids, padding_mask, options, group, training, needs_gradient):
     nothing = x.new_empty((0, 0, 0))  # of the layer's type, in the place of experts
-    found = _moe(x, [weight, nothing], expert_ids, None, padding_mask, False, options, group, training, None)
+    found = _moe(x, [weight, nothing], expert_ids, None, padding_mask, False, options, group, training, True, None)
     _, *losses, load, ids, weights = found
     return (weights, *losses, load, ids, torch.empty((1,), dtype=torch.uint8, device="cpu"))
 

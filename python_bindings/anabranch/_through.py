@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class MoEOutput(NamedTuple):
-    """What a layer returns."""
+    """What a layer returns; in an evaluation without losses, see `MoE.evaluation_losses`."""
 
     output: Tensor
     """The input's shape and type."""
@@ -24,7 +24,7 @@ class MoEOutput(NamedTuple):
     z_loss: Tensor | None
     """[] mean_t logsumexp(logits[t])² over the group's whole batch; None with routing from outside."""
     expert_load: Tensor
-    """[num_experts] int64: assignments of each expert over all ranks of the group."""
+    """[num_experts] int64: assignments of each expert over all ranks of the group; in an evaluation of this rank's tokens."""
     importance_loss: Tensor | None = None
     """[] squared coefficient of variation of the experts' sums of weights; None but for the noisy gate."""
     load_loss: Tensor | None = None
@@ -73,27 +73,24 @@ class Through:
         parameters = layer._parameter_list({**self._parts, "experts": experts}, x)
         if x.device.type != parameters[-1].device.type:
             raise ValueError(f"x is on {x.device}, the layer on {parameters[-1].device}")
+        losses = layer.training or layer.evaluation_losses or layer.options["receive_capacity"] > 0
         return self._output_of(
             torch.ops.anabranch.moe(
-                x, parameters, *given, options, layer._group, layer.training, layer._probe.tensor
+                x, parameters, *given, options, layer._group, layer.training, losses, layer._probe.tensor
             )
         )
 
     def _output_of(self, found: tuple[Any, ...]) -> MoEOutput:
-        """Of what the operator returns."""
-        output, balance, z, importance, of_load, of_sequences, auxiliary, load, ids, of_experts = found
+        """Of what the operator returns, in which losses that there are not are empty."""
+        layer = self.layer
+        output, *losses, load, ids, weights = found
+        losses = [None if loss is None or loss.dim() else loss for loss in losses]
+        balance, z, importance, of_load, of_sequences, auxiliary = losses
         if self.given.weights is not None:
-            return MoEOutput(output, None, None, load, expert_ids=self.given.expert_ids, expert_weights=self.given.weights)
-        options = self.layer.options
-        if options["gate"] != "noisy_top_k":
-            importance = of_load = None
-        if not options["sequence_balance_coefficient"]:
-            of_sequences = None
-        if auxiliary.dim():
-            auxiliary = None
-        elif options["attach_losses"] and self.layer.training:
-            output = torch.ops.anabranch.attach_loss(output, auxiliary, self.layer.attached_loss_scale)
-        return MoEOutput(output, balance, z, load, importance, of_load, of_sequences, auxiliary, ids, of_experts)
+            ids, weights = self.given.expert_ids, self.given.weights
+        if auxiliary is not None and layer.options["attach_losses"] and layer.training:
+            output = torch.ops.anabranch.attach_loss(output, auxiliary, layer.attached_loss_scale)
+        return MoEOutput(output, balance, z, load, importance, of_load, of_sequences, auxiliary, ids, weights)
 
     def _by_own_experts(self, x: Tensor, parameters: dict[str, Tensor], options: str) -> tuple[Any, ...]:
         """What the operator returns, by experts or an activation that the core does not know."""

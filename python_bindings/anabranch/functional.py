@@ -69,10 +69,7 @@ class Plan(NamedTuple):
 
 def route(logits: Tensor, top_k: int, renormalize: bool = True) -> RouteResult:
     """Softmax and top-k of logits [T, E], fp32 or fp64."""
-    needs_gradient = torch.is_grad_enabled() and logits.requires_grad
-    weights, probability_sum, squared_logsumexp_sum, expert_ids, counts, _ = torch.ops.anabranch.route_forward(
-        logits, top_k, renormalize, needs_gradient
-    )
+    weights, probability_sum, squared_logsumexp_sum, expert_ids, counts = torch.ops.anabranch.route(logits, top_k, renormalize)
     return RouteResult(expert_ids, weights, counts, probability_sum, squared_logsumexp_sum)
 
 

@@ -229,6 +229,9 @@ class MoE(nn.Module):
         self.attached_loss_scale: Tensor | None = None
         """[] or None, which is 1: what attached losses are multiplied by, that is a loss scaler's number over the
         number of micro-batches that a step adds up."""
+        self.evaluation_losses = False
+        """Whether a forward in eval mode computes losses and sums the load over the ranks, which takes a collective more.
+        The same on all ranks: else each says that they differ. With a `receive_capacity` they are summed in any mode."""
         self.has_router = router
         self._router_shape = (num_experts, hidden_size)
         self.seed = int(torch.randint(_SEEDS, ())) if seed is None else seed

@@ -15,12 +15,9 @@ from .groups import Group
 def route(x: Tensor, parts: dict[str, Tensor], options: str, group: str, training: bool, **given: Any) -> tuple[Any, ...]:
     """The layer's router: weights [T, top_k] with their gradients, losses, load and ids, in the operator's order."""
     weight, noise = parts["weight"], parts.get("noise_weight")
-    learned = [tensor for tensor in (x, weight, noise) if tensor is not None]
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)
-    found = torch.ops.anabranch.router_forward(
-        x, weight, noise, parts.get("expert_bias"), given["expert_ids"], given["padding_mask"], options, group, training,
-        needs_gradient,
-    )  # fmt: skip
+    found = torch.ops.anabranch.router(
+        x, weight, noise, parts.get("expert_bias"), given["expert_ids"], given["padding_mask"], options, group, training
+    )
     return found[:-1]
 
 

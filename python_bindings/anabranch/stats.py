@@ -18,7 +18,7 @@ class LayerStats:
 
     expert_load: Tensor | None
     """[num_experts] int64, on the host: assignments of each expert in the last forward, over all ranks of
-    the group; None before it."""
+    the group (in an evaluation of this rank's tokens, see `MoE.evaluation_losses`); None before it."""
     imbalance: float | None
     """Fullest expert's assignments over the mean: 1 is perfect balance."""
     forwards: int
@@ -26,6 +26,8 @@ class LayerStats:
     bytes_sent: int
     """To other ranks, in forward and backward, by whatever used the layer's communicator meanwhile."""
     bytes_received: int
+    collectives: int
+    """Calls of that communicator."""
     seconds: dict[str, float]
     """By stage, "route" to "combine", and "combine.backward" to "route.backward": on the host, or on a GPU
     between what the stage puts on the stream. Empty unless `reset_stats(timed=True)`."""
@@ -49,7 +51,7 @@ class Probe:
         torch.ops.anabranch.reset_probe(self.tensor, timed)
 
     def stats(self) -> LayerStats:
-        forwards, sent, received, stages, seconds, last_load = torch.ops.anabranch.read_probe(self.tensor)
+        forwards, sent, received, collectives, stages, seconds, last_load = torch.ops.anabranch.read_probe(self.tensor)
         load = last_load.cpu() if len(last_load) else None
         return LayerStats(
             expert_load=load,
@@ -57,6 +59,7 @@ class Probe:
             forwards=forwards,
             bytes_sent=sent,
             bytes_received=received,
+            collectives=collectives,
             seconds={stage.removeprefix("anabranch."): taken for stage, taken in zip(stages, seconds)},
         )
 

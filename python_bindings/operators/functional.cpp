@@ -62,6 +62,23 @@ at::Tensor route_backward(at::TensorList gradients, const at::Tensor& state,
   return run_backward(recorded_graph(state), gradients.vec()).at(0);
 }
 
+/// The same in the caller's graph, without a state.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> route(
+    const at::Tensor& logits, int64_t top_k, bool renormalize) {
+  if (!is_traced(logits)) {
+    const Routing routing = anabranch::route(logits, top_k, renormalize);
+    return {routing.weights, routing.probability_sum, routing.squared_logsumexp_sum,
+            routing.expert_ids, routing.counts};
+  }
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("anabranch::route_forward", "")
+                             .typed<decltype(route_forward)>();
+  const bool needs_gradient = at::GradMode::is_enabled() && logits.requires_grad();
+  auto [weights, probabilities, logsumexp, expert_ids, counts, state] =
+      op.call(logits, top_k, renormalize, needs_gradient);
+  return {weights, probabilities, logsumexp, expert_ids, counts};
+}
+
 Tensors plan(const at::Tensor& expert_ids, const at::Tensor& weights, int64_t num_experts,
              std::string group, bool may_skip) {
   Routing routing;
@@ -187,6 +204,10 @@ TORCH_LIBRARY_FRAGMENT(anabranch, library) {
       "(Tensor weights, Tensor probability_sum, Tensor squared_logsumexp_sum, Tensor expert_ids, "
       "Tensor counts, Tensor state)",
       not_recorded);
+  library.def(
+      "route(Tensor logits, int top_k, bool renormalize) -> (Tensor weights, Tensor "
+      "probability_sum, Tensor squared_logsumexp_sum, Tensor expert_ids, Tensor counts)",
+      route);
   library.def("route_backward(Tensor[] gradients, Tensor state, Tensor logits) -> Tensor",
               not_recorded);
   library.def(

@@ -28,8 +28,4 @@ RoutingConditions conditions_from(const std::optional<at::Tensor>& expert_ids,
   return conditions;
 }
 
-at::Tensor defined_or_empty(const at::Tensor& tensor, const at::TensorOptions& options) {
-  return tensor.defined() ? tensor.detach() : at::empty({0}, options);
-}
-
 }  // namespace anabranch::operators

@@ -19,7 +19,4 @@ at::Tensor ids_from(const at::Tensor& expert_ids);
 RoutingConditions conditions_from(const std::optional<at::Tensor>& expert_ids,
                                   const std::optional<at::Tensor>& padding_mask);
 
-/// As an operator returns it.
-at::Tensor defined_or_empty(const at::Tensor& tensor, const at::TensorOptions& options);
-
 }  // namespace anabranch::operators

@@ -1,7 +1,10 @@
 #include "graph.h"
 
+#include <ATen/core/TorchDispatchUtils.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/graph_task.h>
+
+#include <algorithm>
 
 #include "support/check.h"
 
@@ -26,6 +29,14 @@ c10::impl::LocalDispatchKeySet keys_of_a_program(bool record) {
 
 }  // namespace
 
+bool is_traced(at::TensorList inputs) {
+  return c10::impl::dispatch_mode_enabled() || at::impl::tensorlist_has_dispatch(inputs) ||
+         std::any_of(inputs.begin(), inputs.end(), [](const torch::Tensor& input) {
+           return !(input.is_cpu() || input.is_cuda()) ||
+                  input.key_set().has(c10::DispatchKey::Functionalize);
+         });
+}
+
 torch::Tensor as_tensor(RecordedGraph graph) {
   auto* owner = new Owner{std::move(graph)};
   at::DataPtr data(&owner->byte, owner, &release, torch::kCPU);
@@ -35,9 +46,10 @@ torch::Tensor as_tensor(RecordedGraph graph) {
 
 const RecordedGraph& recorded_graph(const torch::Tensor& state) {
   const auto& data = state.storage().data_ptr();
-  check_input(data.get_deleter() == &release,
-              "backward: the state of the forward is a copy, which holds nothing; hooks on saved "
-              "tensors (save_on_cpu) must leave it as it is");
+  check_input(
+      data.get_deleter() == &release,
+      "backward: the state of the forward is a copy, which holds nothing; hooks on the saved "
+      "tensors of what is compiled must leave it, one byte of host memory, as it is");
   return static_cast<const Owner*>(data.get_context())->graph;
 }
 

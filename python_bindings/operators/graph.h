@@ -2,8 +2,10 @@
 
 #include <anabranch/moe_layer.h>
 #include <torch/csrc/autograd/edge.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/types.h>
 
+#include <tuple>
 #include <vector>
 
 namespace anabranch::operators {
@@ -19,6 +21,26 @@ struct RecordedGraph {
   std::vector<torch::Tensor> inputs;            ///< leaves of the graph
   std::shared_ptr<const MoEFunction> function;  ///< what has recorded it
 };
+
+/// Whether somebody looks at operators, to compile what they are, say, and is to see those that leave a graph
+/// behind. Otherwise the core's graph is recorded as a part of the caller's: so hooks on what autograd saves, which
+/// move it elsewhere or have it computed again, see what the core saves.
+bool is_traced(at::TensorList inputs);
+
+/// Takes `outputs`, all that an operator returns with a gradient, out of the graph that led to those of them that
+/// have one; which `graph` keeps.
+template <typename... Outputs>
+void leave(RecordedGraph& graph, const std::tuple<Outputs&...>& outputs) {
+  auto leave_one = [&graph, place = size_t{0}](torch::Tensor& output) mutable {
+    if (output.requires_grad()) {
+      graph.outputs.push_back(torch::autograd::impl::gradient_edge(output));
+      graph.places.push_back(place);
+      output = output.detach();
+    }
+    ++place;
+  };
+  std::apply([&](auto&... output) { (leave_one(output), ...); }, outputs);
+}
 
 /// A byte of host memory that owns `graph`.
 torch::Tensor as_tensor(RecordedGraph graph);

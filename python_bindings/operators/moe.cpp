@@ -5,13 +5,17 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <tuple>
+
 #include "given.h"
 #include "graph.h"
+#include "losses.h"
 #include "parameters.h"
 #include "probe.h"
 #include "registry.h"
 #include "support/check.h"
 #include "support/given.h"
+#include "support/observer.h"
 #include "support/single_backward.h"
 #include "support/tensor_list.h"
 
@@ -21,22 +25,17 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-/// What the layer's operators return: see MoEOutput. Losses that there are not are empty.
+/// What the layer's operators return: see MoEOutput.
 struct Outputs {
   at::Tensor output;
-  at::Tensor balance_loss;
-  at::Tensor z_loss;
-  at::Tensor importance_loss;
-  at::Tensor load_loss;
-  at::Tensor sequence_balance_loss;
-  at::Tensor auxiliary_loss;
+  Losses losses;
   at::Tensor expert_load;
   at::Tensor expert_ids;      ///< empty of a routing from outside
   at::Tensor expert_weights;  ///< the same
 
+  auto differentiable() { return std::tuple_cat(std::tie(output), losses.tensors()); }
   auto tensors() {
-    return std::tie(output, balance_loss, z_loss, importance_loss, load_loss, sequence_balance_loss,
-                    auxiliary_loss, expert_load, expert_ids, expert_weights);
+    return std::tuple_cat(differentiable(), std::tie(expert_load, expert_ids, expert_weights));
   }
 };
 using OutputTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
@@ -61,8 +60,8 @@ using OutputAndStateTuple =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
                at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-/// Outputs with a gradient come first.
-constexpr size_t kDifferentiable = 7;
+/// Outputs with a gradient, which come first.
+constexpr size_t kDifferentiable = std::tuple_size_v<decltype(Outputs().differentiable())>;
 
 /// What a routing from outside is to be for the core.
 Routing routing_from(const at::Tensor& expert_ids, const at::Tensor& weights, bool may_skip,
@@ -76,7 +75,7 @@ Routing routing_from(const at::Tensor& expert_ids, const at::Tensor& weights, bo
   return routing;
 }
 
-/// Adds to a layer's probe what happens while this lives: bytes, and times where it wants them.
+/// Adds to a layer's probe what happens while this lives: traffic, and times where it wants them.
 class Observing {
  public:
   Observing(const at::Tensor& probe, const Communicator& communicator, at::Device device)
@@ -89,6 +88,7 @@ class Observing {
     const std::scoped_lock lock(probe_->mutex);
     probe_->bytes_sent += communicator_.traffic().bytes_sent - before_.bytes_sent;
     probe_->bytes_received += communicator_.traffic().bytes_received - before_.bytes_received;
+    probe_->collectives += communicator_.traffic().collectives - before_.collectives;
   }
   Observing(const Observing&) = delete;
   Observing& operator=(const Observing&) = delete;
@@ -100,13 +100,55 @@ class Observing {
   StageTimes::Measuring measuring_;
 };
 
+/// A layer's forward: by autograd's graph, where that is recorded.
+MoEOutput run(const MoEFunction& function, const at::Tensor& x, at::TensorList parameters,
+              const Given& given, bool training, bool losses, const at::Tensor& probe) {
+  const auto counted = probe_of(probe);
+  if (counted) {
+    const std::scoped_lock lock(counted->mutex);
+    ++counted->forwards;
+  }
+  const Communicator& communicator = function.exchange().communicator();
+  const Observing observing(probe, communicator, x.device());
+  MoEParameters all = parameters_from_list(parameters, function.options());
+  const auto dtype = function.options().dtype;
+  for (auto* tensor : {&all.router.weight, &all.router.noise_weight, &all.router.expert_bias}) {
+    if (tensor->defined()) *tensor = tensor->to(gate_type(dtype));
+  }
+  auto output =
+      given.weights.has_value()
+          ? function.forward(
+                all, x,
+                routing_from(given.expert_ids.value(), *given.weights, given.may_skip, dtype),
+                losses)
+          : function.forward(all, x, training,
+                             conditions_from(given.expert_ids, given.padding_mask), losses);
+  if (counted) {
+    const std::scoped_lock lock(counted->mutex);
+    // What an operator returns is its caller's; a rank alone has the same once more.
+    counted->expert_load =
+        communicator.size() == 1 ? output.own_expert_load : output.expert_load.clone();
+  }
+  return output;
+}
+
+/// As the operators return them.
+Outputs outputs_of(const MoEOutput& found, const at::Tensor& x, bool routed_here) {
+  const auto empty = x.options().dtype(gate_type(x.scalar_type()));
+  return {.output = found.output,
+          .losses = Losses::of(found, empty),
+          .expert_load = found.expert_load,
+          .expert_ids = routed_here ? found.expert_ids : at::empty({0}, empty.dtype(at::kLong)),
+          .expert_weights = routed_here ? found.expert_weights.detach() : at::empty({0}, empty)};
+}
+
 /// The outputs and the graph from those of the inputs (x, weights, if given, and parameters) that
 /// `needs_gradient` names.
 OutputAndStateTuple moe_forward(const at::Tensor& x, at::TensorList parameters,
                                 const std::optional<at::Tensor>& expert_ids,
                                 const std::optional<at::Tensor>& weights,
                                 const std::optional<at::Tensor>& padding_mask, bool may_skip,
-                                std::string options, std::string group, bool training,
+                                std::string options, std::string group, bool training, bool losses,
                                 const at::Tensor& probe, c10::List<bool> needs_gradient) {
   std::vector<at::Tensor> inputs = {x};
   if (weights.has_value()) inputs.push_back(*weights);
@@ -120,56 +162,16 @@ OutputAndStateTuple moe_forward(const at::Tensor& x, at::TensorList parameters,
   }
   const auto leaves = at::TensorList(inputs).slice(inputs.size() - parameters.size());
   const auto function = function_for(options, group, leaves.back().scalar_type(), x.device());
+  const auto own_weights = weights.has_value() ? std::optional(inputs[1]) : std::nullopt;
 
-  if (const auto counted = probe_of(probe)) {
-    const std::scoped_lock lock(counted->mutex);
-    ++counted->forwards;
-  }
-  const Observing observing(probe, function->exchange().communicator(), x.device());
   const Recording recording(!graph.inputs.empty());
-  MoEParameters all = parameters_from_list(leaves, function->options());
-  for (auto* tensor : {&all.router.weight, &all.router.noise_weight, &all.router.expert_bias}) {
-    if (tensor->defined()) *tensor = tensor->to(gate_type(function->options().dtype));
-  }
-  const auto dtype = function->options().dtype;
-  const auto output =
-      weights.has_value()
-          ? function->forward(all, inputs[0],
-                              routing_from(expert_ids.value(), inputs[1], may_skip, dtype))
-          : function->forward(all, inputs[0], training, conditions_from(expert_ids, padding_mask));
-
-  if (const auto counted = probe_of(probe)) {
-    const std::scoped_lock lock(counted->mutex);
-    // What an operator returns is its caller's; a rank alone has the same once more.
-    const bool alone = function->exchange().communicator().size() == 1;
-    counted->expert_load = alone ? output.own_expert_load : output.expert_load.clone();
-  }
+  auto outputs =
+      outputs_of(run(*function, inputs[0], leaves,
+                     {expert_ids, own_weights, padding_mask, may_skip}, training, losses, probe),
+                 x, !weights.has_value());
   graph.function = function;
-  size_t place = 0;
-  for (const auto& tensor :
-       {output.output, output.balance_loss, output.z_loss, output.importance_loss, output.load_loss,
-        output.sequence_balance_loss, output.auxiliary_loss}) {
-    if (tensor.defined() && tensor.requires_grad()) {
-      graph.outputs.push_back(torch::autograd::impl::gradient_edge(tensor));
-      graph.places.push_back(place);
-    }
-    ++place;
-  }
-  const auto empty = x.options().dtype(gate_type(dtype));
-  const bool own = !weights.has_value();
-  return OutputsAndState{
-      .outputs = {.output = output.output.detach(),
-                  .balance_loss = defined_or_empty(output.balance_loss, empty),
-                  .z_loss = defined_or_empty(output.z_loss, empty),
-                  .importance_loss = defined_or_empty(output.importance_loss, empty),
-                  .load_loss = defined_or_empty(output.load_loss, empty),
-                  .sequence_balance_loss = defined_or_empty(output.sequence_balance_loss, empty),
-                  .auxiliary_loss = defined_or_empty(output.auxiliary_loss, empty),
-                  .expert_load = output.expert_load,
-                  .expert_ids =
-                      own ? output.expert_ids : at::empty({0}, output.expert_load.options()),
-                  .expert_weights = own ? output.expert_weights.detach() : at::empty({0}, empty)},
-      .state = as_tensor(std::move(graph))}
+  leave(graph, outputs.differentiable());
+  return OutputsAndState{.outputs = std::move(outputs), .state = as_tensor(std::move(graph))}
       .tensors();
 }
 
@@ -198,13 +200,15 @@ std::vector<at::Tensor> moe_backward(const c10::List<std::optional<at::Tensor>>&
 
 OutputsAndState call_forward(const at::Tensor& x, at::TensorList parameters, const Given& given,
                              const std::string& options, const std::string& group, bool training,
-                             const at::Tensor& probe, const c10::List<bool>& needs_gradient) {
+                             bool losses, const at::Tensor& probe,
+                             const c10::List<bool>& needs_gradient) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("anabranch::moe_forward", "")
                              .typed<decltype(moe_forward)>();
   OutputsAndState found;
-  found.tensors() = op.call(x, parameters, given.expert_ids, given.weights, given.padding_mask,
-                            given.may_skip, options, group, training, probe, needs_gradient);
+  found.tensors() =
+      op.call(x, parameters, given.expert_ids, given.weights, given.padding_mask, given.may_skip,
+              options, group, training, losses, probe, needs_gradient);
   return found;
 }
 
@@ -223,7 +227,7 @@ struct MoE : torch::autograd::Function<MoE> {
                                const std::optional<at::Tensor>& expert_ids,
                                const std::optional<at::Tensor>& padding_mask, bool may_skip,
                                const std::string& options, const std::string& group, bool training,
-                               const at::Tensor& probe) {
+                               bool losses, const at::Tensor& probe) {
     c10::List<bool> needs_gradient;
     variable_list inputs;
     variable_list read;           // without a gradient: saved, so that changes of them are noticed
@@ -256,14 +260,14 @@ struct MoE : torch::autograd::Function<MoE> {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [outputs, state] =
         call_forward(x, parameters, {expert_ids, weights, padding_mask, may_skip}, options, group,
-                     training, probe, needs_gradient);
+                     training, losses, probe, needs_gradient);
     variable_list saved = {state, probe};
     saved.insert(saved.end(), inputs.begin(), inputs.end());
     saved.insert(saved.end(), read.begin(), read.end());
     if (padding_mask.has_value()) saved.push_back(*padding_mask);
     context->save_for_backward(std::move(saved));
     context->saved_data["places"] = places;
-    context->saved_data["arguments"] = place + 7;
+    context->saved_data["arguments"] = place + 8;
     context->mark_non_differentiable(
         {outputs.expert_load, outputs.expert_ids, outputs.expert_weights});
     context->set_materialize_grads(false);  // a loss that nobody uses has no backward
@@ -294,11 +298,29 @@ OutputTuple moe(const at::Tensor& x, at::TensorList parameters,
                 const std::optional<at::Tensor>& expert_ids,
                 const std::optional<at::Tensor>& weights,
                 const std::optional<at::Tensor>& padding_mask, bool may_skip, std::string options,
-                std::string group, bool training, const at::Tensor& probe) {
+                std::string group, bool training, bool losses, const at::Tensor& probe) {
+  const Recording recording(false);
+  const auto function = function_for(options, group, parameters.back().scalar_type(), x.device());
+  return outputs_of(run(*function, x, parameters, {expert_ids, weights, padding_mask, may_skip},
+                        training, losses, probe),
+                    x, !weights.has_value())
+      .tensors();
+}
+
+/// As operators that pass on their state.
+OutputTuple moe_traced(const at::Tensor& x, at::TensorList parameters, const Given& given,
+                       const std::string& options, const std::string& group, bool training,
+                       bool losses, const at::Tensor& probe, bool needs_gradient) {
+  if (needs_gradient) {
+    return unpack<Outputs>(MoE::apply(x, given.weights, parameters, given.expert_ids,
+                                      given.padding_mask, given.may_skip, options, group, training,
+                                      losses, probe))
+        .tensors();
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
   c10::List<bool> none;
-  for (size_t i = 0; i < 1 + weights.has_value() + parameters.size(); ++i) none.push_back(false);
-  return call_forward(x, parameters, {expert_ids, weights, padding_mask, may_skip}, options, group,
-                      training, probe, none)
+  none.resize(1 + given.weights.has_value() + parameters.size(), false);
+  return call_forward(x, parameters, given, options, group, training, losses, probe, none)
       .outputs.tensors();
 }
 
@@ -306,17 +328,30 @@ OutputTuple moe_autograd(const at::Tensor& x, at::TensorList parameters,
                          const std::optional<at::Tensor>& expert_ids,
                          const std::optional<at::Tensor>& weights,
                          const std::optional<at::Tensor>& padding_mask, bool may_skip,
-                         std::string options, std::string group, bool training,
+                         std::string options, std::string group, bool training, bool losses,
                          const at::Tensor& probe) {
   const auto needed = [](const at::Tensor& tensor) { return tensor.requires_grad(); };
-  if (!at::GradMode::is_enabled() || !(needed(x) || (weights.has_value() && needed(*weights)) ||
-                                       std::any_of(parameters.begin(), parameters.end(), needed))) {
+  const bool needs_gradient =
+      at::GradMode::is_enabled() && (needed(x) || (weights.has_value() && needed(*weights)) ||
+                                     std::any_of(parameters.begin(), parameters.end(), needed));
+  const Given given{expert_ids, weights, padding_mask, may_skip};
+  if (is_traced(x) || is_traced(parameters)) {
+    return moe_traced(x, parameters, given, options, group, training, losses, probe,
+                      needs_gradient);
+  }
+  if (!needs_gradient) {
     const at::AutoDispatchBelowADInplaceOrView below;
     return moe(x, parameters, expert_ids, weights, padding_mask, may_skip, std::move(options),
-               std::move(group), training, probe);
+               std::move(group), training, losses, probe);
   }
-  return unpack<Outputs>(MoE::apply(x, weights, parameters, expert_ids, padding_mask, may_skip,
-                                    options, group, training, probe))
+  const c10::impl::ExcludeDispatchKeyGuard outside(c10::autocast_dispatch_keyset);
+  const auto function = function_for(options, group, parameters.back().scalar_type(), x.device());
+  const ObservedBackward observed(
+      [probe, function, device = x.device()]() -> std::shared_ptr<void> {
+        return std::make_shared<Observing>(probe, function->exchange().communicator(), device);
+      });
+  return outputs_of(run(*function, x, parameters, given, training, losses, probe), x,
+                    !weights.has_value())
       .tensors();
 }
 
@@ -325,7 +360,7 @@ OutputTuple moe_autocast(const at::Tensor& x, at::TensorList parameters,
                          const std::optional<at::Tensor>& expert_ids,
                          const std::optional<at::Tensor>& weights,
                          const std::optional<at::Tensor>& padding_mask, bool may_skip,
-                         std::string options, std::string group, bool training,
+                         std::string options, std::string group, bool training, bool losses,
                          const at::Tensor& probe) {
   const c10::impl::ExcludeDispatchKeyGuard outside(c10::autocast_dispatch_keyset);
   const auto device = x.device().type();
@@ -338,7 +373,8 @@ OutputTuple moe_autocast(const at::Tensor& x, at::TensorList parameters,
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("anabranch::moe", "").typed<decltype(moe)>();
   return op.call(at::autocast::cached_cast(type, x, device), cast, expert_ids, weights,
-                 padding_mask, may_skip, std::move(options), std::move(group), training, probe);
+                 padding_mask, may_skip, std::move(options), std::move(group), training, losses,
+                 probe);
 }
 
 }  // namespace
@@ -350,7 +386,8 @@ TORCH_LIBRARY_FRAGMENT(anabranch, library) {
   const std::vector<at::Tag> draws = {at::Tag::nondeterministic_seeded, at::Tag::cudagraph_unsafe};
   library.def(
       "moe(Tensor x, Tensor[] parameters, Tensor? expert_ids, Tensor? weights, Tensor? "
-      "padding_mask, bool may_skip, str options, str group, bool training, Tensor probe) -> "
+      "padding_mask, bool may_skip, str options, str group, bool training, bool losses, Tensor "
+      "probe) -> "
       "(Tensor "
       "output, Tensor balance_loss, Tensor z_loss, Tensor importance_loss, Tensor load_loss, "
       "Tensor "
@@ -359,7 +396,8 @@ TORCH_LIBRARY_FRAGMENT(anabranch, library) {
       draws);
   library.def(
       "moe_forward(Tensor x, Tensor[] parameters, Tensor? expert_ids, Tensor? weights, Tensor? "
-      "padding_mask, bool may_skip, str options, str group, bool training, Tensor probe, bool[] "
+      "padding_mask, bool may_skip, str options, str group, bool training, bool losses, Tensor "
+      "probe, bool[] "
       "needs_gradient) -> (Tensor output, Tensor balance_loss, Tensor z_loss, Tensor "
       "importance_loss, Tensor load_loss, Tensor sequence_balance_loss, Tensor auxiliary_loss, "
       "Tensor expert_load, Tensor expert_ids, Tensor expert_weights, Tensor state)",

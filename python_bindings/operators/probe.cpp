@@ -41,14 +41,15 @@ void reset_probe(const torch::Tensor& probe, bool timed) {
   const auto found = probe_of(probe);
   check_input(found != nullptr, "reset_probe: there is no probe ", number_of(probe));
   const std::scoped_lock lock(found->mutex);
-  found->forwards = found->bytes_sent = found->bytes_received = 0;
+  found->forwards = found->bytes_sent = found->bytes_received = found->collectives = 0;
   found->timed = timed;
   found->times.reset();
 }
 
-/// Forwards, bytes sent, bytes received; stages and their seconds; the experts' load in the last
+/// Forwards, bytes sent, bytes received, collectives; stages and their seconds; the experts' load in the last
 /// forward, [0] before it.
-std::tuple<int64_t, int64_t, int64_t, std::vector<std::string>, std::vector<double>, torch::Tensor>
+std::tuple<int64_t, int64_t, int64_t, int64_t, std::vector<std::string>, std::vector<double>,
+           torch::Tensor>
 read_probe(const torch::Tensor& probe) {
   const auto found = probe_of(probe);
   check_input(found != nullptr, "read_probe: there is no probe ", number_of(probe));
@@ -63,6 +64,7 @@ read_probe(const torch::Tensor& probe) {
       found->forwards,
       found->bytes_sent,
       found->bytes_received,
+      found->collectives,
       stages,
       seconds,
       found->expert_load.defined() ? found->expert_load.clone() : torch::empty({0}, torch::kInt64)};
@@ -81,7 +83,8 @@ TORCH_LIBRARY_FRAGMENT(anabranch, library) {
   library.def("new_probe() -> int", new_probe);
   library.def("release_probe(int number) -> ()", release_probe);
   library.def("reset_probe(Tensor probe, bool timed) -> ()", reset_probe);
-  library.def("read_probe(Tensor probe) -> (int, int, int, str[], float[], Tensor)", read_probe);
+  library.def("read_probe(Tensor probe) -> (int, int, int, int, str[], float[], Tensor)",
+              read_probe);
 }
 
 }  // namespace anabranch::operators

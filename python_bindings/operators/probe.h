@@ -12,6 +12,7 @@ struct Probe {
   int64_t forwards = 0;
   int64_t bytes_sent = 0;      ///< to other ranks, in forward and backward
   int64_t bytes_received = 0;  ///< from other ranks
+  int64_t collectives = 0;     ///< of several ranks
   bool timed = false;          ///< whether stages are measured
   StageTimes times;
   torch::Tensor expert_load;  ///< [E] int64 of the last forward; undefined before it

@@ -4,32 +4,45 @@
 
 #include "given.h"
 #include "graph.h"
+#include "losses.h"
 #include "registry.h"
 #include "support/tensor_list.h"
 
 namespace anabranch::operators {
 namespace {
 
-/// What router_forward returns: see MoEOutput. Losses that there are not are empty.
+/// What router_forward returns: see MoEOutput, and RecordedGraph for the state.
 struct Routed {
   at::Tensor weights;
-  at::Tensor balance_loss;
-  at::Tensor z_loss;
-  at::Tensor importance_loss;
-  at::Tensor load_loss;
-  at::Tensor sequence_balance_loss;
-  at::Tensor auxiliary_loss;
+  Losses losses;
   at::Tensor expert_load;
   at::Tensor expert_ids;
   at::Tensor state;
 
+  auto differentiable() { return std::tuple_cat(std::tie(weights), losses.tensors()); }
   auto tensors() {
-    return std::tie(weights, balance_loss, z_loss, importance_loss, load_loss,
-                    sequence_balance_loss, auxiliary_loss, expert_load, expert_ids, state);
+    return std::tuple_cat(differentiable(), std::tie(expert_load, expert_ids, state));
   }
 };
 using RoutedTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
                                at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+/// What the core finds, but for the state.
+Routed routed_by(const MoEFunction& function, const at::Tensor& x, const at::Tensor& weight,
+                 const at::Tensor& noise_weight, const std::optional<at::Tensor>& expert_bias,
+                 const RoutingConditions& conditions, bool training) {
+  const auto of_type = [&](const at::Tensor& tensor) {
+    return tensor.defined() ? tensor.to(gate_type(x.scalar_type())) : tensor;
+  };
+  const MoEOutput found = function.route(
+      {of_type(weight), of_type(noise_weight), of_type(expert_bias.value_or(at::Tensor()))}, x,
+      training, conditions);
+  return {.weights = found.expert_weights,
+          .losses = Losses::of(found, x.options().dtype(gate_type(x.scalar_type()))),
+          .expert_load = found.expert_load,
+          .expert_ids = found.expert_ids,
+          .state = {}};
+}
 
 RoutedTuple router_forward(const at::Tensor& x, const at::Tensor& weight,
                            const std::optional<at::Tensor>& noise_weight,
@@ -38,7 +51,6 @@ RoutedTuple router_forward(const at::Tensor& x, const at::Tensor& weight,
                            const std::optional<at::Tensor>& padding_mask, std::string options,
                            std::string group, bool training, bool needs_gradient) {
   const auto function = function_for(options, group, x.scalar_type(), x.device());
-  const auto of_gate = gate_type(x.scalar_type());
   RecordedGraph graph;
   const auto leaf = [&](const at::Tensor& tensor) {
     auto input = tensor.detach();
@@ -49,35 +61,37 @@ RoutedTuple router_forward(const at::Tensor& x, const at::Tensor& weight,
   const auto own_weight = leaf(weight);
   const auto own_noise = noise_weight.has_value() ? leaf(*noise_weight) : at::Tensor();
   const Recording recording(needs_gradient);
-  const auto of_type = [&](const at::Tensor& tensor) {
-    return tensor.defined() ? tensor.to(of_gate) : tensor;
-  };
-  const MoEOutput routed = function->route(
-      {of_type(own_weight), of_type(own_noise), of_type(expert_bias.value_or(at::Tensor()))}, rows,
-      training, conditions_from(expert_ids, padding_mask));
+  auto routed = routed_by(*function, rows, own_weight, own_noise, expert_bias,
+                          conditions_from(expert_ids, padding_mask), training);
   graph.function = function;
-  const std::vector<at::Tensor> differentiable = {
-      routed.expert_weights,  routed.balance_loss, routed.z_loss,
-      routed.importance_loss, routed.load_loss,    routed.sequence_balance_loss,
-      routed.auxiliary_loss};
-  for (size_t place = 0; place < differentiable.size(); ++place) {
-    if (differentiable[place].defined() && differentiable[place].requires_grad()) {
-      graph.outputs.push_back(torch::autograd::impl::gradient_edge(differentiable[place]));
-      graph.places.push_back(place);
-    }
+  leave(graph, routed.differentiable());
+  routed.state = as_tensor(std::move(graph));
+  return routed.tensors();
+}
+
+/// The same in the caller's graph; the state is empty.
+RoutedTuple router(const at::Tensor& x, const at::Tensor& weight,
+                   const std::optional<at::Tensor>& noise_weight,
+                   const std::optional<at::Tensor>& expert_bias,
+                   const std::optional<at::Tensor>& expert_ids,
+                   const std::optional<at::Tensor>& padding_mask, std::string options,
+                   std::string group, bool training) {
+  if (!is_traced({x, weight})) {
+    const c10::impl::ExcludeDispatchKeyGuard outside(c10::autocast_dispatch_keyset);
+    const auto function = function_for(options, group, x.scalar_type(), x.device());
+    auto routed = routed_by(*function, x, weight, noise_weight.value_or(at::Tensor()), expert_bias,
+                            conditions_from(expert_ids, padding_mask), training);
+    routed.state = at::empty({0}, x.options().dtype(at::kByte));
+    return routed.tensors();
   }
-  const auto empty = x.options().dtype(of_gate);
-  return Routed{.weights = routed.expert_weights.detach(),
-                .balance_loss = defined_or_empty(routed.balance_loss, empty),
-                .z_loss = defined_or_empty(routed.z_loss, empty),
-                .importance_loss = defined_or_empty(routed.importance_loss, empty),
-                .load_loss = defined_or_empty(routed.load_loss, empty),
-                .sequence_balance_loss = defined_or_empty(routed.sequence_balance_loss, empty),
-                .auxiliary_loss = defined_or_empty(routed.auxiliary_loss, empty),
-                .expert_load = routed.expert_load,
-                .expert_ids = routed.expert_ids,
-                .state = as_tensor(std::move(graph))}
-      .tensors();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("anabranch::router_forward", "")
+                             .typed<decltype(router_forward)>();
+  const bool needs_gradient =
+      at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad() ||
+                                     (noise_weight.has_value() && noise_weight->requires_grad()));
+  return op.call(x, weight, noise_weight, expert_bias, expert_ids, padding_mask, options, group,
+                 training, needs_gradient);
 }
 
 /// Of x, the weight and the noise's weight, where there is one: in the order of `inputs`.
@@ -108,6 +122,13 @@ TORCH_LIBRARY_FRAGMENT(anabranch, library) {
       "importance_loss, Tensor load_loss, Tensor sequence_balance_loss, Tensor auxiliary_loss, "
       "Tensor expert_load, Tensor expert_ids, Tensor state)",
       {at::Tag::nondeterministic_seeded, at::Tag::cudagraph_unsafe});
+  library.def(
+      "router(Tensor x, Tensor weight, Tensor? noise_weight, Tensor? expert_bias, Tensor? "
+      "expert_ids, Tensor? padding_mask, str options, str group, bool training) -> (Tensor "
+      "weights, Tensor balance_loss, Tensor z_loss, Tensor importance_loss, Tensor load_loss, "
+      "Tensor sequence_balance_loss, Tensor auxiliary_loss, Tensor expert_load, Tensor "
+      "expert_ids, Tensor state)",
+      router);
   library.def("router_backward(Tensor[] gradients, Tensor state, Tensor[] inputs) -> Tensor[]",
               {at::Tag::cudagraph_unsafe});
 }

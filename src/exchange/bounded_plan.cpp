@@ -63,12 +63,14 @@ PendingPlan begin_plan_within(const Room& room, Departures own, std::vector<torc
   plan.token_offsets = send.token_offsets;
   plan.token_rows = send.token_rows;
   plan.send_order = send.send_order;
-  return {plan.source_counts, [plan, own = std::move(own), ends = verdict.ends, room, communicator](
-                                  const torch::Tensor& rows, torch::Tensor& received) {
+  return {plan.source_counts,
+          [plan, own = std::move(own), ends = verdict.ends, room, communicator](
+              const torch::Tensor& rows, torch::Tensor& received) {
             ExchangePlan whole = plan;
             received = receive_into(whole, own, rows, ends, room, *communicator);
             return whole;
-          }};
+          },
+          /*any_sums_losses=*/nullptr};
 }
 
 }  // namespace anabranch

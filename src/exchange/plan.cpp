@@ -7,6 +7,7 @@
 #include <anabranch/error.h>
 #include <anabranch/exchange.h>
 
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <memory>
@@ -83,13 +84,15 @@ torch::Tensor refused_tokens(const RoutingCheck& check) {
 
 /// Of a step, what all ranks must have alike: with it, messages fit each other.
 struct Form {
-  int64_t width = 0;      ///< of a row that is to be dispatched; 0: none is known
-  int64_t type = 0;       ///< of such a row
-  int64_t weights = 0;    ///< their type
-  int64_t gate_sums = 0;  ///< what the routing brings for the batch's losses, a bit each
+  int64_t width = 0;        ///< of a row that is to be dispatched; 0: none is known
+  int64_t type = 0;         ///< of such a row
+  int64_t weights = 0;      ///< their type
+  int64_t gate_sums = 0;    ///< what the routing brings for the batch's losses, a bit each
+  int64_t sums_losses = 0;  ///< 1: the ranks sum them
 
-  static Form of(const Routing& routing, const torch::Tensor& rows) {
+  static Form of(const Routing& routing, const torch::Tensor& rows, bool sums_losses) {
     Form form;
+    form.sums_losses = sums_losses ? 1 : 0;
     if (rows.defined()) {
       form.width = rows.size(-1);
       form.type = static_cast<int64_t>(rows.scalar_type());
@@ -100,9 +103,11 @@ struct Form {
                      (routing.importance.defined() ? 4 : 0);
     return form;
   }
-  int64_t number() const { return ((width * 256 + type) * 256 + weights) * 8 + gate_sums; }
+  int64_t number() const {
+    return (((width * 256 + type) * 256 + weights) * 8 + gate_sums) * 2 + sums_losses;
+  }
   static Form of_number(int64_t number) {
-    return {number >> 19, (number >> 11) & 255, (number >> 3) & 255, number & 7};
+    return {number >> 20, (number >> 12) & 255, (number >> 4) & 255, (number >> 1) & 7, number & 1};
   }
 
   std::string describe() const {
@@ -111,7 +116,8 @@ struct Form {
     };
     return c10::str(width == 0 ? std::string("rows") : c10::str("rows of ", width, " ", name(type)),
                     ", weights of ", name(weights), ", ",
-                    gate_sums == 0 ? "a routing from outside" : "a gate's routing");
+                    gate_sums == 0 ? "a routing from outside" : "a gate's routing",
+                    sums_losses == 0 ? " without losses, as in an evaluation" : "");
   }
 };
 
@@ -322,6 +328,16 @@ torch::Tensor sent_weights(const Routing& routing, const SendPlan& send) {
       .gather_rows(routing.weights.detach().contiguous().view(-1), send.send_order);
 }
 
+/// Whether any rank has said so; the host waits for the counts.
+bool losses_are_summed(const Beginning& begun, const ExpertPlacement& placement,
+                       Communicator& communicator) {
+  const Announced announced =
+      announced_in(wait_for(begun.counts, communicator), placement, communicator.rank());
+  return std::any_of(announced.from.begin(), announced.from.end(), [](const int64_t* header) {
+    return Form::of_number(header[kForm]).sums_losses != 0;
+  });
+}
+
 ExchangePlan finish_plan(const Beginning& begun, const ExpertPlacement& placement,
                          Communicator& communicator, const torch::Tensor& rows,
                          torch::Tensor& received) {
@@ -355,6 +371,7 @@ torch::Tensor PendingPlan::make(const torch::Tensor& rows) {
   const Stage named("anabranch.plan");
   torch::Tensor received;
   plan_ = std::exchange(rest_, nullptr)(rows, received);
+  any_sums_losses_ = nullptr;
   return received;
 }
 
@@ -411,15 +428,16 @@ PendingPlan Exchange::begin_plan_within_room(const Routing& routing, const torch
   }
   const Room room =
       room_for(capacity, own.ids.size(0), own.ids.size(1), placement_, communicator_->rank());
-  const auto told =
-      constants({Form::of(routing, rows).number(), room.rows, room.assignments}, device);
+  const auto told = constants(
+      {Form::of(routing, rows, /*sums_losses=*/true).number(), room.rows, room.assignments},
+      device);
   return begin_plan_within(room, std::move(own), head(check, told),
                            told.narrow(0, kTold - kToldInvalid, placement_.num_ranks),
                            first_experts_, placement_, communicator_, *late_refusals_);
 }
 
 PendingPlan Exchange::begin_plan(const Routing& routing, const torch::Tensor& rows, Errors errors,
-                                 double capacity) const {
+                                 double capacity, bool sums_losses) const {
   const torch::NoGradGuard no_grad;
   const Stage named("anabranch.plan");
   check_routing(routing);
@@ -444,13 +462,15 @@ PendingPlan Exchange::begin_plan(const Routing& routing, const torch::Tensor& ro
       {}};
   const SendPlan& send = own.send;
   if (communicator_->size() > 1 && errors == Errors::kLate && capacity > 0) {
+    check_input(sums_losses,
+                "exchange: a capacity without losses: nobody would hear of ranks that have some");
     own.weights = sent_weights(routing, send);
     return begin_plan_within_room(routing, rows, check, std::move(own), capacity);
   }
   if (message_layout_.device() != ids.device()) {
     message_layout_ = message_layout_.to(ids.device());
   }
-  const int64_t form = Form::of(routing, rows).number();
+  const int64_t form = Form::of(routing, rows, sums_losses).number();
   if (form != form_ || form_on_device_.device() != ids.device()) {
     form_ = form;
     form_on_device_ = at::full({2}, -1, ids.options());  // behind a token of which there is none
@@ -471,9 +491,13 @@ PendingPlan Exchange::begin_plan(const Routing& routing, const torch::Tensor& ro
   own.weights = sent_weights(routing, send);
   const auto begun = std::make_shared<const Beginning>(
       Beginning{routing, std::move(own), std::move(counts), ends});
-  return {source_counts, [begun, placement = placement_, communicator = communicator_](
-                             const torch::Tensor& rows, torch::Tensor& received) {
+  return {source_counts,
+          [begun, placement = placement_, communicator = communicator_](const torch::Tensor& rows,
+                                                                        torch::Tensor& received) {
             return finish_plan(*begun, placement, *communicator, rows, received);
+          },
+          [begun, placement = placement_, communicator = communicator_] {
+            return losses_are_summed(*begun, placement, *communicator);
           }};
 }
 

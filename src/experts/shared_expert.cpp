@@ -9,6 +9,7 @@
 #include "routing/gate.h"
 #include "support/given.h"
 #include "support/initialize.h"
+#include "support/observer.h"
 #include "support/single_backward.h"
 #include "support/tensor_list.h"
 
@@ -24,6 +25,7 @@ struct ExpertHolder : torch::CustomClassHolder {
   FeedForward expert;
   WeightSums main_grad;
   std::optional<FeedForwardOutput> ahead;  ///< until forward takes it
+  std::shared_ptr<const Observer> observer = backward_observer();
 };
 
 /// The tensors that backward needs.
@@ -58,6 +60,7 @@ struct ThroughSharedExpert : torch::autograd::Function<ThroughSharedExpert> {
     const auto [x, hidden, shared] = unpack<Saved>(context->get_saved_variables());
     const auto holder =
         c10::static_intrusive_pointer_cast<ExpertHolder>(context->saved_data["expert"].toCapsule());
+    const auto observed = begin(holder->observer);
     auto wanted = wanted_gradients(context, /*first=*/1, shared);
     wanted.sums = holder->main_grad;
     const auto [gradients_of, dx, drouting_weights] = feed_forward_backward(

@@ -11,6 +11,7 @@
 #include "routing/rule.h"
 #include "support/check.h"
 #include "support/given.h"
+#include "support/observer.h"
 #include "support/single_backward.h"
 #include "support/stage.h"
 #include "support/tensor_list.h"
@@ -34,6 +35,7 @@ struct RuleHolder : torch::CustomClassHolder {
       : rule(rule), conditions(conditions) {}
   RoutingRule rule;
   RoutingConditions conditions;
+  std::shared_ptr<const Observer> observer = backward_observer();
 };
 
 /// What comes out of it, or the gradients of that; the last three have none. See Routing.
@@ -116,11 +118,12 @@ struct Route : torch::autograd::Function<Route> {
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     refuse_double_backward("route");
     const torch::NoGradGuard no_grad;
-    const Stage named("anabranch.route.backward");
     const auto saved = unpack<Saved>(context->get_saved_variables());
     const auto gradient = unpack<Routed>(gradients);
     const auto holder =
         c10::static_intrusive_pointer_cast<RuleHolder>(context->saved_data["rule"].toCapsule());
+    const auto observed = begin(holder->observer);
+    const Stage named("anabranch.route.backward");
     const RouteResult routed{.expert_ids = saved.expert_ids,
                              .weights = saved.weights,
                              .probabilities = saved.probabilities,

@@ -15,7 +15,7 @@ OPERATORS = torch.ops.anabranch
 def arguments(layer, x, routing=(None, None)):
     parts = {**layer._parts_but_experts(x), "experts": dict(layer.experts.named_parameters())}
     given = (*routing, None, False)
-    return (x, layer._parameter_list(parts, x), *given, layer._options, layer._group, True, layer._probe.tensor)
+    return (x, layer._parameter_list(parts, x), *given, layer._options, layer._group, True, True, layer._probe.tensor)
 
 
 def layer_of(device, **more):
@@ -155,6 +155,7 @@ def test_equal_layers_share_what_is_compiled():
 
 def test_export_of_inference(device, tmp_path):
     block = Block(device, shared_expert_hidden_size=6).eval()
+    block.moe.evaluation_losses = True
     tokens = torch.export.Dim("tokens", min=2, max=1000)
     with torch.no_grad():
         program = torch.export.export(block, (torch.randn(11, 8, device=device),), dynamic_shapes=({0: tokens},))

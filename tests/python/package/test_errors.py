@@ -106,14 +106,6 @@ def test_routing_that_is_not_given():
         layer(torch.randn(3, 8), routing=(torch.zeros(3, dtype=torch.int64), torch.ones(3, 1)))
 
 
-def test_copied_state_is_refused():
-    layer = make()
-    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda copy: copy):
-        loss = layer(torch.randn(3, 8, requires_grad=True)).output.sum()
-    with pytest.raises((ValueError, RuntimeError), match="is a copy"):
-        loss.backward()
-
-
 def test_group_of_another_kind_of_mesh():
     with pytest.raises(TypeError, match="Generator"):
         make(group=torch.Generator())
