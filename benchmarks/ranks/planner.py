@@ -139,7 +139,7 @@ def write(settings, provenance, folder):
     (folder / "planner.json").write_text(json.dumps(whole, indent=1) + "\n")
     published = list(check.published())
     about = provenance
-    text = f"{check.table(rows, 'measured')}\n\n{check.verdict(rows)}\n\n"
+    text = f"# How far the planner is off\n\n{check.table(rows, 'measured')}\n\n{check.verdict(rows)}\n\n"
     text += f"{about['processor']}, {about['cores']} cores, commit {about['commit'][:10]}, {about['date']}: "
     text += f"`{about['command']}`\n\n{check.table(published, 'published')}\n\n{check.verdict(published)}\n"
     (folder / "planner.md").write_text(text)
