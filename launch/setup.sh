@@ -246,8 +246,11 @@ install_requirements() {
 # What is installed beside all else, whose dependencies are there or not asked for. Tests of what is missing are skipped.
 install_peers() {
   tell_uv_what_pip_knows
-  "$venv/bin/python" -m uv pip install --python "$venv/bin/python" "${uv_flags[@]}" --no-deps --requirement "$peers" ||
+  if "$venv/bin/python" -m uv pip install --python "$venv/bin/python" "${uv_flags[@]}" --no-deps --requirement "$peers"; then
+    cat -- "$peers" >"$peers_stamp"
+  else
     warn "could not install launch/requirements_peers.txt: tests that take those libraries are skipped"
+  fi
 }
 
 describe_result() {
@@ -302,7 +305,6 @@ fi
 if $with_tests && ! $check_only && [[ $(cat -- "$peers_stamp" 2>/dev/null) != "$(<"$peers")" ]]; then
   note "installing launch/requirements_peers.txt (75 MB)"
   install_peers
-  cat -- "$peers" >"$peers_stamp"
 fi
 
 if $check_only && $required_missing; then
