@@ -382,9 +382,12 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
     compute_ahead();
   }
   const auto losses = stage("anabranch.losses", [&] {
-    return sums_losses || plan.any_sums_losses()  // whoever does is to come through, and hear of it
-               ? auxiliary_losses(routing, source_counts, options_, communicator)
-               : AuxiliaryLosses{.expert_load = source_counts};
+    if (sums_losses || plan.any_sums_losses()) {  // whoever does is to come through, and hear of it
+      return auxiliary_losses(routing, source_counts, options_, communicator);
+    }
+    AuxiliaryLosses none;
+    none.expert_load = source_counts;
+    return none;
   });
   const auto staying =
       let_weights_travel(*balancer_, exchange_, parameters, expert, routing, rows, plan);
