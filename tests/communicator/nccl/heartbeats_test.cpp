@@ -304,5 +304,44 @@ TEST_F(HeartbeatsTest, OverIPv6AloneTheSilentRankIsNamed) {
   }
 }
 
+// Every rank in a network of its own, as on hosts of their own, with a cable to rank 0's that knows IPv6 alone.
+TEST_F(HeartbeatsTest, BetweenHostsOverIPv6AloneTheSilentRankIsNamed) {
+  ANABRANCH_NEEDS_RANKS(2);
+  const auto run = [](const std::string& command) {
+    return std::system((command + " >/dev/null 2>&1").c_str()) == 0;
+  };
+  const NetworkOfItsOwn network;
+  const auto address = [&] { return c10::str("fd77::", world_->rank() + 1, "/64"); };
+  const auto every = [&](bool done) {
+    return world_->all_gather(torch::tensor(done)).all().item<bool>();
+  };
+  bool connected = every(network.is_made());
+  if (connected && world_->rank() == 0) {
+    connected = run("ip link add lan type bridge && ip link set lan up && ip -6 address add " +
+                    address() + " dev lan nodad");
+  }
+  const auto processes = all_gather_strings(*world_, std::to_string(getpid()));
+  for (size_t peer = 1; peer < processes.size() && connected && world_->rank() == 0; ++peer) {
+    connected = run(c10::str("ip link add port", peer, " type veth peer name eth0 netns ",
+                             processes[peer], " && ip link set port", peer, " master lan up"));
+  }
+  connected = every(connected);
+  if (connected && world_->rank() > 0) {
+    connected = run("ip -6 address add " + address() + " dev eth0 nodad && ip link set eth0 up");
+  }
+  if (!every(connected)) {
+    GTEST_SKIP() << "needs the right to make networks, iproute2 and IPv6";
+  }
+  {
+    const NcclHeartbeats heartbeats(*world_);
+    EXPECT_EQ(heartbeats.obstacle(), "");
+    EXPECT_EQ(heartbeats.address().host(), c10::str("fd77::", world_->rank() + 1));
+  }
+  const auto missing = found_missing(7, std::nullopt);
+  if (world_->rank() == 0) {
+    EXPECT_EQ(missing, std::vector<int>{world_->size() - 1});
+  }
+}
+
 }  // namespace
 }  // namespace anabranch::test
