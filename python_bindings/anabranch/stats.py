@@ -30,7 +30,20 @@ class LayerStats:
     """Calls of that communicator."""
     seconds: dict[str, float]
     """By stage, "route" to "combine", and "combine.backward" to "route.backward": on the host, or on a GPU
-    between what the stage puts on the stream. Empty unless `reset_stats(timed=True)`."""
+    between what the stage puts on the stream. Empty unless `reset_stats(timed=True)`. Within them, "exchange": from
+    when rows set out for other ranks until they are known to have come, what is under way at the same time as one;
+    and of that "exchange.exposed": while nothing else was done."""
+
+    @property
+    def exposed_exchange_seconds(self) -> float:
+        """While this rank did nothing but wait for rows: what a faster network, or more overlap, would save. 0 of a
+        rank alone, and unless timed."""
+        return self.seconds.get("exchange.exposed", 0.0)
+
+    @property
+    def hidden_exchange_seconds(self) -> float:
+        """While rows were under way, or had come already, and this rank computed: the most that overlap has hidden."""
+        return max(0.0, self.seconds.get("exchange", 0.0) - self.exposed_exchange_seconds)
 
 
 class Probe:

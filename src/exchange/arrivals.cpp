@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels/rows.h"
+#include "support/stage.h"
 
 namespace anabranch {
 namespace {
@@ -42,7 +43,8 @@ Arrived exchange(const ExchangePlan& plan, const Departures& own, const torch::T
     transfers.push_back({rows, plan.send_rows, arrived.rows, plan.receive_rows, plan.send_tokens,
                          there(plan.row_counts)});
   }
-  communicator.all_to_all_v(transfers);
+  const StageTimes::Measured under_way(kUnderWay);
+  stage(kExposed, [&] { communicator.all_to_all_v(transfers); });
   return arrived;
 }
 

@@ -6,6 +6,11 @@
 
 namespace anabranch {
 
+// Stages of what travels between ranks, within others: from when it sets out until it is known to have come, chunks
+// and what is under way at the same time as one; and of that, while nothing else is done.
+constexpr const char* kUnderWay = "anabranch.exchange";
+constexpr const char* kExposed = "anabranch.exchange.exposed";
+
 /// A step's own part of a plan: all that is known without another rank.
 struct Departures {
   torch::Tensor ids;  ///< [T, top_k]

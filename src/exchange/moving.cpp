@@ -9,6 +9,7 @@
 #include "exchange/arrivals.h"
 #include "exchange/chunks.h"
 #include "kernels/rows.h"
+#include "support/stage.h"
 #include "support/sum.h"
 
 // Each of the two is the other's adjoint: the same plan read from the other end.
@@ -21,11 +22,26 @@ class InTurn final : public Pending {
  public:
   InTurn(Communicator& communicator, std::vector<Transfer> transfers)
       : communicator_(communicator), transfers_(std::move(transfers)) {}
-  void finish() override { communicator_.all_to_all_v(transfers_); }
+  void finish() override {
+    const StageTimes::Measured under_way(kUnderWay);
+    stage(kExposed, [&] { communicator_.all_to_all_v(transfers_); });
+  }
 
  private:
   Communicator& communicator_;
   std::vector<Transfer> transfers_;
+};
+
+/// Rows that have set out.
+class Beside final : public Pending {
+ public:
+  explicit Beside(std::unique_ptr<Pending> rows) : rows_(std::move(rows)) {}
+  void finish() override {
+    stage(kExposed, [&] { rows_->finish(); });
+  }
+
+ private:
+  std::unique_ptr<Pending> rows_;
 };
 
 std::unique_ptr<Pending> start(Communicator& communicator, std::vector<Transfer> transfers,
@@ -33,7 +49,7 @@ std::unique_ptr<Pending> start(Communicator& communicator, std::vector<Transfer>
   if (travel == Travel::kInTurn) {
     return std::make_unique<InTurn>(communicator, std::move(transfers));
   }
-  return communicator.start_all_to_all_v(std::move(transfers));
+  return std::make_unique<Beside>(communicator.start_all_to_all_v(std::move(transfers)));
 }
 
 /// The next rows of `all`, as many as `of_ranks` says; all of them where the host does not know.
@@ -73,6 +89,9 @@ Dispatching::Dispatching(Communicator& communicator, const Payload& tokens,
     return;
   }
   received_.rows = at::empty({plan.rows(), tokens.rows.size(1)}, tokens.rows.options());
+  if (travel == Travel::kBeside) {
+    under_way_.emplace(kUnderWay);
+  }
   int64_t next_sent = 0;
   int64_t next_received = 0;
   for (const ExchangeChunk& chunk : chunks_of(plan)) {
@@ -100,6 +119,9 @@ void Dispatching::wait_for_next() {
   const torch::NoGradGuard no_grad;
   chunks_[next_]->finish();
   chunks_[next_++].reset();
+  if (next_ == chunks_.size()) {
+    under_way_.reset();
+  }
   if (arriving_values_.defined()) {
     received_.values = RowKernels::on(arriving_values_.device())
                            .gather_rows(arriving_values_, plan_.received_order);
@@ -146,6 +168,9 @@ void Combining::send(const Payload& results) {
                          {},
                          back(plan_.assignment_counts)});
   }
+  if (travel_ == Travel::kBeside && !under_way_) {
+    under_way_.emplace(kUnderWay);
+  }
   pending_.push_back(start(communicator_, std::move(transfers), travel_));
 }
 
@@ -155,6 +180,7 @@ Payload Combining::finish_unsummed() {
     pending->finish();
   }
   pending_.clear();
+  under_way_.reset();
   return std::exchange(returned_, {});
 }
 

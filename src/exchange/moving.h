@@ -3,8 +3,11 @@
 #include <anabranch/exchange.h>
 
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
+
+#include "support/stage_times.h"
 
 namespace anabranch {
 
@@ -35,6 +38,7 @@ class Dispatching {
   torch::Tensor arriving_values_;
   std::vector<std::unique_ptr<Pending>> chunks_;
   size_t next_ = 0;
+  std::optional<StageTimes::Measured> under_way_;
 };
 
 /// Results on their way back, a chunk at a time. Plan and communicator outlive it.
@@ -61,6 +65,7 @@ class Combining {
   std::vector<std::unique_ptr<Pending>> pending_;
   int64_t next_row_ = 0;
   Payload returned_;  ///< rows [S, h], values by (expert, token)
+  std::optional<StageTimes::Measured> under_way_;
 };
 
 }  // namespace anabranch

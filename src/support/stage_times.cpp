@@ -22,15 +22,16 @@ StageTimes::Measuring::~Measuring() {
   current_device = former_device_;
 }
 
-StageTimes::Measured::Measured(const char* name) : times_(current), name_(name) {
-  if (times_ != nullptr) begin_.emplace(*current_device);
+StageTimes::Measured::Measured(const char* name)
+    : times_(current), name_(name), device_(current_device) {
+  if (times_ != nullptr) begin_.emplace(*device_);
 }
 
 StageTimes::Measured::~Measured() {
   if (times_ == nullptr) return;
   try {
-    Moment end(*current_device);
-    if (current_device->is_cpu()) {
+    Moment end(*device_);
+    if (device_->is_cpu()) {
       times_->add(name_, end.seconds_since(*begin_));
     } else {
       times_->add({name_, std::move(*begin_), std::move(end)});

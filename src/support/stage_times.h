@@ -40,6 +40,7 @@ class StageTimes {
    private:
     StageTimes* times_;
     const char* name_;
+    std::optional<c10::Device> device_;
     std::optional<Moment> begin_;
   };
 

@@ -67,6 +67,23 @@ def test_bytes_between_ranks():
         assert 2 * 10 * row <= backward <= 2 * 10 * row + 10 * 4 + 100
 
 
+def exchange_seconds(rank, size):
+    found = {}
+    for overlap in ("off", "2"):
+        layer = anabranch.MoE(8, 12, 4, 2, seed=3, overlap=overlap)
+        layer.reset_stats(timed=True)
+        step(layer)
+        found[overlap] = layer.stats()
+    return [(stats.seconds, stats.exposed_exchange_seconds, stats.hidden_exchange_seconds) for stats in found.values()]
+
+
+def test_exposed_and_hidden_exchange():
+    for (in_turn, exposed_in_turn, hidden_in_turn), (beside, exposed, hidden) in run_ranks(2, exchange_seconds):
+        assert exposed_in_turn == in_turn["exchange.exposed"] > 0 and exposed == beside["exchange.exposed"] > 0
+        assert hidden_in_turn < in_turn["exchange"] and hidden > 0  # in turn: what the two clocks take
+        assert exposed_in_turn < sum(in_turn[stage] for stage in in_turn if not stage.startswith("exchange"))
+
+
 def test_ranges_in_profiles(device):
     layer = make(device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
