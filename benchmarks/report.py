@@ -402,29 +402,75 @@ as many tokens a second.
 """
 
 
-def learning_curves(measured):
+def train_provenance(measured):
+    """Of runs of train_lm on a CPU."""
+    about = measured["provenance"]
+    machine = f"{about['processor']}, {about['cores']} cores, PyTorch {about['torch']}, commit {about['commit'][:10]}"
+    return f"{machine}, {about['date']}: `{about['command']}`"
+
+
+def curves_table(measured):
     steps = [list(case["curve"])[index] for case in measured["results"][:1] for index in (0, len(case["curve"]) // 2, -1)]
     rows = [
         (
             case["way"],
             *(f"{case['curve'][step]:.4f}" for step in steps),
             f"{case['validation_loss']:.4f}",
-            f"{100 * case['validation_over_fp32']:+.2f} %",
-            f"{100 * case['largest_over_fp32']:.2f} %",
+            "" if case["beside"] == case["way"] else f"{100 * case['validation_difference']:+.2f} %",
+            "" if case["beside"] == case["way"] else f"{100 * case['largest_difference']:.2f} %",
             f"{case['imbalance']:.2f}",
+            f"{case['largest_imbalance']:.2f}",
         )
         for case in measured["results"]
     ]
-    header = ("", *(f"loss to step {step}" for step in steps), "held out", "from fp32", "curve's largest distance", "imbalance")
-    resumed = "the very same" if measured["resumed_is_the_same"] else "another"
-    return f"""## Learning curves
+    found = ("held out", "its difference", "curve's largest", "imbalance", "largest")
+    return table(("", *(f"loss to step {step}" for step in steps), *found), rows)
 
-`train_lm --preset tiny`, {measured['results'][0]['steps']:,} steps of one seed and order of the data; losses are means over a
-hundred steps. The run that was stopped and resumed in the middle has {resumed} curve.
+
+def learning_curves(measured):
+    about = measured["provenance"]
+    of_gpu = about.get("gpu")
+    where = gpu_provenance(measured, "benchmarks/gpu/learning_curves.py") if of_gpu else train_provenance(measured)
+    resumed = "the very same" if measured["resumed_is_the_same"] else "another"
+    return f"""## Learning curves on {'a GPU' if of_gpu else 'the CPU'}
+
+`train_lm --preset tiny`, {measured['results'][0]['steps']:,} steps of one seed and order of the data; losses, in nats, and
+imbalance, the fullest expert over the mean, are means over a hundred steps. Differences are those from fp32 or, where experts
+are balanced by biases, from that on one rank. The run that was stopped and resumed in the middle has {resumed} curve.
+
+{curves_table(measured)}
+
+{where}
+"""
+
+
+def gates(measured):
+    rows = []
+    for case in measured["results"]:
+        losses, imbalances = list(case["curve"].values()), list(case["imbalance"].values())
+        loads = [load for layer in case["load"] for load in layer]
+        numbers = (losses[0], losses[-1], case["validation_loss"])
+        rows.append(
+            (
+                case["gate"],
+                f"`{case['options']}`" if case["options"] else "",
+                *(f"{number:.3f}" for number in numbers),
+                f"{imbalances[0]:.2f}",
+                f"{imbalances[-1]:.2f}",
+                f"{min(loads):.2f} to {max(loads):.2f}",
+            )
+        )
+    header = ("gate", "options", "loss, first", "last", "held out", "imbalance, first", "last", "experts' loads")
+    return f"""## Every gate of `train_lm`
+
+`--preset tiny`, {measured['results'][0]['steps']:,} steps of one seed and order of the data. First and last: means over fifty
+steps, losses in nats, imbalance the fullest expert over the mean; loads over the mean, of every expert in the last quarter.
 
 {table(header, rows)}
 
-{gpu_provenance(measured, 'benchmarks/gpu/learning_curves.py')}
+![imbalance and load of every gate](../benchmarks/results/cpu_gates.png)
+
+{train_provenance(measured)}
 """
 
 
@@ -447,6 +493,8 @@ SECTIONS = {
     "gpu_expert_parallel_*.json": gpu_expert_parallel,
     "gpu_training.json": gpu_training,
     "gpu_learning_curves.json": learning_curves,
+    "cpu_learning_curves.json": learning_curves,
+    "cpu_gates.json": gates,
 }
 
 

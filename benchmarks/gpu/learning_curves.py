@@ -1,61 +1,88 @@
 #!/usr/bin/env python3
-"""Learning curves of examples/train_lm beside each other: fp32, bf16, bf16 that was resumed in the middle, and Muon.
+"""Learning curves of examples/train_lm beside each other: fp32, bf16, bf16 that was resumed in the middle, and Muon; on a
+CPU also one that goes on at another number of ranks, and one model at several ways to lay its experts over ranks.
 
-    python benchmarks/gpu/learning_curves.py --program build/release/examples/train_lm --data TEXT
+    python benchmarks/gpu/learning_curves.py --program build/release/examples/train_lm --data TEXT [--device cpu]
 
 One small model, seed and order of the data; 2,000 steps. In bf16 with fp32 masters, AdamW's means and squares rounded
-stochastically to bf16 in one of the runs.
+stochastically to bf16 in one of the runs. Options that are not this script's are train_lm's, of all runs.
 """
 
 import argparse
+import dataclasses
 import json
-import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from layer import provenance
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_runs
+from layer import provenance as gpu_provenance
 
 WINDOW = 100  # steps, of which a point of a curve is the mean loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    options: list
+    beside: str = "fp32"  # the way that it is compared with
+    ranks: int = 0  # 0: without mpirun
+    then: int | None = None  # ranks of its second half, if it is resumed there
+
+
+# Balanced by the experts' biases: a loss would be each group's own.
+BIASES = "--dtype float32 --router-score sigmoid --bias-rate 0.001 --balance-loss 0 --z-loss 0".split()
 WAYS = {
-    "fp32": ["--dtype", "float32"],
-    "bf16": ["--dtype", "bfloat16"],
-    "bf16, states in bf16": ["--dtype", "bfloat16", "--optimizer-state", "bfloat16"],
-    "bf16, resumed": ["--dtype", "bfloat16"],
-    "bf16, Muon": ["--dtype", "bfloat16", "--optimizer", "muon"],
+    "fp32": Way(["--dtype", "float32"]),
+    "bf16": Way(["--dtype", "bfloat16"]),
+    "bf16, states in bf16": Way(["--dtype", "bfloat16", "--optimizer-state", "bfloat16"]),
+    "bf16, resumed": Way(["--dtype", "bfloat16"], then=0),
+    "bf16, Muon": Way(["--dtype", "bfloat16", "--optimizer", "muon"]),
+}
+ON_RANKS = {
+    "fp32, from step 1,000 on 2 ranks": Way(["--dtype", "float32"], then=2),
+    "fp32, biases": Way(BIASES, beside="fp32, biases"),
+    **{
+        f"fp32, biases, 4 ranks, expert parallel {size}": Way(
+            [*BIASES, "--expert-parallel", size], beside="fp32, biases", ranks=4
+        )
+        for size in (1, 2, 4)
+    },
 }
 
 
-def metrics_of(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def train(name, arguments, directory):
+def train(way, arguments, further, directory):
     every = max(arguments.steps // 400, 1)
-    command = [
-        arguments.program, "--preset", "tiny", "--data", arguments.data, "--device", arguments.device, "--output", directory,
+    options = [
+        "--preset", "tiny", "--data", arguments.data, "--device", arguments.device, "--output", directory,
         "--steps", arguments.steps, "--log-interval", every, "--validation-interval", arguments.steps, "--sample-length", 0,
-        *WAYS[name],
+        *way.options, *further,
     ]  # fmt: skip
-    if name.endswith("resumed"):
-        command += ["--checkpoint-interval", 0]
-        half = arguments.steps // 2
-        subprocess.run([*map(str, command), "--stop-at", str(half)], check=True, stdout=subprocess.DEVNULL)
-        command.append("--resume")
+    if way.then is None:
+        train_runs.train(arguments.program, [*options, "--no-save"], way.ranks)
     else:
-        command.append("--no-save")
-    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
-    return metrics_of(directory)
+        options += ["--checkpoint-interval", 0]
+        train_runs.train(arguments.program, [*options, "--stop-at", arguments.steps // 2], way.ranks)
+        train_runs.train(arguments.program, [*options, "--resume"], way.then)
+    return train_runs.metrics_of(directory)
 
 
-def curve_of(lines):
-    """{step: mean loss of the lines in the window that ends there}."""
-    windows = {}
-    for line in lines:
-        windows.setdefault(-(-line["step"] // WINDOW) * WINDOW, []).append(line["loss"])
-    return {step: statistics.mean(losses) for step, losses in windows.items()}
+def result_of(name, way, runs):
+    """A run beside the one that it is compared with."""
+    lines, others = runs[name], runs[way.beside]
+    curve, other = (train_runs.curve_of(of, "loss", WINDOW) for of in (lines, others))
+    held_out, held_out_other = (of[-1]["validation_loss"] for of in (lines, others))
+    return {
+        "way": name,
+        "beside": way.beside,
+        "steps": lines[-1]["step"],
+        "curve": curve,
+        "validation_loss": held_out,
+        "validation_difference": held_out / held_out_other - 1,
+        "largest_difference": max(abs(loss / other[step] - 1) for step, loss in curve.items()),
+        "imbalance": lines[-1]["imbalance"],
+        "largest_imbalance": max(train_runs.curve_of(lines, "imbalance", WINDOW).values()),
+    }
 
 
 def main():
@@ -65,30 +92,35 @@ def main():
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--quick", action="store_const", dest="steps", const=20, help="20 steps, to see whether it runs")
+    parser.add_argument("--ways", type=lambda text: text.split("|"), help="some of them, by name, with | between them")
     parser.add_argument("--json", help="file for the results")
     parser.add_argument("--commit", default="unknown", help="of the measured sources")
-    arguments = parser.parse_args()
-    runs = {}
+    arguments, further = parser.parse_known_args()
+    on_cpu = arguments.device == "cpu"
+    ways = WAYS | (ON_RANKS if on_cpu else {})
+    if arguments.ways:
+        ways = {name: ways[name] for name in arguments.ways}
+    runs, results = {}, []
     with tempfile.TemporaryDirectory() as folder:
-        for number, name in enumerate(WAYS):
-            runs[name] = train(name, arguments, Path(folder) / str(number))
-    fp32, results = curve_of(runs["fp32"]), []
-    for name, lines in runs.items():
-        curve, last = curve_of(lines), lines[-1]
-        row = {"way": name, "steps": last["step"], "curve": curve, "validation_loss": last["validation_loss"]}
-        row["validation_over_fp32"] = last["validation_loss"] / runs["fp32"][-1]["validation_loss"] - 1
-        row["largest_over_fp32"] = max(abs(loss / fp32[step] - 1) for step, loss in curve.items())
-        row["imbalance"] = last["imbalance"]
-        results.append(row)
-        print(
-            f"{name}: {next(iter(curve.values())):.3f} to {list(curve.values())[-1]:.3f}, held out {row['validation_loss']:.4f} "
-            f"({100 * row['validation_over_fp32']:+.2f} %), of the curve at most {100 * row['largest_over_fp32']:.2f} % from fp32"
-        )
-    whole, resumed = ([line["loss"] for line in runs[name]] for name in ("bf16", "bf16, resumed"))
-    same = whole == resumed
-    print("the resumed run is " + ("the very same" if same else "another") + " curve")
+        for number, (name, way) in enumerate(ways.items()):
+            runs[name] = train(way, arguments, further, Path(folder) / str(number))
+            results.append(result_of(name, way, runs))
+            row = results[-1]
+            first, *_, last = row["curve"].values()
+            print(
+                f"{name}: {first:.3f} to {last:.3f}, held out {row['validation_loss']:.4f} "
+                f"({100 * row['validation_difference']:+.2f} %), of the curve at most {100 * row['largest_difference']:.2f} % "
+                f"from {way.beside}",
+                flush=True,
+            )
+    same = None
+    if {"bf16", "bf16, resumed"} <= runs.keys():
+        whole, resumed = ([line["loss"] for line in runs[name]] for name in ("bf16", "bf16, resumed"))
+        same = whole == resumed
+        print("the resumed run is " + ("the very same" if same else "another") + " curve")
     if arguments.json:
-        measured = {"provenance": provenance(arguments.commit), "resumed_is_the_same": same, "results": results}
+        about = (train_runs.provenance if on_cpu else gpu_provenance)(arguments.commit)
+        measured = {"provenance": about, "resumed_is_the_same": same, "results": results}
         Path(arguments.json).write_text(json.dumps(measured, indent=1) + "\n")
 
 

@@ -22,7 +22,8 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests/support"))
+sys.path[:0] = [str(ROOT / "tests/support"), str(ROOT / "benchmarks/ranks")]
+from kills import children_of, run_with_kills  # noqa: E402
 from metrics_fields import without_the_machine  # noqa: E402
 
 PROGRAMS = Path(os.environ.get("ANABRANCH_EXAMPLES", ROOT / "build/release/examples"))
@@ -402,11 +403,6 @@ def test_the_last_validation_is_evaluated_again(whole_run, text):
     assert bits == pytest.approx(last["validation_bpb"], rel=1e-4)
 
 
-def children_of(process):
-    tasks = Path(f"/proc/{process.pid}/task")
-    return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
-
-
 def check_runs(process, deadline):
     """Fails with what the process has said when it has ended, or is over its deadline."""
     if process.poll() is not None or time.monotonic() >= deadline:
@@ -501,35 +497,6 @@ def test_a_crash_while_a_run_is_resumed_loses_nothing(half_run, whole_run, text,
     assert without_timing(read_metrics(directory)) == without_timing(read_metrics(whole_run))
 
 
-def kill_job(process):
-    """mpirun and its ranks, at once, until nothing of them is left."""
-    ranks = children_of(process)
-    for pid in [process.pid, *ranks]:
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def lines_of(directory):
-    metrics = directory / "metrics.jsonl"
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-
-
-def kill_at_a_random_moment(process, directory, steps, generator):
-    """While it starts, or some steps later; False if it has ended before."""
-    wanted = lines_of(directory) + generator.randint(0, steps // 2)
-    while process.poll() is None and lines_of(directory) < wanted:
-        time.sleep(0.002)
-    time.sleep(generator.uniform(0, 0.05) if wanted else generator.uniform(0, 1))
-    if process.poll() is not None:
-        return False
-    kill_job(process)
-    return True
-
-
 def test_a_run_killed_at_random_moments_always_resumes(train, text, tmp_path):
     """ANABRANCH_TEST_KILLS: how many times."""
     seed = random.randrange(2**32)
@@ -541,17 +508,15 @@ def test_a_run_killed_at_random_moments_always_resumes(train, text, tmp_path):
     while kills_left > 0:
         number += 1
         directory = tmp_path / str(number)
-        killed = True
-        while killed:
-            resume = ["--resume"] if (directory / "checkpoint/checkpoint.index.json").exists() else []
+
+        def start(more, directory=directory):
             options = model_options(checkpoint_interval=1, **changes) + ["--async-save"] * generator.randint(0, 1)
-            words = command(2, "--data", text, "--output", directory, *options, *resume)
-            process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            killed = kills_left > 0 and kill_at_a_random_moment(process, directory, 20, generator)
-            kills_left -= killed
-            output = process.communicate()[0]
-        assert process.returncode == 0, output
-        assert without_timing(read_metrics(directory)) == expected
+            words = command(2, "--data", text, "--output", directory, *options, *more)
+            return subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+        moments, _ = run_with_kills(start, directory, 20, kills_left, generator)
+        kills_left -= len(moments)
+        assert without_timing(read_metrics(directory)) == expected, moments
 
 
 def test_a_killed_rank_ends_the_job(text, tmp_path):

@@ -1,0 +1,69 @@
+"""Runs of examples/train_lm, for what compares their curves."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# More ranks than cores: who waits makes way. A single process needs no daemon.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "OMPI_MCA_btl_vader_single_copy_mechanism": "none",
+    "OMPI_MCA_ess_singleton_isolated": "1",
+}
+
+
+def command_of(program, arguments, ranks=0):
+    """0 ranks: without mpirun."""
+    launcher = ["mpirun", "-n", str(ranks), "--oversubscribe", "--bind-to", "none"] if ranks else []
+    return [*launcher, str(program), *map(str, arguments)]
+
+
+def environment():
+    return ENVIRONMENT | os.environ
+
+
+def train(program, arguments, ranks=0):
+    subprocess.run(command_of(program, arguments, ranks), check=True, stdout=subprocess.DEVNULL, env=environment())
+
+
+def metrics_of(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve_of(lines, name, window):
+    """{step: mean of `name` over the lines in the window of steps that ends there}."""
+    windows = {}
+    for line in lines:
+        windows.setdefault(-(-line["step"] // window) * window, []).append(line[name])
+    return {step: statistics.mean(values) for step, values in windows.items()}
+
+
+def processor():
+    with open("/proc/cpuinfo") as file:
+        found = re.search(r"^model name\s*: (.*)$", file.read(), re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def provenance(commit):
+    """Of a measurement on a CPU: who, where and when."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "torch": importlib.metadata.version("torch"),
+        "python": platform.python_version(),
+        "commit": commit,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "command": shlex.join([str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]),
+    }
