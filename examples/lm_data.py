@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy
 import torch
 
-STREAMS = ("parameter", "experts", "batch", "sample", "held out", "order", "epoch")
+STREAMS = ("parameter", "experts", "batch", "sample", "held out", "order", "epoch", "routing")
 LLM_C = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # magic number and version
 MEGATRON = {1: "u1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 

@@ -8,9 +8,10 @@ from torch import nn
 
 DEFAULTS = dict(
     dtype="float32", vocabulary=256, hidden=128, layers=4, norm="layer", norm_epsilon=1e-5, tied_head=False, heads=4,
-    kv_heads=0, head_size=0, qk_norm="none", rope_theta=1e4, attention_bias=False, experts=8, top_k=2, expert_hidden=256,
-    glu=False, expert_biases=False, shared_expert_hidden=0, dense_layers=0, dense_hidden=0, router_score="softmax",
-    renormalize="auto", routing_scale=1.0, bias_rate=0.0,
+    kv_heads=0, head_size=0, qk_norm="none", rope_theta=1e4, attention_bias=False, kv_rank=0, query_rank=0, rope_size=0,
+    value_size=0, experts=8, top_k=2, expert_hidden=256, glu=False, expert_biases=False, shared_expert_hidden=0, dense_layers=0,
+    dense_hidden=0, gate="top_k", router_score="softmax", renormalize="auto", routing_scale=1.0, expert_groups=1, top_groups=1,
+    group_score="top_two_sum", router_fp64=False, bias_rate=0.0,
 )  # fmt: skip
 LLAMA = dict(norm="rms", glu=True, dtype="bfloat16")
 # By config.json of the models' repositories on Hugging Face.
@@ -23,11 +24,11 @@ PRESETS = {
     "qwen3-30b-a3b": LLAMA | dict(
         vocabulary=151936, hidden=2048, layers=48, norm_epsilon=1e-6, heads=32, kv_heads=4, head_size=128, qk_norm="head",
         rope_theta=1e6, experts=128, top_k=8, expert_hidden=768),
-    # moonshotai/Moonlight-16B-A3B, with plain attention in the place of latent keys and values (MLA)
+    # moonshotai/Moonlight-16B-A3B
     "moonlight-16b-a3b": LLAMA | dict(
-        vocabulary=163840, hidden=2048, layers=27, heads=16, head_size=128, rope_theta=5e4, experts=64, top_k=6,
-        expert_hidden=1408, shared_expert_hidden=2816, dense_layers=1, dense_hidden=11264, router_score="sigmoid",
-        routing_scale=2.446, bias_rate=0.001),
+        vocabulary=163840, hidden=2048, layers=27, heads=16, head_size=128, kv_rank=512, rope_size=64, rope_theta=5e4,
+        experts=64, top_k=6, expert_hidden=1408, shared_expert_hidden=2816, dense_layers=1, dense_hidden=11264,
+        router_score="sigmoid", routing_scale=2.446, bias_rate=0.001),
     # openai/gpt-oss-20b, with full and plain attention, a router without bias and SiLU
     "gpt-oss-20b": LLAMA | dict(
         vocabulary=201088, hidden=2880, layers=24, heads=64, kv_heads=8, head_size=64, rope_theta=1.5e5,
@@ -70,6 +71,27 @@ def head_width(options):
     return options.head_size or options.hidden // options.heads
 
 
+def attention_width(options):
+    """Over all heads, the mean of what is multiplied to weigh a value and what is summed of it."""
+    values = options.value_size or head_width(options)
+    return options.heads * (head_width(options) + options.rope_size + values) // 2
+
+
+def turned(heads, rotation):
+    """[B, S, heads, D], each pair of neighbours as a complex number times the rotation's, in fp32 at least."""
+    real, imaginary = heads.to(rotation.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = rotation.unbind(-1)
+    pairs = torch.stack((real * cosine - imaginary * sine, real * sine + imaginary * cosine), -1)
+    return pairs.flatten(-2).to(heads.dtype)
+
+
+def attend(query, key, value):
+    """Causal, of [B, S, heads, D], whose keys and values may have fewer heads."""
+    grouped = query.shape[2] != key.shape[2]
+    heads = (heads.transpose(1, 2) for heads in (query, key, value))
+    return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=grouped).transpose(1, 2).flatten(2)
+
+
 class Attention(nn.Module):
     """Causal, with rotary positions, in heads that may share keys and values."""
 
@@ -86,22 +108,48 @@ class Attention(nn.Module):
         norms = [parameters.norm(size, True) for size in sizes] if options.qk_norm != "none" else [None, None]
         self.query_norm, self.key_norm = norms
 
-    def turned(self, heads, norm, rotation):
-        """[B, S, heads, D], each pair of neighbours as a complex number times the rotation's, in fp32 at least."""
-        if norm is not None:
-            heads = norm(heads) if self.of_each else norm(heads.flatten(2)).view(heads.shape)
-        real, imaginary = heads.to(rotation.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-        cosine, sine = rotation.unbind(-1)
-        pairs = torch.stack((real * cosine - imaginary * sine, real * sine + imaginary * cosine), -1)
-        return pairs.flatten(-2).to(heads.dtype).transpose(1, 2)
+    def normed(self, heads, norm):
+        if norm is None:
+            return heads
+        return norm(heads) if self.of_each else norm(heads.flatten(2)).view(heads.shape)
 
     def forward(self, x, rotation):
         heads = F.linear(x, self.qkv, self.qkv_bias).unflatten(-1, (-1, self.width))
         query, key, value = heads.split([self.heads, self.key_heads, self.key_heads], 2)
-        query, key = self.turned(query, self.query_norm, rotation), self.turned(key, self.key_norm, rotation)
-        grouped = self.heads != self.key_heads
-        mixed = F.scaled_dot_product_attention(query, key, value.transpose(1, 2), is_causal=True, enable_gqa=grouped)
-        return F.linear(mixed.transpose(1, 2).flatten(2), self.output, self.output_bias)
+        query, key = turned(self.normed(query, self.query_norm), rotation), turned(self.normed(key, self.key_norm), rotation)
+        return F.linear(attend(query, key, value), self.output, self.output_bias)
+
+
+class LatentAttention(nn.Module):
+    """Keys and values of all heads are made of one narrow vector a token (MLA, arXiv:2405.04434); queries may be, too."""
+
+    def __init__(self, options, parameters):
+        super().__init__()
+        self.heads, self.width, self.rotated, self.rank = options.heads, head_width(options), options.rope_size, options.kv_rank
+        values = options.value_size or self.width
+
+        def matrix(rows, columns):
+            return parameters.normal(rows, columns, deviation=columns**-0.5)
+
+        def norm(size):
+            return nn.RMSNorm(size, 1e-6, **parameters.kind) if size else None
+
+        self.query_down = matrix(options.query_rank, options.hidden) if options.query_rank else None
+        self.query = matrix(self.heads * (self.width + self.rotated), options.query_rank or options.hidden)
+        self.kv_down = matrix(self.rank + self.rotated, options.hidden)
+        self.kv_up = matrix(self.heads * (self.width + values), self.rank)
+        self.output = parameters.output(options.hidden, self.heads * values)
+        self.query_norm, self.kv_norm = norm(options.query_rank), norm(self.rank)
+
+    def forward(self, x, rotation):
+        narrow = x if self.query_down is None else self.query_norm(F.linear(x, self.query_down))
+        query = F.linear(narrow, self.query).unflatten(-1, (self.heads, -1))
+        latent, shared = F.linear(x, self.kv_down).split([self.rank, self.rotated], -1)
+        up = F.linear(self.kv_norm(latent), self.kv_up).unflatten(-1, (self.heads, -1))
+        shared = turned(shared[:, :, None], rotation).expand(-1, -1, self.heads, -1)
+        query = torch.cat((query[..., : self.width], turned(query[..., self.width :], rotation)), -1)
+        key = torch.cat((up[..., : self.width], shared), -1)
+        return F.linear(attend(query, key, up[..., self.width :]), self.output)
 
 
 class FeedForward(nn.Module):
@@ -126,7 +174,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, options, layer, parameters):
         super().__init__()
-        self.attention = Attention(options, parameters)
+        self.attention = (LatentAttention if options.kv_rank else Attention)(options, parameters)
         self.feed_forward = FeedForward(options, parameters) if layer < options.dense_layers else None
         self.moe = None if self.feed_forward else moe_of(options, layer)
         rms = options.norm == "rms"
@@ -152,8 +200,11 @@ def moe_of(options, layer):
     return anabranch.MoE(
         options.hidden, options.expert_hidden, options.experts, options.top_k, glu=options.glu,
         activation="silu" if options.glu else "gelu_tanh", bias=options.expert_biases,
-        shared_expert_hidden_size=options.shared_expert_hidden, router_score=options.router_score, renormalize=renormalize,
-        routing_scale=options.routing_scale, expert_bias=options.bias_rate > 0,
+        shared_expert_hidden_size=options.shared_expert_hidden, gate=options.gate, router_score=options.router_score,
+        renormalize=renormalize, routing_scale=options.routing_scale, expert_bias=options.bias_rate > 0,
+        expert_groups=options.expert_groups, top_groups=options.top_groups, group_score=options.group_score,
+        router_fp64=options.router_fp64, jitter=options.jitter, forced_routing=options.forced_routing,
+        sequence_balance_coefficient=options.sequence_balance_loss,
         seed=seed_of(options.seed, "experts", layer), device=options.device, dtype=getattr(torch, options.dtype),
     )  # fmt: skip
 
@@ -162,7 +213,9 @@ class LanguageModel(nn.Module):
     def __init__(self, options):
         super().__init__()
         parameters = Parameters(options)
-        self.width, self.theta = head_width(options), options.rope_theta
+        self.width, self.theta = options.rope_size or head_width(options), options.rope_theta
+        self.routers_draw = options.gate in ("noisy_top_k", "gshard") or options.jitter or options.forced_routing == "random"
+        self.routing_seed = 0  # what routers draw depends on this and their layer alone
         sizes = (options.vocabulary, options.hidden)
         self.embedding = parameters.normal(*sizes, deviation=0.02 if options.tied_head else 0.5)
         self.blocks = nn.ModuleList(Block(options, layer, parameters) for layer in range(options.layers))
@@ -170,7 +223,7 @@ class LanguageModel(nn.Module):
         self.head = self.embedding if options.tied_head else parameters.normal(*sizes, deviation=0.02)
 
     def rotation(self, tokens):
-        """[S, 1, head width / 2, 2]: cosine and sine of position · frequency."""
+        """[S, 1, rotated width / 2, 2]: cosine and sine of position · frequency."""
         kind = {"dtype": torch.promote_types(self.embedding.dtype, torch.float32), "device": tokens.device}
         frequencies = self.theta ** (torch.arange(self.width // 2, **kind) * (-2 / self.width))
         angles = torch.outer(torch.arange(tokens.shape[1], **kind), frequencies)
@@ -179,7 +232,9 @@ class LanguageModel(nn.Module):
     def forward(self, tokens):
         """Tokens [B, S] → logits [B, S, V] and what each MoE layer returns."""
         x, rotation, outputs = F.embedding(tokens, self.embedding), self.rotation(tokens), []
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
+            if self.routers_draw:
+                torch.manual_seed(seed_of(self.routing_seed, "routing", layer))
             x, output = block(x, rotation)
             outputs += [output] if output is not None else []
         return F.linear(self.norm(x), self.head), outputs

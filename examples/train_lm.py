@@ -21,19 +21,22 @@ import time
 import anabranch
 import torch
 import torch.nn.functional as F
-from lm_data import open_data
+from lm_data import open_data, seed_of
 from lm_metrics import MetricsLog, OwnWork, flops_per_token, gradient_norms, peak_flops, peak_memory
 from lm_model import DEFAULTS as MODEL
-from lm_model import PRESETS, LanguageModel, head_width
+from lm_model import PRESETS, LanguageModel, attention_width
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 DEFAULTS = MODEL | dict(  # those of `train_lm --help`, which says what they are
     output="output", device="cpu", steps=1600, batch_size=16, micro_batch=0, sequence_length=128, seed=1,
-    learning_rate=3e-3, warmup=60, weight_decay=0.1, clip=1.0, balance_loss=0.01, z_loss=0.001, log_interval=10,
-    validation_interval=100, validation_sequences=128,
+    learning_rate=3e-3, warmup=60, weight_decay=0.1, clip=1.0, balance_loss=0.01, z_loss=0.001, sequence_balance_loss=0.0,
+    importance_loss=0.0, load_loss=0.0, jitter=0.0, forced_routing="none", log_interval=10, validation_interval=100,
+    validation_sequences=128,
 )  # fmt: skip
+ALWAYS = ("balance_loss", "z_loss")
+LOSSES = (*ALWAYS, "importance_loss", "load_loss", "sequence_balance_loss")
 
 
 def summed_loss(logits, targets):
@@ -95,13 +98,17 @@ def backward(model, data, step, options, world, own):
     pieces = -(-most // size)  # on every rank, also where its share of one is empty
     totals = torch.zeros(3, dtype=torch.float64, device=options.device)
     loads = 0
-    for first in range(0, pieces * size, size):
+    seed = seed_of(seed_of(options.seed, "routing", step), "routing", world.rank)
+    for piece, first in enumerate(range(0, pieces * size, size)):
+        model.routing_seed = seed_of(seed, "routing", piece)
         logits, outputs = model(inputs[first : first + size])
         with own.work(len(logits)):
             loss = summed_loss(logits, targets[first : first + size]) / (options.batch_size * options.sequence_length)
-        balance, z_loss = (sum(getattr(o, name) for o in outputs) / pieces for name in ("balance_loss", "z_loss"))
+        wanted = {name: getattr(options, name) for name in LOSSES}
+        losses = {name: sum(getattr(o, name) for o in outputs) / pieces for name in wanted if name in ALWAYS or wanted[name]}
+        balance, z_loss = (losses[name] for name in ALWAYS)
         # finish_gradients takes the mean over ranks; this rank's loss is its part of the batch's.
-        (loss * world.size + balance * options.balance_loss + z_loss * options.z_loss).backward()
+        (loss * world.size + sum(wanted[name] * of_routers for name, of_routers in losses.items())).backward()
         totals += torch.stack([loss, balance / len(outputs), z_loss / len(outputs)]).detach()
         loads = loads + torch.stack([output.expert_load for output in outputs])
     return totals, loads, data_seconds
@@ -162,7 +169,7 @@ def train(options, world):
     if data.vocabulary > options.vocabulary:
         raise SystemExit(f"--data has a vocabulary of {data.vocabulary}, the model one of {options.vocabulary}")
     model = prepared(options, world)
-    width = options.layers * options.heads * head_width(options)
+    width = options.layers * attention_width(options)
     flops = flops_per_token(model, options.top_k, width, options.sequence_length)
     optimizer, own, log = AdamW(model, options), OwnWork(options.device), None
     if world.rank == 0:
@@ -203,7 +210,10 @@ def options_of(arguments):
         parser.add_argument("--" + name.replace("_", "-"), default=value, **kind)
     preset = parser.parse_known_args(arguments)[0].preset
     parser.set_defaults(**PRESETS.get(preset, {}))
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.gate != "noisy_top_k" and (options.importance_loss or options.load_loss):
+        parser.error("--importance-loss and --load-loss are of --gate noisy_top_k")
+    return options
 
 
 def main():

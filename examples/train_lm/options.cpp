@@ -7,7 +7,9 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "add_unless.h"
 #include "huggingface/config.h"
+#include "model/layer_options.h"
 #include "require.h"
 #include "sample.h"
 
@@ -40,6 +42,17 @@ void add_training_options(CLI::App& app, TrainingOptions& training) {
   app.add_option("--clip", training.clip, "largest gradient norm; 0: no clipping");
   app.add_option("--balance-loss", training.balance_loss, "its coefficient, per layer");
   app.add_option("--z-loss", training.z_loss, "its coefficient, per layer");
+  app.add_option("--sequence-balance-loss", training.sequence_balance_loss,
+                 "of the balance within each sequence (DeepSeek-V3), its coefficient");
+  app.add_option("--importance-loss", training.importance_loss,
+                 "of noisy_top_k: of the experts' sums of weights, its coefficient");
+  app.add_option("--load-loss", training.load_loss,
+                 "of noisy_top_k: of the experts' expected load, its coefficient");
+  app.add_option("--jitter", training.jitter,
+                 "routers see a token times noise of 1 ± so much (Switch Transformer)");
+  app.add_option("--forced-routing", training.forced_routing,
+                 "experts that no router has chosen, to measure speed")
+      ->check(CLI::IsMember(forced_routings()));
   app.add_option("--optimizer", training.optimizer,
                  "muon: for hidden matrices, each expert's its own; AdamW for the rest")
       ->check(CLI::IsMember({"adamw", "muon"}));
@@ -120,6 +133,9 @@ void check_training(const TrainingOptions& training) {
   not_negative("--clip", training.clip);
   not_negative("--balance-loss", training.balance_loss);
   not_negative("--z-loss", training.z_loss);
+  not_negative("--sequence-balance-loss", training.sequence_balance_loss);
+  not_negative("--importance-loss", training.importance_loss);
+  not_negative("--load-loss", training.load_loss);
 }
 
 /// The model of the run that left options.json.
@@ -194,6 +210,10 @@ CommandLine parse_command_line(int argc, char** argv) {
 void check_options(const Options& options, int64_t ranks) {
   check_model(options.model);
   check_training(options.training);
+  require(options.model.gate == "noisy_top_k" ||
+              (options.training.importance_loss == 0 && options.training.load_loss == 0),
+          "--importance-loss and --load-loss are of --gate noisy_top_k");
+  check_layer(options);
   at_least("--stop-at", options.stop_at, 0);
   at_least("--expert-parallel", options.expert_parallel, 0);
   require(options.expert_parallel == 0 || ranks % options.expert_parallel == 0,
@@ -234,6 +254,13 @@ void to_json(nlohmann::json& json, const TrainingOptions& options) {
           {"z-loss", options.z_loss},
           {"optimizer", options.optimizer},
           {"optimizer-state", options.optimizer_state}};
+  const TrainingOptions usual;
+  add_unless(usual.sequence_balance_loss, "sequence-balance-loss", options.sequence_balance_loss,
+             json);
+  add_unless(usual.importance_loss, "importance-loss", options.importance_loss, json);
+  add_unless(usual.load_loss, "load-loss", options.load_loss, json);
+  add_unless(usual.jitter, "jitter", options.jitter, json);
+  add_unless(usual.forced_routing, "forced-routing", options.forced_routing, json);
 }
 
 }  // namespace train_lm

@@ -21,6 +21,11 @@ struct TrainingOptions {
   double clip = 1.0;  ///< 0: gradients are not clipped
   double balance_loss = 0.01;
   double z_loss = 0.001;
+  double sequence_balance_loss = 0;
+  double importance_loss = 0;  ///< of the gate noisy_top_k, as the next
+  double load_loss = 0;
+  double jitter = 0;                        ///< of what routers see
+  std::string forced_routing = "none";      ///< see anabranch::ForcedRouting
   std::string optimizer = "adamw";          ///< or "muon"
   std::string optimizer_state = "float32";  ///< or "bfloat16", rounded stochastically
 };

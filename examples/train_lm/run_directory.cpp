@@ -5,6 +5,7 @@
 #include <charconv>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "agreement.h"
 #include "replace_file.h"
@@ -17,14 +18,21 @@ nlohmann::json describe(const Options& options, const TokenSource& data) {
   return {{"model", options.model}, {"training", options.training}, {"data", data.identity()}};
 }
 
-/// "--name 2 (here 3)" for each entry that is not equal in both.
+/// "--name 2 (now 3)" for each entry that is not equal in both; what one of them does not say is null.
 std::vector<std::string> differences(const nlohmann::json& before, const nlohmann::json& now,
                                      const std::string& prefix) {
+  std::set<std::string> names;
+  for (const auto* all : {&before, &now}) {
+    for (const auto& [name, value] : all->items()) names.insert(name);
+  }
   std::vector<std::string> result;
-  for (const auto& [name, value] : now.items()) {
-    const auto earlier = before.is_object() ? before.value(name, nlohmann::json()) : before;
-    if (earlier != value) {
-      result.push_back(c10::str(prefix, name, " ", earlier.dump(), " (now ", value.dump(), ")"));
+  for (const auto& name : names) {
+    const auto value_in = [&name](const nlohmann::json& all) {
+      return all.is_object() ? all.value(name, nlohmann::json()) : all;
+    };
+    const auto earlier = value_in(before), later = value_in(now);
+    if (earlier != later) {
+      result.push_back(c10::str(prefix, name, " ", earlier.dump(), " (now ", later.dump(), ")"));
     }
   }
   return result;

@@ -11,6 +11,7 @@
 #include <limits>
 #include <utility>
 
+#include "data/random.h"
 #include "interrupt.h"
 #include "model/loss.h"
 #include "metrics/norms.h"
@@ -61,7 +62,7 @@ LaunchedStep Stepper::launch(const BatchPosition& position, bool with_norms, boo
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   step.record.head_sequences = windows.size(0);
   model_->timeline().mark("data");
-  Sums sums = gradients_of_batch(windows, step.refusal);
+  Sums sums = gradients_of_batch(windows, routing_seed(position.step), step.refusal);
   step.heads = std::move(sums.heads);
   const auto norm = update(step, with_norms);
   groups_.expert_replicas->all_reduce(sums.load);
@@ -73,12 +74,19 @@ LaunchedStep Stepper::launch(const BatchPosition& position, bool with_norms, boo
   return step;
 }
 
-Stepper::Sums Stepper::gradients_of_batch(const torch::Tensor& windows, std::string& refusal) {
+uint64_t Stepper::routing_seed(int64_t step) const {
+  const auto of_step =
+      mixed_seed(options_.training.seed, Stream::kRouting, static_cast<uint64_t>(step));
+  return mixed_seed(of_step, Stream::kRouting, static_cast<uint64_t>(groups_.world->rank()));
+}
+
+Stepper::Sums Stepper::gradients_of_batch(const torch::Tensor& windows, uint64_t seed,
+                                          std::string& refusal) {
   // A GPU alone may hear only now that an earlier step's routing was refused.
   const int tries = groups_.world->size() == 1 && !device_.is_cpu() ? 2 : 1;
   for (int i = 0; i < tries; ++i) {
     try {
-      return forward_and_backward(windows);
+      return forward_and_backward(windows, seed);
     } catch (const anabranch::InputError& error) {
       refusal = error.what();
       zero_gradients(parameters_);
@@ -96,7 +104,7 @@ Stepper::Sums Stepper::gradients_of_batch(const torch::Tensor& windows, std::str
       at::zeros({options_.model.moe_layers(), options_.model.experts}, options.dtype(at::kLong))};
 }
 
-Stepper::Sums Stepper::forward_and_backward(const torch::Tensor& windows) {
+Stepper::Sums Stepper::forward_and_backward(const torch::Tensor& windows, uint64_t seed) {
   const int64_t most = share_of(options_.training.batch_size, 0, groups_.world->size()).count;
   const int64_t size = options_.micro_batch > 0 ? options_.micro_batch : std::max<int64_t>(most, 1);
   const int64_t pieces = std::max<int64_t>((most + size - 1) / size, 1);  // on every rank
@@ -104,6 +112,7 @@ Stepper::Sums Stepper::forward_and_backward(const torch::Tensor& windows) {
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t first = std::min(piece * size, windows.size(0));
     const int64_t count = std::min(size, windows.size(0) - first);
+    model_->seed_routers(mixed_seed(seed, Stream::kRouting, static_cast<uint64_t>(piece)));
     add_micro_batch(windows.narrow(0, first, count), pieces, sums);
   }
   return sums;
@@ -120,8 +129,9 @@ void Stepper::add_micro_batch(const torch::Tensor& windows, int64_t pieces, Sums
   const TokenLoss loss = cross_entropy(output.hidden, model_->head(), batch.targets, scale);
   sums.heads.emplace_back(std::move(before), Moment(device_));
   const auto parts = static_cast<double>(pieces);
-  const torch::Tensor total = loss.scaled + output.balance_loss * (training.balance_loss / parts) +
-                              output.z_loss * (training.z_loss / parts);
+  torch::Tensor total = loss.scaled + output.balance_loss * (training.balance_loss / parts) +
+                        output.z_loss * (training.z_loss / parts);
+  if (output.further_losses.defined()) total = total + output.further_losses / parts;
   model_->timeline().mark("head and loss");
   total.backward();
   anabranch::accumulate_gradients(parameters_);

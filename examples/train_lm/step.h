@@ -61,8 +61,10 @@ class Stepper {
 
   /// Leaves the gradients of the global batch's mean loss, of this rank; what is refused is said in `refusal`,
   /// and then they are not finite.
-  Sums gradients_of_batch(const torch::Tensor& windows, std::string& refusal);
-  Sums forward_and_backward(const torch::Tensor& windows);
+  Sums gradients_of_batch(const torch::Tensor& windows, uint64_t seed, std::string& refusal);
+  Sums forward_and_backward(const torch::Tensor& windows, uint64_t seed);
+  /// Of what the routers of this rank draw in a step.
+  uint64_t routing_seed(int64_t step) const;
   void add_micro_batch(const torch::Tensor& windows, int64_t pieces, Sums& sums);
   /// Returns the norm of the gradient, [] fp64.
   torch::Tensor update(LaunchedStep& step, bool with_norms);

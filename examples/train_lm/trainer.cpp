@@ -71,7 +71,7 @@ void Trainer::report(StepRecord& record, Progress& progress) {
 StepCost Trainer::cost() const {
   const ModelOptions& model = options_.model;
   const auto gpu = name_of(torch::Device(options_.device));
-  return {flops_per_token(*model_, model.top_k, model.layers * model.heads * model.head_width(),
+  return {flops_per_token(*model_, model.top_k, model.layers * model.attention_width(),
                           options_.training.sequence_length),
           peak_flops_of(gpu, model.parameter_type())};
 }

@@ -33,7 +33,14 @@ CONFIGS = {
         DENSE, n_routed_experts=5, num_experts_per_tok=2, n_shared_experts=2, first_k_dense_replace=1, routed_scaling_factor=1.5,
         use_qk_norm=True, attention_bias=False, n_group=1, topk_group=1, partial_rotary_factor=1.0,
     ),
-}  # fmt: skip
+    "deepseek_v3": dict(
+        moe_intermediate_size=12, intermediate_size=20, num_key_value_heads=4, n_routed_experts=6, num_experts_per_tok=2,
+        n_shared_experts=1, first_k_dense_replace=1, n_group=3, topk_group=2, q_lora_rank=10, kv_lora_rank=14,
+        qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=8,
+    ),
+}
+# Moonlight's, with all of a query of the token itself.
+CONFIGS["deepseek_v3, whole queries"] = CONFIGS["deepseek_v3"] | dict(q_lora_rank=None, n_group=1, topk_group=1, v_head_dim=6)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -42,7 +49,8 @@ def family(request, tmp_path_factory):
     seed = int(torch.randint(2**31, ()))
     print(f"seed {seed}")
     torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(request.param, **COMMON, **CONFIGS[request.param], initializer_range=0.3)
+    name = request.param.partition(",")[0]
+    config = transformers.AutoConfig.for_model(name, **COMMON | CONFIGS[request.param], initializer_range=0.3)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     model.set_experts_implementation("eager")  # the grouped one takes no fp64
     with torch.no_grad():
@@ -51,7 +59,7 @@ def family(request, tmp_path_factory):
                 tensor.uniform_(0.5, 1.5)  # at first all ones, whose order nobody sees
             if name.endswith(("e_score_correction_bias", "_proj.bias")):
                 tensor.normal_(std=0.2)
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp(name)
     model.save_pretrained(folder, max_shard_size=20_000)  # in several files
     return folder, model
 
@@ -115,7 +123,7 @@ def test_it_writes_what_transformers_does(family):
     ],
 )
 def test_folders_of_other_models_are_refused(tmp_path, text, change, message):  # noqa: F811
-    config = transformers.AutoConfig.for_model("olmoe", **COMMON, **CONFIGS["olmoe"])
+    config = transformers.AutoConfig.for_model("olmoe", **COMMON | CONFIGS["olmoe"])
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "folder")
     changed = config.to_dict() | change
     (tmp_path / "folder/config.json").write_text(json.dumps(changed))

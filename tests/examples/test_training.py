@@ -64,7 +64,15 @@ def test_micro_batches_have_the_gradient_of_the_batch(train, ranks, size):  # no
     assert_same_curve(metrics, expected, tolerance("float64", 6))
 
 
-@pytest.mark.parametrize("changes", [{"tied_head": "true", "qk_norm": "all"}, {"router_score": "sigmoid", "bias_rate": 0.01}])
+LATENT = {"kv_heads": 0, "qk_norm": "none", "kv_rank": 10, "rope_size": 6, "value_size": 5}
+OTHERS = [
+    {"tied_head": "true", "qk_norm": "all"},
+    {"router_score": "sigmoid", "bias_rate": 0.01},
+    LATENT | {"query_rank": 9, "experts": 6, "router_score": "sqrt_softplus", "expert_groups": 3, "top_groups": 2},
+]
+
+
+@pytest.mark.parametrize("changes", OTHERS)
 def test_other_models_train_the_same_at_two_ranks(train, changes):  # noqa: F811
     options = TINY | changes
     flags = [f"--{name.replace('_', '-')}" for name, value in options.items() if value == "true"]
@@ -117,6 +125,30 @@ def test_muon_learns_and_trains_the_same_at_any_number_of_ranks(train):  # noqa:
     assert_same_curve(read_metrics(train(4, **options)), alone, 500 * tolerance("float64", 6))
 
 
+NOISY = {"gate": "noisy_top_k", "importance_loss": 0.1, "load_loss": 0.1, "jitter": 0.1, "micro_batch": 2}
+
+
+@pytest.mark.parametrize(("ranks", "gate"), [(2, NOISY), (0, {"gate": "gshard"})], ids=["noisy_top_k", "gshard"])
+def test_routers_that_draw_are_the_same_in_a_resumed_run(train, text, tmp_path, ranks, gate):  # noqa: F811
+    options = TINY | gate
+    whole = without_timing(read_metrics(train(ranks, **options)))
+    directory = tmp_path / "run"
+    shutil.copytree(train(ranks, stop_at=STEPS // 2 - 1, **options), directory)
+    resume = ["--data", text, "--output", directory, "--resume"]
+    run(ranks, *resume, *model_options(**options))
+    assert without_timing(read_metrics(directory)) == whole
+    output = run(0, *resume, *model_options(**TINY), expect=2)
+    assert f'another model: --gate "{gate["gate"]}" (now null)' in output
+
+
+def test_a_block_that_is_computed_again_draws_the_same(train, tiny_run):  # noqa: F811
+    plain = read_metrics(train(2, **TINY | NOISY))
+    metrics = read_metrics(train(2, recompute="block", **TINY | NOISY))
+    assert_same_curve(metrics, plain, tolerance("float64", 6))
+    # Without noise the first step would be top_k's: the weights of the noise are zeros at first.
+    assert plain[0]["loss"] != pytest.approx(tiny_run[0]["loss"], rel=1e-6)
+
+
 def stored_step(checkpoint):
     index = json.loads((checkpoint / "checkpoint.index.json").read_text())
     return int(index["metadata"]["step"])
@@ -146,6 +178,12 @@ def test_three_steps_without_a_finite_gradient_end_the_run(train, text, tmp_path
         (["--dense-layers", "2"], "--dense-layers 2 leaves none of --layers 2 to the experts"),
         (["--vocabulary", "7"], "--data has a vocabulary of 256, the model one of 7 (--vocabulary)"),
         (["--recompute", "all"], "--recompute"),
+        (["--gate", "expert_choice"], "--gate"),
+        (["--gate", "gshard", "--top-k", "3"], "gate gshard with top_k = 3"),
+        (["--load-loss", "0.1"], "--importance-loss and --load-loss are of --gate noisy_top_k"),
+        (["--expert-groups", "3"], "groups"),
+        (["--kv-rank", "8"], "--rope-size must be at least 2, got 0"),
+        (["--value-size", "8"], "are of attention with --kv-rank"),
     ],
 )
 def test_wrong_models_are_refused(text, tmp_path, wrong, message):  # noqa: F811

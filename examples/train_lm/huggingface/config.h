@@ -9,7 +9,7 @@ namespace train_lm {
 
 // Models of Hugging Face's transformers, by the config.json of their folder.
 
-/// What is laid out alike in checkpoints: "mixtral", "olmoe", "qwen3_moe", "glm4_moe".
+/// What is laid out alike in checkpoints: "deepseek_v3", "glm4_moe", "mixtral", "olmoe", "qwen3_moe".
 using HfFamily = std::string;
 
 /// Becomes the folder's model. Throws std::invalid_argument with the reason for one that this program cannot

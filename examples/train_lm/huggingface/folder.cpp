@@ -13,6 +13,7 @@
 
 #include "agreement.h"
 #include "huggingface/names.h"
+#include "huggingface/reader.h"
 #include "replace_file.h"
 #include "require.h"
 
@@ -20,51 +21,6 @@ namespace train_lm {
 namespace {
 
 namespace fs = std::filesystem;
-
-constexpr const char* kFile = "model.safetensors";
-constexpr const char* kIndex = "model.safetensors.index.json";
-
-/// The tensors of a folder, of which a file is opened when one of its tensors is asked for.
-class Folder {
- public:
-  explicit Folder(fs::path folder) : folder_(std::move(folder)) {
-    if (!fs::exists(folder_ / kIndex)) {
-      for (const auto& [name, entry] : open(kFile).entries()) file_of_[name] = kFile;
-      return;
-    }
-    std::ifstream text(folder_ / kIndex);
-    const auto index = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
-    require(index.is_object() && index.contains("weight_map") && index["weight_map"].is_object(),
-            (folder_ / kIndex).string(), " has no weight_map");
-    for (const auto& [name, file] : index["weight_map"].items()) {
-      require(file.is_string() && file.get<std::string>().find('/') == std::string::npos,
-              (folder_ / kIndex).string(), ": ", name, " is in no file of the folder");
-      file_of_[name] = file;
-    }
-  }
-
-  const std::map<std::string, std::string>& names() const { return file_of_; }
-
-  torch::Tensor read(const std::string& name, at::IntArrayRef shape) {
-    const auto found = file_of_.find(name);
-    require(found != file_of_.end(), folder_.string(), " has no ", name);
-    auto tensor = open(found->second).read(name);
-    require(tensor.sizes() == shape, folder_.string(), ": ", name, " has shape ", tensor.sizes(),
-            ", the model's is ", shape);
-    return tensor;
-  }
-
- private:
-  const anabranch::SafetensorsReader& open(const std::string& file) {
-    const auto known = files_.find(file);
-    return known != files_.end() ? known->second
-                                 : files_.try_emplace(file, folder_ / file).first->second;
-  }
-
-  fs::path folder_;
-  std::map<std::string, std::string> file_of_;
-  std::map<std::string, anabranch::SafetensorsReader> files_;
-};
 
 /// Rows of heads: from halves to neighbours, or back.
 torch::Tensor reordered(const torch::Tensor& rows, int64_t heads, bool to_neighbours) {
@@ -125,7 +81,7 @@ std::set<std::string> all_names(const std::vector<anabranch::ParallelParameter>&
   return names;
 }
 
-void fill(const Placed& placed, Folder& folder) {
+void fill(const Placed& placed, HfReader& folder) {
   for (const auto& of : placed.parts) {
     const auto rows = placed.part(of);
     rows.copy_(reordered(folder.read(of.name, rows.sizes()), of.heads, /*to_neighbours=*/true));
@@ -133,7 +89,7 @@ void fill(const Placed& placed, Folder& folder) {
 }
 
 std::string file_name(int64_t number, int64_t count) {
-  if (count == 1) return kFile;
+  if (count == 1) return kHfFile;
   char text[64];
   std::snprintf(text, sizeof(text), "model-%05d-of-%05d.safetensors", static_cast<int>(number + 1),
                 static_cast<int>(count));
@@ -172,7 +128,7 @@ void load_hf(const fs::path& folder, LanguageModel& model, const ModelOptions& o
   const auto tensors = tensors_of(model, groups);
   together(*groups.world, [&] {
     const auto family = hf_family(folder);
-    Folder files(folder);
+    HfReader files(folder);
     const auto expected = all_names(tensors, family, options);
     for (const auto& [name, file] : files.names()) {
       require(expected.contains(name), folder.string(), " has ", name, ", the model has not");
@@ -211,7 +167,7 @@ void save_hf(const fs::path& folder, LanguageModel& model, const Options& option
     anabranch::write_safetensors(folder / file_name(world.rank(), files), std::move(named));
   });
   on_rank_zero(world, [&] {
-    if (files > 1) replace_file(folder / kIndex, index_of(tensors, family, options.model, files));
+    if (files > 1) replace_file(folder / kHfIndex, index_of(tensors, family, options.model, files));
     replace_file(folder / "config.json",
                  hf_config(family, options.model, options.training.sequence_length));
   });

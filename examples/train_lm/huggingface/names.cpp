@@ -27,6 +27,21 @@ Tensors norm_of(const ModelOptions& model, const std::string& prefix, const char
       {prefix + "self_attn." + which + "_norm.weight", 0, 0, model.qk_norm == "head" ? 1 : heads}};
 }
 
+/// Its rotated numbers are neighbours there as well.
+Tensors of_latent_attention(const ModelOptions& model, const std::string& prefix,
+                            const std::string& name) {
+  if (name == "query") {
+    return {{prefix + (model.query_rank > 0 ? "q_b_proj" : "q_proj") + ".weight"}};
+  }
+  static const std::map<std::string, std::string> same{{"query_down", "q_a_proj"},
+                                                       {"query_norm", "q_a_layernorm"},
+                                                       {"kv_down", "kv_a_proj_with_mqa"},
+                                                       {"kv_norm", "kv_a_layernorm"},
+                                                       {"kv_up", "kv_b_proj"},
+                                                       {"output", "o_proj"}};
+  return {{prefix + same.at(name) + ".weight"}};
+}
+
 /// A GLU's gate and up part.
 Tensors gate_and_up(const std::string& prefix, int64_t inner, const char* gate, const char* up) {
   return {{prefix + gate + ".weight", 0, inner}, {prefix + up + ".weight", inner, inner}};
@@ -56,6 +71,9 @@ Tensors of_experts(const HfFamily& family, const ModelOptions& model, const std:
 Tensors of_layer(const HfFamily& family, const ModelOptions& model, const std::string& layer,
                  const std::string& name, int64_t expert) {
   if (name.starts_with("moe.")) return of_experts(family, model, layer, name.substr(4), expert);
+  if (name.starts_with("attention.") && model.kv_rank > 0) {
+    return of_latent_attention(model, layer + "self_attn.", name.substr(10));
+  }
   if (name == "attention.qkv") return of_heads(model, layer, "weight");
   if (name == "attention.qkv_bias") return of_heads(model, layer, "bias");
   if (name == "attention.query_norm") return norm_of(model, layer, "q", model.heads);

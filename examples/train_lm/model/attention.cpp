@@ -11,6 +11,17 @@ torch::Tensor normalize(const torch::Tensor& x, const torch::Tensor& weight,
                              : at::layer_norm(x, weight.sizes(), weight, {}, model.norm_epsilon);
 }
 
+torch::Tensor attend(const torch::Tensor& query, const torch::Tensor& key,
+                     const torch::Tensor& value, double scale) {
+  const bool grouped = query.size(2) != key.size(2);
+  return at::scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2),
+                                          value.transpose(1, 2), /*attn_mask=*/{},
+                                          /*dropout_p=*/0.0,
+                                          /*is_causal=*/query.size(1) == key.size(1), scale,
+                                          /*enable_gqa=*/grouped)
+      .transpose(1, 2);
+}
+
 AttentionImpl::AttentionImpl(const ModelOptions& options, Initializer& initializer)
     : options_(options) {
   const int64_t hidden = options.hidden, width = options.head_width();
@@ -35,19 +46,15 @@ torch::Tensor AttentionImpl::forward(const torch::Tensor& x, const torch::Tensor
                                      AttentionCache* cache) {
   auto [query, key, value] = attention_heads(at::linear(x, qkv_weight_, qkv_bias_), query_norm_,
                                              key_norm_, rotation, options_);
-  const bool is_first = cache == nullptr || !cache->key.defined();
-  if (!is_first) {
-    key = at::cat({cache->key, key}, 1);
-    value = at::cat({cache->value, value}, 1);
-  }
   if (cache != nullptr) {
+    if (cache->key.defined()) {
+      key = at::cat({cache->key, key}, 1);
+      value = at::cat({cache->value, value}, 1);
+    }
     *cache = {key, value};
   }
-  const bool grouped = options_.heads != options_.key_heads();
-  const auto mixed = at::scaled_dot_product_attention(
-      query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), /*attn_mask=*/{},
-      /*dropout_p=*/0.0, /*is_causal=*/is_first, /*scale=*/{}, /*enable_gqa=*/grouped);
-  return at::linear(mixed.transpose(1, 2).flatten(2), output_weight_, output_bias_);
+  const double scale = 1 / std::sqrt(static_cast<double>(options_.head_width()));
+  return at::linear(attend(query, key, value, scale).flatten(2), output_weight_, output_bias_);
 }
 
 }  // namespace train_lm

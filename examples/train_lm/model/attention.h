@@ -13,11 +13,16 @@ namespace train_lm {
 torch::Tensor normalize(const torch::Tensor& x, const torch::Tensor& weight,
                         const ModelOptions& model);
 
-/// Keys and values of the tokens so far.
+/// Keys and values of the tokens so far, or what they are made of.
 struct AttentionCache {
   torch::Tensor key;    ///< [B, S, key_heads, D]; undefined: of none
-  torch::Tensor value;  ///< the same
+  torch::Tensor value;  ///< [B, S, key_heads, V]; undefined where it is a part of `key`
 };
+
+/// The mean of the values [B, S, key_heads, V], weighed by the softmax of `scale` · query · key: [B, T, heads, V]. Of
+/// as many tokens each sees those up to itself, a single one sees all. Heads of queries share those of keys in order.
+torch::Tensor attend(const torch::Tensor& query, const torch::Tensor& key,
+                     const torch::Tensor& value, double scale);
 
 /// Causal self-attention with rotary positions, in heads that may share keys and values.
 class AttentionImpl : public torch::nn::Module {

@@ -56,13 +56,6 @@ struct InOneKernel : torch::autograd::Function<InOneKernel> {
   }
 };
 
-/// Of `heads` [B, S, heads, D], in fp32 at least.
-torch::Tensor rotate(const torch::Tensor& heads, const torch::Tensor& rotation) {
-  const auto pairs = at::view_as_complex(
-      heads.to(c10::toRealValueType(rotation.scalar_type())).unflatten(-1, {-1, 2}));
-  return at::view_as_real(pairs * rotation).flatten(-2).to(heads.scalar_type());
-}
-
 torch::Tensor normalized(const torch::Tensor& heads, const torch::Tensor& weight,
                          const HeadsOptions& options) {
   const auto x = options.norm_of_all ? heads.flatten(2) : heads;
@@ -71,9 +64,15 @@ torch::Tensor normalized(const torch::Tensor& heads, const torch::Tensor& weight
 
 }  // namespace
 
+torch::Tensor rotate(const torch::Tensor& heads, const torch::Tensor& rotation) {
+  const auto pairs = at::view_as_complex(
+      heads.to(c10::toRealValueType(rotation.scalar_type())).unflatten(-1, {-1, 2}));
+  return at::view_as_real(pairs * rotation).flatten(-2).to(heads.scalar_type());
+}
+
 torch::Tensor rotation_of(int64_t first, int64_t length, const ModelOptions& model,
                           torch::Device device) {
-  const int64_t width = model.head_width();
+  const int64_t width = model.rotated_width();
   const auto type = model.parameter_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto options = at::TensorOptions(type).device(device);
   const auto positions = at::arange(first, first + length, options);

@@ -6,10 +6,14 @@
 
 namespace train_lm {
 
-/// exp(i · position · frequency) for `length` positions from `first` on: [S, 1, head_width / 2] complex, of
+/// exp(i · position · frequency) for `length` positions from `first` on: [S, 1, rotated_width / 2] complex, of
 /// fp64 for a model of fp64 and of fp32 for any other.
 torch::Tensor rotation_of(int64_t first, int64_t length, const ModelOptions& model,
                           torch::Device device);
+
+/// Of `heads` [B, S, heads, D], in fp32 at least: pairs of neighbours are complex numbers that are multiplied
+/// by `rotation`.
+torch::Tensor rotate(const torch::Tensor& heads, const torch::Tensor& rotation);
 
 struct AttentionHeads {
   torch::Tensor query;  ///< [B, S, heads, D]
@@ -18,8 +22,7 @@ struct AttentionHeads {
 };
 
 /// Of `qkv` [B, S, (heads + 2 key_heads) D]: queries and keys with their RMSNorm, whose weights may be
-/// undefined, turned by their positions: pairs of neighbours are complex numbers that are multiplied by
-/// `rotation`.
+/// undefined, turned by their positions.
 AttentionHeads attention_heads(const torch::Tensor& qkv, const torch::Tensor& query_norm,
                                const torch::Tensor& key_norm, const torch::Tensor& rotation,
                                const ModelOptions& model);

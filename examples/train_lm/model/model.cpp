@@ -2,38 +2,30 @@
 
 #include <ATen/ATen.h>
 
+#include <mutex>
 #include <utility>
 
+#include "data/random.h"
+#include "model/layer_options.h"
 #include "model/recompute.h"
 
 namespace train_lm {
 namespace {
 
-anabranch::MoEOptions moe_options_of(const Options& options, int64_t layer) {
-  const ModelOptions& model = options.model;
-  anabranch::MoEOptions moe;
-  moe.hidden_size = model.hidden;
-  moe.expert_hidden_size = model.expert_hidden;
-  moe.num_experts = model.experts;
-  moe.top_k = model.top_k;
-  moe.renormalize = model.renormalize == "auto" ? model.top_k > 1 : model.renormalize == "yes";
-  moe.router_score = model.router_score == "sigmoid" ? anabranch::RouterScore::kSigmoid
-                                                     : anabranch::RouterScore::kSoftmax;
-  moe.routing_scale = model.routing_scale;
-  moe.expert_bias = model.bias_rate > 0;
-  moe.glu = model.glu;
-  moe.activation = model.glu ? anabranch::Activation::kSilu : anabranch::Activation::kGeluTanh;
-  moe.bias = model.expert_biases;
-  moe.shared_expert_hidden_size = model.shared_expert_hidden;
-  moe.recompute = options.recompute == "experts";
-  moe.dtype = model.parameter_type();
-  moe.device = torch::Device(options.device);
-  moe.seed = mixed_seed(options.training.seed, Stream::kExperts, static_cast<uint64_t>(layer));
-  return moe;
-}
-
 void add_to(torch::Tensor& sum, const torch::Tensor& value) {
   sum = sum.defined() ? sum + value : value;
+}
+
+/// What only some routers have, times its coefficient; undefined where nothing of it is wanted.
+torch::Tensor further_losses(const anabranch::MoEOutput& output, const TrainingOptions& training) {
+  torch::Tensor sum;
+  for (const auto& [loss, coefficient] :
+       {std::pair{output.importance_loss, training.importance_loss},
+        std::pair{output.load_loss, training.load_loss},
+        std::pair{output.sequence_balance_loss, training.sequence_balance_loss}}) {
+    if (loss.defined() && coefficient > 0) add_to(sum, loss * coefficient);
+  }
+  return sum;
 }
 
 }  // namespace
@@ -42,7 +34,11 @@ BlockImpl::BlockImpl(const ModelOptions& options, const anabranch::MoEOptions* m
                      std::shared_ptr<anabranch::Communicator> expert_parallel,
                      Initializer& initializer)
     : options_(options) {
-  attention_ = register_module("attention", Attention(options, initializer));
+  if (options.kv_rank > 0) {
+    latent_attention_ = register_module("attention", LatentAttention(options, initializer));
+  } else {
+    attention_ = register_module("attention", Attention(options, initializer));
+  }
   if (moe_options != nullptr) {
     moe_ = register_module("moe", anabranch::MoELayer(*moe_options, std::move(expert_parallel)));
   } else {
@@ -54,9 +50,10 @@ BlockImpl::BlockImpl(const ModelOptions& options, const anabranch::MoEOptions* m
 
 anabranch::MoEOutput BlockImpl::forward(const torch::Tensor& x, const torch::Tensor& rotation,
                                         Timeline& timeline, AttentionCache* cache) {
-  const auto attended =
-      timeline.mark(x + attention_(normalize(x, attention_norm_, options_), rotation, cache),
-                    "attention", "experts, backward");
+  const auto normed = normalize(x, attention_norm_, options_);
+  const auto mixed = attention_.is_empty() ? latent_attention_(normed, rotation, cache)
+                                           : attention_(normed, rotation, cache);
+  const auto attended = timeline.mark(x + mixed, "attention", "experts, backward");
   const auto normal = normalize(attended, moe_norm_, options_);
   anabranch::MoEOutput result;
   if (moe_.is_empty()) {
@@ -70,7 +67,11 @@ anabranch::MoEOutput BlockImpl::forward(const torch::Tensor& x, const torch::Ten
 
 LanguageModelImpl::LanguageModelImpl(
     const Options& options, const std::shared_ptr<anabranch::Communicator>& expert_parallel)
-    : options_(options.model), recompute_blocks_(options.recompute == "block") {
+    : options_(options.model),
+      training_(options.training),
+      recompute_blocks_(options.recompute == "block"),
+      routers_draw_(routers_draw(options)),
+      device_(options.device) {
   const int64_t hidden = options_.hidden, vocabulary = options_.vocabulary;
   Initializer initializer(
       options.training.seed,
@@ -78,7 +79,7 @@ LanguageModelImpl::LanguageModelImpl(
   const double deviation = options_.tied_head ? 0.02 : 0.5;
   embedding_ = register_parameter("embedding", initializer.normal({vocabulary, hidden}, deviation));
   for (int64_t layer = 0; layer < options_.layers; ++layer) {
-    const auto moe = moe_options_of(options, layer);
+    const auto moe = layer_options(options, layer);
     Block block(options_, layer < options_.dense_layers ? nullptr : &moe, expert_parallel,
                 initializer);
     blocks_.push_back(register_module("block" + std::to_string(layer), block));
@@ -89,27 +90,44 @@ LanguageModelImpl::LanguageModelImpl(
   }
 }
 
-anabranch::MoEOutput LanguageModelImpl::through_block(Block& block, const torch::Tensor& x,
-                                                      const torch::Tensor& rotation,
-                                                      AttentionCache* cache) {
+void LanguageModelImpl::seed_router(uint64_t seed) const {
+  if (!routers_draw_) return;
+  auto generator = at::globalContext().defaultGenerator(device_);
+  const std::lock_guard lock(generator.mutex());
+  generator.set_current_seed(seed);
+}
+
+BlockOutput LanguageModelImpl::through_block(size_t layer, const torch::Tensor& x,
+                                             const torch::Tensor& rotation, AttentionCache* cache) {
+  auto block = blocks_[layer];
+  const uint64_t seed = mixed_seed(routing_seed_, Stream::kRouting, layer);
+  auto run = [this, block, rotation, seed](const torch::Tensor& input,
+                                           AttentionCache* past) mutable {
+    seed_router(seed);
+    const auto result = block->forward(input, rotation, timeline_, past);
+    return BlockOutput{result.output, result.balance_loss, result.z_loss, result.expert_load,
+                       further_losses(result, training_)};
+  };
   if (!recompute_blocks_ || !at::GradMode::is_enabled()) {
-    return block(x, rotation, timeline_, cache);
+    return run(x, cache);
   }
-  const auto outputs = recomputed(x, [this, block, rotation](const torch::Tensor& input) mutable {
-    const auto result = block->forward(input, rotation, timeline_);
+  const auto outputs = recomputed(x, [run](const torch::Tensor& input) mutable {
+    const auto result = run(input, nullptr);
     std::vector<torch::Tensor> tensors{result.output};
     if (result.balance_loss.defined()) {
       tensors.insert(tensors.end(), {result.balance_loss, result.z_loss, result.expert_load});
     }
+    if (result.further_losses.defined()) tensors.push_back(result.further_losses);
     return tensors;
   });
-  anabranch::MoEOutput result;
+  BlockOutput result;
   result.output = outputs[0];
   if (outputs.size() > 1) {
     result.balance_loss = outputs[1];
     result.z_loss = outputs[2];
     result.expert_load = outputs[3];
   }
+  if (outputs.size() > 4) result.further_losses = outputs[4];
   return result;
 }
 
@@ -122,10 +140,9 @@ ModelOutput LanguageModelImpl::forward(const torch::Tensor& tokens,
   const auto rotation = rotation_of(past, tokens.size(1), options_, tokens.device());
   ModelOutput result;
   for (size_t layer = 0; layer < blocks_.size(); ++layer) {
-    auto& block = blocks_[layer];
     const auto output =
-        through_block(block, x, rotation, caches == nullptr ? nullptr : &(*caches)[layer]);
-    const bool is_last = block.get() == blocks_.back().get();
+        through_block(layer, x, rotation, caches == nullptr ? nullptr : &(*caches)[layer]);
+    const bool is_last = layer + 1 == blocks_.size();
     x = timeline_.mark(output.output, "experts",
                        is_last ? "head, backward" : "attention, backward");
     if (output.balance_loss.defined()) {
@@ -133,6 +150,7 @@ ModelOutput LanguageModelImpl::forward(const torch::Tensor& tokens,
       add_to(result.z_loss, output.z_loss);
       result.expert_load.push_back(output.expert_load);
     }
+    if (output.further_losses.defined()) add_to(result.further_losses, output.further_losses);
   }
   result.hidden = normalize(x, norm_, options_);
   return result;

@@ -10,6 +10,7 @@
 
 #include "model/attention.h"
 #include "model/feed_forward.h"
+#include "model/latent_attention.h"
 #include "options.h"
 #include "metrics/timeline.h"
 
@@ -31,7 +32,8 @@ class BlockImpl : public torch::nn::Module {
 
  private:
   ModelOptions options_;
-  Attention attention_{nullptr};
+  Attention attention_{nullptr};  // or
+  LatentAttention latent_attention_{nullptr};
   anabranch::MoELayer moe_{nullptr};
   FeedForward feed_forward_{nullptr};
   torch::Tensor attention_norm_;  // [h]
@@ -39,10 +41,22 @@ class BlockImpl : public torch::nn::Module {
 };
 TORCH_MODULE(Block);
 
+/// Of a layer without experts the losses and the load are undefined.
+struct BlockOutput {
+  torch::Tensor output;        ///< [B, S, h]
+  torch::Tensor balance_loss;  ///< []
+  torch::Tensor z_loss;        ///< []
+  torch::Tensor expert_load;   ///< [experts]
+  torch::Tensor
+      further_losses;  ///< [] the others that have a coefficient, times it; may be undefined
+};
+
 struct ModelOutput {
-  torch::Tensor hidden;                    ///< [B, S, h], which the head is to be multiplied by
-  torch::Tensor balance_loss;              ///< [] summed over layers with experts
-  torch::Tensor z_loss;                    ///< [] summed over layers with experts
+  torch::Tensor hidden;        ///< [B, S, h], which the head is to be multiplied by
+  torch::Tensor balance_loss;  ///< [] summed over layers with experts
+  torch::Tensor z_loss;        ///< [] summed over layers with experts
+  torch::Tensor
+      further_losses;  ///< [] the others that have a coefficient, times it; may be undefined
   std::vector<torch::Tensor> expert_load;  ///< of each of them [experts], over all ranks
 };
 
@@ -63,15 +77,22 @@ class LanguageModelImpl : public torch::nn::Module {
   /// Of each layer with experts the load of a step, [layers, experts] on its device, over all ranks:
   /// moves their selection biases.
   void update_expert_biases(const torch::Tensor& expert_load);
+  /// What routers draw in the forwards that follow depends on this and their layer alone.
+  void seed_routers(uint64_t seed) { routing_seed_ = seed; }
   /// Where the time of a step goes.
   Timeline& timeline() { return timeline_; }
 
  private:
-  anabranch::MoEOutput through_block(Block& block, const torch::Tensor& x,
-                                     const torch::Tensor& rotation, AttentionCache* cache);
+  BlockOutput through_block(size_t layer, const torch::Tensor& x, const torch::Tensor& rotation,
+                            AttentionCache* cache);
+  void seed_router(uint64_t seed) const;
 
   ModelOptions options_;
+  TrainingOptions training_;
   bool recompute_blocks_;
+  bool routers_draw_;
+  torch::Device device_;
+  uint64_t routing_seed_ = 0;
   Timeline timeline_;
   torch::Tensor embedding_;  // [vocabulary, h]
   std::vector<Block> blocks_;

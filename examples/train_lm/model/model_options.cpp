@@ -3,6 +3,8 @@
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
+#include "add_unless.h"
+#include "model/layer_options.h"
 #include "require.h"
 
 namespace train_lm {
@@ -14,10 +16,22 @@ void check_attention(const ModelOptions& model) {
   at_least("--head-size", model.head_size, 0);
   require(model.head_size > 0 || model.hidden % model.heads == 0, "--hidden ", model.hidden,
           " is not divisible by --heads ", model.heads);
-  require(model.head_width() % 2 == 0, "--hidden / --heads must be even, got ", model.head_width());
+  require(model.rotated_width() % 2 == 0, model.kv_rank > 0 ? "--rope-size" : "--hidden / --heads",
+          " must be even, got ", model.rotated_width());
   require(model.heads % model.key_heads() == 0, "--heads ", model.heads,
           " is not divisible by --kv-heads ", model.kv_heads);
   positive("--rope-theta", model.rope_theta);
+  at_least("--kv-rank", model.kv_rank, 0);
+  if (model.kv_rank > 0) {
+    at_least("--query-rank", model.query_rank, 0);
+    at_least("--value-size", model.value_size, 0);
+    at_least("--rope-size", model.rope_size, 2);
+    require(model.key_heads() == model.heads && model.qk_norm == "none" && !model.attention_bias,
+            "--kv-rank goes without --kv-heads, --qk-norm and --attention-bias");
+  } else {
+    require(model.query_rank == 0 && model.rope_size == 0 && model.value_size == 0,
+            "--query-rank, --rope-size and --value-size are of attention with --kv-rank");
+  }
 }
 
 void check_experts(const ModelOptions& model) {
@@ -44,6 +58,16 @@ void add_attention_options(CLI::App& app, ModelOptions& model) {
       ->check(CLI::IsMember({"none", "head", "all"}));
   app.add_option("--rope-theta", model.rope_theta, "base of the rotary positions");
   app.add_flag("--attention-bias", model.attention_bias, "biases in attention's projections");
+  app.add_option(
+      "--kv-rank", model.kv_rank,
+      "keys and values of all heads are made of so many numbers a token (MLA); 0: not so");
+  app.add_option("--query-rank", model.query_rank,
+                 "with --kv-rank, the same of queries; 0: not so");
+  app.add_option(
+      "--rope-size", model.rope_size,
+      "with --kv-rank, a head's numbers that are rotated, beside --head-size that are not");
+  app.add_option("--value-size", model.value_size,
+                 "with --kv-rank, a value's numbers; 0: --head-size");
 }
 
 void add_expert_options(CLI::App& app, ModelOptions& model) {
@@ -56,12 +80,20 @@ void add_expert_options(CLI::App& app, ModelOptions& model) {
                  "inner width of an expert that sees every token; 0: none");
   app.add_option("--dense-layers", model.dense_layers, "first layers, which have no experts");
   app.add_option("--dense-hidden", model.dense_hidden, "inner width of these layers' networks");
+  app.add_option("--gate", model.gate, "how a router chooses; docs/routing.md")
+      ->check(CLI::IsMember(gates()));
   app.add_option("--router-score", model.router_score, "what makes a logit a score")
-      ->check(CLI::IsMember({"softmax", "sigmoid"}));
+      ->check(CLI::IsMember(router_scores()));
   app.add_option("--renormalize", model.renormalize,
                  "weights of a token sum to 1; auto: of several")
       ->check(CLI::IsMember({"auto", "yes", "no"}));
   app.add_option("--routing-scale", model.routing_scale, "the weights are multiplied by it");
+  app.add_option("--expert-groups", model.expert_groups,
+                 "groups of experts: a token goes to those of its best --top-groups only");
+  app.add_option("--top-groups", model.top_groups, "groups that a token's experts are of");
+  app.add_option("--group-score", model.group_score, "the score of a group, of its experts'")
+      ->check(CLI::IsMember(group_scores()));
+  app.add_flag("--router-fp64", model.router_fp64, "logits, scores and weights in fp64");
   app.add_option("--bias-rate", model.bias_rate,
                  "balance by a selection bias that changes by so much a step; 0: none");
 }
@@ -122,6 +154,16 @@ void to_json(nlohmann::json& json, const ModelOptions& options) {
           {"routing-scale", options.routing_scale},
           {"bias-rate", options.bias_rate},
           {"dtype", options.dtype}};
+  const ModelOptions usual;
+  add_unless(usual.kv_rank, "kv-rank", options.kv_rank, json);
+  add_unless(usual.query_rank, "query-rank", options.query_rank, json);
+  add_unless(usual.rope_size, "rope-size", options.rope_size, json);
+  add_unless(usual.value_size, "value-size", options.value_size, json);
+  add_unless(usual.gate, "gate", options.gate, json);
+  add_unless(usual.expert_groups, "expert-groups", options.expert_groups, json);
+  add_unless(usual.top_groups, "top-groups", options.top_groups, json);
+  add_unless(usual.group_score, "group-score", options.group_score, json);
+  add_unless(usual.router_fp64, "router-fp64", options.router_fp64, json);
 }
 
 }  // namespace train_lm

@@ -28,20 +28,31 @@ struct ModelOptions {
   std::string qk_norm = "none";
   double rope_theta = 1e4;
   bool attention_bias = false;
+  /// Keys and values of all heads are made of one vector of so many numbers a token (MLA); 0: not so.
+  int64_t kv_rank = 0;
+  int64_t query_rank = 0;  ///< with kv_rank, the same of queries; 0: of the token itself
+  int64_t rope_size =
+      0;  ///< with kv_rank, a head's numbers that are rotated, beside head_size that are not
+  int64_t value_size = 0;  ///< with kv_rank, a value's numbers; 0: head_size
 
   int64_t experts = 8;
   int64_t top_k = 2;
   int64_t expert_hidden = 256;
   bool glu = false;
   bool expert_biases = false;
-  int64_t shared_expert_hidden = 0;  ///< of an expert that sees every token; 0: none
-  int64_t dense_layers = 0;          ///< the first layers, which have no experts
-  int64_t dense_hidden = 0;          ///< inner width of their feed-forward network
-  std::string router_score = "softmax";
+  int64_t shared_expert_hidden = 0;      ///< of an expert that sees every token; 0: none
+  int64_t dense_layers = 0;              ///< the first layers, which have no experts
+  int64_t dense_hidden = 0;              ///< inner width of their feed-forward network
+  std::string gate = "top_k";            ///< how a router chooses, see anabranch::Gate
+  std::string router_score = "softmax";  ///< see anabranch::RouterScore
   /// Of a token's weights to 1: "yes", "no", or "auto": of several, but not of a single expert's, whose
   /// weight trains the router.
   std::string renormalize = "auto";
   double routing_scale = 1;
+  int64_t expert_groups = 1;  ///< a token goes to experts of the best `top_groups` of them only
+  int64_t top_groups = 1;
+  std::string group_score = "top_two_sum";  ///< see anabranch::GroupScore
+  bool router_fp64 = false;
   /// What a step adds to the selection bias of experts with too few tokens: balance without a loss; 0: none.
   double bias_rate = 0;
 
@@ -50,6 +61,12 @@ struct ModelOptions {
   int64_t query_heads() const { return heads; }
   int64_t key_heads() const { return kv_heads > 0 ? kv_heads : heads; }
   int64_t head_width() const { return head_size > 0 ? head_size : hidden / heads; }
+  int64_t rotated_width() const { return kv_rank > 0 ? rope_size : head_width(); }
+  int64_t value_width() const { return value_size > 0 ? value_size : head_width(); }
+  /// Over all heads, the mean of what is multiplied to weigh a value and what is summed of it.
+  int64_t attention_width() const {
+    return heads * (head_width() + (kv_rank > 0 ? rope_size : 0) + value_width()) / 2;
+  }
   int64_t moe_layers() const { return layers - dense_layers; }
   torch::Dtype parameter_type() const;
 };

@@ -52,8 +52,7 @@ ModelOptions qwen3_30b_a3b() {
   return model;
 }
 
-/// moonshotai/Moonlight-16B-A3B. There attention has latent keys and values (MLA: rank 512, of each head
-/// 128 numbers without position, 64 with); here every head has its own, of 128 numbers.
+/// moonshotai/Moonlight-16B-A3B
 ModelOptions moonlight_16b_a3b() {
   ModelOptions model = llama_like();
   model.vocabulary = 163840;
@@ -61,6 +60,8 @@ ModelOptions moonlight_16b_a3b() {
   model.layers = 27;
   model.heads = 16;
   model.head_size = 128;
+  model.kv_rank = 512;
+  model.rope_size = 64;
   model.rope_theta = 5e4;
   model.experts = 64;
   model.top_k = 6;

@@ -26,6 +26,7 @@ SMALL = (
     "--log-interval 2 --validation-interval 3 --validation-sequences 7"
 ).split()
 CHANGING = {"seconds", "tokens_per_second", "model_tflops", "step_seconds", "data_seconds", "memory"}
+NOISY = "--gate noisy_top_k --importance-loss 0.1 --load-loss 0.1 --jitter 0.1 --sequence-balance-loss 0.01".split()
 NOT_COMPARED = {"balance_loss": 0, "z_loss": 0}
 COUNTED = {"ranks", "load", "imbalance", "imbalance_per_layer"}
 
@@ -86,7 +87,7 @@ def test_two_ranks_train_as_one(launcher, alone, tmp_path):
 
 
 @pytest.mark.skipif(not TRAIN_LM_CPP.exists(), reason="examples/train_lm is not built")
-@pytest.mark.parametrize("glu", [[], ["--glu", "--dtype", "float64"]], ids=["gelu", "swiglu in fp64"])
+@pytest.mark.parametrize("glu", [[], [*NOISY, "--glu", "--dtype", "float64"]], ids=["gelu", "noisy swiglu in fp64"])
 def test_it_is_the_twin_of_the_cpp_program(glu, tmp_path):
     run(TRAIN_LM_CPP, "--data", PROJECT / "README.md", "--output", tmp_path / "cpp", "--sample-length", 0, *SMALL, *glu)
     assert_same_training(train(ALONE, tmp_path / "python", *glu), metrics_of(tmp_path / "cpp"), ranks=1)
@@ -151,9 +152,10 @@ def knows_presets():
 def test_it_has_the_presets_of_the_cpp_program(tmp_path):
     if not knows_presets():
         pytest.skip("train_lm has no presets")
-    options = ["--data", PROJECT / "README.md", *without(SMALL, TINY), *TINY, "--dtype", "float64"]
-    run(TRAIN_LM_CPP, "--output", tmp_path / "cpp", "--sample-length", 0, *options)
-    assert_same_training(train(ALONE, tmp_path / "python", *TINY, "--dtype", "float64"), metrics_of(tmp_path / "cpp"), 1)
+    latent = "--kv-heads 0 --qk-norm none --kv-rank 10 --query-rank 9 --rope-size 6 --value-size 5 --dtype float64".split()
+    options = [*without(TINY, latent), *latent]
+    run(TRAIN_LM_CPP, "--data", PROJECT / "README.md", "--output", tmp_path / "cpp", "--sample-length", 0, *without(SMALL, options), *options)
+    assert_same_training(train(ALONE, tmp_path / "python", *options), metrics_of(tmp_path / "cpp"), 1)
 
 
 def without(options, others):
