@@ -109,9 +109,9 @@ def main():
                 lines = train(WAYS[name], arguments, further, Path(folder) / str(number))
                 results.append(result_of(name, WAYS[name], lines))
                 row = results[-1]
-                first, *_, last = row["curve"].values()
+                losses = list(row["curve"].values())
                 print(
-                    f"{name}: {first:.3f} to {last:.3f}, held out {row['validation_loss']:.4f}, "
+                    f"{name}: {losses[0]:.3f} to {losses[-1]:.3f}, held out {row['validation_loss']:.4f}, "
                     f"imbalance {list(row['imbalance'].values())[-1]:.2f}",
                     flush=True,
                 )

@@ -106,9 +106,9 @@ def main():
             runs[name] = train(way, arguments, further, Path(folder) / str(number))
             results.append(result_of(name, way, runs))
             row = results[-1]
-            first, *_, last = row["curve"].values()
+            losses = list(row["curve"].values())
             print(
-                f"{name}: {first:.3f} to {last:.3f}, held out {row['validation_loss']:.4f} "
+                f"{name}: {losses[0]:.3f} to {losses[-1]:.3f}, held out {row['validation_loss']:.4f} "
                 f"({100 * row['validation_difference']:+.2f} %), of the curve at most {100 * row['largest_difference']:.2f} % "
                 f"from {way.beside}",
                 flush=True,
