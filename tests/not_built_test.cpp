@@ -10,6 +10,7 @@
 #include <string>
 
 #include "communicator/describe.h"
+#include "gemm/ampere/ampere_engine.h"
 #include "gemm/auto/measuring.h"
 #include "gemm/cublas/cublas_engines.h"
 #include "gemm/hopper/hopper_engine.h"
@@ -54,6 +55,7 @@ TEST(NotBuilt, Engines) {
   expect_not_built([] { make_cublas_grouped_engine(kGpu); }, "no cuBLAS");
   expect_not_built([] { make_cublaslt_grouped_engine(kGpu); }, "no cuBLAS");
   expect_not_built([] { make_hopper_engine(); }, "no kernels for a GPU");
+  expect_not_built([] { make_ampere_engine(); }, "no kernels for a GPU");
   expect_not_built([] { gpu_milliseconds([] {}); }, "no CUDA");
 }
 

@@ -4,6 +4,7 @@
 #include <iterator>
 #include <mutex>
 
+#include "gemm/ampere/ampere_engine.h"
 #include "gemm/cpu/cpu_engine.h"
 #include "gemm/cublas/cublas_engines.h"
 #include "gemm/hopper/hopper_engine.h"
@@ -26,6 +27,8 @@ struct Table {
        [](torch::Device) { return make_cpu_engine(); }, true},
       {"hopper", runs_hopper, [](torch::Device) { return make_hopper_engine(); }, true,
        /*reads_counts_on_gpu=*/true},
+      {"ampere", runs_ampere, [](torch::Device) { return make_ampere_engine(); }, true,
+       /*reads_counts_on_gpu=*/true, /*outdone_by=*/"hopper"},
       cublas_loop(1),
       cublas_loop(2),
       cublas_loop(4),

@@ -9,7 +9,7 @@
 #include <ostream>
 #include <vector>
 
-#include "gemm/hopper/unit_order.h"
+#include "gemm/tiles/unit_order.h"
 #include "support/random.h"
 #include "support/world.h"
 

@@ -2,7 +2,8 @@
 // one block by 128 elements for each CTA, its operands fetched two steps ahead.
 #include "baselines/block_sparse/blocks.cuh"
 #include "baselines/block_sparse/launch.h"
-#include "gemm/hopper/ptx.cuh"
+#include "gemm/ampere/mma.cuh"
+#include "gemm/tiles/ptx.cuh"
 #include "kernels/cuda/device.cuh"
 
 namespace anabranch::block_sparse {
@@ -54,40 +55,6 @@ __device__ __forceinline__ void store_shared(uint32_t target, const uint32_t (&w
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(target), "r"(words[0]),
                "r"(words[1]), "r"(words[2]), "r"(words[3])
                : "memory");
-}
-
-/// Four matrices of 8 x 8; lane i names row i % 8 of matrix i / 8.
-template <bool kTransposed>
-__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], uint32_t address) {
-  if constexpr (kTransposed) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(address)
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(address)
-                 : "memory");
-  }
-}
-
-/// c [16, 8] += a [16, 16] · b [16, 8]
-__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                             uint32_t b1, __nv_bfloat16) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                             uint32_t b1, __half) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 /// Fetches the operands of a tile, step by step. Memory is read in packs where all rows begin at
@@ -199,7 +166,7 @@ class Fetch {
       const int from_column = column + pack * kPack;
       const scalar_t* source = &panel.at(from_row, from_column);
       if (packed_) {
-        hopper::copy_16(target, source, panel.inside(from_row, from_column));
+        tiles::copy_16(target, source, panel.inside(from_row, from_column));
       } else {
         copy_elements(panel, from_row, from_column, source, target);
       }
@@ -255,7 +222,7 @@ class Sums {
             shape::kTransposedA
                 ? pack_offset<shape::kAColumns>(depth + high, row / kPack + lane / 8 % 2)
                 : pack_offset<shape::kAColumns>(row + low, depth / kPack + lane / 16);
-        load_matrices<shape::kTransposedA>(a[i], stage + offset);
+        ampere::load_matrices<shape::kTransposedA>(a[i], stage + offset);
       }
 #pragma unroll
       for (int j = 0; j < kColumnPieces; j += 2) {
@@ -265,11 +232,11 @@ class Sums {
                 ? pack_offset<shape::kBColumns>(column + high, depth / kPack + lane / 8 % 2)
                 : pack_offset<shape::kBColumns>(depth + low, column / kPack + lane / 16);
         uint32_t b[4];
-        load_matrices<!shape::kTransposedB>(b, tile_b + offset);
+        ampere::load_matrices<!shape::kTransposedB>(b, tile_b + offset);
 #pragma unroll
         for (int i = 0; i < kRowPieces; ++i) {
-          multiply_add(sums_[i][j], a[i], b[0], b[1], scalar_t{});
-          multiply_add(sums_[i][j + 1], a[i], b[2], b[3], scalar_t{});
+          ampere::multiply_add(sums_[i][j], a[i], b[0], b[1], scalar_t{});
+          ampere::multiply_add(sums_[i][j + 1], a[i], b[2], b[3], scalar_t{});
         }
       }
     }
@@ -329,28 +296,28 @@ __global__ void __launch_bounds__(shape::kThreads, shape::kBlock == 128 ? 1 : 3)
                         bool packed) {
   using scalar_t = typename shape::scalar_t;
   extern __shared__ __align__(128) uint8_t memory[];
-  const uint32_t stages = hopper::shared_address(memory);
+  const uint32_t stages = tiles::shared_address(memory);
   const TilePlace place = tile_place(blockIdx.x, lines, across, kBandRows / shape::kBlock);
   const Fetch<shape> fetch(arguments, place, packed);
   Sums<shape> sums;
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) {
     if (step < fetch.steps()) fetch(step, stages + step * shape::kStageBytes);
-    hopper::commit_copies();
+    tiles::commit_copies();
   }
   int stage = 0;
 #pragma unroll 1
   for (int step = 0; step < fetch.steps(); ++step) {
-    hopper::wait_copies<kStages - 2>();
+    tiles::wait_copies<kStages - 2>();
     __syncthreads();
     const int ahead = step + kStages - 1;
     const int free_stage = stage == 0 ? kStages - 1 : stage - 1;
     if (ahead < fetch.steps()) fetch(ahead, stages + free_stage * shape::kStageBytes);
-    hopper::commit_copies();
+    tiles::commit_copies();
     sums.add(stages + stage * shape::kStageBytes);
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }
-  hopper::wait_copies<0>();
+  tiles::wait_copies<0>();
   __syncthreads();
 
   auto* const tile = reinterpret_cast<scalar_t*>(memory);

@@ -5,11 +5,9 @@
 // TMA.
 #include "gemm/hopper/ptx.cuh"
 #include "gemm/hopper/shape.cuh"
-#include "kernels/cuda/experts/activation.cuh"
+#include "gemm/tiles/activation.cuh"
 
 namespace anabranch::hopper {
-
-using cuda::ActivationKind;
 
 /// The part of an epilogue that all have: the warpgroup's staging boxes and their way to memory.
 template <typename scalar_t, typename shape>
@@ -165,23 +163,6 @@ class AccumulateEpilogue : Staging<scalar_t, shape> {
   }
 };
 
-/// Calls `body` with the activation as a compile-time constant.
-template <typename Body>
-__device__ __forceinline__ void with_activation(ActivationKind kind, const Body& body) {
-  switch (kind) {
-    case ActivationKind::kGeluTanh:
-      return body(std::integral_constant<ActivationKind, ActivationKind::kGeluTanh>{});
-    case ActivationKind::kGelu:
-      return body(std::integral_constant<ActivationKind, ActivationKind::kGelu>{});
-    case ActivationKind::kRelu:
-      return body(std::integral_constant<ActivationKind, ActivationKind::kRelu>{});
-    case ActivationKind::kSilu:
-      return body(std::integral_constant<ActivationKind, ActivationKind::kSilu>{});
-    default:
-      break;  // not fused: see HiddenActivation::is_plain
-  }
-}
-
 /// Activations of a warpgroup's products, 64 x 64 elements a step. They go through a staging box, so
 /// that eight lanes hold a row's 64 elements and write whole lines of memory by themselves: warps wait
 /// for nobody. Loops are not unrolled: instructions that run once a tile would be fetched from afar.
@@ -194,26 +175,9 @@ class ActivationSteps : protected Staging<scalar_t, shape> {
   // A warpgroup's part of a tile: boxes of one step each, row by row of them.
   static constexpr int kAcross = shape::kTileColumns / kBox;
   static constexpr int kSteps = shape::kRowBoxes * kAcross;
+  using Eight = tiles::Eight<scalar_t>;
   static constexpr int kTurns = 4;  // a lane has a part of this many rows of a box, 4 rows apart
   static constexpr int kTurnRows = 4;
-
-  /// Eight neighbouring elements.
-  struct Eight {
-    uint4 words;
-
-    __device__ void unpack(float (&values)[8]) const {
-      cuda::unpack_word(words.x, values[0], values[1], scalar_t{});
-      cuda::unpack_word(words.y, values[2], values[3], scalar_t{});
-      cuda::unpack_word(words.z, values[4], values[5], scalar_t{});
-      cuda::unpack_word(words.w, values[6], values[7], scalar_t{});
-    }
-    __device__ static Eight pack(const float (&values)[8]) {
-      return {{cuda::pack_word(values[0], values[1], scalar_t{}),
-               cuda::pack_word(values[2], values[3], scalar_t{}),
-               cuda::pack_word(values[4], values[5], scalar_t{}),
-               cuda::pack_word(values[6], values[7], scalar_t{})}};
-    }
-  };
 
   /// This lane's row of a box in the first turn, and its first column.
   __device__ static int own_row() {
@@ -307,13 +271,7 @@ class ActivateEpilogue : public ActivationSteps<scalar_t, shape> {
         hidden[n / 8] = packed;
         packed.unpack(up);
       }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        x[i] = cuda::activate_at<kKind, true>(x[i]).value;
-        if constexpr (shape::kGlu) {
-          x[i] *= up[i];
-        }
-      }
+      activate_eight<kKind, shape::kGlu>(x, up);
       *activated = Eight::pack(x);
       row += Base::kTurnRows;
       hidden += Base::kTurnRows * this->hidden_width() / 8;
@@ -431,21 +389,7 @@ class ActivateBackwardEpilogue : public ActivationSteps<scalar_t, shape> {
       if constexpr (shape::kGlu) {
         this->read(hidden + kBoxBytes, row).unpack(up);
       }
-      float dot = 0;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const auto [value, slope] = cuda::activate_at<kKind, true>(gate[i]);
-        const float scaled = weight * products[i];
-        float result = value;
-        gate[i] = scaled * slope;
-        if constexpr (shape::kGlu) {
-          result *= up[i];
-          gate[i] *= up[i];
-          up[i] = scaled * value;
-        }
-        dot += products[i] * result;
-        products[i] = weight * result;
-      }
+      float dot = differentiate_eight<kKind, shape::kGlu>(gate, up, products, weight);
 #pragma unroll
       for (int distance = 1; distance < 8; distance *= 2) {
         dot += __shfl_xor_sync(0xFFFFFFFF, dot, distance);

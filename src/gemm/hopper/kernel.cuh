@@ -10,10 +10,8 @@
 // memory, two consumer warpgroups multiply what lies there and run the epilogue, pingpong or
 // cooperatively (see Tiling). Which tile comes next is the tile scheduler's.
 #include "gemm/hopper/epilogue.cuh"
-#include "gemm/hopper/problem.h"
 #include "gemm/hopper/ptx.cuh"
 #include "gemm/hopper/shape.cuh"
-#include "gemm/hopper/tile_scheduler.cuh"
 #include "gemm/hopper/wgmma.cuh"
 
 namespace anabranch::hopper {
@@ -203,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   sync_cluster();
-  const TileScheduler<shape> tiles(problem, first_unit);
+  const TileScheduler<shape> tiles(problem, first_unit, cluster_rank());
   if (warp < 4) {
     give_registers<40>();
     if (threadIdx.x == 0) {

@@ -2,8 +2,8 @@
 
 #include <cuda_runtime_api.h>
 
-#include "gemm/hopper/problem.h"
-#include "gemm/hopper/task.h"
+#include "gemm/hopper/maps.h"
+#include "gemm/tiles/task.h"
 
 namespace anabranch::hopper {
 
@@ -11,9 +11,5 @@ namespace anabranch::hopper {
 /// order of `stream`.
 void launch_grouped_gemm(const Task& task, const Maps& maps, const Problem& problem, int64_t rows,
                          cudaStream_t stream);
-
-/// sums [rows]: those of each row of `dots` [rows, width], see Problem.
-void launch_sum_dots(const float* dots, int64_t rows, int64_t width, float* sums,
-                     cudaStream_t stream);
 
 }  // namespace anabranch::hopper

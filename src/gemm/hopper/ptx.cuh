@@ -1,16 +1,16 @@
 #pragma once
 
-// Hopper's instructions that C++ has no words for, and at the end Ampere's copies of 16 bytes.
-// Shared-memory addresses are 32-bit, as PTX takes them; barriers are 64-bit words in shared memory.
+// Hopper's instructions that C++ has no words for. Shared-memory addresses are 32-bit, as PTX takes them;
+// barriers are 64-bit words in shared memory.
 #include <cuda.h>
 
 #include <cstdint>
 
+#include "gemm/tiles/ptx.cuh"
+
 namespace anabranch::hopper {
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+using namespace tiles;
 
 // --- barriers between threads, TMA and the CTAs of a cluster ---
 
@@ -141,26 +141,4 @@ __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t*
                "r"(matrix[0]), "r"(matrix[1]), "r"(matrix[2]), "r"(matrix[3])
                : "memory");
 }
-__device__ __forceinline__ void load_words(uint32_t address, uint4& words) {
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-               : "r"(address)
-               : "memory");
-}
-
-/// 16 bytes of global memory into shared memory, or zeros unless `inside`; see commit_copies.
-__device__ __forceinline__ void copy_16(uint32_t target, const void* source, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
-               "r"(inside ? 16 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void commit_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-/// Until at most `kPending` of this thread's committed groups have not arrived.
-template <int kPending>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
 }  // namespace anabranch::hopper

@@ -1,23 +1,17 @@
 #pragma once
 
 // How a tile is cut and laid out: what all parts of the kernel agree on at compile time.
-#include "gemm/hopper/problem.h"
-#include "gemm/hopper/task.h"
+#include "gemm/hopper/maps.h"
+#include "gemm/tiles/task.h"
+#include "gemm/tiles/tile_scheduler.cuh"
 
 namespace anabranch::hopper {
 
 constexpr int kBox = 64;  // rows and elements of a box
 constexpr int kBoxBytes = kBox * kBox * 2;
+static_assert(kBox == kDepth && kBox == kDotColumns);
 constexpr int kWarpgroup = 128;           // threads
 constexpr int kThreads = 3 * kWarpgroup;  // a producer warpgroup loads, two consumers multiply
-
-/// What the two CTAs of a cluster have in common: tiles above one another read the same b, tiles
-/// beside one another the same a. Each CTA loads one half for both. With nothing to share a CTA is a
-/// cluster by itself.
-enum class Share { kNone, kA, kB };
-
-/// Places in shared memory for the numbers of experts' first tiles; of more experts several share one.
-constexpr int kMostSlots = 256;
 
 /// kRowBoxes · 64 rows and kColumns columns of the products for each consumer warpgroup.
 /// `kPingpong`: each has tiles of its own, one's epilogue in the shadow of the other's products;
@@ -50,14 +44,6 @@ struct Shape {
   static constexpr int kBarriers = 2 * kStages + 2;
   static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + 2 * kStagingBoxes * kBoxBytes +
                                       kBarriers * 8 + (kMostSlots + 1) * 4;
-};
-
-/// A tile of c of an expert, by its first row and column there.
-struct Tile {
-  Group group;
-  int row;
-  int column;
-  int k_blocks;
 };
 
 template <typename shape>

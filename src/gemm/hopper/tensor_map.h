@@ -2,7 +2,7 @@
 
 #include <torch/types.h>
 
-#include "gemm/hopper/problem.h"
+#include "gemm/hopper/maps.h"
 
 namespace anabranch::hopper {
 

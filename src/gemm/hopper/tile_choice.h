@@ -2,11 +2,13 @@
 
 #include <cstdint>
 
-#include "gemm/hopper/task.h"
+#include "gemm/tiles/task.h"
 
 // Which of the kernel's tiles a launch takes: plain C++, to be read and tested without a GPU.
 
 namespace anabranch::hopper {
+
+using namespace tiles;
 
 /// The products c [m, n] = a [m, k] · b [k, n] of one launch; m or k are an expert's rows.
 struct LaunchSizes {

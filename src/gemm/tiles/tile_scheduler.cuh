@@ -1,12 +1,21 @@
 #pragma once
 
-// The persistent kernel's tile scheduler: which tile of which expert a cluster multiplies next.
-#include "gemm/hopper/problem.h"
-#include "gemm/hopper/ptx.cuh"
-#include "gemm/hopper/shape.cuh"
-#include "gemm/hopper/unit_order.h"
+// A persistent kernel's tile scheduler: which tile of which expert a cluster multiplies next.
+#include "gemm/tiles/problem.h"
+#include "gemm/tiles/unit_order.h"
 
-namespace anabranch::hopper {
+namespace anabranch::tiles {
+
+/// Elements of the sum in a step.
+constexpr int kDepth = 64;
+
+/// What the two CTAs of a cluster have in common: tiles above one another read the same b, tiles
+/// beside one another the same a. Each CTA loads one half for both. With nothing to share a CTA is a
+/// cluster by itself.
+enum class Share { kNone, kA, kB };
+
+/// Places in shared memory for the numbers of experts' first tiles; of more experts several share one.
+constexpr int kMostSlots = 256;
 
 /// The experts in the order in which they are multiplied, and how many units each is. A unit is what a
 /// cluster takes at once: two tiles that share a or b, or one tile.
@@ -48,14 +57,14 @@ class ExpertUnits {
 template <typename shape>
 class TileScheduler {
  public:
-  /// `first_unit`: see count_units.
-  __device__ TileScheduler(const Problem& problem, const int* first_unit)
+  /// `first_unit`: see count_units. `rank` of this CTA in its cluster.
+  __device__ TileScheduler(const Problem& problem, const int* first_unit, int rank)
       : problem_(problem),
         all_(problem),
         first_unit_(first_unit),
         end_(first_unit[all_.slots()]),
         order_(blockIdx.x / shape::kClusterSize, gridDim.x / shape::kClusterSize, shape::kRaggedK),
-        rank_(cluster_rank()) {}
+        rank_(rank) {}
 
   __device__ bool next(Tile& tile) {
     const int unit = order_.unit();
@@ -83,7 +92,7 @@ class TileScheduler {
       column = 2 * column + rank_;
     }
     const int k = shape::kRaggedK ? group.rows : problem_.k;
-    tile = {group, row * shape::kRows, column * shape::kTileColumns, (k + kBox - 1) / kBox};
+    tile = {group, row * shape::kRows, column * shape::kTileColumns, (k + kDepth - 1) / kDepth};
     order_.advance();
     return true;
   }
@@ -125,4 +134,4 @@ __device__ void count_units(const Problem& problem, int* first_unit) {
   }
 }
 
-}  // namespace anabranch::hopper
+}  // namespace anabranch::tiles

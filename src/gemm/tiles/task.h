@@ -1,6 +1,6 @@
 #pragma once
 
-namespace anabranch::hopper {
+namespace anabranch::tiles {
 
 /// c = a · b. Forward: rows · weightᵀ. Dgrad: rows · weight. Wgrad: rowsᵀ · rows, a weight.
 enum class Operation { kForward, kDgrad, kWgrad };
@@ -21,4 +21,4 @@ struct Task {
   bool glu = false;  ///< of the epilogue
 };
 
-}  // namespace anabranch::hopper
+}  // namespace anabranch::tiles

@@ -1,16 +1,10 @@
 #pragma once
 
-#include <cuda.h>
-
 #include <cstdint>
 
 #include "kernels/cuda/launch.h"
 
-namespace anabranch::hopper {
-
-/// See rows_map.
-constexpr int kRowsEnd = 1 << 30;
-constexpr int kRowsWrap = 1 << 30;
+namespace anabranch::tiles {
 
 /// An expert and its rows.
 struct Group {
@@ -18,6 +12,17 @@ struct Group {
   int32_t first_row;
   int32_t rows;
 };
+
+/// A tile of c of an expert, by its first row and column there.
+struct Tile {
+  Group group;
+  int row;
+  int column;
+  int k_blocks;
+};
+
+/// Columns whose ⟨gradient, activation⟩ are one of Problem::dots.
+constexpr int kDotColumns = 64;
 
 /// c [m, n] = a [m, k] · b [k, n] for each expert, whose rows are m (forward, dgrad) or k (wgrad). How
 /// many each has, the host need not know.
@@ -39,14 +44,7 @@ struct Problem {
   void* hidden_out;      // the hidden rows, or their gradient; may be hidden
   void* activated;       // [P, n]
   const float* weights;  // kActivateBackward: routing weights [P], null for 1
-  float* dots;           // and [P, ⌈n / 64⌉]: ⟨gradient, activation⟩ of 64 columns each
+  float* dots;  // and [P, ⌈n / kDotColumns⌉]: ⟨gradient, activation⟩ of so many columns each
 };
 
-/// See rows_map and weight_map; c of kStore alone.
-struct Maps {
-  CUtensorMap a;
-  CUtensorMap b;
-  CUtensorMap c = {};
-};
-
-}  // namespace anabranch::hopper
+}  // namespace anabranch::tiles

@@ -6,7 +6,7 @@
 #define ANABRANCH_ON_BOTH
 #endif
 
-namespace anabranch::hopper {
+namespace anabranch::tiles {
 
 /// The units of work of one of several clusters, first to last: plain C++, to be tested without a GPU. Cluster c
 /// takes units c, c + clusters, ... Where units fall in length (`falling`), whoever took the longest of the
@@ -30,4 +30,4 @@ class UnitOrder {
   int step_;
 };
 
-}  // namespace anabranch::hopper
+}  // namespace anabranch::tiles
