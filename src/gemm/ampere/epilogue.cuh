@@ -26,10 +26,7 @@ class Rounded {
           const int row = warp_row() + i * 16 + half * 8 + lane / 4;
           const uint32_t word =
               cuda::pack_word(sums[i][j][2 * half], sums[i][j][2 * half + 1], scalar_t{});
-          asm volatile(
-              "st.shared.b32 [%0], %1;" ::"r"(box + place(row, column % 64 / 8) + lane % 4 * 4),
-              "r"(word)
-              : "memory");
+          store_word(box + place(row, column % 64 / 8) + lane % 4 * 4, word);
         }
       }
     }
