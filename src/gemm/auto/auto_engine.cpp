@@ -238,11 +238,7 @@ class AutoEngine final : public GroupedGemmEngine {
 
 std::shared_ptr<GroupedGemmEngine> make_auto_engine(torch::Device device) {
   auto considered = engines_on(device);
-  std::erase_if(considered, [all = considered](const EngineEntry& entry) {
-    return !entry.considered_by_auto || std::any_of(all.begin(), all.end(), [&](const auto& other) {
-      return other.name == entry.outdone_by;
-    });
-  });
+  std::erase_if(considered, [](const EngineEntry& entry) { return !entry.considered_by_auto; });
   if (considered.size() == 1) {
     return considered.front().make(device);
   }
