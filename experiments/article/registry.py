@@ -10,11 +10,13 @@ from .methods import PlainLoop
 DESCRIPTIONS = {
     "auto": "the library's default: measures the engines that do not pad, and takes the fastest",
     "hopper": "our own kernel, the activation in its epilogue",
+    "ampere": "our own kernel of any GPU since Ampere, the same",
     **{
         f"cublas_loop_{streams}": f"one cuBLAS product an expert, over {streams} stream{'s' * (streams > 1)}"
         for streams in (1, 2, 4, 8)
     },
     "cublas_grouped": "cuBLAS's grouped batched product",
+    "cublaslt_grouped": "cuBLASLt's, whose sizes lie on the GPU",
     "torch_grouped_mm": "LibTorch's own grouped product",
     "block_sparse": "MegaBlocks' way, our own: rows padded to blocks of 128",
     "block_sparse_64": "the same with blocks of 64",
