@@ -48,6 +48,7 @@ void add_training_options(CLI::App& app, TrainingOptions& training) {
                  "of noisy_top_k: of the experts' sums of weights, its coefficient");
   app.add_option("--load-loss", training.load_loss,
                  "of noisy_top_k: of the experts' expected load, its coefficient");
+  app.add_flag("--router-fp64", training.router_fp64, "logits, scores and weights in fp64");
   app.add_option("--jitter", training.jitter,
                  "routers see a token times noise of 1 ± so much (Switch Transformer)");
   app.add_option("--forced-routing", training.forced_routing,
@@ -259,6 +260,7 @@ void to_json(nlohmann::json& json, const TrainingOptions& options) {
              json);
   add_unless(usual.importance_loss, "importance-loss", options.importance_loss, json);
   add_unless(usual.load_loss, "load-loss", options.load_loss, json);
+  add_unless(usual.router_fp64, "router-fp64", options.router_fp64, json);
   add_unless(usual.jitter, "jitter", options.jitter, json);
   add_unless(usual.forced_routing, "forced-routing", options.forced_routing, json);
 }

@@ -24,6 +24,7 @@ struct TrainingOptions {
   double sequence_balance_loss = 0;
   double importance_loss = 0;  ///< of the gate noisy_top_k, as the next
   double load_loss = 0;
+  bool router_fp64 = false;
   double jitter = 0;                        ///< of what routers see
   std::string forced_routing = "none";      ///< see anabranch::ForcedRouting
   std::string optimizer = "adamw";          ///< or "muon"

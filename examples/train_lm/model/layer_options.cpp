@@ -58,7 +58,7 @@ anabranch::MoEOptions layer_options(const Options& options, int64_t layer) {
   moe.expert_groups = model.expert_groups;
   moe.top_groups = model.top_groups;
   moe.group_score = group_scores().at(model.group_score);
-  moe.router_fp64 = model.router_fp64;
+  moe.router_fp64 = options.training.router_fp64;
   moe.forced_routing = forced_routings().at(options.training.forced_routing);
   moe.jitter = options.training.jitter;
   moe.sequence_balance_coefficient = options.training.sequence_balance_loss;

@@ -93,7 +93,6 @@ void add_expert_options(CLI::App& app, ModelOptions& model) {
   app.add_option("--top-groups", model.top_groups, "groups that a token's experts are of");
   app.add_option("--group-score", model.group_score, "the score of a group, of its experts'")
       ->check(CLI::IsMember(group_scores()));
-  app.add_flag("--router-fp64", model.router_fp64, "logits, scores and weights in fp64");
   app.add_option("--bias-rate", model.bias_rate,
                  "balance by a selection bias that changes by so much a step; 0: none");
 }
@@ -163,7 +162,6 @@ void to_json(nlohmann::json& json, const ModelOptions& options) {
   add_unless(usual.expert_groups, "expert-groups", options.expert_groups, json);
   add_unless(usual.top_groups, "top-groups", options.top_groups, json);
   add_unless(usual.group_score, "group-score", options.group_score, json);
-  add_unless(usual.router_fp64, "router-fp64", options.router_fp64, json);
 }
 
 }  // namespace train_lm

@@ -52,7 +52,6 @@ struct ModelOptions {
   int64_t expert_groups = 1;  ///< a token goes to experts of the best `top_groups` of them only
   int64_t top_groups = 1;
   std::string group_score = "top_two_sum";  ///< see anabranch::GroupScore
-  bool router_fp64 = false;
   /// What a step adds to the selection bias of experts with too few tokens: balance without a loss; 0: none.
   double bias_rate = 0;
 
