@@ -427,21 +427,22 @@ def curves_table(measured):
     return table(("", *(f"loss to step {step}" for step in steps), *found), rows)
 
 
-def learning_curves(measured):
-    about = measured["provenance"]
-    of_gpu = about.get("gpu")
-    where = gpu_provenance(measured, "benchmarks/gpu/learning_curves.py") if of_gpu else train_provenance(measured)
-    resumed = "the very same" if measured["resumed_is_the_same"] else "another"
+def curves_of_one_file(measured):
+    about, first = measured["provenance"], measured["results"][0]
+    where = gpu_provenance(measured, "benchmarks/gpu/learning_curves.py") if about.get("gpu") else train_provenance(measured)
+    same = measured["resumed_is_the_same"]
+    resumed = f" The run that was stopped and resumed in the middle has {'the very same' if same else 'another'} curve."
+    return f"{first['steps']:,} steps.{resumed if same is not None else ''}\n\n{curves_table(measured)}\n\n{where}\n"
+
+
+def learning_curves(*files):
+    of_gpu = files[0]["provenance"].get("gpu")
     return f"""## Learning curves on {'a GPU' if of_gpu else 'the CPU'}
 
-`train_lm --preset tiny`, {measured['results'][0]['steps']:,} steps of one seed and order of the data; losses, in nats, and
-imbalance, the fullest expert over the mean, are means over a hundred steps. Differences are those from fp32 or, where experts
-are balanced by biases, from that on one rank. The run that was stopped and resumed in the middle has {resumed} curve.
+`train_lm --preset tiny`, of one seed and order of the data. Losses, in nats, and imbalance, the fullest expert over the mean,
+are means over a hundred steps. Differences are those from fp32 or, where experts are balanced by biases, from that on one rank.
 
-{curves_table(measured)}
-
-{where}
-"""
+""" + "\n".join(map(curves_of_one_file, files))
 
 
 def gates(measured):
@@ -493,7 +494,7 @@ SECTIONS = {
     "gpu_expert_parallel_*.json": gpu_expert_parallel,
     "gpu_training.json": gpu_training,
     "gpu_learning_curves.json": learning_curves,
-    "cpu_learning_curves.json": learning_curves,
+    "cpu_learning_curves*.json": learning_curves,
     "cpu_gates.json": gates,
 }
 

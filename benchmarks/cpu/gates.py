@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import matplotlib
+import numpy
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -48,8 +49,8 @@ def train(options, arguments, further, directory):
 
 def mean_load(lines):
     """[layers][experts] load over the mean, of the last quarter of the lines."""
-    last = [line["load"] for line in lines[-max(len(lines) // 4, 1) :]]
-    return [[sum(parts) / len(last) * len(layer) for parts in zip(*layer)] for layer in (zip(*of) for of in zip(*last))]
+    last = numpy.array([line["load"] for line in lines[-max(len(lines) // 4, 1) :]])
+    return (last.mean(0) * last.shape[-1]).tolist()
 
 
 def result_of(name, options, lines):

@@ -15,7 +15,7 @@ struct StepCost {
 
 /// 6 N + 6 L A S FLOPs of matrix products: N weights that a token is multiplied by, which is every
 /// matrix of the model but the table that tokens are looked up in (unless it is the head too), and of the experts top_k; two
-/// products of S/2 positions and A = heads · head size in each of the L causal attentions. 6: a
+/// products of S/2 positions and A = ModelOptions::attention_width in each of the L causal attentions. 6: a
 /// multiplication and an addition, forward once and backward twice. Recomputation does not count.
 /// `attention_width`: L A.
 double flops_per_token(const torch::nn::Module& model, int64_t top_k, int64_t attention_width,

@@ -125,18 +125,32 @@ def report_of(folder, name, measured):
     return (folder / "report.md").read_text()
 
 
-def test_learning_curves_are_compared(tmp_path):
+def runs_of_train_lm(script, file, *options):
+    """What a benchmark of two steps of train_lm leaves in `file`."""
     program = Path(anabranch.__file__).parents[2] / "examples/train_lm"
     if not program.exists():
         pytest.skip("a build without train_lm")
+    words = ["--program", program, "--data", BENCHMARKS.parent / "README.md", "--steps", "2", "--json", file, *options]
+    subprocess.run([sys.executable, BENCHMARKS / script, *words], check=True, timeout=120)
+    return json.loads(file.read_text())
+
+
+def test_learning_curves_are_compared(tmp_path):
     ways = "fp32|bf16|bf16, resumed|bf16, Muon"
-    options = ["--program", program, "--data", BENCHMARKS.parent / "README.md", "--device", "cpu", "--steps", "2", "--ways", ways]
-    environment = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
-    script = [sys.executable, BENCHMARKS / "gpu/learning_curves.py", *options, "--json", tmp_path / "out.json"]
-    subprocess.run(script, check=True, timeout=120, env=environment)
-    measured = json.loads((tmp_path / "out.json").read_text())
+    measured = runs_of_train_lm("gpu/learning_curves.py", tmp_path / "out.json", "--device", "cpu", "--ways", ways)
     fp32, bf16, *_, muon = measured["results"]
     assert measured["resumed_is_the_same"] and fp32["validation_difference"] == 0
     assert 0 < abs(bf16["validation_difference"]) < 2**-8
     assert muon["validation_loss"] != bf16["validation_loss"]
     assert "has the very same curve" in report_of(tmp_path, "cpu_learning_curves", measured)
+
+
+def test_gates_are_compared(tmp_path):
+    options = ["--gates", "noisy_top_k|sigmoid, biases", "--picture", tmp_path / "out.png", "--batch-size", 2]
+    measured = runs_of_train_lm("cpu/gates.py", tmp_path / "out.json", *map(str, options))
+    noisy, biases = measured["results"]
+    assert noisy["validation_loss"] != biases["validation_loss"]
+    for result in (noisy, biases):
+        assert len(result["load"]) == 2 and all(sum(loads) == pytest.approx(8) for loads in result["load"])
+    assert (tmp_path / "out.png").stat().st_size
+    assert "| noisy_top_k |" in report_of(tmp_path, "cpu_gates", measured)
