@@ -405,6 +405,8 @@ MemoryPlan plan_memory(const MoEOptions& options, int64_t tokens, int64_t ranks,
   check_input(ranks >= 1, "plan_memory: ranks = ", ranks, ", expected at least 1");
   check_input(std::isfinite(load) && load >= 0, "plan_memory: load = ", load,
               ", expected 0 or more");
+  check_input(options.placement == "blocks", "plan_memory: placement = '", options.placement,
+              "', expected blocks");
   const Sizes sizes(options, tokens, ranks, load);
   MemoryPlan result;
   result.parameters = parameters_of(sizes);

@@ -26,6 +26,7 @@
 #include "kernels/rows.h"
 #include "moe_options.h"
 #include "overlap_choice.h"
+#include "placement/slices.h"
 #include "routing/auxiliary_losses.h"
 #include "support/check.h"
 #include "support/given.h"
@@ -306,7 +307,7 @@ std::vector<Trial> trials_of(const MoEParameters& parameters, const ExchangePlan
 
 MoEFunction::MoEFunction(const MoEOptions& options, std::shared_ptr<Communicator> communicator)
     : options_(checked(options)),
-      exchange_(std::move(communicator), options.num_experts),
+      exchange_(communicator, placement_of(options, communicator->size())),
       engine_(make_grouped_gemm_engine(options.device, options.engine)),
       overlap_(std::make_shared<OverlapChoice>(options)),
       balancer_(std::make_shared<Balancer>(options, exchange_.placement())) {
@@ -397,11 +398,14 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
   const auto received = with_plan && !plan.is_made() ? plan.dispatch(rows) : torch::Tensor();
   const int64_t rounds = count_rounds(plan.get(), options_.receive_rows_limit, communicator);
   balancer_->note_rounds(rounds);
-  const auto& [up, down] = parameters.experts;
+  const auto experts =
+      with_biases_once(parameters.experts, exchange_.placement(), communicator.rank());
+  const auto& [up, down] = experts;
+  const auto weights = exchange_.slot_weights(routing.weights);
   torch::Tensor y;
   if (rounds > 1) {
-    y = through_experts_in_rounds(rows, routing.weights, parameters.experts, parameters.main_grad,
-                                  expert, exchange_, in_rounds(plan.get(), rounds));
+    y = through_experts_in_rounds(rows, weights, experts, parameters.main_grad, expert, exchange_,
+                                  in_rounds(plan.get(), rounds));
   } else {
     const auto step =
         c10::make_intrusive<Step>(exchange_,
@@ -415,7 +419,7 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
       step->start_dispatch(rows);
       compute_ahead();  // while rows travel
     }
-    y = ThroughExperts::apply(rows, routing.weights, up.weight, down.weight, given(up.bias),
+    y = ThroughExperts::apply(rows, weights, up.weight, down.weight, given(up.bias),
                               given(down.bias), step);
     overlap_->note(way, /*backward=*/false, std::move(begin), tokens.device());
   }

@@ -149,9 +149,18 @@ std::vector<std::pair<std::string, std::string>> fields(const MoEOptions& option
 
 }  // namespace
 
+ExpertPlacement placement_of(const MoEOptions& options, int64_t num_ranks) {
+  auto placement = ExpertPlacement::parse(options.placement, options.num_experts, num_ranks);
+  check_slices(placement, options.expert_hidden_size);
+  check_input(placement.most_slices() == 1 || options.balance == "off", "MoEOptions: balance = '",
+              options.balance, "' of experts in slices, expected off");
+  return placement;
+}
+
 std::shared_ptr<Communicator> agree_on_options(const MoEOptions& options,
                                                std::shared_ptr<Communicator> communicator) {
-  check_agreement(*communicator, fields(checked(options)));
+  placement_of(checked(options), communicator->size());
+  check_agreement(*communicator, fields(options));
   return communicator;
 }
 

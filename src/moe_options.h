@@ -1,6 +1,7 @@
 #pragma once
 
 #include <anabranch/communicator.h>
+#include <anabranch/expert_placement.h>
 #include <anabranch/options.h>
 #include <anabranch/routing.h>
 
@@ -8,7 +9,9 @@ namespace anabranch {
 
 /// Refuses options that no layer can have (InputError); returns them.
 const MoEOptions& checked(const MoEOptions& options);
-/// The same, and refuses options that differ between ranks
+/// Where the experts of such a layer lie; refuses what it cannot have.
+ExpertPlacement placement_of(const MoEOptions& options, int64_t num_ranks);
+/// Refuses both, and options that differ between ranks
 /// (CommunicationError naming rank and field). Collective. Returns the communicator.
 std::shared_ptr<Communicator> agree_on_options(const MoEOptions& options,
                                                std::shared_ptr<Communicator> communicator);

@@ -56,6 +56,7 @@ inline constexpr std::tuple kOptionFields = {
     OptionField{"receive_capacity", &MoEOptions::receive_capacity},
     OptionField{"receive_rows_limit", &MoEOptions::receive_rows_limit},
     OptionField{"balance", &MoEOptions::balance},
+    OptionField{"placement", &MoEOptions::placement},
     OptionField{"dtype", &MoEOptions::dtype},
     OptionField{"device", &MoEOptions::device},
     OptionField{"seed", &MoEOptions::seed},

@@ -25,6 +25,20 @@ ParallelGroups make_parallel_groups(std::shared_ptr<Communicator> world,
   return groups;
 }
 
+ExpertPlacement ParallelParameter::placement_over(int64_t ranks) const {
+  return placement != nullptr ? *placement : ExpertPlacement{num_experts, ranks};
+}
+
+HeldExpert ParallelParameter::held(int64_t local) const {
+  const int64_t place = first_place + local;
+  if (placement == nullptr) {
+    return {place};
+  }
+  int64_t rank = 0;
+  while (placement->first_place(rank + 1) <= place) ++rank;
+  return placement->at(rank, place - placement->first_place(rank));
+}
+
 std::vector<ParallelParameter> parallel_parameters(const torch::nn::Module& model) {
   std::vector<ParallelParameter> parameters;
   std::unordered_set<const c10::TensorImpl*> seen;
@@ -44,8 +58,10 @@ std::vector<ParallelParameter> parallel_parameters(const torch::nn::Module& mode
       }
       if (experts != nullptr && experts->sharded()) {
         parameter.is_expert = true;
-        parameter.first_expert = experts->first_expert();
+        parameter.first_place = experts->first_place();
         parameter.num_experts = experts->num_experts();
+        parameter.placement = experts->placement();
+        parameter.cut = experts->cut_of(item.key());
       }
     }
   });
@@ -55,15 +71,19 @@ std::vector<ParallelParameter> parallel_parameters(const torch::nn::Module& mode
 void check_placement(const ParallelParameter& parameter, const ParallelGroups& groups) {
   if (!parameter.is_expert) return;
   const int64_t rank = groups.expert_parallel->rank();
-  const ExpertPlacement placement{parameter.num_experts, groups.expert_parallel->size()};
-  const int64_t first = placement.first_expert(rank);
+  const int64_t ranks = groups.expert_parallel->size();
+  const char* doubt = ": was the model built over another communicator?";
+  check_input(parameter.placement == nullptr || parameter.placement->num_ranks == ranks,
+              parameter.name, " is placed over another number of ranks than the ", ranks,
+              " of this expert-parallel group", doubt);
+  const ExpertPlacement placement = parameter.placement_over(ranks);
+  const int64_t first = placement.first_place(rank);
   const int64_t local = placement.local_experts(rank);
-  check_input(parameter.first_expert == first && parameter.tensor.size(0) == local, parameter.name,
-              " holds experts [", parameter.first_expert, ", ",
-              parameter.first_expert + parameter.tensor.size(0), ") of ", parameter.num_experts,
-              ", but rank ", rank, " of an expert-parallel group of ", placement.num_ranks,
-              " holds [", first, ", ", first + local,
-              "): was the model built over another communicator?");
+  check_input(parameter.first_place == first && parameter.tensor.size(0) == local, parameter.name,
+              " holds experts [", parameter.first_place, ", ",
+              parameter.first_place + parameter.tensor.size(0), ") of ", placement.num_places(),
+              ", but rank ", rank, " of an expert-parallel group of ", ranks, " holds [", first,
+              ", ", first + local, ")", doubt);
 }
 
 std::vector<ParallelParameter> parallel_parameters(const torch::nn::Module& model,

@@ -138,7 +138,7 @@ TEST(Gradients, OfALayerAreThoseOfOneRankWithTheWholeBatch) {
       auto wanted = expected[parameter.name].grad();
       const double magnitude = max_abs(wanted);
       if (parameter.is_expert) {
-        wanted = wanted.narrow(0, parameter.first_expert, parameter.tensor.size(0));
+        wanted = wanted.narrow(0, parameter.first_place, parameter.tensor.size(0));
       }
       EXPECT_TRUE(close(parameter.tensor.grad(), wanted,
                         tolerance(torch::kFloat64, length, magnitude, /*roundings=*/10)))

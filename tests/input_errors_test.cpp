@@ -350,7 +350,10 @@ void change(const std::string& field, T& value) {
     const auto names = names_of(value);
     value = names[value == names[0].second ? 1 : 0].second;
   } else if constexpr (std::is_same_v<T, std::string>) {
-    value = value != "off" ? value + "_2" : field == "balance" ? "shadow" : "1";
+    value = field == "placement" ? "sliced"
+            : value != "off"     ? value + "_2"
+            : field == "balance" ? "shadow"
+                                 : "1";
   } else if constexpr (std::is_same_v<T, torch::Dtype>) {
     value = torch::kBFloat16;
   } else if constexpr (std::is_same_v<T, torch::Device>) {

@@ -59,7 +59,7 @@ Measured measure(const MoEOptions& options, int64_t tokens, Random& random) {
   out.output.backward(dy);
   found.backward = meter.take_most() - before;
   const ExpertPlacement placement{options.num_experts, world()->size()};
-  const auto received = out.expert_load.narrow(0, placement.first_expert(world()->rank()),
+  const auto received = out.expert_load.narrow(0, placement.first_place(world()->rank()),
                                                placement.local_experts(world()->rank()));
   found.load = static_cast<double>(received.sum().item<int64_t>()) /
                static_cast<double>(tokens * options.top_k);

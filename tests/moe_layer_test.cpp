@@ -8,6 +8,7 @@
 #include "support/collectives.h"
 #include "support/devices.h"
 #include "support/layer_case.h"
+#include "support/placements.h"
 #include "support/thrown.h"
 #include "support/tolerance.h"
 #include "support/world.h"
@@ -189,9 +190,8 @@ TEST_F(MoELayerTest, FinishedGradientsAreThoseOfTheMeanLoss) {
   for (const auto& parameter : layer->named_parameters()) {
     auto exact = expected.gradients.at(parameter.key()) / world_->size();
     if (parameter.key().rfind("experts.", 0) == 0) {
-      const auto& placement = layer->exchange().placement();
-      const auto first = placement.first_expert(rank_);
-      exact = exact.slice(0, first, first + placement.local_experts(rank_));
+      exact = part_of(exact, parameter.key(), layer->exchange().placement(), rank_,
+                      options.expert_hidden_size, options.glu);
     }
     EXPECT_TRUE(close(parameter.value().grad(), exact,
                       limits.gradient(parameter.key(), expected.gradients.at(parameter.key()))))

@@ -39,7 +39,7 @@ TrafficTest::Count TrafficTest::count(const torch::Tensor& expert_ids,
       std::set<int64_t> destinations;
       for (int64_t k = 0; k < expert_ids.size(1); ++k) {
         int64_t owner = 0;
-        while (ids[token][k] >= placement.first_expert(owner + 1)) {
+        while (ids[token][k] >= placement.first_place(owner + 1)) {
           ++owner;
         }
         destinations.insert(owner);
@@ -71,6 +71,7 @@ TEST_F(TrafficTest, BytesAreTheDeduplicatedMinimum) {
     layer_case.options.engine = "deterministic";  // the first step agrees on nothing
     layer_case.options.receive_rows_limit = 0;
     layer_case.options.balance = "off";
+    layer_case.options.placement = "blocks";
     const auto& options = layer_case.options;
     const ExpertPlacement placement{options.num_experts, size_};
     const auto expected = run_reference(layer_case, size_);

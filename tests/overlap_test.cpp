@@ -264,7 +264,7 @@ TEST(Overlap, SendsARowWithTheFirstChunkThatNeedsItAndBackWithTheLast) {
       for (int rank = 0; rank < ranks; ++rank) {
         int64_t first = chunks, last = -1;
         for (int64_t slot = 0; slot < top_k; ++slot) {
-          const int64_t local = id[token][slot] - exchange.placement().first_expert(rank);
+          const int64_t local = id[token][slot] - exchange.placement().first_place(rank);
           const int64_t here = exchange.placement().local_experts(rank);
           for (int64_t c = 0; local >= 0 && local < here && c < chunks; ++c) {
             const bool own = local >= here / chunks * c + here % chunks * c / chunks &&

@@ -44,7 +44,7 @@ TEST(Parameters, TellsShardedFromReplicated) {
       EXPECT_EQ(parameter.is_expert, many || single) << parameter.name;
       EXPECT_EQ(parameter.num_experts, many ? num_experts : single ? 1 : 0) << parameter.name;
       if (many) {
-        EXPECT_EQ(parameter.first_expert, placement.first_expert(world()->rank()));
+        EXPECT_EQ(parameter.first_place, placement.first_place(world()->rank()));
         EXPECT_EQ(parameter.tensor.size(0), placement.local_experts(world()->rank()));
       }
     }

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "support/devices.h"
+#include "support/placements.h"
 #include "support/random.h"
 #include "support/random_routing.h"
 #include "support/thrown.h"
@@ -109,6 +110,11 @@ TEST_F(ReceiveCapacityTest, StepsEqualThoseThatWait) {
   expect_equal_steps(options);
   options.shared_expert_hidden_size = 24;
   options.shared_expert_gate = true;
+  expect_equal_steps(options);
+  options.placement =
+      random_placement(random_, options.num_experts, world_->size(), options.expert_hidden_size)
+          .describe();
+  SCOPED_TRACE(options.placement);
   expect_equal_steps(options);
 }
 

@@ -24,11 +24,12 @@ struct ExchangeChunk {
 
 /// Who sends which rows to whom in one step: made once, used by forward and backward.
 ///
-/// T tokens here, W ranks, S rows sent (one per token and destination rank), R rows received,
-/// P assignments of this rank's experts. Index tensors are int64 on the tokens' device.
+/// Experts are places throughout, see ExpertPlacement. T tokens here, W ranks, S rows sent (one per token
+/// and destination rank), R rows received, P assignments of this rank's places. Index tensors are int64 on
+/// the tokens' device.
 struct ExchangePlan {
   int64_t tokens = 0;  ///< T
-  int64_t top_k = 0;
+  int64_t top_k = 0;   ///< assignments that a token may have: to experts in slices one a slice
   std::vector<int64_t> send_rows;            ///< [W] rows to each rank, Σ = S
   std::vector<int64_t> receive_rows;         ///< [W] rows from each rank, Σ = R
   std::vector<int64_t> send_assignments;     ///< [W], Σ = A: T·top_k less those that are none
@@ -48,11 +49,11 @@ struct ExchangePlan {
   torch::Tensor spoilt;             ///< [] int64, 1: nothing moves, what comes of it is to be NaN
 
   // Source side. Sent rows are ordered by (destination, token).
-  torch::Tensor source_counts;  ///< [E] assignments of each expert
+  torch::Tensor source_counts;  ///< [places] assignments of each
   torch::Tensor send_tokens;    ///< [S] token of each sent row
   torch::Tensor token_offsets;  ///< [T+1] into token_rows
   torch::Tensor token_rows;     ///< [S] the sent rows of each token, ascending
-  torch::Tensor send_order;     ///< [A] flat (token, slot) of assignments by (expert, token)
+  torch::Tensor send_order;     ///< [A] flat (token, slot) of assignments by (place, token)
 
   // Expert side. Assignments are expert-major: by (expert, source rank, token), which is the order
   // of a single rank holding the ranks' tokens one after another.
@@ -83,7 +84,7 @@ class PendingPlan {
         rest_(std::move(rest)),
         any_sums_losses_(std::move(any_sums_losses)) {}
 
-  /// [E] those of the plan; where the routing is refused, of no meaning.
+  /// [E] assignments of this rank's tokens; where the routing is refused, of no meaning.
   const torch::Tensor& source_counts() const { return source_counts_; }
   /// The host waits for the counts, and the plan is made of them. Collective at the first call, which
   /// throws as `Exchange::plan`.
@@ -107,6 +108,7 @@ class PendingPlan {
 };
 
 struct Departures;
+class PlacedRouting;
 class LateRefusals;
 struct RoutingCheck;
 
@@ -120,7 +122,9 @@ struct Payload {
 /// many of its experts live there.
 class Exchange {
  public:
+  /// Experts in blocks.
   Exchange(std::shared_ptr<Communicator> communicator, int64_t num_experts);
+  Exchange(std::shared_ptr<Communicator> communicator, ExpertPlacement placement);
 
   /// The one place where the host learns counts, and waits for the device; unless this rank is
   /// alone, its routing on a GPU and `errors` late. Collective.
@@ -148,6 +152,9 @@ class Exchange {
   /// Experts → source, rows of a token summed in fp32 (fp64): the adjoint of dispatch. Collective.
   Payload combine(const Payload& results, const ExchangePlan& plan) const;
 
+  /// A routing's weights [T, top_k] as its plan has assignments, [T, ExchangePlan::top_k]. Differentiable.
+  torch::Tensor slot_weights(const torch::Tensor& weights) const;
+
   const ExpertPlacement& placement() const { return placement_; }
   Communicator& communicator() const { return *communicator_; }
 
@@ -156,17 +163,21 @@ class Exchange {
   torch::Tensor constants(const std::array<int64_t, 3>& form_and_room, torch::Device device) const;
   PendingPlan begin_plan_within_room(const Routing& routing, const torch::Tensor& rows,
                                      const RoutingCheck& check, Departures own,
-                                     double capacity) const;
+                                     const torch::Tensor& source_counts, double capacity) const;
+  Departures departures(const torch::Tensor& ids, bool may_skip) const;
+  /// [E] of the places' counts, behind which may be that of none.
+  torch::Tensor counts_of_experts(const torch::Tensor& counts) const;
 
   std::shared_ptr<Communicator> communicator_;
   ExpertPlacement placement_;
+  std::shared_ptr<const PlacedRouting> placed_;  ///< null: places are experts
   /// What of its counts a rank tells each other rank; on the device of the last plan.
   mutable torch::Tensor message_layout_;
   /// How this rank takes part in a step, in one number; and on the device of the last plan.
   mutable int64_t form_ = -1;
   mutable torch::Tensor form_on_device_;
   // Of steps whose counts the host does not learn.
-  mutable torch::Tensor first_experts_;  ///< [W+1] of each rank, on the device of the last plan
+  mutable torch::Tensor first_places_;  ///< [W+1] of each rank, on the device of the last plan
   /// Those of the last plan, and on its device.
   mutable std::vector<int64_t> constant_values_;
   mutable torch::Tensor constants_;

@@ -5,6 +5,10 @@
 #include <torch/nn/module.h>
 #include <torch/nn/pimpl.h>
 
+#include <memory>
+#include <string_view>
+#include <vector>
+
 namespace anabranch {
 
 /// A projection of several experts, or its gradient; the bias may be undefined.
@@ -26,7 +30,8 @@ struct WeightSums {
 };
 
 /// The parameters of the experts that live on this rank. Biases are undefined without
-/// `options.bias`. With `glu`, rows 0..n−1 of an up-projection are the gate, n..2n−1 the up part.
+/// `options.bias`. With `glu`, rows 0..n−1 of an up-projection are the gate, n..2n−1 the up part. Of slices n is
+/// the width; the first has the down-projection's bias, the others zeros.
 class ExpertsImpl : public torch::nn::Module {
  public:
   /// `sharded` false: a shared expert, which every rank holds whole (`placement` of 1 rank).
@@ -38,8 +43,12 @@ class ExpertsImpl : public torch::nn::Module {
   void to(torch::Dtype dtype, bool non_blocking = false) override;
   void to(torch::Device device, bool non_blocking = false) override;
 
-  /// Global number of this rank's first expert.
-  int64_t first_expert() const { return first_expert_; }
+  /// Number of this rank's first place: of its first expert, where experts lie in blocks.
+  int64_t first_place() const { return first_place_; }
+  /// Null: blocks, over however many ranks.
+  const std::shared_ptr<const ExpertPlacement>& placement() const { return placement_; }
+  /// How slices cut the parameter of that name.
+  SliceCut cut_of(std::string_view name) const;
   /// Experts over all ranks.
   int64_t num_experts() const { return num_experts_; }
   /// Spread over the expert-parallel group, in however many ranks; otherwise replicated.
@@ -56,12 +65,16 @@ class ExpertsImpl : public torch::nn::Module {
   WeightSums main_grad;
 
  private:
+  void add(const MoEOptions& options, const std::vector<HeldExpert>& held);
   /// To where the weights are.
   void move_main_grad(bool non_blocking);
 
-  int64_t first_expert_;
+  int64_t first_place_;
   int64_t num_experts_;
   bool sharded_;
+  std::shared_ptr<const ExpertPlacement> placement_;
+  bool glu_;
+  int64_t whole_width_;  ///< n, of a whole expert
 };
 TORCH_MODULE(Experts);
 

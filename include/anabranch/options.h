@@ -144,6 +144,11 @@ struct MoEOptions {
   /// by nominal rates of products and links, alike in all runs; "auto", by rates that the first step measures.
   /// Results are the same within rounding.
   std::string balance = "off";
+  /// Which rank holds which experts: "blocks", of as many as they go, in rank order; "sliced", with more ranks than
+  /// experts each rank a slice of one expert's hidden dimension (tensor parallelism within experts), otherwise
+  /// blocks; or lists, see ExpertPlacement::parse. All expert-parallel groups of a world take the same. Results are
+  /// those of blocks, with slices within rounding. Slices go without balance.
+  std::string placement = "blocks";
 
   torch::Dtype dtype = torch::kFloat32;  ///< fp32, fp64, bf16, fp16; the router stays ≥ fp32
   torch::Device device = torch::kCPU;

@@ -1,8 +1,10 @@
 #pragma once
 
 #include <anabranch/communicator.h>
+#include <anabranch/expert_placement.h>
 #include <torch/nn/module.h>
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -13,13 +15,23 @@ struct ParallelParameter {
   std::string name;        ///< dotted path within the model
   torch::Tensor tensor;    ///< the parameter; an expert's has this rank's experts along dimension 0
   bool is_expert = false;  ///< sharded over the expert-parallel group; otherwise replicated
-  int64_t first_expert = 0;      ///< global number of this rank's first expert
-  int64_t num_experts = 0;       ///< experts over all ranks
+  int64_t first_place = 0;  ///< number of this rank's first place: of its first expert, in blocks
+  int64_t num_experts = 0;  ///< experts over all ranks
   torch::Tensor main_grad = {};  ///< takes the place of the parameter's grad() where defined
   /// An optimizer's state that one rank alone has of those that have the parameter: that rank of the world,
   /// and `tensor` is a meta tensor elsewhere. Of an expert's state every rank has its own part, and is the
   /// owner. −1: they all have it.
   int64_t owner = -1;
+  std::shared_ptr<const ExpertPlacement> placement =
+      nullptr;        ///< of experts that do not lie in blocks
+  SliceCut cut = {};  ///< how its slices cut an expert's part
+
+  /// Of an expert's, over so many ranks of the expert-parallel group.
+  ExpertPlacement placement_over(int64_t ranks) const;
+  /// What `tensor`'s row `local` is of.
+  HeldExpert held(int64_t local) const;
+  /// Whether a rank may have a part of an expert.
+  bool in_slices() const { return placement != nullptr && placement->most_slices() > 1; }
 
   const torch::Tensor& gradient() const { return main_grad.defined() ? main_grad : tensor.grad(); }
 };

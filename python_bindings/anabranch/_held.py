@@ -20,6 +20,13 @@ def first_expert(num_experts: int, group: Group) -> int:
     return group.rank * (num_experts // group.size) + min(group.rank, num_experts % group.size)
 
 
+def held_experts(options: str, group: Group) -> tuple[int, list[list[int]]]:
+    """Where experts are placed otherwise: how many places the ranks before this one have, and for each of its own the
+    expert, the slice and into how many it is cut."""
+    first, flat = torch.ops.anabranch.held_experts(options, group.rank, group.size)
+    return first, [flat[i : i + 3] for i in range(0, len(flat), 3)]
+
+
 def held(num_experts: int, group: Group) -> Tensor:
     """[3] int64 in host memory: this rank's first expert, its last one + 1, all of them. A tensor, as everything
     else in a state that programs walk through."""
@@ -30,6 +37,13 @@ def held(num_experts: int, group: Group) -> Tensor:
 
 def check_held(saved: Tensor, expected: Tensor) -> None:
     """ValueError where a state holds other experts than this rank's."""
+    if saved.dim() == 2 or expected.dim() == 2:  # placed
+        if not torch.equal(saved.cpu(), expected):
+            raise ValueError(
+                f"the state holds experts (expert, slice, slices) {saved.tolist()}, this rank has {expected.tolist()}: it was "
+                f"saved by another rank or at another placement; {_REMEDY}"
+            )
+        return
     begin, end, all_of_them = (int(value) for value in saved.tolist())
     first, last, num_experts = expected.tolist()
     if (begin, end, all_of_them) != (first, last, num_experts):

@@ -13,13 +13,18 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ._held import first_expert
+from ._held import first_expert, held_experts
 from ._spread import rows_of
 from ._wrappers import managed_by_fsdp1
 from .gradients import ParallelGroups, only_group
 from .moe import MoE
 
 Optimizers = Optimizer | Iterable[Optimizer] | None
+
+Place = tuple[int, int, str]
+"""This rank's first expert (place), how many experts all ranks have, 0 of replicated tensors, and their layer's options
+where they are placed otherwise than in blocks."""
+REPLICATED: Place = (0, 0, "")
 
 
 def save_checkpoint(
@@ -95,20 +100,19 @@ class _Contents:
     def __init__(self) -> None:
         self.names: dict[int, str] = {}
         """Of parameters, by their ids."""
-        self._places: dict[int, tuple[int, int]] = {}
-        self._all: list[tuple[str, Tensor, int, int]] = []
+        self._places: dict[int, Place] = {}
+        self._all: list[tuple[str, Tensor, int, int, str]] = []
 
-    def add(self, name: str, tensor: Tensor, place: tuple[int, int] = (0, 0)) -> None:
-        """`place`: this rank's first expert and how many all ranks have; 0 of them: replicated."""
+    def add(self, name: str, tensor: Tensor, place: Place = REPLICATED) -> None:
         self._all.append((name, rows_of(tensor.detach()), *place))
 
-    def add_parameter(self, name: str, parameter: nn.Parameter, place: tuple[int, int]) -> None:
+    def add_parameter(self, name: str, parameter: nn.Parameter, place: Place) -> None:
         self.names[id(parameter)] = name
         self._places[id(parameter)] = place
         self.add(name, parameter, place)
 
     def add_slot(self, parameter: nn.Parameter, slot: str, tensor: Tensor) -> None:
-        place = (0, 0) if slot == "step" else self._places[id(parameter)]
+        place = REPLICATED if slot == "step" else self._places[id(parameter)]
         self.add(f"optimizer.{slot}.{self.names[id(parameter)]}", tensor, place)
 
     def refuse_names_of_optimizers(self) -> None:
@@ -122,9 +126,9 @@ class _Contents:
         head, dot, tail = name.rpartition(".")
         return {name, f"{head}{dot}0.{tail}"} if self._places[id(parameter)][1] else {name}
 
-    def listed(self) -> tuple[list[str], list[Tensor], list[int], list[int]]:
-        names, tensors, first_experts, num_experts = zip(*self._all) if self._all else ((), (), (), ())
-        return list(names), list(tensors), list(first_experts), list(num_experts)
+    def listed(self) -> tuple[list[Any], ...]:
+        """Names, tensors, first experts, numbers of experts, layers' options."""
+        return tuple(list(column) for column in zip(*self._all)) if self._all else ([], [], [], [], [])
 
 
 def _within(model: nn.Module) -> nn.Module:
@@ -138,20 +142,26 @@ def _within(model: nn.Module) -> nn.Module:
         model = compiled
 
 
+def _place_of(layer: MoE) -> Place:
+    num_experts = layer.options["num_experts"]
+    if layer.options["placement"] == "blocks":
+        return first_expert(num_experts, layer.group), num_experts, ""
+    return held_experts(layer._options, layer.group)[0], num_experts, layer._options
+
+
 def _contents_of(model: nn.Module, groups: ParallelGroups) -> _Contents:
     contents = _Contents()
-    places: dict[int, tuple[int, int]] = {}
+    places: dict[int, Place] = {}
     for module in model.modules():
         if isinstance(module, MoE):
-            num_experts = module.options["num_experts"]
-            place = (first_expert(num_experts, module.group), num_experts)
+            place = _place_of(module)
             places |= {id(p): place for p in module.get_submodule("experts").parameters()}
     flat = managed_by_fsdp1(model)
     for name, p in model.named_parameters():
         dtensor = isinstance(p, DTensor) and (id(p) not in places or p.device_mesh.size() != groups.expert_parallel.size)
         if dtensor or id(p) in flat:
             raise ValueError(f"{name} is sharded by FSDP: save_checkpoint and load_checkpoint take plain parameters")
-        contents.add_parameter(name, p, places.get(id(p), (0, 0)))
+        contents.add_parameter(name, p, places.get(id(p), REPLICATED))
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:

@@ -127,6 +127,8 @@ class _Adapted:
             )
         if through.given.may_skip or self.layer.options["latent_size"] or self.layer._own_activation is not None:
             raise ValueError("LoRA on experts takes no ids of −1, no latent_size and no activation of one's own")
+        if self.layer.options["placement"] != "blocks":
+            raise ValueError("LoRA on experts that are placed otherwise than in blocks")
         self._expert_ids, self._weights = through.routing
         self._adapters = adapters
 

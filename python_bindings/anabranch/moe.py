@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _fakes  # noqa: F401
-from ._held import check_held, held, warn_of_unnamed
+from ._held import check_held, held, held_experts, warn_of_unnamed
 from ._parts import Experts, Part
 from ._spread import mesh_of, spread
 from ._through import Given, MoEOutput, Through, checked_routing
@@ -112,6 +112,11 @@ class MoE(nn.Module):
             where a step is foreseen to be shorter for it, the weights of the fullest experts to all ranks and their
             gradients back: "shadow", by nominal rates of products and links, alike in all runs; "auto", by rates
             that the first step measures. Results are the same within rounding; `explain()` says what was done.
+        placement: which rank holds which experts. "blocks": as many as they go, in rank order; "sliced": with more ranks
+            than experts each rank a slice of one expert's hidden dimension, otherwise blocks; or rank by rank the experts
+            it holds, and of those in slices which: in "0,3;2/0:2;2/1:2,1" rank 0 holds experts 0 and 3, rank 1 the first of
+            two slices of expert 2, rank 2 the second and expert 1. Slices make results differ by rounding, and go
+            without `balance` and Muon.
         seed: of the parameters; the same seed gives the same layer at any number of ranks, and that of
             the C++ library. None: drawn from torch's generator, which is then to be the same on all ranks.
         router: False: the layer has no router, and every forward is given its routing, of any top_k.
@@ -164,6 +169,7 @@ class MoE(nn.Module):
         receive_capacity: float = 0.0,
         receive_rows_limit: int = 0,
         balance: str = "off",
+        placement: str = "blocks",
         seed: int | None = None,
         router: bool = True,
         dtensor: bool = False,
@@ -212,6 +218,7 @@ class MoE(nn.Module):
             "receive_capacity": receive_capacity,
             "receive_rows_limit": receive_rows_limit,
             "balance": balance,
+            "placement": placement,
         }
         of_router = {"gate", "expert_bias", "forced_routing", "router_fp64", "jitter", "attach_losses"}
         of_router |= {name for name in options if name.endswith("_coefficient")}
@@ -220,11 +227,14 @@ class MoE(nn.Module):
         if not router and given:
             raise ValueError(f"router=False with {', '.join(given)}: a router's")
         of_core = shared_expert_hidden_size or recompute or activation_limit or glu_offset or receive_rows_limit
-        if (self._own_experts or self._own_activation) and (of_core or balance != "off"):
+        of_core = of_core or balance != "off" or placement != "blocks"
+        if (self._own_experts or self._own_activation) and of_core:
             raise ValueError(
                 "experts or an activation of one's own with shared_expert_hidden_size, recompute, activation_limit, "
-                "glu_offset, receive_rows_limit or balance, which are the core's experts'"
+                "glu_offset, receive_rows_limit, balance or placement, which are the core's experts'"
             )
+        if dtensor and placement != "blocks":
+            raise ValueError(f"dtensor=True with placement = {placement!r}, expected blocks, as a DTensor's rows lie")
         self.options = options
         self.attached_loss_scale: Tensor | None = None
         """[] or None, which is 1: what attached losses are multiplied by, that is a loss scaler's number over the
@@ -412,7 +422,11 @@ class MoE(nn.Module):
             watch(self)
 
     def get_extra_state(self) -> Tensor:
-        """[3] int64: which experts the state holds; as DTensors all of them."""
+        """Which experts the state holds, int64: [3], see `held`; [experts, 3], see `held_experts`, where they are placed
+        otherwise; as DTensors all of them."""
+        if self.options["placement"] != "blocks":
+            own = held_experts(self._options, self.group)[1]
+            return torch.tensor(own, dtype=torch.int64, device="cpu").view(-1, 3)
         return held(self.options["num_experts"], alone() if self.dtensor else self.group)
 
     def set_extra_state(self, state: Tensor) -> None:

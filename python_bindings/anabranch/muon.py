@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from . import _library  # noqa: F401
+from .steps import refuse_slices
 
 
 def _of_this_rank(tensor: Tensor) -> Tensor:
@@ -63,6 +64,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        refuse_slices(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():

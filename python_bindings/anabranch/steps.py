@@ -32,6 +32,14 @@ def is_watched(layer: nn.Module) -> bool:
     return layer in _layers
 
 
+def refuse_slices(optimizer: Optimizer) -> None:
+    """For optimizers that take a matrix as a whole: ValueError where a rank has slices of one."""
+    for layer in list(_layers):
+        in_slices = layer.options["placement"] != "blocks" and layer.get_extra_state()[:, 2].gt(1).any()  # type: ignore
+        if in_slices and _held_by(optimizer, list(layer.get_submodule("experts").parameters())):
+            raise ValueError(f"{type(optimizer).__name__} of experts in slices: it takes a matrix as a whole, expected AdamW")
+
+
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not REFUSE or torch.compiler.is_compiling():
         return

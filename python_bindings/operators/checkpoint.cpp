@@ -5,6 +5,9 @@
 
 #include <nlohmann/json.hpp>
 
+#include "moe_options.h"
+#include "options.h"
+#include "placement/slices.h"
 #include "registry.h"
 #include "support/check.h"
 
@@ -15,29 +18,40 @@ ParallelGroups groups_of(const std::string& world, const std::string& expert_par
   return {group_named(world), group_named(expert_parallel), nullptr};
 }
 
-/// `num_experts` 0: replicated.
+/// `num_experts` 0: replicated. `layers`: the options of experts that do not lie in blocks; else "".
 std::vector<ParallelParameter> parallel_tensors(const std::vector<std::string>& names,
                                                 at::TensorList tensors,
                                                 const std::vector<int64_t>& first_experts,
-                                                const std::vector<int64_t>& num_experts) {
+                                                const std::vector<int64_t>& num_experts,
+                                                const std::vector<std::string>& layers,
+                                                int64_t ranks) {
   check_input(names.size() == tensors.size() && first_experts.size() == tensors.size() &&
-                  num_experts.size() == tensors.size(),
-              "checkpoint: as many names and experts as tensors, got ", names.size(), ", ",
-              first_experts.size(), ", ", num_experts.size(), " and ", tensors.size());
+                  num_experts.size() == tensors.size() && layers.size() == tensors.size(),
+              "checkpoint: as many names, experts and layers as tensors, got ", names.size(), ", ",
+              first_experts.size(), ", ", num_experts.size(), ", ", layers.size(), " and ",
+              tensors.size());
   std::vector<ParallelParameter> all;
   for (size_t i = 0; i < names.size(); ++i) {
     all.push_back({names[i], tensors[i], num_experts[i] > 0, first_experts[i], num_experts[i]});
+    if (layers[i].empty()) continue;
+    const auto options = options_from_json(layers[i]);
+    auto& last = all.back();
+    last.placement = std::make_shared<const ExpertPlacement>(placement_of(options, ranks));
+    last.cut =
+        cut_of(names[i].substr(names[i].rfind('.') + 1), options.glu, options.expert_hidden_size);
   }
   return all;
 }
 
 void save(std::string directory, std::vector<std::string> names, at::TensorList tensors,
           std::vector<int64_t> first_experts, std::vector<int64_t> num_experts,
-          std::string optimizer, std::string metadata, std::string world,
-          std::string expert_parallel) {
-  save_checkpoint(
-      directory, {parallel_tensors(names, tensors, first_experts, num_experts), optimizer},
-      nlohmann::json::parse(metadata).get<CheckpointMetadata>(), groups_of(world, expert_parallel));
+          std::vector<std::string> layers, std::string optimizer, std::string metadata,
+          std::string world, std::string expert_parallel) {
+  const auto groups = groups_of(world, expert_parallel);
+  const auto all = parallel_tensors(names, tensors, first_experts, num_experts, layers,
+                                    groups.expert_parallel->size());
+  save_checkpoint(directory, {all, optimizer},
+                  nlohmann::json::parse(metadata).get<CheckpointMetadata>(), groups);
 }
 
 /// The index's text, the stored names, the optimizer's class, metadata as JSON.
@@ -49,10 +63,12 @@ std::tuple<std::string, std::vector<std::string>, std::string, std::string> read
 
 void load(std::string directory, std::string index, std::vector<std::string> names,
           at::TensorList tensors, std::vector<int64_t> first_experts,
-          std::vector<int64_t> num_experts, bool with_optimizer, std::string world,
-          std::string expert_parallel) {
-  load_checkpoint(directory, index, parallel_tensors(names, tensors, first_experts, num_experts),
-                  with_optimizer, groups_of(world, expert_parallel));
+          std::vector<int64_t> num_experts, std::vector<std::string> layers, bool with_optimizer,
+          std::string world, std::string expert_parallel) {
+  const auto groups = groups_of(world, expert_parallel);
+  const auto all = parallel_tensors(names, tensors, first_experts, num_experts, layers,
+                                    groups.expert_parallel->size());
+  load_checkpoint(directory, index, all, with_optimizer, groups);
 }
 
 }  // namespace
@@ -60,13 +76,14 @@ void load(std::string directory, std::string index, std::vector<std::string> nam
 TORCH_LIBRARY_FRAGMENT(anabranch, library) {
   library.def(
       "save_checkpoint(str directory, str[] names, Tensor[] tensors, int[] first_experts, "
-      "int[] num_experts, str optimizer, str metadata, str world, str expert_parallel) -> ()",
+      "int[] num_experts, str[] layers, str optimizer, str metadata, str world, str "
+      "expert_parallel) -> ()",
       save);
   library.def("read_checkpoint_index(str directory, str world) -> (str, str[], str, str)",
               read_index);
   library.def(
       "load_checkpoint(str directory, str index, str[] names, Tensor(a!)[] tensors, "
-      "int[] first_experts, int[] num_experts, bool with_optimizer, str world, "
+      "int[] first_experts, int[] num_experts, str[] layers, bool with_optimizer, str world, "
       "str expert_parallel) -> ()",
       load);
 }

@@ -44,6 +44,18 @@ std::vector<at::Tensor> make_parameters(std::string options, int64_t rank, int64
   return initial_parameters(all, rank, num_ranks);
 }
 
+/// The number of this rank's first place; expert, slice and slices of each that it has.
+std::tuple<int64_t, std::vector<int64_t>> held_experts(std::string options, int64_t rank,
+                                                       int64_t num_ranks) {
+  const auto placement = placement_of(options_from_json(options), num_ranks);
+  std::vector<int64_t> held;
+  for (int64_t local = 0; local < placement.local_experts(rank); ++local) {
+    const auto [expert, slice, slices] = placement.at(rank, local);
+    held.insert(held.end(), {expert, slice, slices});
+  }
+  return {placement.first_place(rank), held};
+}
+
 void agree(std::string options, at::ScalarType dtype, at::Device device, std::string group) {
   // Whatever tensors the layer is made of, fake ones included, its ranks' messages are real.
   const c10::impl::ExcludeDispatchKeyGuard real(
@@ -207,6 +219,7 @@ TORCH_LIBRARY(anabranch, library) {
       "initial_parameters(str options, int rank, int num_ranks, ScalarType dtype, Device device) "
       "-> Tensor[]",
       make_parameters);
+  library.def("held_experts(str options, int rank, int num_ranks) -> (int, int[])", held_experts);
   library.def(
       "plan_memory(str options, ScalarType dtype, Device device, int tokens, int ranks, float "
       "load) "

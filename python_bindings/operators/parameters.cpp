@@ -8,7 +8,6 @@
 #include "support/check.h"
 
 namespace anabranch::operators {
-namespace {}  // namespace
 
 std::vector<NamedParameter> named_parameters(MoEParameters& parameters, const MoEOptions& options) {
   auto& [router, experts, main_grad, shared, shared_main_grad, shared_gate, latent_down,
@@ -69,8 +68,7 @@ std::vector<torch::Tensor> initial_parameters(const MoEOptions& options, int64_t
   check_input(rank >= 0 && rank < num_ranks, "initial_parameters: rank ", rank, " of ", num_ranks);
   MoEParameters parameters;
   parameters.router = Router(options)->router_parameters();
-  parameters.experts =
-      Experts(options, ExpertPlacement{options.num_experts, num_ranks}, rank)->projections();
+  parameters.experts = Experts(options, placement_of(options, num_ranks), rank)->projections();
   if (options.shared_expert_hidden_size > 0) {
     parameters.shared_expert = make_shared_expert(options)->projections();
   }

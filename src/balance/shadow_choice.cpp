@@ -10,13 +10,16 @@ namespace {
 class Loads {
  public:
   Loads(const torch::Tensor& counts, const ExpertPlacement& placement)
-      : counts_(counts.contiguous()), computed_(placement.num_ranks, 0), moved_(computed_) {
+      : counts_(counts.contiguous()),
+        owner_of_(placement.num_experts),
+        computed_(placement.num_ranks, 0),
+        moved_(computed_) {
     for (int64_t owner = 0; owner < placement.num_ranks; ++owner) {
-      const int64_t first = placement.first_expert(owner);
-      for (int64_t e = first; e < first + placement.local_experts(owner); ++e) {
-        owner_of_.push_back(owner);
-        move(e, +1);
-        computed_[owner] += of(owner, e);
+      for (int64_t local = 0; local < placement.local_experts(owner); ++local) {
+        const int64_t expert = placement.at(owner, local).expert;
+        owner_of_[expert] = owner;
+        move(expert, +1);
+        computed_[owner] += of(owner, expert);
       }
     }
   }
@@ -89,7 +92,9 @@ ShadowChoice choose_shadows(const torch::Tensor& counts, const ExpertPlacement& 
     best = 0;
   }
   choice.experts.assign(by_load.begin(), by_load.begin() + best);
-  std::sort(choice.experts.begin(), choice.experts.end());
+  const auto place_of = placement.place_of_experts();
+  std::sort(choice.experts.begin(), choice.experts.end(),
+            [&](int64_t one, int64_t other) { return place_of[one] < place_of[other]; });
   return choice;
 }
 

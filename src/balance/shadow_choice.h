@@ -24,14 +24,14 @@ struct StepForecast {
 
 /// Experts that are shadowed in a step: their weights travel to all ranks, each of which computes its own tokens.
 struct ShadowChoice {
-  std::vector<int64_t> experts;  ///< ascending
+  std::vector<int64_t> experts;  ///< by place
   StepForecast without;
   StepForecast with;
 };
 
 /// FasterMoE's choice (doi:10.1145/3503221.3508418): experts by falling load are shadowed as long as the step is
 /// foreseen to become shorter; of all such beginnings the best. None where that gains less than 5 %.
-/// `counts` [W, E] int64 on the host: assignments of each rank's tokens.
+/// `placement` of whole experts; `counts` [W, E] int64 on the host: assignments of each rank's tokens.
 ShadowChoice choose_shadows(const torch::Tensor& counts, const ExpertPlacement& placement,
                             const StepCosts& costs);
 

@@ -34,11 +34,14 @@ class Spreading {
   Spreading(const std::vector<int64_t>& shadowed, const ExpertPlacement& placement,
             Communicator& communicator)
       : communicator_(&communicator), of_rank_(placement.num_ranks, 0) {
+    const auto place_of = placement.place_of_experts();
     int64_t owner = 0;
     for (const int64_t expert : shadowed) {
-      while (expert >= placement.first_expert(owner) + placement.local_experts(owner)) ++owner;
+      while (place_of[expert] >= placement.first_place(owner + 1)) ++owner;
       ++of_rank_[owner];
-      if (owner == communicator.rank()) own_.push_back(expert - placement.first_expert(owner));
+      if (owner == communicator.rank()) {
+        own_.push_back(place_of[expert] - placement.first_place(owner));
+      }
     }
     shadowed_ = static_cast<int64_t>(shadowed.size());
   }
@@ -218,10 +221,9 @@ SplitRouting split_routing(const Routing& routing, const std::vector<int64_t>& s
                            const ExpertPlacement& placement, int64_t rank) {
   const torch::NoGradGuard no_grad;
   std::vector<int64_t> place(placement.num_experts, -1);
-  const int64_t first = placement.first_expert(rank);
-  for (size_t i = 0; i < shadowed.size(); ++i) {
-    const bool own = shadowed[i] >= first && shadowed[i] < first + placement.local_experts(rank);
-    place[shadowed[i]] = own ? -1 : static_cast<int64_t>(i);
+  for (size_t i = 0; i < shadowed.size(); ++i) place[shadowed[i]] = static_cast<int64_t>(i);
+  for (int64_t local = 0; local < placement.local_experts(rank); ++local) {
+    place[placement.at(rank, local).expert] = -1;
   }
   const auto& ids = routing.expert_ids;
   const auto places = at::tensor(place, at::kLong).to(ids.device());

@@ -12,6 +12,7 @@
 #include "checkpoint/optimizer_state.h"
 #include "checkpoint/require.h"
 #include "checkpoint/state.h"
+#include "placement/slices.h"
 
 namespace anabranch {
 namespace {
@@ -148,8 +149,11 @@ void read_part(const ParallelParameter& tensor, TensorSource& source, torch::Ten
     return;
   }
   for (int64_t local = 0; local < values.size(0); ++local) {
-    const auto name = expert_name(tensor.name, tensor.first_expert + local);
-    values[local].copy_(source.read(name, dtype, values.sizes().slice(1)));
+    const HeldExpert held = tensor.held(local);
+    const auto sizes = values.sizes().slice(1);
+    const auto whole = source.read(expert_name(tensor.name, held.expert), dtype,
+                                   held.slices > 1 ? whole_sizes(sizes, tensor.cut) : sizes.vec());
+    copy_slice(values[local], whole, held, tensor.cut);
   }
 }
 

@@ -2,7 +2,6 @@
 
 #include <ATen/ATen.h>
 #include <anabranch/error.h>
-#include <anabranch/expert_placement.h>
 #include <anabranch/safetensors.h>
 
 #include <algorithm>
@@ -16,7 +15,9 @@
 #include "checkpoint/file.h"
 #include "checkpoint/optimizer_state.h"
 #include "checkpoint/state.h"
+#include "checkpoint/stored_experts.h"
 #include "communicator/agreement.h"
+#include "placement/slices.h"
 
 namespace anabranch {
 namespace {
@@ -60,33 +61,26 @@ CheckpointContents contents_of(const torch::nn::Module& model,
 /// What must be the same on every rank for the shares to make one checkpoint.
 void check_same_tensors(const std::vector<ParallelParameter>& tensors, Communicator& world) {
   std::vector<std::pair<std::string, std::string>> fields;
-  for (const auto& [name, tensor, is_expert, first_expert, num_experts, main_grad, owner] :
-       tensors) {
+  for (const auto& parameter : tensors) {
+    const auto& tensor = parameter.tensor;
     auto shape = tensor.sizes().vec();
-    if (is_expert) shape.front() = num_experts;
+    if (parameter.is_expert) {
+      shape = whole_sizes(tensor.sizes().slice(1), parameter.cut);
+      shape.insert(shape.begin(), parameter.num_experts);
+    }
     std::string text = c10::str(tensor.scalar_type(), " ", at::IntArrayRef(shape));
+    if (parameter.placement != nullptr) text += " in " + parameter.placement->describe();
     // Scalars that count: the optimizer's steps.
-    if (tensor.dim() == 0 && is_optimizer_tensor(name) && owner < 0) {
+    if (tensor.dim() == 0 && is_optimizer_tensor(parameter.name) && parameter.owner < 0) {
       text += c10::str(" ", tensor.item<int64_t>());
     }
-    fields.emplace_back(name, text);
+    fields.emplace_back(parameter.name, text);
   }
   check_agreement(world, fields);
 }
 
-/// The experts of a tensor that each rank of the world is to write: its own where the state is sharded over
-/// the replicas, otherwise those of the first group of expert-parallel ranks.
-int64_t experts_to_write(const ParallelParameter& tensor, int64_t rank,
-                         const ParallelGroups& groups) {
-  const int64_t expert_ranks = groups.expert_parallel->size();
-  const ExpertPlacement placement{tensor.num_experts, expert_ranks};
-  const int64_t held = placement.local_experts(rank % expert_ranks);
-  if (tensor.owner < 0) return rank < expert_ranks ? held : 0;
-  return ExpertPlacement{held, groups.expert_replicas->size()}.local_experts(rank / expert_ranks);
-}
-
 /// This rank's part: experts one by one; and replicated tensors, each with its owner, or with the rank that
-/// has least to write so far.
+/// has least to write so far. Collective where experts lie in slices.
 std::vector<NamedTensor> tensors_of_share(const std::vector<ParallelParameter>& tensors,
                                           const ParallelGroups& groups) {
   const int64_t rank = groups.world->rank();
@@ -95,23 +89,20 @@ std::vector<NamedTensor> tensors_of_share(const std::vector<ParallelParameter>& 
   for (const auto& parameter : tensors) {
     const auto& tensor = parameter.tensor;
     if (!parameter.is_expert) continue;
-    const auto elements = c10::multiply_integers(tensor.sizes().slice(1));
-    for (size_t other = 0; other < load.size(); ++other) {
-      const int64_t experts = experts_to_write(parameter, static_cast<int64_t>(other), groups);
-      load[other] += experts * elements * tensor.element_size();
-    }
-    for (int64_t local = 0; local < experts_to_write(parameter, rank, groups); ++local) {
-      const auto name = expert_name(parameter.name, parameter.first_expert + local);
-      share.push_back({name, tensor[local]});
+    const auto sizes = whole_sizes(tensor.sizes().slice(1), parameter.cut);
+    const int64_t bytes = c10::multiply_integers(sizes) * tensor.element_size();
+    for (const auto& [expert, writer, whole] : stored_experts(parameter, groups)) {
+      load[writer] += bytes;
+      if (rank == writer) share.push_back({expert_name(parameter.name, expert), whole});
     }
   }
-  for (const auto& [name, tensor, is_expert, first_expert, num_experts, main_grad, owner] :
-       tensors) {
-    if (is_expert) continue;
-    const auto writer =
-        owner >= 0 ? owner : std::min_element(load.begin(), load.end()) - load.begin();
-    load[writer] += static_cast<int64_t>(tensor.nbytes());
-    if (rank == writer) share.push_back({name, tensor});
+  for (const auto& parameter : tensors) {
+    if (parameter.is_expert) continue;
+    const auto writer = parameter.owner >= 0
+                            ? parameter.owner
+                            : std::min_element(load.begin(), load.end()) - load.begin();
+    load[writer] += static_cast<int64_t>(parameter.tensor.nbytes());
+    if (rank == writer) share.push_back({parameter.name, parameter.tensor});
   }
   return share;
 }

@@ -65,8 +65,12 @@ ParallelParameter optimizer_tensor(const std::string& slot, const ParallelParame
                                    torch::Tensor tensor) {
   const auto name = kOptimizerPrefix + slot + "." + parameter.name;
   if (slot == kStep) return {name, std::move(tensor)};
-  return {name, std::move(tensor), parameter.is_expert, parameter.first_expert,
-          parameter.num_experts};
+  ParallelParameter state = parameter;  // lies as it does
+  state.name = name;
+  state.tensor = std::move(tensor);
+  state.main_grad.reset();
+  state.owner = -1;
+  return state;
 }
 
 std::string expert_name(const std::string& name, int64_t expert) {

@@ -14,11 +14,11 @@
 namespace anabranch {
 namespace {
 
-/// [W, kTold + W + E], a row of every rank.
+/// [W, kTold + W + places], a row of every rank.
 torch::Tensor tell_all(std::vector<torch::Tensor> head, const torch::Tensor& to_all,
-                       const SendPlan& send, int64_t experts, Communicator& communicator) {
+                       const SendPlan& send, int64_t places, Communicator& communicator) {
   const int64_t ranks = communicator.size();
-  head.insert(head.end(), {send.rank_rows, send.expert_counts.narrow(0, 0, experts)});
+  head.insert(head.end(), {send.rank_rows, send.expert_counts.narrow(0, 0, places)});
   const auto message = at::cat(head);
   const auto told = at::empty({ranks, message.size(0)}, message.options());
   const std::vector<int64_t> once(ranks, 1);
@@ -39,16 +39,16 @@ Room room_for(double capacity, int64_t tokens, int64_t top_k, const ExpertPlacem
 }
 
 PendingPlan begin_plan_within(const Room& room, Departures own, std::vector<torch::Tensor> head,
-                              const torch::Tensor& to_all, const torch::Tensor& first_expert,
-                              const ExpertPlacement& placement,
+                              const torch::Tensor& to_all, const torch::Tensor& source_counts,
+                              const torch::Tensor& first_place, const ExpertPlacement& placement,
                               std::shared_ptr<Communicator> communicator,
                               const LateRefusals& late) {
   const auto told =
-      tell_all(std::move(head), to_all, own.send, placement.num_experts, *communicator);
+      tell_all(std::move(head), to_all, own.send, placement.num_places(), *communicator);
   const int64_t rank = communicator->rank();
   const Verdict verdict =
       PlanKernels::on(told.device())
-          .judge(told, first_expert, rank, placement.local_experts(rank), late.told());
+          .judge(told, first_place, rank, placement.local_experts(rank), late.told());
   const SendPlan& send = own.send;
   ExchangePlan plan;
   plan.tokens = own.ids.size(0);
@@ -57,13 +57,13 @@ PendingPlan begin_plan_within(const Room& room, Departures own, std::vector<torc
   plan.row_counts = verdict.row_counts;
   plan.assignment_counts = verdict.assignment_counts;
   plan.expert_counts = ExpertCounts(verdict.counts, room.assignments);
-  plan.source_counts = send.expert_counts.narrow(0, 0, placement.num_experts);
+  plan.source_counts = send.expert_counts.narrow(0, 0, placement.num_places());
   const int64_t most_sent = plan.tokens * std::min(plan.top_k, placement.num_ranks);
   plan.send_tokens = send.send_tokens.narrow(0, 0, std::min(send.send_tokens.size(0), most_sent));
   plan.token_offsets = send.token_offsets;
   plan.token_rows = send.token_rows;
   plan.send_order = send.send_order;
-  return {plan.source_counts,
+  return {source_counts,
           [plan, own = std::move(own), ends = verdict.ends, room, communicator](
               const torch::Tensor& rows, torch::Tensor& received) {
             ExchangePlan whole = plan;

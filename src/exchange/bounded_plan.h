@@ -16,12 +16,12 @@ Room room_for(double capacity, int64_t tokens, int64_t top_k, const ExpertPlacem
               int64_t rank);
 
 /// A plan whose counts stay on the device and whose buffers are as large as `room`. `head`, in parts, is this
-/// rank's of Told; `to_all` [W] are zeros; `first_expert` [W+1]. Where any rank refuses its routing, has another
-/// form, or would receive more than it has room for, no row moves, `ExchangePlan::spoilt` says so on every rank,
-/// and `late` is told. Collective.
+/// rank's of Told; `to_all` [W] are zeros; `source_counts` as of PendingPlan; `first_place` [W+1]. Where any rank
+/// refuses its routing, has another form, or would receive more than it has room for, no row moves,
+/// `ExchangePlan::spoilt` says so on every rank, and `late` is told. Collective.
 PendingPlan begin_plan_within(const Room& room, Departures own, std::vector<torch::Tensor> head,
-                              const torch::Tensor& to_all, const torch::Tensor& first_expert,
-                              const ExpertPlacement& placement,
+                              const torch::Tensor& to_all, const torch::Tensor& source_counts,
+                              const torch::Tensor& first_place, const ExpertPlacement& placement,
                               std::shared_ptr<Communicator> communicator, const LateRefusals& late);
 
 }  // namespace anabranch

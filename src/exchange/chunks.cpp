@@ -10,7 +10,7 @@
 namespace anabranch {
 namespace {
 
-/// [E] on the host: the chunk of every expert.
+/// [places] on the host: the chunk of each.
 torch::Tensor chunk_of_experts(const ExpertPlacement& placement, int64_t chunks) {
   std::vector<int64_t> chunk;
   for (int64_t r = 0; r < placement.num_ranks; ++r) {
@@ -54,8 +54,8 @@ FirstAndLast sent_rows(const ExchangePlan& plan, const torch::Tensor& chunk_of_e
 FirstAndLast received_rows(const ExchangePlan& plan, const torch::Tensor& chunk_of_expert,
                            int64_t chunks, const ExpertPlacement& placement, int64_t own_rank) {
   const auto options = plan.assignment_rows.options();
-  const auto own = chunk_of_expert.narrow(0, placement.first_expert(own_rank),
-                                          placement.local_experts(own_rank));
+  const auto own =
+      chunk_of_expert.narrow(0, placement.first_place(own_rank), placement.local_experts(own_rank));
   const auto chunk_of_assignment =
       repeated(own, at::tensor(plan.expert_counts.on_host(), at::kLong), plan.assignments());
   return {{plan.row_offsets, plan.row_assignments},

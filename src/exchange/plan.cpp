@@ -19,6 +19,7 @@
 #include "exchange/late_refusals.h"
 #include "kernels/plan.h"
 #include "kernels/rows.h"
+#include "placement/placed_routing.h"
 #include "support/cuda/capture.h"
 #include "support/check.h"
 #include "support/cuda/host_copy.h"
@@ -162,19 +163,18 @@ void check_peers(const std::vector<const int64_t*>& headers) {
 /// rank is sent.
 torch::Tensor message_layout(const ExpertPlacement& placement) {
   std::vector<int64_t> layout;
+  int64_t place = kRows + placement.num_ranks;
   for (int64_t rank = 0; rank < placement.num_ranks; ++rank) {
     layout.insert(layout.end(), {kNonfiniteToken, kInvalidToken, kForm, kRows + rank});
-    for (int64_t e = 0; e < placement.local_experts(rank); ++e) {
-      layout.push_back(kRows + placement.num_ranks + placement.first_expert(rank) + e);
-    }
+    for (int64_t e = 0; e < placement.local_experts(rank); ++e) layout.push_back(place++);
   }
   return torch::tensor(layout, torch::kInt64);
 }
 
-std::vector<int64_t> first_experts(const ExpertPlacement& placement) {
+std::vector<int64_t> first_places(const ExpertPlacement& placement) {
   std::vector<int64_t> first;
   for (int64_t rank = 0; rank <= placement.num_ranks; ++rank) {
-    first.push_back(placement.first_expert(rank));
+    first.push_back(placement.first_place(rank));
   }
   return first;
 }
@@ -323,9 +323,9 @@ std::vector<torch::Tensor> head(const RoutingCheck& check, const torch::Tensor& 
 }
 
 /// [T·top_k] the routing's weights in the order in which assignments are sent.
-torch::Tensor sent_weights(const Routing& routing, const SendPlan& send) {
+torch::Tensor sent_weights(const torch::Tensor& of_slots, const SendPlan& send) {
   return RowKernels::on(send.send_order.device())
-      .gather_rows(routing.weights.detach().contiguous().view(-1), send.send_order);
+      .gather_rows(of_slots.detach().contiguous().view(-1), send.send_order);
 }
 
 /// Whether any rank has said so; the host waits for the counts.
@@ -354,7 +354,7 @@ ExchangePlan finish_plan(const Beginning& begun, const ExpertPlacement& placemen
   ExchangePlan plan = plan_counts(announced, placement, communicator.rank());
   plan.tokens = begun.own.ids.size(0);
   plan.top_k = begun.own.ids.size(1);
-  plan.source_counts = send.expert_counts.narrow(0, 0, placement.num_experts);
+  plan.source_counts = send.expert_counts.narrow(0, 0, placement.num_places());
   plan.send_tokens = send.send_tokens.narrow(0, 0, sum(plan.send_rows));
   plan.token_offsets = send.token_offsets;
   plan.token_rows = send.token_rows.narrow(0, 0, sum(plan.send_rows));
@@ -388,15 +388,43 @@ torch::Tensor PendingPlan::dispatch(const torch::Tensor& rows) {
 }
 
 Exchange::Exchange(std::shared_ptr<Communicator> communicator, int64_t num_experts)
-    : communicator_(std::move(communicator)), placement_{num_experts, communicator_->size()} {
-  check_input(num_experts >= 1, "exchange: num_experts = ", num_experts, ", expected at least 1");
+    : Exchange(communicator, ExpertPlacement{num_experts, communicator->size()}) {}
+
+Exchange::Exchange(std::shared_ptr<Communicator> communicator, ExpertPlacement placement)
+    : communicator_(std::move(communicator)), placement_(std::move(placement)) {
+  check_input(placement_.num_experts >= 1, "exchange: num_experts = ", placement_.num_experts,
+              ", expected at least 1");
+  check_input(placement_.num_ranks == communicator_->size(), "exchange: a placement over ",
+              placement_.num_ranks, " ranks, in a group of ", communicator_->size());
+  check_placement(placement_);
+  if (!placement_.is_blocks()) {
+    placed_ = std::make_shared<const PlacedRouting>(placement_);
+  }
   message_layout_ = message_layout(placement_);
-  first_experts_ = torch::tensor(first_experts(placement_), torch::kInt64);
+  first_places_ = torch::tensor(first_places(placement_), torch::kInt64);
 }
 
 ExchangePlan Exchange::plan(const Routing& routing, const torch::Tensor& rows,
                             Errors errors) const {
   return begin_plan(routing, rows, errors).get();
+}
+
+torch::Tensor Exchange::slot_weights(const torch::Tensor& weights) const {
+  return placed_ == nullptr ? weights : placed_->weights(weights);
+}
+
+Departures Exchange::departures(const torch::Tensor& ids, bool may_skip) const {
+  const auto places = placed_ == nullptr ? ids : placed_->ids(ids, may_skip);
+  return {places,
+          PlanKernels::on(ids.device())
+              .plan_send(places, first_places(placement_),
+                         may_skip || (placed_ != nullptr && placed_->may_skip())),
+          {}};
+}
+
+torch::Tensor Exchange::counts_of_experts(const torch::Tensor& counts) const {
+  return placed_ == nullptr ? counts.narrow(0, 0, placement_.num_experts)
+                            : placed_->counts_of_experts(counts);
 }
 
 torch::Tensor Exchange::constants(const std::array<int64_t, 3>& form_and_room,
@@ -417,14 +445,15 @@ torch::Tensor Exchange::constants(const std::array<int64_t, 3>& form_and_room,
 
 PendingPlan Exchange::begin_plan_within_room(const Routing& routing, const torch::Tensor& rows,
                                              const RoutingCheck& check, Departures own,
+                                             const torch::Tensor& source_counts,
                                              double capacity) const {
   const auto device = own.ids.device();
   check_input(communicator_->reads_counts_on(device), "exchange: a capacity on ", device,
               ", where ", communicator_->name(),
               " does not read counts: it takes ranks that map each other's memory");
   late_refusals_ = LateRefusals::for_device(device, std::move(late_refusals_));
-  if (first_experts_.device() != device) {
-    first_experts_ = first_experts_.to(device);
+  if (first_places_.device() != device) {
+    first_places_ = first_places_.to(device);
   }
   const Room room =
       room_for(capacity, own.ids.size(0), own.ids.size(1), placement_, communicator_->rank());
@@ -433,7 +462,8 @@ PendingPlan Exchange::begin_plan_within_room(const Routing& routing, const torch
       device);
   return begin_plan_within(room, std::move(own), head(check, told),
                            told.narrow(0, kTold - kToldInvalid, placement_.num_ranks),
-                           first_experts_, placement_, communicator_, *late_refusals_);
+                           source_counts, first_places_, placement_, communicator_,
+                           *late_refusals_);
 }
 
 PendingPlan Exchange::begin_plan(const Routing& routing, const torch::Tensor& rows, Errors errors,
@@ -446,7 +476,7 @@ PendingPlan Exchange::begin_plan(const Routing& routing, const torch::Tensor& ro
     late_refusals_->check();
   }
   const RoutingCheck check = check_of(routing, ids, placement_.num_experts);
-  if (communicator_->size() == 1 && !routing.may_skip) {
+  if (communicator_->size() == 1 && !routing.may_skip && placed_ == nullptr) {
     const bool late = errors == Errors::kLate && ids.is_cuda();
     if (late) {
       late_refusals_ = LateRefusals::for_device(ids.device(), std::move(late_refusals_));
@@ -456,16 +486,14 @@ PendingPlan Exchange::begin_plan(const Routing& routing, const torch::Tensor& ro
     plan.checked_weights = check.weights;
     return PendingPlan(std::move(plan));
   }
-  Departures own{
-      ids,
-      PlanKernels::on(ids.device()).plan_send(ids, first_experts(placement_), routing.may_skip),
-      {}};
+  Departures own = departures(ids, routing.may_skip);
   const SendPlan& send = own.send;
+  const auto source_counts = counts_of_experts(send.expert_counts);
   if (communicator_->size() > 1 && errors == Errors::kLate && capacity > 0) {
     check_input(sums_losses,
                 "exchange: a capacity without losses: nobody would hear of ranks that have some");
-    own.weights = sent_weights(routing, send);
-    return begin_plan_within_room(routing, rows, check, std::move(own), capacity);
+    own.weights = sent_weights(slot_weights(routing.weights), send);
+    return begin_plan_within_room(routing, rows, check, std::move(own), source_counts, capacity);
   }
   if (message_layout_.device() != ids.device()) {
     message_layout_ = message_layout_.to(ids.device());
@@ -487,8 +515,7 @@ PendingPlan Exchange::begin_plan(const Routing& routing, const torch::Tensor& ro
   HostCopy counts(all);
   const auto ends = ArrivalEnds::of(received.select(1, kRows),
                                     received.narrow(1, kHeader, received.size(1) - kHeader));
-  const auto source_counts = send.expert_counts.narrow(0, 0, placement_.num_experts);
-  own.weights = sent_weights(routing, send);
+  own.weights = sent_weights(slot_weights(routing.weights), send);
   const auto begun = std::make_shared<const Beginning>(
       Beginning{routing, std::move(own), std::move(counts), ends});
   return {source_counts,

@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <anabranch/experts.h>
 
+#include "placement/slices.h"
 #include "support/initialize.h"
 
 namespace anabranch {
@@ -9,34 +10,70 @@ namespace {
 
 enum Stream : uint64_t { kUpWeight, kUpBias, kDownWeight, kDownBias, kStreams };
 
+/// The numbers of an expert are the same in whatever slices it is held.
+void fill_slice(const torch::Tensor& parameter, const HeldExpert& held, const SliceCut& cut,
+                int64_t fan_in, uint64_t seed, uint64_t stream) {
+  if (held.slices == 1 || parameter.is_meta()) {
+    fill_uniform(parameter, fan_in, seed, stream);
+    return;
+  }
+  const torch::NoGradGuard no_grad;
+  const auto whole =
+      torch::empty(whole_sizes(parameter.sizes(), cut), parameter.options().device(torch::kCPU));
+  fill_uniform(whole, fan_in, seed, stream);
+  copy_slice(parameter, whole, held, cut);
+}
+
 }  // namespace
 
 ExpertsImpl::ExpertsImpl(const MoEOptions& options, const ExpertPlacement& placement, int64_t rank,
                          bool sharded)
-    : first_expert_(placement.first_expert(rank)),
+    : first_place_(placement.first_place(rank)),
       num_experts_(placement.num_experts),
-      sharded_(sharded) {
-  const int64_t local = placement.local_experts(rank);
+      sharded_(sharded),
+      glu_(options.glu),
+      whole_width_(options.expert_hidden_size) {
+  check_placement(placement);
+  check_slices(placement, options.expert_hidden_size);
+  if (!placement.is_blocks()) {
+    placement_ = std::make_shared<const ExpertPlacement>(placement);
+  }
+  std::vector<HeldExpert> held;
+  for (int64_t local = 0; local < placement.local_experts(rank); ++local) {
+    held.push_back(placement.at(rank, local));
+  }
+  add(options, held);
+}
+
+void ExpertsImpl::add(const MoEOptions& options, const std::vector<HeldExpert>& held) {
+  const auto local = static_cast<int64_t>(held.size());
   const int64_t hidden = options.latent_size > 0 ? options.latent_size : options.hidden_size;
-  const int64_t inner = options.expert_hidden_size;
+  const int64_t whole = options.expert_hidden_size;
+  const int64_t inner = held.empty() ? whole : slice_width(whole, held.front());
   const int64_t up = options.glu ? 2 * inner : inner;
   const auto tensor_options = torch::TensorOptions().dtype(options.dtype).device(options.device);
-  const auto add = [&](const char* name, at::IntArrayRef sizes, int64_t fan_in, Stream stream) {
+  const auto make = [&](const char* name, at::IntArrayRef sizes, int64_t fan_in, Stream stream) {
+    const SliceCut cut = cut_of(name);
     auto parameter = register_parameter(name, torch::empty(sizes, tensor_options));
     // Numbers are drawn on the host: billions of them, in a large model.
     at::parallel_for(0, local, 1, [&](int64_t begin, int64_t end) {
       for (int64_t e = begin; e < end; ++e) {
-        fill_uniform(parameter[e], fan_in, options.seed, (first_expert_ + e) * kStreams + stream);
+        fill_slice(parameter[e], held[e], cut, fan_in, options.seed,
+                   held[e].expert * kStreams + stream);
       }
     });
     return parameter;
   };
-  up_weight = add("up_weight", {local, up, hidden}, hidden, kUpWeight);
-  down_weight = add("down_weight", {local, hidden, inner}, inner, kDownWeight);
+  up_weight = make("up_weight", {local, up, hidden}, hidden, kUpWeight);
+  down_weight = make("down_weight", {local, hidden, inner}, whole, kDownWeight);
   if (options.bias) {
-    up_bias = add("up_bias", {local, up}, hidden, kUpBias);
-    down_bias = add("down_bias", {local, hidden}, inner, kDownBias);
+    up_bias = make("up_bias", {local, up}, hidden, kUpBias);
+    down_bias = make("down_bias", {local, hidden}, whole, kDownBias);
   }
+}
+
+SliceCut ExpertsImpl::cut_of(std::string_view name) const {
+  return anabranch::cut_of(name, glu_, whole_width_);
 }
 
 void ExpertsImpl::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {

@@ -5,6 +5,7 @@
 #include "checkpoint/state.h"
 #include "kernels/optimizer.h"
 #include "optimizers/masters.h"
+#include "placement/slices.h"
 #include "support/check.h"
 
 namespace anabranch {
@@ -21,9 +22,33 @@ struct Updated {
   int64_t first_element() const {
     const auto& tensor = parameter.tensor;
     const bool has_experts = parameter.is_expert && tensor.size(0) > 0;
-    return has_experts ? parameter.first_expert * (tensor.numel() / tensor.size(0)) : 0;
+    return has_experts ? parameter.first_place * (tensor.numel() / tensor.size(0)) : 0;
   }
 };
+
+/// What one launch updates.
+struct Piece {
+  AdamWTensors tensors;
+  int64_t first_element = 0;
+};
+
+/// All of it at once; or, where its experts' numbers do not follow each other, expert by expert.
+std::vector<Piece> pieces_of(const Updated& updated) {
+  const auto& [parameter, master, mean, square] = updated;
+  const auto& gradient = parameter.gradient();
+  const auto rounded = rounded_of(parameter.tensor);
+  if (parameter.placement == nullptr) {
+    return {{{master, gradient, mean, square, rounded}, updated.first_element()}};
+  }
+  std::vector<Piece> pieces;
+  const auto sizes = parameter.tensor.sizes().slice(1);
+  for (int64_t local = 0; local < parameter.tensor.size(0); ++local) {
+    pieces.push_back({{master[local], gradient[local], mean[local], square[local],
+                       rounded.defined() ? rounded[local] : rounded},
+                      first_number_of(parameter.held(local), sizes, parameter.cut)});
+  }
+  return pieces;
+}
 
 Updated make_updated(const ParallelParameter& parameter, torch::Dtype state) {
   const auto master = master_of(parameter.tensor);
@@ -51,20 +76,21 @@ class AdamW final : public ParallelOptimizer {
     const at::NoGradGuard no_grad;
     steps_.add_(scale.isfinite());
     for (const auto& updated : updated_) {
-      const auto& [parameter, master, mean, square] = updated;
-      const auto& gradient = parameter.gradient();
-      if (!gradient.defined()) continue;
+      const auto& parameter = updated.parameter;
+      if (!parameter.gradient().defined()) continue;
       const bool is_matrix = parameter.tensor.dim() > 1;
-      OptimizerKernels::on(master.device())
-          .adamw({master, gradient, mean, square, rounded_of(parameter.tensor)},
-                 {.learning_rate = learning_rate,
-                  .beta1 = options_.beta1,
-                  .beta2 = options_.beta2,
-                  .epsilon = options_.epsilon,
-                  .decay = is_matrix ? options_.weight_decay : 0,
-                  .noise_seed = options_.seed ^ hash_of(parameter.name),
-                  .first_noise = updated.first_element()},
-                 scale, steps_);
+      for (const auto& [tensors, first_element] : pieces_of(updated)) {
+        OptimizerKernels::on(updated.master.device())
+            .adamw(tensors,
+                   {.learning_rate = learning_rate,
+                    .beta1 = options_.beta1,
+                    .beta2 = options_.beta2,
+                    .epsilon = options_.epsilon,
+                    .decay = is_matrix ? options_.weight_decay : 0,
+                    .noise_seed = options_.seed ^ hash_of(parameter.name),
+                    .first_noise = first_element},
+                   scale, steps_);
+      }
     }
   }
 

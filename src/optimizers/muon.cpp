@@ -38,6 +38,9 @@ class Muon final : public ParallelOptimizer {
       const auto& tensor = parameter.tensor;
       check_input(tensor.dim() >= 2 && parts > 0 && tensor.size(-2) % parts == 0, parameter.name,
                   " of shape ", tensor.sizes(), " is not made of ", parts, " matrices");
+      check_input(
+          !parameter.in_slices(), parameter.name,
+          " lies in slices: Muon takes a matrix as a whole, expected AdamW or whole experts");
       const auto master = master_of(tensor);
       updated_.push_back({parameter, parts, master, at::zeros_like(master)});
       device = tensor.device();

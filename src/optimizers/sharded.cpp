@@ -15,11 +15,11 @@ namespace {
 /// The experts of a parameter whose state this rank has.
 ParallelParameter own_experts(const ParallelParameter& parameter, const Communicator& replicas) {
   const ExpertPlacement placement{parameter.tensor.size(0), replicas.size()};
-  const int64_t first = placement.first_expert(replicas.rank());
+  const int64_t first = placement.first_place(replicas.rank());
   const int64_t count = placement.local_experts(replicas.rank());
   ParallelParameter own = parameter;
   own.tensor = parameter.tensor.detach().narrow(0, first, count);
-  own.first_expert += first;
+  own.first_place += first;
   if (parameter.main_grad.defined()) own.main_grad = parameter.main_grad.narrow(0, first, count);
   return own;
 }
@@ -56,7 +56,7 @@ class ShardedOptimizer final : public ParallelOptimizer {
     for (const auto& [whole, own] : experts_) {
       const auto& gradient = whole.tensor.grad();
       if (whole.main_grad.defined() || !gradient.defined()) continue;
-      const int64_t first = own.first_expert - whole.first_expert;
+      const int64_t first = own.first_place - whole.first_place;
       own.tensor.mutable_grad() = gradient.narrow(0, first, own.tensor.size(0));
     }
     replicated_optimizer_->step(learning_rate, scale);
@@ -124,7 +124,7 @@ class ShardedOptimizer final : public ParallelOptimizer {
       const ExpertPlacement placement{parameter.tensor.size(0), replicas.size()};
       for (int rank = 0; rank < replicas.size(); ++rank) {
         expert_parts_[rank].push_back(parameter.tensor.detach().narrow(
-            0, placement.first_expert(rank), placement.local_experts(rank)));
+            0, placement.first_place(rank), placement.local_experts(rank)));
       }
     }
     return own;

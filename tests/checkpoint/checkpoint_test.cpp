@@ -114,7 +114,7 @@ TEST(Checkpoint, OfALayerLoadsAtAnyNumberOfRanks) {
     for (const auto& parameter : parallel_parameters(*layer)) {
       auto wanted = expected[parameter.name];
       if (parameter.is_expert) {
-        wanted = wanted.narrow(0, parameter.first_expert, parameter.tensor.size(0));
+        wanted = wanted.narrow(0, parameter.first_place, parameter.tensor.size(0));
       }
       EXPECT_TRUE(identical(parameter.tensor, wanted)) << parameter.name;
     }
@@ -190,7 +190,7 @@ TEST(Checkpoint, EveryRankWritesItsExpertsAndNoOthers) {
   const auto index = nlohmann::json::parse(file);
   const ExpertPlacement placement{8, world()->size()};
   for (int rank = 0; rank < world()->size(); ++rank) {
-    const auto first = placement.first_expert(rank);
+    const auto first = placement.first_place(rank);
     for (int64_t e = first; e < first + placement.local_experts(rank); ++e) {
       const std::string name = index["weight_map"][c10::str("experts.", e, ".up_weight")];
       EXPECT_NE(name.find(c10::str("rank0000", rank, "-of")), std::string::npos) << name;

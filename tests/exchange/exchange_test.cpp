@@ -20,7 +20,7 @@ struct Arrivals {
 };
 
 Arrivals arrivals_at(const RoutingCase& routed, const ExpertPlacement& placement, int64_t rank) {
-  const auto first = placement.first_expert(rank);
+  const auto first = placement.first_place(rank);
   const auto last = first + placement.local_experts(rank);
   const auto ids = routed.expert_ids.accessor<int64_t, 2>();
   Arrivals arrivals;

@@ -108,7 +108,7 @@ TEST(ExpertPlacementTest, BlocksCoverAllExpertsOnce) {
       const ExpertPlacement placement{num_experts, ranks};
       int64_t next = 0;
       for (int64_t rank = 0; rank < ranks; ++rank) {
-        EXPECT_EQ(placement.first_expert(rank), next);
+        EXPECT_EQ(placement.first_place(rank), next);
         EXPECT_LE(placement.local_experts(rank), placement.local_experts(0));
         EXPECT_GE(placement.local_experts(rank), placement.local_experts(0) - 1);
         next += placement.local_experts(rank);

@@ -73,7 +73,7 @@ int64_t elements_of_whole_state(const ShardedModel::Options& options, const Opti
 /// What this rank has of `found` is that of `expected`, which has all of its experts.
 void expect_part_of(const ParallelParameter& found, const ParallelParameter& expected) {
   if (found.tensor.is_meta()) return;
-  const int64_t first = found.first_expert - expected.first_expert;
+  const int64_t first = found.first_place - expected.first_place;
   const auto part =
       found.is_expert ? expected.tensor.narrow(0, first, found.tensor.size(0)) : expected.tensor;
   EXPECT_TRUE(identical(found.tensor.detach(), part.detach())) << found.name;

@@ -7,6 +7,7 @@
 
 #include "support/collectives.h"
 #include "support/devices.h"
+#include "support/placements.h"
 #include "support/tolerance.h"
 
 namespace anabranch::test {
@@ -99,7 +100,7 @@ std::string LayerCase::describe() const {
       options.recompute ? " recompute" : "", " rows at a time ", options.receive_rows_limit,
       " balance ", options.balance, " ", to_string(options.dtype), " tokens ", tokens, " (",
       c10::Join("+", counts), ") ", to_string(skew), " ", to_string(split),
-      routing_from_outside ? " routing from outside" : "");
+      routing_from_outside ? " routing from outside" : "", " placement ", options.placement);
 }
 
 LayerCase draw_layer_case(Random& random, int ranks, const MoEOptions& options, int64_t tokens,
@@ -172,6 +173,14 @@ std::vector<LayerCase> layer_cases(Random& random, int ranks, int64_t sample) {
   shadowed.recompute = true;
   add(shadowed, 90, Skew::kZipf, Split::kSomeEmpty, true);
   add(everything, 1, Skew::kZipf, Split::kOnOneRank);
+  auto sliced = everything;  // of 2 and more ranks each has a slice of one expert
+  sliced.placement = "sliced";
+  sliced.num_experts = sliced.top_k = 1;
+  add(sliced, 21, Skew::kUniform, Split::kUneven);
+  sliced.num_experts = 2;  // of 3 ranks two have halves, and one all of an expert
+  sliced.renormalize = false;
+  add(sliced, 30, Skew::kOneExpert, Split::kSomeEmpty);
+  add(sliced, 0, Skew::kUniform, Split::kEven);
   add(plain, 20, Skew::kEmptyExperts, Split::kUneven, true);
   auto grouped = everything;  // as DeepSeek-V3
   grouped.router_score = RouterScore::kSigmoid;
@@ -207,19 +216,41 @@ std::vector<LayerCase> layer_cases(Random& random, int ranks, int64_t sample) {
     options.seed = random.next();
     add(options, random.integer(0, 60), random.pick(all_skews()), random.pick(all_splits()),
         random.chance(0.25));
+    if (random.chance(0.4)) {
+      auto& placed = cases.back().options;
+      const auto placement =
+          random_placement(random, options.num_experts, ranks, options.expert_hidden_size);
+      placed.placement = placement.describe();
+      if (placement.most_slices() > 1) placed.balance = "off";
+    }
   }
   return cases;
 }
+
+namespace {
+
+/// [E, ..] of a parameter of all experts.
+std::vector<int64_t> whole_shape(const std::string& name, const MoEOptions& options) {
+  const int64_t inner = options.expert_hidden_size;
+  const int64_t hidden = options.latent_size > 0 ? options.latent_size : options.hidden_size;
+  const int64_t up = options.glu ? 2 * inner : inner;
+  if (name == "experts.up_weight") return {options.num_experts, up, hidden};
+  if (name == "experts.down_weight") return {options.num_experts, hidden, inner};
+  return {options.num_experts, name == "experts.up_bias" ? up : hidden};
+}
+
+}  // namespace
 
 void set_parameters(MoELayer& layer, const NamedTensors& parameters) {
   const torch::NoGradGuard no_grad;
   const auto& placement = layer->exchange().placement();
   const auto rank = layer->exchange().communicator().rank();
-  const auto first = placement.first_expert(rank);
+  const auto& options = layer->options();
   for (auto& parameter : layer->named_parameters()) {
     auto values = parameters.at(parameter.key());
     if (parameter.key().rfind("experts.", 0) == 0) {
-      values = values.slice(0, first, first + placement.local_experts(rank));
+      values = part_of(values, parameter.key(), placement, rank, options.expert_hidden_size,
+                       options.glu);
     }
     parameter.value().copy_(values);
   }
@@ -266,15 +297,21 @@ Step run_step(MoELayer& layer, const LayerCase& layer_case, const std::vector<in
 }
 
 NamedTensors gather_gradients(MoELayer& layer, Communicator& communicator) {
+  const auto& options = layer->options();
   NamedTensors gradients;
   for (const auto& parameter : layer->named_parameters()) {
+    const auto& name = parameter.key();
     const auto& value = parameter.value();
-    const auto gradient =
+    auto gradient =
         (value.grad().defined() ? value.grad().detach() : torch::zeros_like(value).detach())
             .to(torch::kCPU, torch::kFloat64);
-    gradients[parameter.key()] = parameter.key().rfind("experts.", 0) == 0
-                                     ? gather_rows(communicator, gradient)
-                                     : sum_over_ranks(communicator, gradient);
+    if (name.rfind("experts.", 0) == 0) {
+      auto whole = torch::zeros(whole_shape(name, options), torch::kFloat64);
+      add_part(whole, gradient, name, layer->exchange().placement(), communicator.rank(),
+               options.expert_hidden_size, options.glu);
+      gradient = whole;
+    }
+    gradients[name] = sum_over_ranks(communicator, gradient);
   }
   return gradients;
 }

@@ -57,7 +57,7 @@ std::vector<int64_t> ShardedModel::whole_sizes(const std::string& name,
 torch::Tensor ShardedModel::part(const std::string& name, const torch::Tensor& whole) const {
   const auto* experts = experts_of(name);
   if (experts == nullptr) return whole;
-  return whole.narrow(0, experts->first_expert(), experts->up_weight.size(0));
+  return whole.narrow(0, experts->first_place(), experts->up_weight.size(0));
 }
 
 void ShardedModel::fill(uint64_t seed) {

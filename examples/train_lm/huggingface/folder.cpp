@@ -62,7 +62,7 @@ std::vector<Placed> placed(const std::vector<anabranch::ParallelParameter>& tens
       all.push_back({is_shared ? values[0] : values, hf_tensors(family, options, of.name)});
     }
     for (int64_t local = 0; of.is_expert && local < values.size(0); ++local) {
-      const auto parts = hf_tensors(family, options, of.name, of.first_expert + local);
+      const auto parts = hf_tensors(family, options, of.name, of.first_place + local);
       all.push_back({values[local], parts});
     }
   }
@@ -106,7 +106,7 @@ std::string index_of(const std::vector<anabranch::ParallelParameter>& tensors,
     const auto one =
         of.is_expert ? c10::multiply_integers(of.tensor.sizes().slice(1)) : of.tensor.numel();
     for (int64_t rank = 0; rank < files; ++rank) {
-      const int64_t first = of.is_expert ? placement.first_expert(rank) : 0;
+      const int64_t first = of.is_expert ? placement.first_place(rank) : 0;
       const int64_t count = of.is_expert ? placement.local_experts(rank) : rank == 0;
       bytes += count * one * of.tensor.element_size();
       for (int64_t expert = first; expert < first + count; ++expert) {
