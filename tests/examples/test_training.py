@@ -64,11 +64,11 @@ def test_micro_batches_have_the_gradient_of_the_batch(train, ranks, size):  # no
     assert_same_curve(metrics, expected, tolerance("float64", 6))
 
 
-LATENT = {"kv_heads": 0, "qk_norm": "none", "kv_rank": 10, "rope_size": 6, "value_size": 5}
+MOONLIGHT = {"preset": "moonlight-16b-a3b", "vocabulary": 256, "kv_rank": 10, "rope_size": 6, "value_size": 5, "experts": 6, "top_k": 2}
 OTHERS = [
     {"tied_head": "true", "qk_norm": "all"},
     {"router_score": "sigmoid", "bias_rate": 0.01},
-    LATENT | {"query_rank": 9, "experts": 6, "router_score": "sqrt_softplus", "expert_groups": 3, "top_groups": 2},
+    MOONLIGHT | {"query_rank": 9, "router_score": "sqrt_softplus", "expert_groups": 3, "top_groups": 2},
 ]
 
 

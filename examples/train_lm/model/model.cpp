@@ -65,6 +65,20 @@ anabranch::MoEOutput BlockImpl::forward(const torch::Tensor& x, const torch::Ten
   return result;
 }
 
+std::vector<torch::Tensor> BlockOutput::tensors() const {
+  std::vector<torch::Tensor> defined;
+  for (const auto& tensor : {output, balance_loss, z_loss, expert_load, further_losses}) {
+    if (tensor.defined()) defined.push_back(tensor);
+  }
+  return defined;
+}
+
+BlockOutput BlockOutput::of(const std::vector<torch::Tensor>& tensors) {
+  auto all = tensors;
+  all.resize(5);
+  return {all[0], all[1], all[2], all[3], all[4]};
+}
+
 LanguageModelImpl::LanguageModelImpl(
     const Options& options, const std::shared_ptr<anabranch::Communicator>& expert_parallel)
     : options_(options.model),
@@ -111,24 +125,8 @@ BlockOutput LanguageModelImpl::through_block(size_t layer, const torch::Tensor& 
   if (!recompute_blocks_ || !at::GradMode::is_enabled()) {
     return run(x, cache);
   }
-  const auto outputs = recomputed(x, [run](const torch::Tensor& input) mutable {
-    const auto result = run(input, nullptr);
-    std::vector<torch::Tensor> tensors{result.output};
-    if (result.balance_loss.defined()) {
-      tensors.insert(tensors.end(), {result.balance_loss, result.z_loss, result.expert_load});
-    }
-    if (result.further_losses.defined()) tensors.push_back(result.further_losses);
-    return tensors;
-  });
-  BlockOutput result;
-  result.output = outputs[0];
-  if (outputs.size() > 1) {
-    result.balance_loss = outputs[1];
-    result.z_loss = outputs[2];
-    result.expert_load = outputs[3];
-  }
-  if (outputs.size() > 4) result.further_losses = outputs[4];
-  return result;
+  return BlockOutput::of(recomputed(
+      x, [run](const torch::Tensor& input) mutable { return run(input, nullptr).tensors(); }));
 }
 
 ModelOutput LanguageModelImpl::forward(const torch::Tensor& tokens,

@@ -41,7 +41,7 @@ class BlockImpl : public torch::nn::Module {
 };
 TORCH_MODULE(Block);
 
-/// Of a layer without experts the losses and the load are undefined.
+/// Of a layer without experts all but the output are undefined.
 struct BlockOutput {
   torch::Tensor output;        ///< [B, S, h]
   torch::Tensor balance_loss;  ///< []
@@ -49,6 +49,10 @@ struct BlockOutput {
   torch::Tensor expert_load;   ///< [experts]
   torch::Tensor
       further_losses;  ///< [] the others that have a coefficient, times it; may be undefined
+
+  /// Those that are defined, in their order.
+  std::vector<torch::Tensor> tensors() const;
+  static BlockOutput of(const std::vector<torch::Tensor>& tensors);
 };
 
 struct ModelOutput {
