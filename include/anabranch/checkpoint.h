@@ -13,6 +13,7 @@
 
 namespace anabranch {
 
+/// What a program keeps with a checkpoint, by names of its own: the step, say.
 using CheckpointMetadata = std::map<std::string, std::string>;
 
 /// Writes model (parameters and buffers) and optimizer (AdamW, Adam or SGD; may be null) into
@@ -40,6 +41,7 @@ CheckpointMetadata load_checkpoint(const std::filesystem::path& directory, torch
 void save_checkpoint(const std::filesystem::path& directory, const torch::nn::Module& model,
                      const ParallelOptimizer& optimizer, const CheckpointMetadata& metadata,
                      const ParallelGroups& groups);
+/// The same into such an optimizer, which is to be of the class that was saved.
 CheckpointMetadata load_checkpoint(const std::filesystem::path& directory, torch::nn::Module& model,
                                    ParallelOptimizer& optimizer, const ParallelGroups& groups);
 
@@ -68,20 +70,23 @@ class BackgroundSave {
 
 // The same for models and optimizers that are not LibTorch's.
 
+/// What a checkpoint is made of.
 struct CheckpointContents {
   /// Parameters and buffers, and what an optimizer keeps of a parameter as `optimizer.SLOT.NAME`:
   /// of its shape and over the ranks as it is, or the slot `step`, an int64 scalar.
   std::vector<ParallelParameter> tensors;
   std::string optimizer;  ///< its class; empty: none
 };
+/// Writes `contents` as the first of its name does a model and its optimizer. Collective over the world.
 void save_checkpoint(const std::filesystem::path& directory, const CheckpointContents& contents,
                      const CheckpointMetadata& metadata, const ParallelGroups& groups);
 
+/// What a checkpoint says of itself, without its tensors.
 struct CheckpointDescription {
   std::string index;               ///< the index's text
   std::vector<std::string> names;  ///< of what is stored, an expert's with its number
   std::string optimizer;           ///< its class; empty: none
-  CheckpointMetadata metadata;
+  CheckpointMetadata metadata;     ///< as it was saved
 };
 /// Collective.
 CheckpointDescription describe_checkpoint(const std::filesystem::path& directory,

@@ -17,9 +17,9 @@ namespace anabranch {
 /// `send` holds Σ send_rows rows, those for rank 0 first; `receive` is overwritten with
 /// Σ receive_rows rows, those from rank 0 first. Both contiguous, one type, rows of one shape.
 struct Transfer {
-  torch::Tensor send;
-  std::vector<int64_t> send_rows;  ///< [size]
-  torch::Tensor receive;
+  torch::Tensor send;                 ///< [Σ send_rows, ..]
+  std::vector<int64_t> send_rows;     ///< [size]
+  torch::Tensor receive;              ///< [Σ receive_rows, ..]
   std::vector<int64_t> receive_rows;  ///< [size]
   /// [Σ send_rows], int64: the row of `send` for each row sent, of which `send` then has any number.
   /// On a GPU it is not read by the host, so not checked. Undefined: they are the rows of `send` in
@@ -34,11 +34,12 @@ struct Transfer {
 /// What this rank has moved to and from *other* ranks since construction or `reset_traffic`; in a
 /// collective of NCCL's own, which does not say how it goes, what goes straight from rank to rank.
 struct Traffic {
-  int64_t bytes_sent = 0;
+  int64_t bytes_sent = 0;  ///< of tensors
   int64_t bytes_received = 0;
-  int64_t collectives = 0;
+  int64_t collectives = 0;  ///< calls, whatever they moved
 };
 
+/// Of communicators between processes.
 struct CommunicatorOptions {
   /// How long one collective may wait for a peer before it ends in a CommunicationError.
   std::chrono::milliseconds deadline = std::chrono::minutes(5);

@@ -16,8 +16,9 @@ enum class AllToAll {
   kAuto,          ///< the faster of both, as measured on the first calls of each kind
 };
 
+/// The way of the rows, and what it is chosen by.
 struct HierarchicalOptions {
-  AllToAll all_to_all = AllToAll::kAuto;
+  AllToAll all_to_all = AllToAll::kAuto;  ///< the same on all ranks
   /// Ranks with the same name are on one node; empty: the host's name.
   std::string node;
   /// kAuto: timed calls of each way, the first of which is for warming up; at least 2.

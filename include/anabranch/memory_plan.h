@@ -12,6 +12,7 @@ namespace anabranch {
 /// Not in it: the step's input and the gradient of its output, which are the caller's; an optimizer's state;
 /// what libraries keep for themselves (NCCL, cuBLAS, the allocator's unused blocks).
 struct MemoryPlan {
+  /// Memory, and what it is for.
   struct Item {
     std::string name;
     int64_t bytes = 0;
@@ -28,6 +29,7 @@ struct MemoryPlan {
   std::string explain() const;
 };
 
+/// The sum of their bytes.
 int64_t total_bytes(const std::vector<MemoryPlan::Item>& items);
 
 /// What rank 0 of `ranks`, which has no fewer experts than any, needs for a training step with `tokens`

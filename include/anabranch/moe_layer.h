@@ -12,6 +12,7 @@ namespace anabranch {
 
 class Balancer;
 
+/// What a layer's forward finds.
 struct MoEOutput {
   torch::Tensor output;  ///< the input's shape and type
   /// Auxiliary losses of the group's whole batch: equal on every rank, and meant to be added to each
@@ -26,7 +27,7 @@ struct MoEOutput {
   /// experts' importance (sums of weights) and smooth load (arXiv:1701.06538, eq. 7 and 11). [], 0 in
   /// perfect balance. Without noise the load is that of the assignments, without gradient.
   torch::Tensor importance_loss;
-  torch::Tensor load_loss;
+  torch::Tensor load_loss;  ///< [] that of the smooth load
   /// [E] int64: assignments of each expert over all ranks of the group; where losses were not summed, of this
   /// rank's tokens.
   torch::Tensor expert_load;
@@ -39,19 +40,19 @@ struct MoEOutput {
   torch::Tensor auxiliary_loss;
   /// Where this rank's tokens went: [T, top_k] int64, −1 for none, and the weights, differentiable.
   torch::Tensor expert_ids;
-  torch::Tensor expert_weights;
+  torch::Tensor expert_weights;  ///< [T, top_k] fp32 (fp64)
 };
 
 /// What a layer computes with: undefined where its options have none.
 struct MoEParameters {
-  RouterParameters router;
-  ExpertProjections experts;        ///< of this rank
-  WeightSums main_grad;             ///< see ExpertsImpl
-  ExpertProjections shared_expert;  ///< of one expert
-  WeightSums shared_expert_main_grad;
-  torch::Tensor shared_expert_gate;  ///< [1, h] of the layer's type
-  torch::Tensor latent_down;         ///< [latent_size, h] of the layer's type
-  torch::Tensor latent_up;           ///< [h, latent_size]
+  RouterParameters router;             ///< the same on all ranks, as all but the experts is
+  ExpertProjections experts;           ///< of this rank
+  WeightSums main_grad;                ///< see ExpertsImpl
+  ExpertProjections shared_expert;     ///< of one expert
+  WeightSums shared_expert_main_grad;  ///< its, as main_grad
+  torch::Tensor shared_expert_gate;    ///< [1, h] of the layer's type
+  torch::Tensor latent_down;           ///< [latent_size, h] of the layer's type
+  torch::Tensor latent_up;             ///< [h, latent_size]
 };
 
 class OverlapChoice;

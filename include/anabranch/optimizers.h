@@ -44,6 +44,7 @@ class ParallelOptimizer {
   virtual std::string name() const = 0;
 };
 
+/// Of AdamW; the learning rate comes with each step.
 struct AdamWOptions {
   double beta1 = 0.9;
   double beta2 = 0.95;
@@ -68,11 +69,12 @@ torch::Tensor orthogonalized(const torch::Tensor& matrices, int64_t iterations =
 
 /// A parameter of matrices: its last two dimensions, those before, experts among them, number them.
 struct MuonParameter {
-  ParallelParameter parameter;
+  ParallelParameter parameter;  ///< [.., m, n]
   /// Matrices of equal size one below the other in each: 2 of a GLU's up-projection.
   int64_t parts = 1;
 };
 
+/// Of Muon; the learning rate, one for its matrices and AdamW's parameters, comes with each step.
 struct MuonOptions {
   double momentum = 0.95;
   int64_t iterations = 5;
@@ -87,6 +89,7 @@ std::unique_ptr<ParallelOptimizer> make_muon(const std::vector<MuonParameter>& m
                                              const std::vector<ParallelParameter>& others,
                                              const MuonOptions& options);
 
+/// Makes the optimizer of a part of the parameters: of those that this rank updates.
 using OptimizerMaker =
     std::function<std::unique_ptr<ParallelOptimizer>(const std::vector<ParallelParameter>&)>;
 

@@ -7,11 +7,12 @@
 
 namespace anabranch {
 
+/// What an expert computes between its projections, element by element.
 enum class Activation {
-  kGeluTanh,
-  kGelu,
-  kRelu,
-  kSilu,
+  kGeluTanh,     ///< GELU (arXiv:1606.08415) by its approximation with tanh
+  kGelu,         ///< the same by the error function
+  kRelu,         ///< max(x, 0)
+  kSilu,         ///< x · sigmoid(x)
   kReluSquared,  ///< max(x, 0)² (arXiv:2109.08668; Nemotron)
   kQuickGelu,    ///< x · sigmoid(1.702 x) (arXiv:1606.08415; gpt-oss)
 };
@@ -71,7 +72,7 @@ struct MoEOptions {
   int64_t num_experts = 0;         ///< E, over all ranks
   int64_t top_k = 2;               ///< experts a token goes to, 1 ≤ top_k ≤ E
 
-  Activation activation = Activation::kGeluTanh;
+  Activation activation = Activation::kGeluTanh;  ///< of every expert, the shared one too
   bool glu = false;  ///< activation(gate) · up instead of activation(up)
   /// What is activated is at most this, and the up part within ±this (gpt-oss: 7; DeepSeek-V4: 10); 0: no limit.
   double activation_limit = 0.0;
@@ -84,8 +85,8 @@ struct MoEOptions {
   /// as they are. Router and shared expert see them whole (LatentMoE, arXiv:2601.18089; Nemotron 3).
   int64_t latent_size = 0;
 
-  Gate gate = Gate::kTopK;
-  RouterScore router_score = RouterScore::kSoftmax;
+  Gate gate = Gate::kTopK;                           ///< how the router chooses
+  RouterScore router_score = RouterScore::kSoftmax;  ///< what it makes of a logit
   /// Weights of a token's top_k experts sum to 1. Of softmax scores that is the softmax of the chosen
   /// logits alone: the softmax after top-k instead of before. Not with top_k = 1 of several experts:
   /// every weight would be 1, and the router without a gradient.
@@ -97,9 +98,9 @@ struct MoEOptions {
   /// The experts lie in this many groups of equal size, at most 32, in order. A token goes to experts
   /// of its `top_groups` best groups only (DeepSeek-V2 and -V3).
   int64_t expert_groups = 1;
-  int64_t top_groups = 1;
-  GroupScore group_score = GroupScore::kTopTwoSum;
-  ForcedRouting forced_routing = ForcedRouting::kNone;
+  int64_t top_groups = 1;                               ///< 1 ≤ top_groups ≤ expert_groups
+  GroupScore group_score = GroupScore::kTopTwoSum;      ///< by which groups are the best
+  ForcedRouting forced_routing = ForcedRouting::kNone;  ///< kNone: the router chooses
   /// Logits, scores and weights are computed in fp64; the router's parameters stay what they are.
   bool router_fp64 = false;
   /// Training only: gate input multiplied by uniform noise in [1 − jitter, 1 + jitter].
@@ -109,7 +110,7 @@ struct MoEOptions {
   double balance_coefficient = 0.0;
   /// A sequence is the tokens along the last dimension before h (DeepSeek-V3, arXiv:2412.19437, eq. 17–20).
   double sequence_balance_coefficient = 0.0;
-  double z_coefficient = 0.0;
+  double z_coefficient = 0.0;  ///< of `MoEOutput::z_loss`
   /// The gradient of the auxiliary loss is added where that of the output passes, so that a model that
   /// does not hand the loss on still trains balanced; `MoELayerImpl::set_attached_loss_scale`.
   bool attach_losses = false;
@@ -118,7 +119,7 @@ struct MoEOptions {
   bool recompute = false;
   /// Grouped GEMM engine: "auto", "deterministic" or one of `grouped_gemm_engines(device)`.
   std::string engine = "auto";
-  Errors errors = Errors::kLate;
+  Errors errors = Errors::kLate;  ///< when a refused routing is one
   /// How rows travel between ranks: "off", while a step waits for them; or beside its products, all at once
   /// ("1") or in chunks of whole experts ("2", "4", "8"), of which some travel while others are computed
   /// (Tutel's pipelining degree). Results and gradients are the same; backward keeps more for longer. "auto": the
@@ -151,7 +152,7 @@ struct MoEOptions {
   std::string placement = "blocks";
 
   torch::Dtype dtype = torch::kFloat32;  ///< fp32, fp64, bf16, fp16; the router stays ≥ fp32
-  torch::Device device = torch::kCPU;
+  torch::Device device = torch::kCPU;    ///< the CPU or a GPU, of parameters and rows
   /// Seeds every expert by its global number: the same layer at any number of ranks.
   uint64_t seed = 0;
 };

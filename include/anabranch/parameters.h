@@ -33,6 +33,7 @@ struct ParallelParameter {
   /// Whether a rank may have a part of an expert.
   bool in_slices() const { return placement != nullptr && placement->most_slices() > 1; }
 
+  /// Where its gradient is summed.
   const torch::Tensor& gradient() const { return main_grad.defined() ? main_grad : tensor.grad(); }
 };
 

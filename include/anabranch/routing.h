@@ -59,13 +59,13 @@ struct RoutingConditions {
 
 /// How logits become experts and weights: the members of MoEOptions with these names.
 struct RoutingRule {
-  int64_t top_k = 1;
-  bool renormalize = true;
-  RouterScore router_score = RouterScore::kSoftmax;
-  double routing_scale = 1.0;
-  int64_t expert_groups = 1;
-  int64_t top_groups = 1;
-  GroupScore group_score = GroupScore::kTopTwoSum;
+  int64_t top_k = 1;                                 ///< experts a token goes to
+  bool renormalize = true;                           ///< a token's weights sum to 1
+  RouterScore router_score = RouterScore::kSoftmax;  ///< what makes a logit a score
+  double routing_scale = 1.0;                       ///< the weights are multiplied by it in the end
+  int64_t expert_groups = 1;                        ///< the experts lie in so many, of equal size
+  int64_t top_groups = 1;                           ///< a token's experts are of its best so many
+  GroupScore group_score = GroupScore::kTopTwoSum;  ///< by which groups are the best
 };
 
 }  // namespace anabranch

@@ -16,6 +16,7 @@ class File;
 // The safetensors format (https://huggingface.co/docs/safetensors): the header's length as 8 bytes,
 // little-endian; the header in JSON; then the tensors' bytes without a gap.
 
+/// A tensor and the name that it has in a file.
 struct NamedTensor {
   std::string name;
   torch::Tensor tensor;
@@ -23,7 +24,7 @@ struct NamedTensor {
 
 /// Sizes and CRC-32s of a file that was written.
 struct WrittenFile {
-  int64_t bytes;
+  int64_t bytes;                              ///< of the whole file
   uint32_t header_checksum;                   ///< of everything before the tensors
   std::map<std::string, uint32_t> checksums;  ///< of each tensor's bytes
 };
@@ -35,6 +36,7 @@ WrittenFile write_safetensors(const std::filesystem::path& path, std::vector<Nam
 /// anything else is a CheckpointError.
 class SafetensorsReader {
  public:
+  /// A tensor in the file.
   struct Entry {
     torch::Dtype dtype;
     std::vector<int64_t> shape;
