@@ -109,7 +109,8 @@ Sizes::Sizes(const MoEOptions& given, int64_t tokens, int64_t ranks, double load
          : bounded  ? std::min(assignments, tokens * ranks)
                     : std::min({std::lround(load * all * chance_of_rank(options, experts)),
                                 assignments, tokens * ranks});
-  const int64_t parts = std::min(most_parts(options.device), std::max<int64_t>(1, experts));
+  const int64_t parts =
+      std::min(most_parts(options.device, assignments), std::max<int64_t>(1, experts));
   part = assignments * ((experts + parts - 1) / parts) / std::max<int64_t>(1, experts);
   up = (options.glu ? 2 : 1) * options.expert_hidden_size;
   element = static_cast<int64_t>(c10::elementSize(options.dtype));

@@ -3,12 +3,18 @@
 mode without gradients, on the CPU. Prints microseconds a call, medians of rounds in turn, and transformers' over ours.
 
     PYTHONPATH=build/release/python benchmarks/cpu/decode.py [--hidden 2048] [--inner 1024] [--experts 64] [--top-k 8]
+        [--json FILE --commit NAME]
 
 With small sizes (--hidden 64 --inner 32) little is arithmetic: what remains is the host's time for a call.
 """
 
 import argparse
 import copy
+import datetime
+import json
+import os
+import pathlib
+import platform
 import statistics
 import time
 
@@ -57,14 +63,25 @@ def medians(blocks, x, rounds, calls):
     return {name: statistics.median(found) for name, found in times.items()}
 
 
+def provenance(commit):
+    return {
+        "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "commit": commit, "date": datetime.date.today().isoformat(),
+        "load": round(os.getloadavg()[0], 1),
+    }  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("hidden", 2048), ("inner", 1024), ("experts", 64), ("top-k", 8), ("rounds", 15), ("calls", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--json", type=pathlib.Path, help="file for the results")
+    parser.add_argument("--commit", default="unknown", help="of the measured sources")
     arguments = parser.parse_args()
     blocks = blocks_of(arguments)
+    about, results = provenance(arguments.commit), []
     print(f"{torch.get_num_threads()} threads, {arguments.dtype}; us a call, and transformers' over ours")
     print(f"{'tokens':>6}" + "".join(f"{name:>20}" for name in blocks))
     with torch.no_grad():
@@ -72,9 +89,13 @@ def main():
             x = torch.randn(1, tokens, arguments.hidden, dtype=getattr(torch, arguments.dtype))
             check(blocks, x)
             found = medians(blocks, x, arguments.rounds, arguments.calls)
+            results.append({"tokens": tokens, **{name: round(each, 1) for name, each in found.items()}})
             ours = found["anabranch"]
             ratios = "".join(f"{found[name]:12.0f} ({found[name] / ours:4.2f})" for name in TRANSFORMERS)
             print(f"{tokens:6}{ours:20.0f}{ratios}", flush=True)
+    if arguments.json:
+        sizes = {name: getattr(arguments, name) for name in ("hidden", "inner", "experts", "top_k", "dtype")}
+        arguments.json.write_text(json.dumps({"provenance": about, **sizes, "microseconds": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

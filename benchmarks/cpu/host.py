@@ -2,10 +2,10 @@
 """What a step of the layer asks of the host besides its kernels: operators of LibTorch's and nodes of autograd, by stage,
 counted by the profiler in a tiny layer on the CPU; and the microseconds of such a step, of which little is arithmetic.
 
-    PYTHONPATH=build/release/python OMP_NUM_THREADS=32 benchmarks/cpu/host.py [--loss] [--gate gshard] [--all]
+    PYTHONPATH=build/release/python benchmarks/cpu/host.py [--loss] [--gate gshard] [--all]
 
-The stages before and behind the experts call the same operators on a GPU, but for what their kernels do. With 32 threads
-or more the experts are taken in one part, as there.
+The stages before and behind the experts call the same operators on a GPU, but for what their kernels do. The experts, of
+so few rows, are taken in one part, as there.
 """
 
 import argparse

@@ -2,7 +2,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/index_select.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 #include <anabranch/error.h>
 #include <anabranch/exchange.h>
@@ -62,12 +61,13 @@ RoutingCheck check_of(const Routing& routing, const torch::Tensor& ids, int64_t 
       .check_routing(ids, routing.weights.detach().contiguous(), num_experts, routing.may_skip);
 }
 
-/// [2] int64: the first tokens that are wrong.
-torch::Tensor refused_tokens(const RoutingCheck& check) {
+/// [2 + E] int64: the first tokens that are wrong, and behind them `counts` [E].
+torch::Tensor refused_tokens_and(const torch::Tensor& counts, const RoutingCheck& check) {
   const auto& nonfinite = check.first_nonfinite_token;
-  return at::stack({nonfinite.reshape({}), check.first_invalid_token.defined()
-                                               ? check.first_invalid_token
-                                               : at::full({}, -1, nonfinite.options())});
+  const auto& invalid = check.first_invalid_token;
+  return at::cat({nonfinite.reshape({1}),
+                  invalid.defined() ? invalid.reshape({1}) : at::full({1}, -1, counts.options()),
+                  counts});
 }
 
 /// The refusal of this rank's own routing.
@@ -260,7 +260,7 @@ ExchangePlan plan_counts(const Announced& announced, const ExpertPlacement& plac
 std::vector<int64_t> wait_for_counts(const Routing& routing, const RoutingCheck& check,
                                      const torch::Tensor& expert_counts,
                                      Communicator& communicator) {
-  const HostCopy copy(at::cat({refused_tokens(check), expert_counts}));
+  const HostCopy copy(refused_tokens_and(expert_counts, check));
   const auto told = wait_for(copy, communicator);
   const int64_t* own = told.const_data_ptr<int64_t>();
   const int64_t* counts = own + kForm;  // of the rest there is nothing to tell

@@ -51,14 +51,14 @@ struct Part {
   }
 };
 
-/// Whole experts in parts of about equal rows, at most `parts` of them (an expert is never cut) and at
-/// least one, also of no experts.
-std::vector<Part> cut(const ExpertCounts& counts, int64_t parts) {
+/// On a CPU: whole experts in parts of about equal rows (an expert is never cut), at least one, also of no
+/// experts.
+std::vector<Part> cut(const std::vector<int64_t>& counts) {
+  const int64_t rows = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  const int64_t parts = most_parts(torch::kCPU, rows);
   if (parts == 1) {
-    return {{0, 0, counts.rows(), counts}};
+    return {{0, 0, rows, counts}};
   }
-  const auto& on_host = counts.on_host();
-  const int64_t rows = std::accumulate(on_host.begin(), on_host.end(), int64_t{0});
   std::vector<Part> result;
   int64_t row = 0;
   std::vector<int64_t> own;
@@ -67,17 +67,17 @@ std::vector<Part> cut(const ExpertCounts& counts, int64_t parts) {
     result.push_back({end - static_cast<int64_t>(own.size()), first_row, row - first_row, own});
     own.clear();
   };
-  for (int64_t e = 0; e < counts.experts(); ++e) {
+  for (int64_t e = 0; e < static_cast<int64_t>(counts.size()); ++e) {
     // A new part begins where the ones before it have had their share.
     const auto made = static_cast<int64_t>(result.size()) + 1;
     const int64_t before = result.empty() ? 0 : result.back().first_row + result.back().rows;
     if (row > before && row * parts >= rows * made) {
       finish(e);
     }
-    own.push_back(on_host[e]);
+    own.push_back(counts[e]);
     row += own.back();
   }
-  finish(counts.experts());
+  finish(static_cast<int64_t>(counts.size()));
   return result;
 }
 
@@ -97,14 +97,17 @@ std::vector<Part> parts_of_chunks(const ExpertCounts& counts, const std::vector<
   return parts;
 }
 
-/// On a CPU the same whatever the chunks of an exchange are, since a product may be cut otherwise, and so
-/// rounded otherwise, beside other experts'; on a GPU one a chunk, where there are several.
+/// On a CPU the same whatever the chunks of an exchange are, and whatever there is room for, since a product may
+/// be cut otherwise, and so rounded otherwise, beside other experts'; on a GPU one a chunk, where there are several.
 std::vector<Part> parts_of(const ExpertCounts& counts, torch::Device device,
                            const std::vector<int64_t>& chunks) {
-  if (!device.is_cpu() && chunks.size() > 1) {
+  if (device.is_cpu()) {
+    return cut(counts.on_host());
+  }
+  if (chunks.size() > 1) {
     return parts_of_chunks(counts, chunks);
   }
-  return cut(counts, most_parts(device));
+  return {{0, 0, counts.rows(), counts}};
 }
 
 /// Where a feed-forward that works through its parts is in a pipeline.

@@ -8,11 +8,15 @@
 
 namespace anabranch {
 
-/// In how many parts experts are worked through at most. Only one part's intermediate values are alive at a
-/// time, in memory that is warm from the part before; many threads want larger parts to share. On a GPU
-/// every launch counts, and an engine balances itself over all experts: one part.
-inline int64_t most_parts(c10::Device device) {
-  return device.is_cpu() ? std::clamp(32 / at::get_num_threads(), 1, 8) : 1;
+/// In how many parts experts with so many `rows` are worked through at most. Only one part's intermediate values
+/// are alive at a time, in memory that is warm from the part before; many threads want larger parts to share, and
+/// few rows are not worth the calls of several: a model that decodes has one part. On a GPU every launch counts,
+/// and an engine balances itself over all experts: one part.
+inline int64_t most_parts(c10::Device device, int64_t rows) {
+  constexpr int64_t kLeastRows = 32;  // of a part
+  const int64_t worth_it = std::max<int64_t>(1, rows / kLeastRows);
+  return device.is_cpu() ? std::min<int64_t>(std::clamp(32 / at::get_num_threads(), 1, 8), worth_it)
+                         : 1;
 }
 
 }  // namespace anabranch

@@ -24,6 +24,19 @@ inline torch::Tensor part_of(const torch::Tensor& whole, int64_t offset, torch::
   return part;
 }
 
+/// Rows `first` to `first + count` of a matrix, and of them the columns from `first_column` on, by part_of.
+inline torch::Tensor rows_of(const torch::Tensor& matrix, int64_t first, int64_t count,
+                             int64_t first_column, int64_t columns) {
+  const int64_t element = first * matrix.stride(0) + first_column * matrix.stride(1);
+  return part_of(matrix, element * static_cast<int64_t>(matrix.element_size()),
+                 matrix.scalar_type(), {count, columns}, matrix.strides());
+}
+
+/// All of those rows.
+inline torch::Tensor rows_of(const torch::Tensor& matrix, int64_t first, int64_t count) {
+  return rows_of(matrix, first, count, 0, matrix.size(1));
+}
+
 /// One allocation for several tensors, which lives as long as any of them. First room is asked for, in the order in
 /// which parts are then taken. Each part has a storage of its own: no two alias, as LibTorch sees it, and an
 /// operator may return them.

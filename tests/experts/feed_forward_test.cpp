@@ -69,8 +69,8 @@ Gradients expected(const torch::Tensor& x, const torch::Tensor& dy, const torch:
           values_leaf.grad()};
 }
 
-// Up, activation, down and back, in fp64; experts without rows, more experts than parts, rows given
-// by index.
+// Up, activation, down and back, in fp64; experts without rows, rows for one part and for several, more
+// experts than parts, rows given by index.
 TEST_P(FeedForwardTest, EqualsOneExpertAfterAnother) {
   const int64_t h = 6;
   const int64_t n = 5;
@@ -83,7 +83,9 @@ TEST_P(FeedForwardTest, EqualsOneExpertAfterAnother) {
       const bool weighted = flags & 4;
       const bool indexed = flags & 8;
       const bool kept = flags & 16;
-      const auto counts = random_.pick(splits);
+      auto counts = random_.pick(splits);
+      const auto times = random_.pick<int64_t>({1, 40});
+      for (auto& count : counts) count *= times;
       const int64_t rows = std::accumulate(counts.begin(), counts.end(), int64_t{0});
       SCOPED_TRACE(c10::str("activation ", static_cast<int>(activation), " glu ", glu, " bias ",
                             bias, " weighted ", weighted, " indexed ", indexed, " kept ", kept,

@@ -7,6 +7,8 @@
 #include <atomic>
 #include <numeric>
 
+#include "support/block.h"
+
 namespace anabranch {
 namespace {
 
@@ -86,6 +88,23 @@ void run(const std::vector<Piece>& pieces, const Compute& compute) {
   }
 }
 
+/// Of an expert's weight [n, k], among those of all [E, n, k], rows `first` to `first + count`.
+torch::Tensor weight_of(const torch::Tensor& weight, int64_t expert, int64_t first, int64_t count) {
+  const int64_t element = expert * weight.stride(0) + first * weight.stride(1);
+  return part_of(weight, element * static_cast<int64_t>(weight.element_size()),
+                 weight.scalar_type(), {count, weight.size(2)}, weight.strides().slice(1));
+}
+
+torch::Tensor weight_of(const torch::Tensor& weight, int64_t expert) {
+  return weight_of(weight, expert, 0, weight.size(1));
+}
+
+/// Without a dispatch, as part_of.
+torch::Tensor transposed(const torch::Tensor& matrix) {
+  return part_of(matrix, 0, matrix.scalar_type(), {matrix.size(1), matrix.size(0)},
+                 {matrix.stride(1), matrix.stride(0)});
+}
+
 class CpuEngine : public GroupedGemmEngine {
  public:
   std::string name() const override { return "cpu"; }
@@ -95,8 +114,8 @@ class CpuEngine : public GroupedGemmEngine {
                   torch::Tensor& y) override {
     run(cut(counts.on_host(), [](int64_t count) { return count; }), [&](const Piece& piece) {
       const int64_t first = piece.first_row + piece.start;
-      auto out = y.narrow(0, first, piece.extent);
-      at::mm_out(out, x.narrow(0, first, piece.extent), weight.select(0, piece.expert).t());
+      auto out = rows_of(y, first, piece.extent);
+      at::mm_out(out, rows_of(x, first, piece.extent), transposed(weight_of(weight, piece.expert)));
     });
   }
 
@@ -104,8 +123,8 @@ class CpuEngine : public GroupedGemmEngine {
                 torch::Tensor& dx) override {
     run(cut(counts.on_host(), [](int64_t count) { return count; }), [&](const Piece& piece) {
       const int64_t first = piece.first_row + piece.start;
-      auto out = dx.narrow(0, first, piece.extent);
-      at::mm_out(out, dy.narrow(0, first, piece.extent), weight.select(0, piece.expert));
+      auto out = rows_of(dx, first, piece.extent);
+      at::mm_out(out, rows_of(dy, first, piece.extent), weight_of(weight, piece.expert));
     });
   }
 
@@ -113,14 +132,13 @@ class CpuEngine : public GroupedGemmEngine {
                 torch::Tensor& dweight) override {
     const int64_t rows = dweight.size(1);
     run(cut(counts.on_host(), [&](int64_t) { return rows; }), [&](const Piece& piece) {
-      auto out = dweight.select(0, piece.expert).narrow(0, piece.start, piece.extent);
+      auto out = weight_of(dweight, piece.expert, piece.start, piece.extent);
       const int64_t count = counts.on_host()[piece.expert];
-      const auto dy_part =
-          dy.narrow(0, piece.first_row, count).narrow(1, piece.start, piece.extent);
       if (count == 0) {
         out.zero_();
       } else {
-        at::mm_out(out, dy_part.t(), x.narrow(0, piece.first_row, count));
+        const auto dy_part = rows_of(dy, piece.first_row, count, piece.start, piece.extent);
+        at::mm_out(out, transposed(dy_part), rows_of(x, piece.first_row, count));
       }
     });
   }

@@ -11,6 +11,7 @@
 
 #include "kernels/activation.h"
 #include "kernels/cpu/rows_per_task.h"
+#include "support/block.h"
 
 // LibTorch's vectorised element-wise operations, applied to blocks of rows that stay in cache and
 // are computed in fp32 (fp64 for fp64): one pass over memory, one rounding.
@@ -95,13 +96,12 @@ class CpuActivationKernels final : public ActivationKernels {
     torch::Tensor activated = at::empty({rows, n}, hidden.options());
     const auto compute_type = at::toOpMathType(hidden.scalar_type());
     for_each_block(rows, hidden.size(1), [&](int64_t first, int64_t count) {
-      const auto block = hidden.narrow(0, first, count);
-      auto result =
-          apply(limited_gate(block.narrow(1, 0, n).to(compute_type), of.limit), activation);
+      const auto gate = rows_of(hidden, first, count, 0, n).to(compute_type);
+      auto result = apply(limited_gate(gate, of.limit), activation);
       if (glu) {
-        result.mul_(limited_up(block.narrow(1, n, n), of));
+        result.mul_(limited_up(rows_of(hidden, first, count, n, n), of));
       }
-      activated.narrow(0, first, count).copy_(result);
+      rows_of(activated, first, count).copy_(result);
     });
     return activated;
   }
@@ -115,14 +115,13 @@ class CpuActivationKernels final : public ActivationKernels {
     const int64_t n = dactivated.size(1);
     const auto compute_type = at::toOpMathType(hidden.scalar_type());
     for_each_block(rows, hidden.size(1), [&](int64_t first, int64_t count) {
-      const auto block = hidden.narrow(0, first, count);
-      const auto whole_gate = block.narrow(1, 0, n).to(compute_type);
+      const auto whole_gate = rows_of(hidden, first, count, 0, n).to(compute_type);
       const auto gate = limited_gate(whole_gate, of.limit);
-      const auto whole_up = glu ? block.narrow(1, n, n) : torch::Tensor();
+      const auto whole_up = glu ? rows_of(hidden, first, count, n, n) : torch::Tensor();
       const auto up = glu ? limited_up(whole_up, of) : torch::Tensor();
-      auto dresult = dactivated.narrow(0, first, count).to(compute_type, false, true);
+      const auto own = rows_of(dactivated, first, count);
+      auto dresult = own.to(compute_type, false, true);
       auto activated = apply(gate, activation);
-      auto dhidden = gradient.dhidden.narrow(0, first, count);
       const auto gated = activated;  // activation(gate), before the product with the up part
       if (glu) {
         activated = gated * up;
@@ -137,11 +136,12 @@ class CpuActivationKernels final : public ActivationKernels {
         auto dup = dresult * gated;
         if (of.limit > 0) dup.masked_fill_(whole_up.abs() > of.limit, 0);
         dresult.mul_(up);
-        dhidden.narrow(1, n, n).copy_(dup);
+        rows_of(gradient.dhidden, first, count, n, n).copy_(dup);
       }
       if (of.limit > 0) dresult.masked_fill_(whole_gate > of.limit, 0);
-      dhidden.narrow(1, 0, n).copy_(apply_backward(dresult, gate, activation));
-      dactivated.narrow(0, first, count).copy_(activated);
+      rows_of(gradient.dhidden, first, count, 0, n)
+          .copy_(apply_backward(dresult, gate, activation));
+      own.copy_(activated);
     });
   }
 };

@@ -24,6 +24,53 @@ std::vector<int64_t> offsets_of(const int64_t* counts, int64_t size) {
   return offsets;
 }
 
+/// Groups positions 0..count−1 by `group_of(position)`, in [0, groups).
+template <typename GroupOf>
+Csr grouped(int64_t count, int64_t groups, const torch::TensorOptions& index,
+            const GroupOf& group_of) {
+  Csr result{at::empty({groups + 1}, index), at::empty({count}, index)};
+  int64_t* offsets = result.offsets.data_ptr<int64_t>();
+  int64_t* members = result.members.data_ptr<int64_t>();
+  std::fill_n(offsets, groups + 1, 0);
+  for (int64_t i = 0; i < count; ++i) {
+    ++offsets[group_of(i) + 1];
+  }
+  std::partial_sum(offsets, offsets + groups + 1, offsets);
+  std::vector<int64_t> next(offsets, offsets + groups);
+  for (int64_t i = 0; i < count; ++i) {
+    members[next[group_of(i)]++] = i;
+  }
+  return result;
+}
+
+/// [count] int64, of which number i is `value(i)`.
+template <typename Value>
+torch::Tensor filled(int64_t count, const torch::TensorOptions& index, const Value& value) {
+  torch::Tensor numbers = at::empty({count}, index);
+  auto* number = numbers.data_ptr<int64_t>();
+  for (int64_t i = 0; i < count; ++i) {
+    number[i] = value(i);
+  }
+  return numbers;
+}
+
+/// [groups] how many members each has.
+torch::Tensor sizes_of(const Csr& groups) {
+  const auto* offsets = groups.offsets.const_data_ptr<int64_t>();
+  return filled(groups.offsets.size(0) - 1, groups.offsets.options(),
+                [&](int64_t i) { return offsets[i + 1] - offsets[i]; });
+}
+
+/// [numbers] their places by falling value, ties in their order.
+torch::Tensor largest_first(const torch::Tensor& numbers) {
+  const auto* number = numbers.const_data_ptr<int64_t>();
+  auto places = filled(numbers.size(0), numbers.options(), [](int64_t i) { return i; });
+  auto* first = places.data_ptr<int64_t>();
+  std::stable_sort(first, first + numbers.size(0),
+                   [&](int64_t a, int64_t b) { return number[a] > number[b]; });
+  return places;
+}
+
 /// Which (token, rank) pairs exist, found token by token in the order of ranks.
 struct TokenRanks {
   std::vector<int64_t> ranks;           // [S] by (token, rank)
@@ -189,7 +236,7 @@ class CpuPlanKernels final : public PlanKernels {
 
     const auto keys = may_skip ? expert_ids.masked_fill(expert_ids < 0, experts) : expert_ids;
     const Csr by_expert = group(keys.flatten(), experts + (may_skip ? 1 : 0));
-    plan.expert_counts = by_expert.offsets.diff();
+    plan.expert_counts = sizes_of(by_expert);
     plan.send_order = by_expert.members;
     plan.segment_rows = at::empty({assignments}, index.dtype(torch::kInt32));
     const int64_t* order = plan.send_order.const_data_ptr<int64_t>();
@@ -202,18 +249,23 @@ class CpuPlanKernels final : public PlanKernels {
 
   LocalPlan plan_local(const torch::Tensor& unchecked_ids, const torch::Tensor& weights,
                        int64_t num_experts, const LateRefusal* /*refusal*/) const override {
-    const auto expert_ids = unchecked_ids.clamp(0, num_experts - 1);
-    const int64_t tokens = expert_ids.size(0);
-    const Csr by_expert = group(expert_ids.flatten(), num_experts);
-    const auto rows = by_expert.members.div(expert_ids.size(1), "trunc");
-    const auto counts = by_expert.offsets.diff();
-    const auto longest_first = counts.argsort(/*stable=*/true, /*dim=*/0, /*descending=*/true);
+    const auto index = unchecked_ids.options();
+    const int64_t tokens = unchecked_ids.size(0);
+    const int64_t top_k = unchecked_ids.size(1);
+    const int64_t assignments = unchecked_ids.numel();
+    const int64_t* ids = unchecked_ids.const_data_ptr<int64_t>();
+    const Csr by_expert = grouped(assignments, num_experts, index, [&](int64_t i) {
+      return std::clamp<int64_t>(ids[i], 0, num_experts - 1);
+    });
+    const int64_t* order = by_expert.members.const_data_ptr<int64_t>();
+    const auto rows = filled(assignments, index, [&](int64_t i) { return order[i] / top_k; });
+    const auto counts = sizes_of(by_expert);
     return {counts,
-            {by_expert.offsets, longest_first},
+            {by_expert.offsets, largest_first(counts)},
             by_expert.members,
             rows,
             group(rows, tokens),
-            at::arange(std::max(tokens + 1, rows.size(0)), expert_ids.options()),
+            filled(std::max(tokens + 1, assignments), index, [](int64_t i) { return i; }),
             weights.defined() ? weights.view(-1).index_select(0, by_expert.members) : weights};
   }
 
@@ -248,7 +300,7 @@ class CpuPlanKernels final : public PlanKernels {
     verdict.ends = ArrivalEnds::of(heard.select(1, kTold + rank), heard.narrow(1, first, local));
     const auto of_experts = heard.narrow(1, first, local).sum(0);
     verdict.counts = {at::cat({at::zeros({1}, told.options()), of_experts.cumsum(0)}),
-                      of_experts.argsort(/*stable=*/true, /*dim=*/0, /*descending=*/true)};
+                      largest_first(of_experts)};
     return verdict;
   }
 
@@ -283,19 +335,9 @@ class CpuPlanKernels final : public PlanKernels {
   }
 
   Csr group(const torch::Tensor& group_of, int64_t groups) const override {
-    Csr result{at::zeros({groups + 1}, group_of.options()), at::empty_like(group_of)};
     const int64_t* value = group_of.const_data_ptr<int64_t>();
-    int64_t* offsets = result.offsets.data_ptr<int64_t>();
-    int64_t* members = result.members.data_ptr<int64_t>();
-    for (int64_t i = 0; i < group_of.numel(); ++i) {
-      ++offsets[value[i] + 1];
-    }
-    std::partial_sum(offsets, offsets + groups + 1, offsets);
-    std::vector<int64_t> next(offsets, offsets + groups);
-    for (int64_t i = 0; i < group_of.numel(); ++i) {
-      members[next[value[i]]++] = i;
-    }
-    return result;
+    return grouped(group_of.numel(), groups, group_of.options(),
+                   [value](int64_t i) { return value[i]; });
   }
 };
 
