@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -16,20 +17,27 @@ from .moe import MoE
 
 
 class MoELayer(BaseMoELayer):
-    """What Megatron's MoELayer is, for a ModuleSpec. Collective over Megatron's expert-parallel group.
+    """What Megatron's MoELayer is, for its spec. Collective over Megatron's expert-parallel group.
 
     Megatron's own DistributedDataParallel and optimizer finish the gradients: the experts' parameters say `allreduce`
     = False where they are spread over ranks, as Megatron's do.
     """
 
     def __init__(
-        self, config: Any, submodules: Any = None, layer_number: int | None = None, pg_collection: Any = None
+        self,
+        config: Any,
+        submodules: Any = None,
+        layer_number: int | None = None,
+        pg_collection: Any = None,
+        name: str | None = None,
+        **of_router: Any,
     ) -> None:
+        """`name`, and `of_router`, `is_mtp_layer`, come with Megatron-Core 0.19, not with 0.16."""
         groups = pg_collection or get_default_pg_collection()
-        super().__init__(config=config, layer_number=layer_number, pg_collection=groups)
+        super().__init__(config=config, layer_number=layer_number, pg_collection=groups, **of_router)
         _check(config, groups)
-        submodules = submodules or MoESubmodules()
-        self.router = submodules.router(config=config, pg_collection=groups)
+        submodules = submodules or MoESubmodules(experts=None)
+        self.router = submodules.router(config=config, pg_collection=groups, **of_router)
         self.experts = MoE(
             config.hidden_size,
             config.moe_ffn_hidden_size or config.ffn_hidden_size,
@@ -52,9 +60,9 @@ class MoELayer(BaseMoELayer):
                 for weight in parameter.data:
                     (config.init_method if name == "up_weight" else config.output_layer_init_method)(weight)
         if self.use_shared_expert:
-            self.shared_experts = build_module(
-                submodules.shared_experts, config=config, pg_collection=groups, gate=config.moe_shared_expert_gate
-            )
+            spec, gate = submodules.shared_experts, config.moe_shared_expert_gate
+            build = functools.partial(build_module, spec) if isinstance(spec, ModuleSpec) else spec
+            self.shared_experts = build(config=config, pg_collection=groups, gate=gate)
 
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Tensor | None = None
@@ -82,9 +90,12 @@ class MoELayer(BaseMoELayer):
 def moe_layer_spec(spec: Any) -> Any:
     """The spec of Megatron's MoE layer, as of `get_moe_module_spec`, with ours in its place; its router and its shared
     experts stay. In a model's: `spec.submodules.mlp = moe_layer_spec(spec.submodules.mlp)`."""
-    if not isinstance(spec, ModuleSpec) or not isinstance(spec.submodules, MoESubmodules):
-        raise TypeError(f"spec is {spec!r:.80}, expected the ModuleSpec of a MoE layer")
-    return dataclasses.replace(spec, module=MoELayer)
+    if isinstance(spec, ModuleSpec) and isinstance(spec.submodules, MoESubmodules):
+        return dataclasses.replace(spec, module=MoELayer)
+    # Megatron-Core 0.19: a builder.
+    if isinstance(spec, functools.partial) and isinstance(spec.keywords.get("submodules"), MoESubmodules):
+        return functools.partial(MoELayer, *spec.args, **spec.keywords)
+    raise TypeError(f"spec is {spec!r:.80}, expected that of a MoE layer")
 
 
 def routing_of(probabilities: Tensor, chosen: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -38,13 +38,19 @@ def on_the_cpu():
     moe_utils.te_general_gemm = None
 
 
+def built(spec, **arguments):
+    """Of Megatron-Core 0.16 a spec is a ModuleSpec, of 0.19 a builder."""
+    from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+
+    return build_module(spec, **arguments) if isinstance(spec, ModuleSpec) else spec(**arguments)
+
+
 def layers_of(kind, size, seed):
     """Theirs and ours, of the same weights; theirs has all experts."""
     from anabranch.megatron_layer import MoELayer, moe_layer_spec
     from megatron.core import parallel_state
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-    from megatron.core.transformer.spec_utils import build_module
 
     on_the_cpu()
     if not parallel_state.is_initialized():
@@ -54,8 +60,8 @@ def layers_of(kind, size, seed):
     groups = get_default_pg_collection()
     theirs = None
     if size == 1:
-        theirs = build_module(spec, config=config)
-    ours = build_module(moe_layer_spec(spec), config=config, pg_collection=groups)
+        theirs = built(spec, config=config)
+    ours = built(moe_layer_spec(spec), config=config, pg_collection=groups)
     assert type(ours) is MoELayer
     torch.manual_seed(seed)
     up = torch.randn(EXPERTS, INNER * (2 if config.gated_linear_unit else 1), HIDDEN) * 0.3
@@ -135,7 +141,7 @@ def refused(rank, size):
         object.__setattr__(config, option, value)
         with pytest.raises(ValueError, match=match):
             MoELayer(config)
-    with pytest.raises(TypeError, match="expected the ModuleSpec of a MoE layer"):
+    with pytest.raises(TypeError, match="expected that of a MoE layer"):
         moe_layer_spec(3)
 
 
