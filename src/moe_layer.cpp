@@ -33,6 +33,7 @@
 #include "support/observer.h"
 #include "support/single_backward.h"
 #include "support/stage.h"
+#include "support/stage_times.h"
 #include "support/tensor_list.h"
 
 namespace anabranch {
@@ -472,6 +473,32 @@ torch::Tensor attach_loss(const torch::Tensor& output, const torch::Tensor& loss
   return AttachedLoss::apply(output, loss, of_loss);
 }
 
+namespace {
+
+/// While it lives, the stages of a forward, and of the backward that is recorded, are added to `times`, if there are
+/// any.
+class MeasuredStep {
+ public:
+  MeasuredStep(const std::shared_ptr<StageTimes>& times, torch::Device device) {
+    if (times == nullptr) return;
+    forward_.emplace(times.get(), device);
+    backward_.emplace([times, device] {
+      struct Backward {
+        std::shared_ptr<StageTimes> times;
+        StageTimes::Measuring measuring;
+      };
+      return std::shared_ptr<void>(new Backward{times, {times.get(), device}},
+                                   [](void* backward) { delete static_cast<Backward*>(backward); });
+    });
+  }
+
+ private:
+  std::optional<StageTimes::Measuring> forward_;
+  std::optional<ObservedBackward> backward_;
+};
+
+}  // namespace
+
 MoELayerImpl::MoELayerImpl(const MoEOptions& options, std::shared_ptr<Communicator> communicator)
     : function_(options, agree_on_options(options, communicator ? std::move(communicator)
                                                                 : make_self_communicator())) {
@@ -527,7 +554,16 @@ void MoELayerImpl::to(torch::Device device, bool non_blocking) {
   function_ = std::move(moved);
 }
 
+void MoELayerImpl::measure_stages(bool measured) {
+  stage_times_ = measured ? std::make_shared<StageTimes>() : nullptr;
+}
+
+std::map<std::string, double> MoELayerImpl::stage_seconds() const {
+  return stage_times_ == nullptr ? std::map<std::string, double>() : stage_times_->seconds();
+}
+
 MoEOutput MoELayerImpl::forward(const torch::Tensor& x, const RoutingConditions& conditions) {
+  const MeasuredStep measured(stage_times_, x.device());
   auto out =
       function_.forward(parameters_of_modules(), x, is_training(), conditions, sums_losses());
   if (options().attach_losses && is_training()) {
@@ -537,6 +573,7 @@ MoEOutput MoELayerImpl::forward(const torch::Tensor& x, const RoutingConditions&
 }
 
 MoEOutput MoELayerImpl::forward(const torch::Tensor& x, const Routing& routing) {
+  const MeasuredStep measured(stage_times_, x.device());
   return function_.forward(parameters_of_modules(), x, routing, sums_losses());
 }
 

@@ -106,6 +106,25 @@ TEST_F(TrafficTest, BytesAreTheDeduplicatedMinimum) {
   }
 }
 
+TEST_F(TrafficTest, StagesAreMeasuredWhereThatIsAskedFor) {
+  auto layer_case = layer_cases(random_, size_, 1).front();
+  auto layer = make_layer(layer_case, world_);
+  run_step(layer, layer_case, layer_case.counts, rank_);
+  EXPECT_TRUE(layer->stage_seconds().empty());
+  layer->measure_stages();
+  run_step(layer, layer_case, layer_case.counts, rank_);
+  auto seconds = layer->stage_seconds();
+  for (const std::string stage : {"plan", "combine", "combine.backward", "dispatch.backward"}) {
+    EXPECT_EQ(seconds.count("anabranch." + stage), 1) << stage;
+  }
+  for (const std::string stage : {"exchange", "exchange.exposed"}) {
+    EXPECT_EQ(seconds.count("anabranch." + stage), size_ > 1 ? 1 : 0) << stage;
+  }
+  for (const auto& [stage, taken] : seconds) EXPECT_GE(taken, 0) << stage;
+  layer->measure_stages(false);
+  EXPECT_TRUE(layer->stage_seconds().empty());
+}
+
 TEST_F(TrafficTest, OneRankSendsNothing) {
   const auto self = make_self_communicator();
   MoEOptions options;

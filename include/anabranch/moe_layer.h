@@ -5,12 +5,14 @@
 #include <anabranch/grouped_gemm.h>
 #include <anabranch/router.h>
 
+#include <map>
 #include <memory>
 #include <string>
 
 namespace anabranch {
 
 class Balancer;
+class StageTimes;
 
 /// What a layer's forward finds.
 struct MoEOutput {
@@ -149,6 +151,15 @@ class MoELayerImpl : public torch::nn::Module {
   /// What travelled in the last step, tokens or weights, in how many rounds, and why.
   std::string explain() const { return function_.explain(); }
 
+  /// Begins to measure how long the stages of this layer's steps take, or ends it. Costs a few microseconds a
+  /// stage.
+  void measure_stages(bool measured = true);
+  /// Seconds of each stage since then, on the host, or on a GPU between what the stage puts on the stream, for
+  /// which this waits; empty unless measured. "anabranch.route" to "anabranch.combine", backward's with
+  /// ".backward"; within them, over several ranks, "anabranch.exchange", from when rows set out until they are
+  /// known to have come, and of that "anabranch.exchange.exposed", in which nothing else was done.
+  std::map<std::string, double> stage_seconds() const;
+
   const MoEOptions& options() const { return function_.options(); }
   const Exchange& exchange() const { return function_.exchange(); }
   /// Those of this rank.
@@ -169,6 +180,7 @@ class MoELayerImpl : public torch::nn::Module {
   torch::Tensor latent_up_;           ///< [h, latent_size]
   torch::Tensor attached_loss_scale_;
   bool evaluation_losses_ = false;
+  std::shared_ptr<StageTimes> stage_times_;  ///< null: not measured
 };
 TORCH_MODULE(MoELayer);
 
