@@ -179,7 +179,7 @@ def test_cmake():
 
 
 # Where a program's options stand; those of others are not looked at, only whether the project's paths are there.
-TRAIN = ["examples/train_lm/options.cpp", "examples/train_lm/model/model_options.cpp", "launch/train.sh", "launch/common.sh"]
+TRAIN = ["examples/train_lm/options.cpp", "examples/train_lm/training_options.cpp", "examples/train_lm/model/model_options.cpp", "launch/train.sh", "launch/common.sh"]
 SOURCES = {
     "launch/train.sh": TRAIN,
     "launch/test.sh": ["launch/test.sh"],
