@@ -46,7 +46,7 @@ def _moe(x: Tensor, parameters: list[Tensor], expert_ids, weights, padding_mask,
         loss(noisy),
         loss(summed and coefficients["sequence_balance"]),
         loss(summed and any(coefficients.values())),
-        x.new_empty((parameters[0].shape[0],), dtype=torch.int64),
+        x.new_empty((given["num_experts"],), dtype=torch.int64),
         x.new_empty(chosen, dtype=torch.int64),
         x.new_empty(chosen, dtype=of_router),
     )

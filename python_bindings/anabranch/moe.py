@@ -243,7 +243,6 @@ class MoE(nn.Module):
         """Whether a forward in eval mode computes losses and sums the load over the ranks, which takes a collective more.
         The same on all ranks: else each says that they differ. With a `receive_capacity` they are summed in any mode."""
         self.has_router = router
-        self._router_shape = (num_experts, hidden_size)
         self.seed = int(torch.randint(_SEEDS, ())) if seed is None else seed
         self.group = as_group(group)
         self._options = _to_json(options)
@@ -396,17 +395,14 @@ class MoE(nn.Module):
         return parts
 
     def _parameter_list(self, parts: dict[str, dict[str, Tensor]], x: Tensor) -> list[Tensor]:
-        """In the order of the operators. Beside rows of 16 bits, experts of 32 are cast for the step, as a wrapper's mixed
-        precision has it: their gradients have their own type."""
+        """In the order of the operators, the router's where there is one. Beside rows of 16 bits, experts of 32 are cast for
+        the step, as a wrapper's mixed precision has it: their gradients have their own type."""
         found = [parts[path][name] for path, name in self._places]
         if x.dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(x.device.type):
             for i, (path, _) in enumerate(self._places):
                 if path != "router" and found[i].dtype == torch.float32:
                     found[i] = found[i].to(x.dtype)
-        if self.has_router:
-            return found
-        nothing = found[0].new_zeros((), dtype=torch.float64 if found[0].dtype == torch.float64 else torch.float32)
-        return [nothing.expand(self._router_shape), *found]
+        return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
         super()._apply(fn, recurse)

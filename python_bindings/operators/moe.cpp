@@ -111,6 +111,8 @@ MoEOutput run(const MoEFunction& function, const at::Tensor& x, at::TensorList p
   const Communicator& communicator = function.exchange().communicator();
   const Observing observing(probe, communicator, x.device());
   MoEParameters all = parameters_from_list(parameters, function.options());
+  check_input(given.weights.has_value() || all.router.weight.defined(),
+              "moe: there is neither a router nor a routing from outside");
   const auto dtype = function.options().dtype;
   for (auto* tensor : {&all.router.weight, &all.router.noise_weight, &all.router.expert_bias}) {
     if (tensor->defined()) *tensor = tensor->to(gate_type(dtype));

@@ -53,7 +53,10 @@ size_t num_router_tensors(at::TensorList list) {
 
 MoEParameters parameters_from_list(at::TensorList list, const MoEOptions& options) {
   MoEParameters parameters;
-  const auto named = named_parameters(parameters, options);
+  auto named = named_parameters(parameters, options);
+  if (num_router_tensors(list) == 0) {
+    std::erase_if(named, [](const auto& each) { return each.name.starts_with("router."); });
+  }
   check_input(list.size() == named.size(), "parameters: got ", list.size(), ", expected ",
               named.size(), " for these options");
   for (size_t i = 0; i < named.size(); ++i) {

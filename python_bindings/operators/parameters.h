@@ -20,7 +20,8 @@ std::vector<NamedParameter> named_parameters(MoEParameters& parameters, const Mo
 /// How many of such a list are the router's: experts.up_weight is the first of three dimensions.
 size_t num_router_tensors(at::TensorList list);
 
-/// InputError unless the list has as many as the options call for.
+/// InputError unless the list has as many as the options call for. The router's may all be missing, where a routing
+/// comes from outside.
 MoEParameters parameters_from_list(at::TensorList list, const MoEOptions& options);
 
 /// The parameters that MoELayer begins with, as a list.

@@ -60,6 +60,14 @@ def test_opcheck_of_the_layer(more, device):
     opcheck(OPERATORS.moe.default, arguments(layer, x.detach()))
 
 
+def test_opcheck_of_a_layer_without_a_router(device):
+    layer = layer_of(device, router=False)
+    x = torch.randn(7, 8, device=device, requires_grad=True)
+    opcheck(OPERATORS.moe.default, arguments(layer, x, a_routing(7, device)))
+    with pytest.raises(ValueError, match="neither a router nor a routing from outside"):
+        OPERATORS.moe(*arguments(layer, x))
+
+
 def test_opcheck_of_the_noisy_gate(device):
     """Shapes only: the noise of two calls differs."""
     call = arguments(layer_of(device, gate="noisy_top_k"), torch.randn(7, 8, device=device, requires_grad=True))
