@@ -92,6 +92,30 @@ def test_ranges_in_profiles(device):
     assert {f"anabranch.{stage}" for stage in STAGES} <= names
 
 
+def operators_of(experts, tokens):
+    """How often a forward without gradients calls each operator of LibTorch's."""
+    layer, x = anabranch.MoE(8, 12, experts, 2, glu=True, seed=3).eval(), torch.randn(tokens, 8)
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        layer(x)
+    return collections.Counter(event.name for event in profile.events() if event.name.startswith("aten::"))
+
+
+@pytest.fixture
+def one_thread():
+    """Which alone a profiler watches."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_experts_without_rows_cost_no_calls(one_thread):
+    """As a model decodes: what the host is asked for grows with the experts that are reached, not with all."""
+    few, many = operators_of(4, 1), operators_of(64, 1)
+    assert few["aten::mm"] == 4 + 1 and few == many  # two projections of two experts, and the router's
+    assert operators_of(64, 0)["aten::mm"] <= 1
+
+
 NVTX_STEP = """
 import contextlib, sys, torch, anabranch
 device, emit = sys.argv[1:]
