@@ -442,6 +442,12 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
 
 std::string MoEFunction::explain() const { return balancer_->explain(); }
 
+void MoEFunction::place(const ExpertPlacement& placement) {
+  options_.placement = placement.describe();
+  exchange_ = exchange_.with(placement);
+  balancer_->place(placement);
+}
+
 namespace {
 
 /// y → y; loss → its gradient, `scale` or 1, where y's passes.
@@ -518,6 +524,11 @@ MoELayerImpl::MoELayerImpl(const MoEOptions& options, std::shared_ptr<Communicat
     latent_down_ = register_parameter("latent_down", down);
     latent_up_ = register_parameter("latent_up", up);
   }
+}
+
+void MoELayerImpl::place(const ExpertPlacement& placement) {
+  experts_->place(placement);
+  function_.place(placement);
 }
 
 MoEParameters MoELayerImpl::parameters_of_modules() const {

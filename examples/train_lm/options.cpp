@@ -53,6 +53,9 @@ void add_run_options(CLI::App& app, Options& options) {
   app.add_option("--all-to-all", options.all_to_all,
                  "the way of tokens between nodes; auto: the faster, as measured")
       ->check(CLI::IsMember({"flat", "hierarchical", "auto"}));
+  app.add_option("--move-experts", options.move_experts,
+                 "steps after which experts move between ranks so that these have equal loads; 0: "
+                 "none");
   app.add_option("--micro-batch", options.micro_batch,
                  "sequences of a rank at a time, whose gradients are summed; 0: all of a step's");
   app.add_flag("--shard-optimizer", options.shard_optimizer,
@@ -173,6 +176,7 @@ void check_options(const Options& options, int64_t ranks) {
   require(options.expert_parallel == 0 || ranks % options.expert_parallel == 0,
           "--expert-parallel ", options.expert_parallel, " does not divide the number of ranks, ",
           ranks);
+  at_least("--move-experts", options.move_experts, 0);
   at_least("--micro-batch", options.micro_batch, 0);
   at_least("--deadline", options.deadline, 1);
   at_least("--log-interval", options.log_interval, 1);

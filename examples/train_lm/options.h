@@ -36,6 +36,7 @@ struct Options {
   std::string device = "cpu";
   int64_t expert_parallel = 0;  ///< ranks that share one set of experts; 0: all
   std::string all_to_all = "flat";
+  int64_t move_experts = 0;         ///< steps between moves of experts to other ranks; 0: none
   int64_t micro_batch = 0;          ///< sequences of a rank at a time; 0: all of its share
   bool shard_optimizer = false;     ///< over the ranks that have a parameter (ZeRO-1)
   std::string recompute = "none";   ///< in backward: "experts", or the whole "block"

@@ -47,7 +47,12 @@ Stepper::Stepper(const Options& options, const TokenSource& data,
       optimizer_(optimizer),
       device_(options.device),
       global_tokens_(static_cast<double>(options.training.batch_size) *
-                     static_cast<double>(options.training.sequence_length)) {}
+                     static_cast<double>(options.training.sequence_length)) {
+  if (options.move_experts > 0) {
+    mover_.emplace(*model_, optimizer, groups,
+                   anabranch::ExpertMoverOptions{.interval = options.move_experts});
+  }
+}
 
 LaunchedStep Stepper::launch(const BatchPosition& position, bool with_norms, bool written) {
   const auto start = std::chrono::steady_clock::now();
@@ -67,6 +72,9 @@ LaunchedStep Stepper::launch(const BatchPosition& position, bool with_norms, boo
   const auto norm = update(step, with_norms);
   groups_.expert_replicas->all_reduce(sums.load);
   model_->update_expert_biases(sums.load);
+  if (mover_ && mover_->after_step(sums.load)) {
+    step.record.moves = mover_->moves();
+  }
   step.load = to_host(sums.load);
   step.numbers = to_host(shared_numbers(sums, norm, written));
   step.end.emplace(device_);

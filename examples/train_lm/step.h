@@ -1,5 +1,6 @@
 #pragma once
 
+#include <anabranch/expert_mover.h>
 #include <anabranch/optimizers.h>
 #include <anabranch/parameters.h>
 
@@ -77,6 +78,7 @@ class Stepper {
   LanguageModel model_;
   std::vector<anabranch::ParallelParameter> parameters_;
   anabranch::ParallelOptimizer& optimizer_;
+  std::optional<anabranch::ExpertMover> mover_;
   torch::Device device_;
   double global_tokens_;  // of one step
 };

@@ -19,6 +19,7 @@
 #include <anabranch/gradients.h>
 #include <anabranch/gradient_reducer.h>
 #include <anabranch/optimizers.h>
+#include <anabranch/expert_mover.h>
 #include <anabranch/checkpoint.h>
 #include <anabranch/safetensors.h>
 #include <anabranch/error.h>

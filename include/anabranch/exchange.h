@@ -155,6 +155,9 @@ class Exchange {
   /// A routing's weights [T, top_k] as its plan has assignments, [T, ExchangePlan::top_k]. Differentiable.
   torch::Tensor slot_weights(const torch::Tensor& weights) const;
 
+  /// The same over another placement.
+  Exchange with(ExpertPlacement placement) const;
+
   const ExpertPlacement& placement() const { return placement_; }
   Communicator& communicator() const { return *communicator_; }
 

@@ -26,7 +26,7 @@ struct ExpertPlacement {
   int64_t num_ranks = 1;
   std::vector<std::vector<HeldExpert>> held = {};  ///< [W], or empty: blocks
 
-  /// By its text: "blocks"; "sliced"; or lists rank by rank: in "0,3;2/0:2;2/1:2,1" rank 0 holds experts 0 and 3,
+  /// By its text: "blocks"; "sliced"; "movable", blocks that an ExpertMover may change; or lists rank by rank: in "0,3;2/0:2;2/1:2,1" rank 0 holds experts 0 and 3,
   /// rank 1 the first of two slices of expert 2, rank 2 the second and expert 1. InputError for other texts, and for
   /// what is no placement.
   static ExpertPlacement parse(const std::string& text, int64_t num_experts, int64_t num_ranks);

@@ -45,8 +45,10 @@ class ExpertsImpl : public torch::nn::Module {
 
   /// Number of this rank's first place: of its first expert, where experts lie in blocks.
   int64_t first_place() const { return first_place_; }
-  /// Null: blocks, over however many ranks.
-  const std::shared_ptr<const ExpertPlacement>& placement() const { return placement_; }
+  /// Null: blocks, over however many ranks. It becomes what `place` says, for all who have it.
+  std::shared_ptr<const ExpertPlacement> placement() const { return placement_; }
+  /// See MoELayer.
+  void place(const ExpertPlacement& placement);
   /// How slices cut the parameter of that name.
   SliceCut cut_of(std::string_view name) const;
   /// Experts over all ranks.
@@ -69,10 +71,10 @@ class ExpertsImpl : public torch::nn::Module {
   /// To where the weights are.
   void move_main_grad(bool non_blocking);
 
-  int64_t first_place_;
+  int64_t first_place_ = 0;
   int64_t num_experts_;
   bool sharded_;
-  std::shared_ptr<const ExpertPlacement> placement_;
+  std::shared_ptr<ExpertPlacement> placement_;
   bool glu_;
   int64_t whole_width_;  ///< n, of a whole expert
 };

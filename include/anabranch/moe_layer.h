@@ -87,6 +87,9 @@ class MoEFunction {
   /// What travelled in the last step, tokens or weights, in how many rounds, and why.
   std::string explain() const;
 
+  /// Experts lie so from the next forward on; their parameters are the caller's to move. On all ranks alike.
+  void place(const ExpertPlacement& placement);
+
   const MoEOptions& options() const { return options_; }
   const Exchange& exchange() const { return exchange_; }
 
@@ -159,6 +162,10 @@ class MoELayerImpl : public torch::nn::Module {
   /// ".backward"; within them, over several ranks, "anabranch.exchange", from when rows set out until they are
   /// known to have come, and of that "anabranch.exchange.exposed", in which nothing else was done.
   std::map<std::string, double> stage_seconds() const;
+
+  /// Experts lie so from the next forward on, as many on each rank as before; the rows of their parameters are the
+  /// caller's to move, which ExpertMover does. Of layers that do not lie in blocks. On all ranks alike.
+  void place(const ExpertPlacement& placement);
 
   const MoEOptions& options() const { return function_.options(); }
   const Exchange& exchange() const { return function_.exchange(); }

@@ -147,7 +147,7 @@ struct MoEOptions {
   std::string balance = "off";
   /// Which rank holds which experts: "blocks", of as many as they go, in rank order; "sliced", with more ranks than
   /// experts each rank a slice of one expert's hidden dimension (tensor parallelism within experts), otherwise
-  /// blocks; or lists, see ExpertPlacement::parse. All expert-parallel groups of a world take the same. Results are
+  /// blocks; "movable", blocks at first, which an ExpertMover changes; or lists, see ExpertPlacement::parse. All expert-parallel groups of a world take the same. Results are
   /// those of blocks, with slices within rounding. Slices go without balance.
   std::string placement = "blocks";
 

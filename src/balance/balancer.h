@@ -2,6 +2,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "balance/rates.h"
 #include "balance/shadow_choice.h"
@@ -21,6 +22,9 @@ class Balancer {
  public:
   Balancer(const MoEOptions& options, const ExpertPlacement& placement)
       : options_(options), placement_(placement) {}
+
+  /// Experts lie otherwise from now on.
+  void place(ExpertPlacement placement) { placement_ = std::move(placement); }
 
   /// Whether there is anything to decide.
   bool is_on() const { return placement_.num_ranks > 1 && balance_of(options_) != Balance::kOff; }

@@ -4,7 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/util/accumulate.h>
 
-#include "communicator/chunks.h"
+#include "placement/holder.h"
 #include "placement/slices.h"
 #include "support/sum.h"
 
@@ -18,24 +18,13 @@ struct Source {
   int64_t place;
 };
 
-/// The rank of the world that has a place's numbers to write.
-int64_t writer_of(const ParallelParameter& tensor, const ExpertPlacement& placement,
-                  int64_t expert_rank, int64_t local, const ParallelGroups& groups) {
-  if (tensor.owner < 0) return expert_rank;
-  const ExpertPlacement shares{placement.local_experts(expert_rank),
-                               groups.expert_replicas->size()};
-  int64_t replica = 0;
-  while (shares.first_place(replica + 1) <= local) ++replica;
-  return replica * groups.expert_parallel->size() + expert_rank;
-}
-
 std::vector<Source> sources_of(const ParallelParameter& tensor, const ParallelGroups& groups) {
   const auto placement = tensor.placement_over(groups.expert_parallel->size());
   std::vector<Source> sources;
   for (int64_t rank = 0; rank < placement.num_ranks; ++rank) {
     for (int64_t local = 0; local < placement.local_experts(rank); ++local) {
       sources.push_back({placement.at(rank, local),
-                         writer_of(tensor, placement, rank, local, groups),
+                         holder_of(tensor, placement, rank, local, /*group=*/0, groups),
                          static_cast<int64_t>(sources.size())});
     }
   }

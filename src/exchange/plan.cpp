@@ -404,6 +404,12 @@ Exchange::Exchange(std::shared_ptr<Communicator> communicator, ExpertPlacement p
   first_places_ = torch::tensor(first_places(placement_), torch::kInt64);
 }
 
+Exchange Exchange::with(ExpertPlacement placement) const {
+  Exchange other(communicator_, std::move(placement));
+  other.late_refusals_ = late_refusals_;
+  return other;
+}
+
 ExchangePlan Exchange::plan(const Routing& routing, const torch::Tensor& rows,
                             Errors errors) const {
   return begin_plan(routing, rows, errors).get();

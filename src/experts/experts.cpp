@@ -3,6 +3,7 @@
 #include <anabranch/experts.h>
 
 #include "placement/slices.h"
+#include "support/check.h"
 #include "support/initialize.h"
 
 namespace anabranch {
@@ -28,15 +29,15 @@ void fill_slice(const torch::Tensor& parameter, const HeldExpert& held, const Sl
 
 ExpertsImpl::ExpertsImpl(const MoEOptions& options, const ExpertPlacement& placement, int64_t rank,
                          bool sharded)
-    : first_place_(placement.first_place(rank)),
-      num_experts_(placement.num_experts),
+    : num_experts_(placement.num_experts),
       sharded_(sharded),
       glu_(options.glu),
       whole_width_(options.expert_hidden_size) {
   check_placement(placement);
   check_slices(placement, options.expert_hidden_size);
+  first_place_ = placement.first_place(rank);
   if (!placement.is_blocks()) {
-    placement_ = std::make_shared<const ExpertPlacement>(placement);
+    placement_ = std::make_shared<ExpertPlacement>(placement);
   }
   std::vector<HeldExpert> held;
   for (int64_t local = 0; local < placement.local_experts(rank); ++local) {
@@ -70,6 +71,20 @@ void ExpertsImpl::add(const MoEOptions& options, const std::vector<HeldExpert>& 
     up_bias = make("up_bias", {local, up}, hidden, kUpBias);
     down_bias = make("down_bias", {local, hidden}, whole, kDownBias);
   }
+}
+
+void ExpertsImpl::place(const ExpertPlacement& placement) {
+  check_placement(placement);
+  bool same = placement_ != nullptr && placement.num_experts == placement_->num_experts &&
+              placement.num_ranks == placement_->num_ranks;
+  for (int64_t rank = 0; same && rank < placement.num_ranks; ++rank) {
+    same = placement.local_experts(rank) == placement_->local_experts(rank);
+  }
+  check_input(same && placement.most_slices() == 1 && placement_->most_slices() == 1,
+              "place: ", placement.describe(), " in the place of ",
+              placement_ == nullptr ? "blocks" : placement_->describe(),
+              ", expected as many whole experts on each rank");
+  *placement_ = placement;
 }
 
 SliceCut ExpertsImpl::cut_of(std::string_view name) const {

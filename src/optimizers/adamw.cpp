@@ -32,12 +32,12 @@ struct Piece {
   int64_t first_element = 0;
 };
 
-/// All of it at once; or, where its experts' numbers do not follow each other, expert by expert.
+/// All of it at once; or expert by expert, where the noise of their rounding does not go on from one to the next.
 std::vector<Piece> pieces_of(const Updated& updated) {
   const auto& [parameter, master, mean, square] = updated;
   const auto& gradient = parameter.gradient();
   const auto rounded = rounded_of(parameter.tensor);
-  if (parameter.placement == nullptr) {
+  if (parameter.placement == nullptr || mean.scalar_type() != at::kBFloat16) {
     return {{{master, gradient, mean, square, rounded}, updated.first_element()}};
   }
   std::vector<Piece> pieces;

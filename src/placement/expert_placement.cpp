@@ -63,17 +63,24 @@ std::vector<std::vector<HeldExpert>> read_lists(std::string_view text) {
 
 ExpertPlacement ExpertPlacement::parse(const std::string& text, int64_t num_experts,
                                        int64_t num_ranks) {
-  ExpertPlacement placement{num_experts, num_ranks};
+  const ExpertPlacement blocks{num_experts, num_ranks};
+  ExpertPlacement placement = blocks;
   if (text == "sliced") {
     return sliced(num_experts, num_ranks);
   }
-  if (text != "blocks") {
+  if (text == "movable") {
+    for (int64_t rank = 0; rank < num_ranks; ++rank) {
+      auto& of_rank = placement.held.emplace_back();
+      for (int64_t e = 0; e < blocks.local_experts(rank); ++e)
+        of_rank.push_back(blocks.at(rank, e));
+    }
+  } else if (text != "blocks") {
     try {
       placement.held = read_lists(text);
     } catch (const InputError& error) {
-      throw InputError(
-          c10::str("placement = '", text,
-                   "', expected blocks, sliced or lists as in 0,3;2/0:2;2/1:2,1: ", error.what()));
+      throw InputError(c10::str(
+          "placement = '", text,
+          "', expected blocks, sliced, movable or lists as in 0,3;2/0:2;2/1:2,1: ", error.what()));
     }
     check_placement(placement);
   }

@@ -211,6 +211,19 @@ def test_expert_parallel_groups_inside_data_parallel_train_the_same(train):
     assert_same_curve(grouped, alone, tolerance("float64", 6))
 
 
+def test_a_run_whose_experts_move_trains_the_same_and_resumes(train, text, tmp_path):
+    options = {"balance_loss": 0, "z_loss": 0, "sample_length": 0}
+    alone = read_metrics(train(0, **options))
+    arguments = ["--data", text, "--output", tmp_path / "run", *model_options(**options), "--move-experts", 1]
+    run(4, *arguments, "--expert-parallel", 2, "--shard-optimizer", "--stop-at", 3)
+    run(2, *arguments, "--resume")
+    metrics = read_metrics(tmp_path / "run")
+    assert all(metrics[-1][name] > 0 for name in ("moved_experts", "moved_bytes", "moving_seconds"))
+    for line in metrics + alone:
+        del line["balance_loss"], line["z_loss"]
+    assert_same_curve(metrics, alone, tolerance("float64", 6))
+
+
 def test_recompute_and_glu_train_the_same_at_two_ranks(train):
     plain = read_metrics(train(0, "--glu", sample_length=0))
     assert_same_curve(

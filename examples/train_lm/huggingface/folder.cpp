@@ -62,7 +62,7 @@ std::vector<Placed> placed(const std::vector<anabranch::ParallelParameter>& tens
       all.push_back({is_shared ? values[0] : values, hf_tensors(family, options, of.name)});
     }
     for (int64_t local = 0; of.is_expert && local < values.size(0); ++local) {
-      const auto parts = hf_tensors(family, options, of.name, of.first_place + local);
+      const auto parts = hf_tensors(family, options, of.name, of.held(local).expert);
       all.push_back({values[local], parts});
     }
   }
@@ -102,14 +102,14 @@ std::string index_of(const std::vector<anabranch::ParallelParameter>& tensors,
   nlohmann::json weight_map = nlohmann::json::object();
   int64_t bytes = 0;
   for (const auto& of : tensors) {
-    const anabranch::ExpertPlacement placement{of.num_experts, files};
+    const auto placement = of.placement_over(files);
     const auto one =
         of.is_expert ? c10::multiply_integers(of.tensor.sizes().slice(1)) : of.tensor.numel();
     for (int64_t rank = 0; rank < files; ++rank) {
-      const int64_t first = of.is_expert ? placement.first_place(rank) : 0;
       const int64_t count = of.is_expert ? placement.local_experts(rank) : rank == 0;
       bytes += count * one * of.tensor.element_size();
-      for (int64_t expert = first; expert < first + count; ++expert) {
+      for (int64_t local = 0; local < count; ++local) {
+        const int64_t expert = of.is_expert ? placement.at(rank, local).expert : 0;
         for (const auto& part : hf_tensors(family, options, of.name, expert)) {
           weight_map[part.name] = file_name(rank, files);
         }

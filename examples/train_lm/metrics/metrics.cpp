@@ -69,6 +69,9 @@ std::string MetricsLog::add(const StepRecord& record) {
   if (const auto exposed = record.exposed_communication_seconds) {
     interval_.exposed_seconds = interval_.exposed_seconds.value_or(0) + *exposed;
   }
+  if (record.moves) {
+    moves_ = record.moves;
+  }
   const bool spike = spikes_.add(record.loss);
   if (spike) {
     interval_.spikes.push_back(record.step);
@@ -124,6 +127,11 @@ nlohmann::json MetricsLog::describe(const StepRecord& record) const {
   };
   if (interval_.exposed_seconds) {
     json["exposed_communication_seconds"] = *interval_.exposed_seconds / steps;
+  }
+  if (moves_) {
+    json["moved_experts"] = moves_->experts;
+    json["moved_bytes"] = moves_->bytes;
+    json["moving_seconds"] = moves_->seconds;
   }
   add_if_known("validation_loss", record.validation_loss);
   add_if_known("validation_bpb", record.validation_bpb);

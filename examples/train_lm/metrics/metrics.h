@@ -1,5 +1,6 @@
 #pragma once
 
+#include <anabranch/expert_mover.h>
 #include <torch/types.h>
 
 #include <filesystem>
@@ -39,6 +40,8 @@ struct StepRecord {
   int64_t memory = 0;         ///< peak bytes so far, of the rank that takes most
   /// Of each rank, milliseconds of a sequence's head and loss since the line before; NaN where it had no sequence.
   std::vector<double> rank_milliseconds;
+  std::optional<anabranch::ExpertMoves>
+      moves;  ///< so far, where experts have moved after this step
   int ranks = 1;
   std::optional<double> validation_loss;  ///< nats a token on held-out data
   std::optional<double> validation_bpb;   ///< bits a byte, where a token's bytes are known
@@ -78,6 +81,7 @@ class MetricsLog {
   StepCost cost_;
   SpikeDetector spikes_;
   Interval interval_;
+  std::optional<anabranch::ExpertMoves> moves_;  ///< so far
 };
 
 }  // namespace train_lm

@@ -66,6 +66,7 @@ anabranch::MoEOptions layer_options(const Options& options, int64_t layer) {
   moe.activation = model.glu ? anabranch::Activation::kSilu : anabranch::Activation::kGeluTanh;
   moe.bias = model.expert_biases;
   moe.shared_expert_hidden_size = model.shared_expert_hidden;
+  moe.placement = options.move_experts > 0 ? "movable" : "blocks";
   moe.recompute = options.recompute == "experts";
   moe.dtype = model.parameter_type();
   moe.device = torch::Device(options.device);

@@ -122,7 +122,7 @@ def refused(rank, size, seed):
     for options, text in (
         ({"placement": "0,1"}, "of 1 ranks, expected 2"),
         ({"placement": "0,1;2"}, "expert 3 is not there"),
-        ({"placement": "fast"}, "expected blocks, sliced or lists"),
+        ({"placement": "fast"}, "expected blocks, sliced, movable or lists"),
         ({"placement": halves, "balance": "auto"}, "in slices, expected off"),
         ({"placement": halves, "dtensor": True}, "expected blocks"),
         ({"placement": halves, "experts": nn.Identity()}, "which are the core's experts'"),
