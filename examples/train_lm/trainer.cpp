@@ -1,7 +1,9 @@
 #include "trainer.h"
 
 #include <cmath>
+#include <iomanip>
 #include <numbers>
+#include <sstream>
 #include <utility>
 
 #include "evaluation.h"
@@ -113,7 +115,22 @@ void Trainer::settle(Progress& progress) {
 void Trainer::begin_stage_times(int64_t step) {
   if (options_.stage_times && step == first_step_ + kUntimedSteps) {
     model_->timeline().start(torch::Device(options_.device));
+    for (auto& layer : model_->moe_layers()) layer->measure_stages();
   }
+}
+
+/// Of each layer with experts, what a step waits for other ranks' rows while it does nothing else.
+std::string Trainer::exposed_exchange(double steps) {
+  std::vector<double> milliseconds;
+  for (auto& layer : model_->moe_layers()) {
+    milliseconds.push_back(1e3 * layer->stage_seconds()["anabranch.exchange.exposed"] / steps);
+    layer->measure_stages(false);
+  }
+  std::ostringstream line;
+  line << "ms of a step that rows are waited for, layer by layer:" << std::fixed
+       << std::setprecision(2);
+  for (const double one : milliseconds) line << ' ' << one;
+  return line.str();
 }
 
 void Trainer::end_stage_times(int64_t step, Progress& progress) {
@@ -127,6 +144,8 @@ void Trainer::end_stage_times(int64_t step, Progress& progress) {
   const double per_rank =
       static_cast<double>(outcome_.last.tokens) / seconds / groups_.world->size();
   progress.say(timeline.table(steps));
+  const std::string exposed = exposed_exchange(steps);
+  if (groups_.expert_parallel->size() > 1) progress.say(exposed);
   progress.say(c10::str(std::llround(per_rank), " tokens/s, ",
                         std::llround(per_rank * cost().flops_per_token / 1e12),
                         " model TFLOP/s of each rank"));

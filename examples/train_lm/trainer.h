@@ -67,6 +67,7 @@ class Trainer {
   void finish_save();
   void begin_stage_times(int64_t step);
   void end_stage_times(int64_t step, Progress& progress);
+  std::string exposed_exchange(double steps);
   bool is_reported(int64_t step) const;
   bool is_due(int64_t step, int64_t interval) const;
 

@@ -4,6 +4,7 @@ The program and what it needs: see test_train_lm.py.
 """
 
 import json
+import re
 import shutil
 
 import pytest
@@ -45,6 +46,16 @@ def tiny_run(train):  # noqa: F811
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_preset_trains_the_same_at_any_number_of_ranks(train, tiny_run, ranks):  # noqa: F811
     assert_same_curve(read_metrics(train(ranks, **TINY)), tiny_run, tolerance("float64", 6))
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_stage_times_tell_what_each_layer_waits_for(text, tmp_path, ranks):  # noqa: F811
+    options = [*model_options(**TINY, steps=8, validation_interval=8), "--no-save", "--stage-times"]
+    output = run(ranks, "--output", tmp_path / "run", "--data", text, *options)
+    assert "ms of a step (mean of" in output
+    waits = re.search(r"rows are waited for, layer by layer:((?: \d+\.\d\d)*)$", output, re.MULTILINE)
+    assert (waits is not None) == (ranks > 1)
+    assert ranks == 0 or (len(waits[1].split()) == 2 and sum(map(float, waits[1].split())) > 0)  # one layer is dense
 
 
 @pytest.mark.parametrize(("recompute", "ranks"), [("experts", 0), ("block", 2)])

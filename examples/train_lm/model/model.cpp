@@ -159,11 +159,17 @@ void LanguageModelImpl::update_expert_biases(const torch::Tensor& expert_load) {
     return;
   }
   int64_t layer = 0;
-  for (auto& block : blocks_) {
-    if (!block->moe().is_empty()) {
-      block->moe()->update_expert_bias(expert_load[layer++], options_.bias_rate);
-    }
+  for (auto& moe : moe_layers()) {
+    moe->update_expert_bias(expert_load[layer++], options_.bias_rate);
   }
+}
+
+std::vector<anabranch::MoELayer> LanguageModelImpl::moe_layers() {
+  std::vector<anabranch::MoELayer> layers;
+  for (auto& block : blocks_) {
+    if (!block->moe().is_empty()) layers.push_back(block->moe());
+  }
+  return layers;
 }
 
 }  // namespace train_lm

@@ -83,6 +83,8 @@ class LanguageModelImpl : public torch::nn::Module {
   void update_expert_biases(const torch::Tensor& expert_load);
   /// What routers draw in the forwards that follow depends on this and their layer alone.
   void seed_routers(uint64_t seed) { routing_seed_ = seed; }
+  /// Of the layers with experts, in their order.
+  std::vector<anabranch::MoELayer> moe_layers();
   /// Where the time of a step goes.
   Timeline& timeline() { return timeline_; }
 
