@@ -8,6 +8,7 @@
 
 namespace anabranch {
 
+/// When experts move, for how much, and within what.
 struct ExpertMoverOptions {
   int64_t interval = 1000;  ///< steps between choices
   /// What moves must take off the fullest rank's load, else all stay where they are.
