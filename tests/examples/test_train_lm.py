@@ -218,7 +218,9 @@ def test_a_run_whose_experts_move_trains_the_same_and_resumes(train, text, tmp_p
     run(4, *arguments, "--expert-parallel", 2, "--shard-optimizer", "--stop-at", 3)
     run(2, *arguments, "--resume")
     metrics = read_metrics(tmp_path / "run")
-    assert all(metrics[-1][name] > 0 for name in ("moved_experts", "moved_bytes", "moving_seconds"))
+    last = metrics[-1]
+    assert all(last[name] > 0 for name in ("moved_experts", "moved_bytes", "moving_seconds"))
+    assert last["fullest_rank_before"] > last["fullest_rank_after"] >= 1
     for line in metrics + alone:
         del line["balance_loss"], line["z_loss"]
     assert_same_curve(metrics, alone, tolerance("float64", 6))

@@ -132,6 +132,8 @@ nlohmann::json MetricsLog::describe(const StepRecord& record) const {
     json["moved_experts"] = moves_->experts;
     json["moved_bytes"] = moves_->bytes;
     json["moving_seconds"] = moves_->seconds;
+    json["fullest_rank_before"] = moves_->before;
+    json["fullest_rank_after"] = moves_->after;
   }
   add_if_known("validation_loss", record.validation_loss);
   add_if_known("validation_bpb", record.validation_bpb);
