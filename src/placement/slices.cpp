@@ -34,7 +34,7 @@ torch::Tensor view_of_slice(const torch::Tensor& whole, const HeldExpert& held,
               chunk_length(length, slice, slices));
 }
 
-void copy_slice(torch::Tensor part, const torch::Tensor& whole, const HeldExpert& held,
+void copy_slice(const torch::Tensor& part, const torch::Tensor& whole, const HeldExpert& held,
                 const SliceCut& cut) {
   if (cut.dimension < 0 && held.slice > 0) {
     part.zero_();

@@ -18,7 +18,7 @@ torch::Tensor view_of_slice(const torch::Tensor& whole, const HeldExpert& held,
                             const SliceCut& cut);
 
 /// Into `part`, a parameter of what `held` has, its numbers of the whole expert's.
-void copy_slice(torch::Tensor part, const torch::Tensor& whole, const HeldExpert& held,
+void copy_slice(const torch::Tensor& part, const torch::Tensor& whole, const HeldExpert& held,
                 const SliceCut& cut);
 /// And back.
 void copy_into_whole(const torch::Tensor& whole, const torch::Tensor& part, const HeldExpert& held,
