@@ -11,6 +11,8 @@ stochastically to bf16 in one of the runs. Options that are not this script's ar
 import argparse
 import dataclasses
 import json
+import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -40,7 +42,7 @@ WAYS = {
     "bf16, Muon": Way(["--dtype", "bfloat16", "--optimizer", "muon"]),
 }
 ON_RANKS = {
-    "fp32, from step 1,000 on 2 ranks": Way(["--dtype", "float32"], then=2),
+    "fp32, from the middle on 2 ranks": Way(["--dtype", "float32"], then=2),
     "fp32, biases": Way(BIASES, beside="fp32, biases"),
     **{
         f"fp32, biases, 4 ranks, expert parallel {size}": Way(
@@ -49,6 +51,15 @@ ON_RANKS = {
         for size in (1, 2, 4)
     },
 }
+
+
+def trained(name, way, arguments, further, runs):
+    """The metrics of a run, which is made unless it is there."""
+    directory = runs / re.sub(r"[^a-z0-9]+", "_", name)
+    if not (directory / "metrics.jsonl").exists() or train_runs.metrics_of(directory)[-1]["step"] < arguments.steps:
+        shutil.rmtree(directory, ignore_errors=True)
+        train(way, arguments, further, directory)
+    return train_runs.metrics_of(directory)
 
 
 def train(way, arguments, further, directory):
@@ -64,7 +75,6 @@ def train(way, arguments, further, directory):
         options += ["--checkpoint-interval", 0]
         train_runs.train(arguments.program, [*options, "--stop-at", arguments.steps // 2], way.ranks)
         train_runs.train(arguments.program, [*options, "--resume"], way.then)
-    return train_runs.metrics_of(directory)
 
 
 def result_of(name, way, runs):
@@ -93,6 +103,7 @@ def main():
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--quick", action="store_const", dest="steps", const=20, help="20 steps, to see whether it runs")
     parser.add_argument("--ways", type=lambda text: text.split("|"), help="some of them, by name, with | between them")
+    parser.add_argument("--runs", type=Path, help="folder for the runs; those that are there, of the same options, are not made again")
     parser.add_argument("--json", help="file for the results")
     parser.add_argument("--commit", default="unknown", help="of the measured sources")
     arguments, further = parser.parse_known_args()
@@ -102,8 +113,8 @@ def main():
         ways = {name: ways[name] for name in arguments.ways}
     runs, results = {}, []
     with tempfile.TemporaryDirectory() as folder:
-        for number, (name, way) in enumerate(ways.items()):
-            runs[name] = train(way, arguments, further, Path(folder) / str(number))
+        for name, way in ways.items():
+            runs[name] = trained(name, way, arguments, further, arguments.runs or Path(folder))
             results.append(result_of(name, way, runs))
             row = results[-1]
             losses = list(row["curve"].values())
