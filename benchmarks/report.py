@@ -439,8 +439,9 @@ def learning_curves(*files):
     of_gpu = files[0]["provenance"].get("gpu")
     return f"""## Learning curves on {'a GPU' if of_gpu else 'the CPU'}
 
-`train_lm --preset tiny`, of one seed and order of the data. Losses, in nats, and imbalance, the fullest expert over the mean,
-are means over a hundred steps. Differences are those from fp32 or, where experts are balanced by biases, from that on one rank.
+`train_lm --preset tiny`, of one seed and order of the data. Losses, in nats, are means over a hundred steps; imbalance is the
+fullest expert over the mean in the last step, and the largest of its means over a hundred. Differences are those from fp32 or,
+where experts are balanced by biases, from that on one rank.
 
 """ + "\n".join(map(curves_of_one_file, files))
 

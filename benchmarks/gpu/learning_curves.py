@@ -55,7 +55,7 @@ ON_RANKS = {
 
 def trained(name, way, arguments, further, runs):
     """The metrics of a run, which is made unless it is there."""
-    directory = runs / re.sub(r"[^a-z0-9]+", "_", name)
+    directory = runs / re.sub(r"[^a-z0-9]+", "_", name.lower())
     if not (directory / "metrics.jsonl").exists() or train_runs.metrics_of(directory)[-1]["step"] < arguments.steps:
         shutil.rmtree(directory, ignore_errors=True)
         train(way, arguments, further, directory)
