@@ -201,11 +201,12 @@ def test_the_curve_is_the_same_at_any_number_of_ranks(train, dtype, batch_size):
         assert_same_curve(metrics, alone, tolerance(dtype, batch_size))
 
 
-def test_expert_parallel_groups_inside_data_parallel_train_the_same(train):
+@pytest.mark.parametrize("size", [1, 2])  # 4 is the group of all ranks
+def test_expert_parallel_groups_inside_data_parallel_train_the_same(train, size):
     # Without auxiliary losses, which each group has of its own tokens.
     options = {"balance_loss": 0, "z_loss": 0, "sample_length": 0}
     alone = read_metrics(train(0, **options))
-    grouped = read_metrics(train(4, expert_parallel=2, **options))
+    grouped = read_metrics(train(4, expert_parallel=size, **options))
     for line in grouped + alone:
         del line["balance_loss"], line["z_loss"]
     assert_same_curve(grouped, alone, tolerance("float64", 6))
