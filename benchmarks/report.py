@@ -476,6 +476,27 @@ steps, losses in nats, imbalance the fullest expert over the mean; loads over th
 """
 
 
+def decode(measured):
+    about, cases = measured["provenance"], measured["microseconds"]
+    ways = [name for name in cases[0] if name != "tokens"]
+    rows = []
+    for case in cases:
+        ours = case["anabranch"]
+        others = (f"{case[way] / 1e3:.1f} ({case[way] / ours:.2f})" if way in case else "–" for way in ways[1:])
+        rows.append((str(case["tokens"]), f"{ours / 1e3:.1f}", *others))
+    return f"""## A converted block at as few tokens as a model decodes, on the CPU
+
+{measured['dtype']}, hidden {measured['hidden']}, expert hidden {measured['inner']}, E {measured['experts']}, k {measured['top_k']},
+no gradients: ms a call beside transformers' own ways to run the same block, and theirs over ours. batched_mm copies the weights of
+every assignment, and is left out where that takes more than 4 GiB.
+
+{table(("tokens", *ways), rows)}
+
+{about['processor']}, {about['threads']} threads, PyTorch {about['torch']}, transformers {about['transformers']}, load of the
+machine before {about['load']}, commit {about['commit'][:10]}, {about['date']}: `benchmarks/cpu/decode.py --rounds 5 --calls 2`
+"""
+
+
 def place_of(case):
     return case["shape"], case["zipf"]
 
@@ -486,6 +507,7 @@ def layer_of_ranks(case):
 
 SECTIONS = {
     "cpu_layer.json": layer,
+    "cpu_decode.json": decode,
     "cpu_grouped_gemm.json": grouped_gemm,
     "gpu_layer.json": gpu_layer,
     "gpu_layer_python.json": gpu_layer_python,
