@@ -485,8 +485,9 @@ namespace {
 /// any.
 class MeasuredStep {
  public:
-  MeasuredStep(const std::shared_ptr<StageTimes>& times, torch::Device device) {
-    if (times == nullptr) return;
+  MeasuredStep(const std::shared_ptr<StageTimes>& times, const torch::Tensor& x) {
+    if (times == nullptr || !x.defined()) return;  // that is refused where it is used
+    const auto device = x.device();
     forward_.emplace(times.get(), device);
     backward_.emplace([times, device] {
       struct Backward {
@@ -574,7 +575,7 @@ std::map<std::string, double> MoELayerImpl::stage_seconds() const {
 }
 
 MoEOutput MoELayerImpl::forward(const torch::Tensor& x, const RoutingConditions& conditions) {
-  const MeasuredStep measured(stage_times_, x.device());
+  const MeasuredStep measured(stage_times_, x);
   auto out =
       function_.forward(parameters_of_modules(), x, is_training(), conditions, sums_losses());
   if (options().attach_losses && is_training()) {
@@ -584,7 +585,7 @@ MoEOutput MoELayerImpl::forward(const torch::Tensor& x, const RoutingConditions&
 }
 
 MoEOutput MoELayerImpl::forward(const torch::Tensor& x, const Routing& routing) {
-  const MeasuredStep measured(stage_times_, x.device());
+  const MeasuredStep measured(stage_times_, x);
   return function_.forward(parameters_of_modules(), x, routing, sums_losses());
 }
 
