@@ -24,7 +24,7 @@ import virtual_hosts  # noqa: E402
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 
 # Credentials live for 5 s: that long a requeued job waits before it starts again. No cgroups and no
-# binding: the hosts share the machine's cores.
+# binding: the hosts share the machine's cores, whose daemons may answer late where others compute.
 CONFIGURATION = """\
 ClusterName=virtual
 SlurmctldHost={head}({head_address})
@@ -48,6 +48,7 @@ MailProg=/bin/true
 MpiDefault=none
 ReturnToService=2
 KillWait=10
+MessageTimeout=60
 InactiveLimit=0
 MinJobAge=3600
 JobRequeue=1
