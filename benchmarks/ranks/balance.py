@@ -87,7 +87,7 @@ def table(setting):
 
 
 def write(settings, provenance, file):
-    text = ""
+    text = "# Skewed load, measured\n\n"
     for setting in settings:
         first = setting["records"]["0 off"][0]
         links = f", links of {setting['megabits']} Mb/s" if first["device"] == "cpu" else ""

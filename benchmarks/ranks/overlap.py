@@ -80,7 +80,7 @@ def rows(setting):
 
 
 def write(settings, provenance, folder):
-    text = ""
+    text = "# Rows beside products, measured\n\n"
     for setting in settings:
         first = setting["records"]["off"][0]
         exchange = statistics.median(seconds(r, calibrate.EXCHANGES) for r in setting["records"]["off"])
