@@ -489,14 +489,9 @@ class MeasuredStep {
     if (times == nullptr || !x.defined()) return;  // that is refused where it is used
     const auto device = x.device();
     forward_.emplace(times.get(), device);
-    backward_.emplace([times, device] {
-      struct Backward {
-        std::shared_ptr<StageTimes> times;
-        StageTimes::Measuring measuring;
-      };
-      return std::shared_ptr<void>(new Backward{times, {times.get(), device}},
-                                   [](void* backward) { delete static_cast<Backward*>(backward); });
-    });
+    // Who runs the backward keeps this observer, and so the times, until it is done.
+    backward_.emplace(
+        [times, device] { return std::make_shared<StageTimes::Measuring>(times.get(), device); });
   }
 
  private:
