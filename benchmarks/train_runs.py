@@ -13,15 +13,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# More ranks than cores: who waits makes way. A single process needs no daemon.
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "OMPI_MCA_mpi_yield_when_idle": "1",
-    "OMPI_MCA_btl_vader_single_copy_mechanism": "none",
-    "OMPI_MCA_ess_singleton_isolated": "1",
-}
+sys.path.insert(0, str(ROOT / "tests/support"))
+from virtual_hosts import MPI_ENVIRONMENT  # noqa: E402
+
+ENVIRONMENT = {**MPI_ENVIRONMENT, "OMPI_MCA_ess_singleton_isolated": "1"}  # a single process needs no daemon
 
 
 def command_of(program, arguments, ranks=0):

@@ -10,18 +10,20 @@ With small sizes (--hidden 64 --inner 32) little is arithmetic: what remains is 
 
 import argparse
 import copy
-import datetime
 import json
 import os
 import pathlib
-import platform
 import statistics
+import sys
 import time
 
 import torch
 import transformers
 
 import anabranch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import train_runs  # noqa: E402
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 TRANSFORMERS = ("eager", "batched_mm", "grouped_mm")
@@ -73,16 +75,24 @@ def medians(blocks, x, rounds, calls):
 
 
 def provenance(commit):
-    return {
-        "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "transformers": transformers.__version__, "commit": commit, "date": datetime.date.today().isoformat(),
+    own = {
+        "threads": torch.get_num_threads(),
+        "transformers": transformers.__version__,
         "load": round(os.getloadavg()[0], 1),
-    }  # fmt: skip
+    }
+    return {**train_runs.provenance(commit), **own}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("hidden", 2048), ("inner", 1024), ("experts", 64), ("top-k", 8), ("rounds", 15), ("calls", 5)):
+    for name, default in (
+        ("hidden", 2048),
+        ("inner", 1024),
+        ("experts", 64),
+        ("top-k", 8),
+        ("rounds", 15),
+        ("calls", 5),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -102,7 +112,8 @@ def main():
             results.append({"tokens": tokens, **{name: round(each, 1) for name, each in found.items()}})
             ours = found["anabranch"]
             ratios = "".join(
-                f"{found[name]:12.0f} ({found[name] / ours:5.2f})" if name in found else f"{'-':>20}" for name in TRANSFORMERS
+                f"{found[name]:12.0f} ({found[name] / ours:5.2f})" if name in found else f"{'-':>20}"
+                for name in TRANSFORMERS
             )
             print(f"{tokens:6}{ours:20.0f}{ratios}", flush=True)
     if arguments.json:

@@ -10,6 +10,7 @@ the one whose time is the median is drawn, as rank 0 saw it. Writes benchmarks/r
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -81,18 +82,16 @@ def trace(arguments):
 
 def measure(arguments):
     import all_to_all_hosts
-    import virtual_hosts
+    import planner
 
-    names = ("n1", "n2")
-    with tempfile.TemporaryDirectory(dir=ROOT / "build") as folder, virtual_hosts.VirtualHosts(names) as hosts:
-        for name in names:
-            hosts.shape(name, arguments.megabits, burst_kilobytes=16)
+    hosts = planner.launcher_for(2, 1, arguments.megabits)
+    with tempfile.TemporaryDirectory(dir=ROOT / "build") as folder, hosts as launcher:
         file = Path(folder) / "trace.json"
-        words = [*all_to_all_hosts.mpirun(hosts, names, 1), sys.executable, __file__, "--trace", file]
+        words = [*shlex.split(launcher), sys.executable, __file__, "--trace", file]
         for name in ("megabits", "tokens", "hidden", "expert_hidden", "experts", "top_k", "steps"):
             words += [f"--{name.replace('_', '-')}", getattr(arguments, name)]
         environment = {**all_to_all_hosts.ENVIRONMENT, "GLOO_SOCKET_IFNAME": "eth0"}
-        hosts.run("n1", words, env=environment, timeout=300)
+        subprocess.run(list(map(str, words)), env=environment, check=True, timeout=300)
         return json.loads(file.read_text())
 
 
@@ -173,5 +172,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except subprocess.TimeoutExpired as error:
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
         sys.exit(f"timeline: {error}")
