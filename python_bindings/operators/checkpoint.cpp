@@ -1,11 +1,11 @@
 // Checkpoints of models and optimizers that Python holds, in the library's files.
 
 #include <anabranch/checkpoint.h>
-#include <torch/library.h>
 
 #include <nlohmann/json.hpp>
 
 #include "moe_options.h"
+#include "operators.h"
 #include "options.h"
 #include "placement/slices.h"
 #include "registry.h"
@@ -74,14 +74,15 @@ void load(std::string directory, std::string index, std::vector<std::string> nam
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(anabranch, library) {
-  library.def(
+  Operators operators(library);
+  operators.def(
       "save_checkpoint(str directory, str[] names, Tensor[] tensors, int[] first_experts, "
       "int[] num_experts, str[] layers, str optimizer, str metadata, str world, str "
       "expert_parallel) -> ()",
       save);
-  library.def("read_checkpoint_index(str directory, str world) -> (str, str[], str, str)",
-              read_index);
-  library.def(
+  operators.def("read_checkpoint_index(str directory, str world) -> (str, str[], str, str)",
+                read_index);
+  operators.def(
       "load_checkpoint(str directory, str index, str[] names, Tensor(a!)[] tensors, "
       "int[] first_experts, int[] num_experts, str[] layers, bool with_optimizer, str world, "
       "str expert_parallel) -> ()",

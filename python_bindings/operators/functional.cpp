@@ -2,10 +2,10 @@
 // each the other's adjoint, so their gradients are these same operators (functional.py).
 
 #include <anabranch/router.h>
-#include <torch/library.h>
 
 #include "experts/permute.h"
 #include "graph.h"
+#include "operators.h"
 #include "plan.h"
 #include "registry.h"
 #include "support/check.h"
@@ -180,59 +180,60 @@ at::Tensor gemm_wgrad(const at::Tensor& dy, const at::Tensor& x, const at::Tenso
                             counts_from(counts));
 }
 
-void implement(torch::Library& library) {
-  library.impl("route_forward", route_forward);
-  library.impl("route_backward", route_backward);
-  library.impl("plan", plan);
-  library.impl("dispatch", dispatch);
-  library.impl("combine", combine);
-  library.impl("permute", permute_rows);
-  library.impl("unpermute", unpermute_rows);
-  library.impl("grouped_gemm", gemm);
-  library.impl("grouped_gemm_dgrad", gemm_dgrad);
-  library.impl("grouped_gemm_wgrad", gemm_wgrad);
+void implement(Operators operators) {
+  operators.impl("route_forward", route_forward);
+  operators.impl("route_backward", route_backward);
+  operators.impl("plan", plan);
+  operators.impl("dispatch", dispatch);
+  operators.impl("combine", combine);
+  operators.impl("permute", permute_rows);
+  operators.impl("unpermute", unpermute_rows);
+  operators.impl("grouped_gemm", gemm);
+  operators.impl("grouped_gemm_dgrad", gemm_dgrad);
+  operators.impl("grouped_gemm_wgrad", gemm_wgrad);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(anabranch, library) {
+  Operators operators(library);
   // They keep what a compiler's own CUDA graphs know nothing of, wait for the device, or read counts in host
   // memory, which a replay would not read again.
   const std::vector<at::Tag> not_recorded = {at::Tag::cudagraph_unsafe};
-  library.def(
+  operators.def(
       "route_forward(Tensor logits, int top_k, bool renormalize, bool needs_gradient) -> "
       "(Tensor weights, Tensor probability_sum, Tensor squared_logsumexp_sum, Tensor expert_ids, "
       "Tensor counts, Tensor state)",
       not_recorded);
-  library.def(
+  operators.def(
       "route(Tensor logits, int top_k, bool renormalize) -> (Tensor weights, Tensor "
       "probability_sum, Tensor squared_logsumexp_sum, Tensor expert_ids, Tensor counts)",
       route);
-  library.def("route_backward(Tensor[] gradients, Tensor state, Tensor logits) -> Tensor",
-              not_recorded);
-  library.def(
+  operators.def("route_backward(Tensor[] gradients, Tensor state, Tensor logits) -> Tensor",
+                not_recorded);
+  operators.def(
       "plan(Tensor expert_ids, Tensor weights, int num_experts, str group, bool may_skip=False) "
       "-> Tensor[]",
       not_recorded);
-  library.def(
+  operators.def(
       "dispatch(Tensor rows, Tensor? values, Tensor[] plan, int top_k, int num_experts, str group) "
       "-> (Tensor rows, Tensor values)",
       not_recorded);
-  library.def(
+  operators.def(
       "combine(Tensor rows, Tensor? values, Tensor[] plan, int top_k, int num_experts, str group) "
       "-> (Tensor rows, Tensor values)",
       not_recorded);
-  library.def("permute(Tensor rows, Tensor[] plan) -> Tensor");
-  library.def("unpermute(Tensor assignments, Tensor? weights, Tensor[] plan) -> Tensor");
-  library.def("grouped_gemm(Tensor x, Tensor weight, Tensor counts, str engine) -> Tensor",
-              not_recorded);
-  library.def("grouped_gemm_dgrad(Tensor dy, Tensor weight, Tensor counts, str engine) -> Tensor",
-              not_recorded);
-  library.def("grouped_gemm_wgrad(Tensor dy, Tensor x, Tensor counts, str engine) -> Tensor",
-              not_recorded);
+  operators.def("permute(Tensor rows, Tensor[] plan) -> Tensor");
+  operators.def("unpermute(Tensor assignments, Tensor? weights, Tensor[] plan) -> Tensor");
+  operators.def("grouped_gemm(Tensor x, Tensor weight, Tensor counts, str engine) -> Tensor",
+                not_recorded);
+  operators.def("grouped_gemm_dgrad(Tensor dy, Tensor weight, Tensor counts, str engine) -> Tensor",
+                not_recorded);
+  operators.def("grouped_gemm_wgrad(Tensor dy, Tensor x, Tensor counts, str engine) -> Tensor",
+                not_recorded);
 }
 
-TORCH_LIBRARY_IMPL(anabranch, CPU, library) { implement(library); }
-TORCH_LIBRARY_IMPL(anabranch, CUDA, library) { implement(library); }
+TORCH_LIBRARY_IMPL(anabranch, CPU, library) { implement(Operators(library)); }
+TORCH_LIBRARY_IMPL(anabranch, CUDA, library) { implement(Operators(library)); }
 
 }  // namespace anabranch::operators

@@ -3,8 +3,8 @@
 #include <anabranch/gradient_reducer.h>
 #include <anabranch/gradients.h>
 #include <torch/custom_class.h>
-#include <torch/library.h>
 
+#include "operators.h"
 #include "registry.h"
 
 namespace anabranch::operators {
@@ -55,7 +55,8 @@ bool all_finished(at::TensorList gradients) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(anabranch, library) {
-  library.def(
+  Operators operators(library);
+  operators.def(
       "finish_gradients(Tensor(a!)[] experts, Tensor(b!)[] replicated, Tensor(c!)[] beside, "
       "str world, str expert_replicas, int bucket_bytes) -> Tensor",
       finish);
@@ -64,11 +65,11 @@ TORCH_LIBRARY_FRAGMENT(anabranch, library) {
       .def("start", &Reducer::start)
       .def("finish", &Reducer::finish)
       .def("summed", &Reducer::summed);
-  library.def(
+  operators.def(
       "clip_gradient_norm(Tensor(a!)[] experts, Tensor(b!)[] replicated, str world, "
       "int expert_parallel_size, float max_norm, float loss_scale) -> float",
       clip);
-  library.def("gradients_are_finished(Tensor[] gradients) -> bool", all_finished);
+  operators.def("gradients_are_finished(Tensor[] gradients) -> bool", all_finished);
 }
 
 }  // namespace anabranch::operators

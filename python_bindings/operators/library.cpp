@@ -7,7 +7,6 @@
 #include <anabranch/process_group.h>
 #include <anabranch/rank_discovery.h>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <map>
@@ -16,6 +15,7 @@
 
 #include "communicator/agreement.h"
 #include "moe_options.h"
+#include "operators.h"
 #include "options.h"
 #include "parameters.h"
 #include "plan.h"
@@ -212,43 +212,45 @@ std::vector<std::string> engines(at::Device device) { return grouped_gemm_engine
 }  // namespace
 
 TORCH_LIBRARY(anabranch, library) {
-  library.def("default_options() -> str", default_options);
-  library.def("plan_fields() -> str[]", plan_fields);
-  library.def("parameter_names(str options) -> str[]", parameter_names);
-  library.def(
+  Operators operators(library);
+  operators.def("default_options() -> str", default_options);
+  operators.def("plan_fields() -> str[]", plan_fields);
+  operators.def("parameter_names(str options) -> str[]", parameter_names);
+  operators.def(
       "initial_parameters(str options, int rank, int num_ranks, ScalarType dtype, Device device) "
       "-> Tensor[]",
       make_parameters);
-  library.def("held_experts(str options, int rank, int num_ranks) -> (int, int[])", held_experts);
-  library.def(
+  operators.def("held_experts(str options, int rank, int num_ranks) -> (int, int[])", held_experts);
+  operators.def(
       "plan_memory(str options, ScalarType dtype, Device device, int tokens, int ranks, float "
       "load) "
       "-> str",
       memory_plan);
-  library.def("check() -> ()", check);
-  library.def("take_exceeded_capacity() -> bool", take_exceeded_capacity);
-  library.def("set_unbounded(bool unbounded) -> ()", set_unbounded);
-  library.def("agree(str options, ScalarType dtype, Device device, str group) -> ()", agree);
-  library.def("self_group(str name) -> str", self_group);
-  library.def("mpi_group(str name, float deadline) -> str", mpi_group);
-  library.def(
+  operators.def("check() -> ()", check);
+  operators.def("take_exceeded_capacity() -> bool", take_exceeded_capacity);
+  operators.def("set_unbounded(bool unbounded) -> ()", set_unbounded);
+  operators.def("agree(str options, ScalarType dtype, Device device, str group) -> ()", agree);
+  operators.def("self_group(str name) -> str", self_group);
+  operators.def("mpi_group(str name, float deadline) -> str", mpi_group);
+  operators.def(
       "store_group(str name, str host, int port, int rank, int size, float deadline) -> str",
       store_group);
-  library.def("nccl_group(str name, str group, Device device, float deadline) -> str", nccl_group);
-  library.def("process_group(str name, str group, float deadline) -> str", process_group);
-  library.def("split_group(str name, str group, int color, int key) -> str", split_group);
-  library.def("hierarchical_group(str name, str group, str all_to_all, str node) -> str",
-              hierarchical_group);
-  library.def("release_group(str name) -> ()", release_group);
-  library.def("describe_group(str group) -> (int, int, str)", describe_group);
-  library.def("all_reduce(Tensor(a!) tensor, str group) -> ()", all_reduce);
-  library.def("gather_rows(Tensor rows, str group) -> Tensor", gather_rows);
-  library.def("discover_rank() -> str", discover);
-  library.def("describe_build() -> str", build);
-  library.def("update_expert_bias(Tensor(a!) expert_bias, Tensor expert_load, float rate) -> ()",
-              update_bias);
-  library.def("imbalance(Tensor expert_load) -> float", load_imbalance);
-  library.def("grouped_gemm_engines(Device device) -> str[]", engines);
+  operators.def("nccl_group(str name, str group, Device device, float deadline) -> str",
+                nccl_group);
+  operators.def("process_group(str name, str group, float deadline) -> str", process_group);
+  operators.def("split_group(str name, str group, int color, int key) -> str", split_group);
+  operators.def("hierarchical_group(str name, str group, str all_to_all, str node) -> str",
+                hierarchical_group);
+  operators.def("release_group(str name) -> ()", release_group);
+  operators.def("describe_group(str group) -> (int, int, str)", describe_group);
+  operators.def("all_reduce(Tensor(a!) tensor, str group) -> ()", all_reduce);
+  operators.def("gather_rows(Tensor rows, str group) -> Tensor", gather_rows);
+  operators.def("discover_rank() -> str", discover);
+  operators.def("describe_build() -> str", build);
+  operators.def("update_expert_bias(Tensor(a!) expert_bias, Tensor expert_load, float rate) -> ()",
+                update_bias);
+  operators.def("imbalance(Tensor expert_load) -> float", load_imbalance);
+  operators.def("grouped_gemm_engines(Device device) -> str[]", engines);
 }
 
 }  // namespace anabranch::operators

@@ -3,13 +3,13 @@
 
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <tuple>
 
 #include "given.h"
 #include "graph.h"
 #include "losses.h"
+#include "operators.h"
 #include "parameters.h"
 #include "probe.h"
 #include "registry.h"
@@ -382,11 +382,12 @@ OutputTuple moe_autocast(const at::Tensor& x, at::TensorList parameters,
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(anabranch, library) {
+  Operators operators(library);
   // Jitter, noise and chance: who runs them again must give them the same generator. What the forward leaves for
   // the backward lies in memory that a compiler's own CUDA graphs (mode="reduce-overhead") know nothing of, and
   // which they would use again: they are to end before these operators and begin anew behind them.
   const std::vector<at::Tag> draws = {at::Tag::nondeterministic_seeded, at::Tag::cudagraph_unsafe};
-  library.def(
+  operators.def(
       "moe(Tensor x, Tensor[] parameters, Tensor? expert_ids, Tensor? weights, Tensor? "
       "padding_mask, bool may_skip, str options, str group, bool training, bool losses, Tensor "
       "probe) -> "
@@ -396,7 +397,7 @@ TORCH_LIBRARY_FRAGMENT(anabranch, library) {
       "sequence_balance_loss, Tensor auxiliary_loss, Tensor expert_load, Tensor expert_ids, Tensor "
       "expert_weights)",
       draws);
-  library.def(
+  operators.def(
       "moe_forward(Tensor x, Tensor[] parameters, Tensor? expert_ids, Tensor? weights, Tensor? "
       "padding_mask, bool may_skip, str options, str group, bool training, bool losses, Tensor "
       "probe, bool[] "
@@ -404,14 +405,15 @@ TORCH_LIBRARY_FRAGMENT(anabranch, library) {
       "importance_loss, Tensor load_loss, Tensor sequence_balance_loss, Tensor auxiliary_loss, "
       "Tensor expert_load, Tensor expert_ids, Tensor expert_weights, Tensor state)",
       draws);
-  library.def(
+  operators.def(
       "moe_backward(Tensor?[] gradients, Tensor state, Tensor probe, Tensor[] inputs, Tensor[] "
       "read) -> Tensor[]",
       {at::Tag::cudagraph_unsafe});
 }
 
 TORCH_LIBRARY_FRAGMENT(anabranch, library) {
-  library.def(
+  Operators operators(library);
+  operators.def(
       "attach_loss(Tensor output, Tensor loss, Tensor? scale) -> Tensor",
       [](const at::Tensor& output, const at::Tensor& loss, const std::optional<at::Tensor>& scale) {
         return attach_loss(output, loss, scale.value_or(at::Tensor()));
@@ -419,24 +421,31 @@ TORCH_LIBRARY_FRAGMENT(anabranch, library) {
 }
 
 TORCH_LIBRARY_FRAGMENT(anabranch, library) {
-  library.def(
+  Operators operators(library);
+  operators.def(
       "explain(str options, str group, ScalarType dtype, Device device) -> str",
       [](const std::string& options, const std::string& group, at::ScalarType dtype,
          at::Device device) { return function_for(options, group, dtype, device)->explain(); });
 }
 
 TORCH_LIBRARY_IMPL(anabranch, CPU, library) {
-  library.impl("moe", moe);
-  library.impl("moe_forward", moe_forward);
-  library.impl("moe_backward", moe_backward);
+  Operators operators(library);
+  operators.impl("moe", moe);
+  operators.impl("moe_forward", moe_forward);
+  operators.impl("moe_backward", moe_backward);
 }
 TORCH_LIBRARY_IMPL(anabranch, CUDA, library) {
-  library.impl("moe", moe);
-  library.impl("moe_forward", moe_forward);
-  library.impl("moe_backward", moe_backward);
+  Operators operators(library);
+  operators.impl("moe", moe);
+  operators.impl("moe_forward", moe_forward);
+  operators.impl("moe_backward", moe_backward);
 }
-TORCH_LIBRARY_IMPL(anabranch, Autograd, library) { library.impl("moe", moe_autograd); }
-TORCH_LIBRARY_IMPL(anabranch, AutocastCPU, library) { library.impl("moe", moe_autocast); }
-TORCH_LIBRARY_IMPL(anabranch, AutocastCUDA, library) { library.impl("moe", moe_autocast); }
+TORCH_LIBRARY_IMPL(anabranch, Autograd, library) { Operators(library).impl("moe", moe_autograd); }
+TORCH_LIBRARY_IMPL(anabranch, AutocastCPU, library) {
+  Operators(library).impl("moe", moe_autocast);
+}
+TORCH_LIBRARY_IMPL(anabranch, AutocastCUDA, library) {
+  Operators(library).impl("moe", moe_autocast);
+}
 
 }  // namespace anabranch::operators

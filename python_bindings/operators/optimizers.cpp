@@ -1,7 +1,8 @@
 // What optimizers of Python's do with many matrices.
 
 #include <anabranch/optimizers.h>
-#include <torch/library.h>
+
+#include "operators.h"
 
 namespace anabranch::operators {
 namespace {
@@ -13,10 +14,15 @@ at::Tensor orthogonalize(const at::Tensor& matrices, int64_t iterations) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(anabranch, library) {
-  library.def("orthogonalize(Tensor matrices, int iterations) -> Tensor");
+  Operators operators(library);
+  operators.def("orthogonalize(Tensor matrices, int iterations) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(anabranch, CPU, library) { library.impl("orthogonalize", orthogonalize); }
-TORCH_LIBRARY_IMPL(anabranch, CUDA, library) { library.impl("orthogonalize", orthogonalize); }
+TORCH_LIBRARY_IMPL(anabranch, CPU, library) {
+  Operators(library).impl("orthogonalize", orthogonalize);
+}
+TORCH_LIBRARY_IMPL(anabranch, CUDA, library) {
+  Operators(library).impl("orthogonalize", orthogonalize);
+}
 
 }  // namespace anabranch::operators

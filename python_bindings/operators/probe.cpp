@@ -1,9 +1,8 @@
 #include "probe.h"
 
-#include <torch/library.h>
-
 #include <map>
 
+#include "operators.h"
 #include "support/check.h"
 
 namespace anabranch::operators {
@@ -80,11 +79,12 @@ std::shared_ptr<Probe> probe_of(const torch::Tensor& probe) {
 }
 
 TORCH_LIBRARY_FRAGMENT(anabranch, library) {
-  library.def("new_probe() -> int", new_probe);
-  library.def("release_probe(int number) -> ()", release_probe);
-  library.def("reset_probe(Tensor probe, bool timed) -> ()", reset_probe);
-  library.def("read_probe(Tensor probe) -> (int, int, int, int, str[], float[], Tensor)",
-              read_probe);
+  Operators operators(library);
+  operators.def("new_probe() -> int", new_probe);
+  operators.def("release_probe(int number) -> ()", release_probe);
+  operators.def("reset_probe(Tensor probe, bool timed) -> ()", reset_probe);
+  operators.def("read_probe(Tensor probe) -> (int, int, int, int, str[], float[], Tensor)",
+                read_probe);
 }
 
 }  // namespace anabranch::operators

@@ -1,10 +1,9 @@
 // A layer's router as an operator of its own, for experts that are not the core's.
 
-#include <torch/library.h>
-
 #include "given.h"
 #include "graph.h"
 #include "losses.h"
+#include "operators.h"
 #include "registry.h"
 #include "support/tensor_list.h"
 
@@ -107,33 +106,34 @@ std::vector<at::Tensor> router_backward(at::TensorList gradients, const at::Tens
   return result;
 }
 
-void implement(torch::Library& library) {
-  library.impl("router_forward", router_forward);
-  library.impl("router_backward", router_backward);
+void implement(Operators operators) {
+  operators.impl("router_forward", router_forward);
+  operators.impl("router_backward", router_backward);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(anabranch, library) {
-  library.def(
+  Operators operators(library);
+  operators.def(
       "router_forward(Tensor x, Tensor weight, Tensor? noise_weight, Tensor? expert_bias, Tensor? "
       "expert_ids, Tensor? padding_mask, str options, str group, bool training, bool "
       "needs_gradient) -> (Tensor weights, Tensor balance_loss, Tensor z_loss, Tensor "
       "importance_loss, Tensor load_loss, Tensor sequence_balance_loss, Tensor auxiliary_loss, "
       "Tensor expert_load, Tensor expert_ids, Tensor state)",
       {at::Tag::nondeterministic_seeded, at::Tag::cudagraph_unsafe});
-  library.def(
+  operators.def(
       "router(Tensor x, Tensor weight, Tensor? noise_weight, Tensor? expert_bias, Tensor? "
       "expert_ids, Tensor? padding_mask, str options, str group, bool training) -> (Tensor "
       "weights, Tensor balance_loss, Tensor z_loss, Tensor importance_loss, Tensor load_loss, "
       "Tensor sequence_balance_loss, Tensor auxiliary_loss, Tensor expert_load, Tensor "
       "expert_ids, Tensor state)",
       router);
-  library.def("router_backward(Tensor[] gradients, Tensor state, Tensor[] inputs) -> Tensor[]",
-              {at::Tag::cudagraph_unsafe});
+  operators.def("router_backward(Tensor[] gradients, Tensor state, Tensor[] inputs) -> Tensor[]",
+                {at::Tag::cudagraph_unsafe});
 }
 
-TORCH_LIBRARY_IMPL(anabranch, CPU, library) { implement(library); }
-TORCH_LIBRARY_IMPL(anabranch, CUDA, library) { implement(library); }
+TORCH_LIBRARY_IMPL(anabranch, CPU, library) { implement(Operators(library)); }
+TORCH_LIBRARY_IMPL(anabranch, CUDA, library) { implement(Operators(library)); }
 
 }  // namespace anabranch::operators
