@@ -7,6 +7,7 @@
 #include <atomic>
 #include <numeric>
 
+#include "gemm/cpu/few_rows.h"
 #include "support/block.h"
 
 namespace anabranch {
@@ -115,7 +116,13 @@ class CpuEngine : public GroupedGemmEngine {
     run(cut(counts.on_host(), [](int64_t count) { return count; }), [&](const Piece& piece) {
       const int64_t first = piece.first_row + piece.start;
       auto out = rows_of(y, first, piece.extent);
-      at::mm_out(out, rows_of(x, first, piece.extent), transposed(weight_of(weight, piece.expert)));
+      const auto rows = rows_of(x, first, piece.extent);
+      const auto matrix = weight_of(weight, piece.expert);
+      if (takes_few_rows(rows, matrix)) {
+        multiply_few_rows(rows, matrix, out);
+      } else {
+        at::mm_out(out, rows, transposed(matrix));
+      }
     });
   }
 
