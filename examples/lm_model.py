@@ -11,7 +11,7 @@ DEFAULTS = dict(
     kv_heads=0, head_size=0, qk_norm="none", rope_theta=1e4, attention_bias=False, kv_rank=0, query_rank=0, rope_size=0,
     value_size=0, experts=8, top_k=2, expert_hidden=256, glu=False, expert_biases=False, shared_expert_hidden=0, dense_layers=0,
     dense_hidden=0, gate="top_k", router_score="softmax", renormalize="auto", routing_scale=1.0, expert_groups=1, top_groups=1,
-    group_score="top_two_sum", router_fp64=False, bias_rate=0.0,
+    group_score="top_two_sum", router_fp64=False, bias_rate=0.0, bias_update="sign",
 )  # fmt: skip
 LLAMA = dict(norm="rms", glu=True, dtype="bfloat16")
 # By config.json of the models' repositories on Hugging Face.
@@ -202,9 +202,9 @@ def moe_of(options, layer):
         activation="silu" if options.glu else "gelu_tanh", bias=options.expert_biases,
         shared_expert_hidden_size=options.shared_expert_hidden, gate=options.gate, router_score=options.router_score,
         renormalize=renormalize, routing_scale=options.routing_scale, expert_bias=options.bias_rate > 0,
-        expert_groups=options.expert_groups, top_groups=options.top_groups, group_score=options.group_score,
+        expert_bias_update=options.bias_update, expert_groups=options.expert_groups, top_groups=options.top_groups, group_score=options.group_score,
         router_fp64=options.router_fp64, jitter=options.jitter, forced_routing=options.forced_routing,
-        sequence_balance_coefficient=options.sequence_balance_loss,
+        sequence_balance_coefficient=options.sequence_balance_loss, global_balance_coefficient=options.global_balance_loss,
         seed=seed_of(options.seed, "experts", layer), device=options.device, dtype=getattr(torch, options.dtype),
     )  # fmt: skip
 

@@ -32,11 +32,11 @@ from tqdm import tqdm
 DEFAULTS = MODEL | dict(  # those of `train_lm --help`, which says what they are
     output="output", device="cpu", steps=1600, batch_size=16, micro_batch=0, sequence_length=128, seed=1,
     learning_rate=3e-3, warmup=60, weight_decay=0.1, clip=1.0, balance_loss=0.01, z_loss=0.001, sequence_balance_loss=0.0,
-    importance_loss=0.0, load_loss=0.0, jitter=0.0, forced_routing="none", log_interval=10, validation_interval=100,
+    global_balance_loss=0.0, importance_loss=0.0, load_loss=0.0, jitter=0.0, forced_routing="none", log_interval=10, validation_interval=100,
     validation_sequences=128,
 )  # fmt: skip
 ALWAYS = ("balance_loss", "z_loss")
-LOSSES = (*ALWAYS, "importance_loss", "load_loss", "sequence_balance_loss")
+LOSSES = (*ALWAYS, "importance_loss", "load_loss", "sequence_balance_loss", "global_balance_loss")
 
 
 def summed_loss(logits, targets):
@@ -122,10 +122,6 @@ def train_step(model, optimizer, data, step, options, world, due, own):
     norms = gradient_norms(model, world) if due else {}
     norm = anabranch.clip_gradient_norm(model, options.clip)
     optimizer.step(learning_rate(step, options))
-    layers = [block.moe for block in model.blocks if block.moe is not None]
-    for layer, load in zip(layers, loads):
-        if options.bias_rate:
-            layer.update_expert_bias(load, options.bias_rate)
     loss, balance_loss, z_loss = totals.cpu()
     world.all_reduce(loss)
     spent = {"tokens": options.batch_size * options.sequence_length, "data_seconds": data_seconds, "skipped": 0}
@@ -150,6 +146,8 @@ def train_step(model, optimizer, data, step, options, world, due, own):
 def prepared(options, world):
     """The model, its dense part compiled and sharded as the options say."""
     model = LanguageModel(options)
+    if options.bias_rate:
+        anabranch.set_expert_bias_rate(model, options.bias_rate)
     if options.compile != "none":
         for block in model.blocks:
             block.attend = torch.compile(block.attend, backend=options.compile)

@@ -80,6 +80,10 @@ struct Sizes {
     return experts * options.hidden_size * options.expert_hidden_size * element;
   }
   bool has_shared() const { return options.shared_expert_hidden_size > 0; }
+  /// Places for a token's experts, of which those that are none hold nothing.
+  int64_t slots() const {
+    return tokens * (options.gate == Gate::kExpertChoice ? options.num_experts : options.top_k);
+  }
   int64_t shared_width() const { return options.shared_expert_hidden_size; }
   int64_t shared_up() const { return (options.glu ? 2 : 1) * shared_width(); }
 };
@@ -156,14 +160,14 @@ void route(Ledger& memory, const Sizes& z) {
   } else {
     memory.release("router: input in its type");
   }
-  memory.hold("routing", logits + z.tokens * z.wide + z.tokens * o.top_k * (8 + z.wide));
+  memory.hold("routing", logits + z.tokens * z.wide + z.slots() * (8 + z.wide));
   if (o.gate != Gate::kNoisyTopK) {
     memory.release("router: logits");
   }
 }
 
 void plan(Ledger& memory, const Sizes& z) {
-  const int64_t slots = z.tokens * z.options.top_k;
+  const int64_t slots = z.slots();
   const int64_t numbers = z.ranks == 1 ? 4 * slots + z.tokens
                                        : slots + 2 * z.rows + z.tokens + 3 * z.assignments + z.rows;
   memory.hold("plan: scratch", 8 * slots + (z.ranks == 1 ? 0 : 4 * z.assignments));

@@ -28,6 +28,7 @@
 #include "overlap_choice.h"
 #include "placement/slices.h"
 #include "routing/auxiliary_losses.h"
+#include "routing/global_balance.h"
 #include "support/check.h"
 #include "support/given.h"
 #include "support/observer.h"
@@ -291,7 +292,10 @@ MoEOutput output_of(const torch::Tensor& output, const Routing& routing,
           losses.sequence_balance_loss,
           weighted_sum(losses, options),
           routing.expert_ids,
-          routing.weights};
+          routing.weights,
+          losses.mean_probabilities,
+          {},
+          routing.bias_histogram};
 }
 
 /// All experts of a layer on this rank, with the rows of a step.
@@ -332,8 +336,9 @@ MoEFunction MoEFunction::with(torch::Dtype dtype, torch::Device device) const {
 Routing MoEFunction::routing_of(const RouterParameters& parameters, const torch::Tensor& x,
                                 bool training, RoutingConditions conditions) const {
   const auto tokens = layer_tokens(x, options_);
-  conditions.sequences =
-      options_.sequence_balance_coefficient > 0 ? sequences_of(x, tokens.size(0)) : 0;
+  const bool by_sequences =
+      options_.sequence_balance_coefficient > 0 || options_.gate == Gate::kExpertChoice;
+  conditions.sequences = by_sequences ? sequences_of(x, tokens.size(0)) : 0;
   return route_tokens(tokens, parameters, options_, training, conditions);
 }
 
@@ -573,10 +578,43 @@ MoEOutput MoELayerImpl::forward(const torch::Tensor& x, const RoutingConditions&
   const MeasuredStep measured(stage_times_, x);
   auto out =
       function_.forward(parameters_of_modules(), x, is_training(), conditions, sums_losses());
+  keep(out);
   if (options().attach_losses && is_training()) {
     out.output = attach_loss(out.output, out.auxiliary_loss, attached_loss_scale_);
   }
   return out;
+}
+
+void MoELayerImpl::keep(MoEOutput& out) {
+  if (out.mean_probabilities.defined()) {
+    if (!step_load_.defined()) step_load_ = torch::zeros_like(out.expert_load);
+    const auto load =
+        load_of_step(step_load_, out.expert_load, is_training(), expert_replicas_.get());
+    out.global_balance_loss = global_balance_loss(out.mean_probabilities, load);
+    const auto loss = options().global_balance_coefficient * out.global_balance_loss;
+    out.auxiliary_loss = out.auxiliary_loss.defined() ? out.auxiliary_loss + loss : loss;
+  }
+  if (out.bias_histogram.defined() && !is_recomputing()) {
+    step_histogram_ = step_histogram_.defined() ? step_histogram_ + out.bias_histogram
+                                                : out.bias_histogram.clone();
+  }
+}
+
+void MoELayerImpl::begin_step() {
+  step_load_.reset();
+  step_histogram_.reset();
+}
+
+void MoELayerImpl::update_expert_bias(Communicator& world, double rate) {
+  check_input(options().expert_bias_update == BiasUpdate::kQuantile,
+              "update_expert_bias: the layer's biases follow a load, expected one");
+  auto histogram = step_histogram_.defined()
+                       ? step_histogram_
+                       : torch::zeros({options().num_experts, kBiasBins},
+                                      router_->expert_bias.options().dtype(torch::kInt64));
+  step_histogram_.reset();
+  world.all_reduce(histogram);
+  router_->update_expert_bias(histogram, rate);
 }
 
 MoEOutput MoELayerImpl::forward(const torch::Tensor& x, const Routing& routing) {

@@ -51,12 +51,14 @@ void check_losses(const MoEOptions& options) {
   for (const auto& [name, value] :
        {std::pair{"balance_coefficient", options.balance_coefficient},
         std::pair{"sequence_balance_coefficient", options.sequence_balance_coefficient},
+        std::pair{"global_balance_coefficient", options.global_balance_coefficient},
         std::pair{"z_coefficient", options.z_coefficient}}) {
     check_input(std::isfinite(value) && value >= 0, "MoEOptions: ", name, " = ", value,
                 ", expected 0 (not wanted) or a number above it");
   }
   check_input(!options.attach_losses || options.balance_coefficient > 0 ||
-                  options.sequence_balance_coefficient > 0 || options.z_coefficient > 0,
+                  options.sequence_balance_coefficient > 0 ||
+                  options.global_balance_coefficient > 0 || options.z_coefficient > 0,
               "MoEOptions: attach_losses without a loss's coefficient");
 }
 
@@ -70,12 +72,24 @@ void check_gate(const MoEOptions& options) {
                   options.forced_routing == ForcedRouting::kNone,
               "MoEOptions: gate ", name,
               " takes one group of experts, no expert_bias and no forced_routing");
-  check_input(options.router_score == RouterScore::kSoftmax || options.gate == Gate::kSinkhorn,
+  check_input(options.router_score == RouterScore::kSoftmax || options.gate == Gate::kSinkhorn ||
+                  options.gate == Gate::kExpertChoice,
               "MoEOptions: gate ", name, " takes softmax scores");
   check_input(options.gate != Gate::kGShard || (options.top_k == 2 && options.renormalize),
               "MoEOptions: gate gshard with top_k = ", options.top_k,
               options.renormalize ? "" : " and without renormalize",
               ", expected top_k = 2 and renormalize");
+  check_input(options.gate != Gate::kExpertChoice || options.receive_capacity == 0,
+              "MoEOptions: gate expert_choice with receive_capacity, which is of tokens that have "
+              "top_k experts");
+}
+
+void check_bias_update(const MoEOptions& options) {
+  check_input(options.expert_bias_update == BiasUpdate::kSign ||
+                  (options.expert_bias && options.expert_groups == 1 &&
+                   options.router_score != RouterScore::kSqrtSoftplus),
+              "MoEOptions: expert_bias_update quantile takes expert_bias, one group of experts and "
+              "softmax or sigmoid scores, which end at 1");
 }
 
 }  // namespace
@@ -86,6 +100,7 @@ const MoEOptions& checked(const MoEOptions& options) {
   check_positive(options.num_experts, "num_experts");
   check_rule(routing_rule(options), options.num_experts, "MoEOptions");
   check_gate(options);
+  check_bias_update(options);
   check_router_learns(options);
   check_activation(options);
   check_losses(options);
@@ -185,8 +200,10 @@ torch::Tensor layer_tokens(const torch::Tensor& x, const MoEOptions& options) {
 void check_layer_routing(const Routing& routing, int64_t tokens, const MoEOptions& options) {
   check_input(routing.expert_ids.defined() && routing.weights.defined(),
               "MoELayer: routing must give expert_ids and weights");
+  const bool by_experts = options.gate == Gate::kExpertChoice;
   check_input(routing.expert_ids.dim() == 2 && routing.expert_ids.size(0) == tokens &&
-                  routing.expert_ids.size(1) == options.top_k,
+                  (routing.expert_ids.size(1) == options.top_k ||
+                   (by_experts && routing.expert_ids.size(1) == options.num_experts)),
               "MoELayer: routing.expert_ids is ", routing.expert_ids.sizes(), ", expected [",
               tokens, ", ", options.top_k, "]");
   const auto weight_type = options.dtype == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;

@@ -39,6 +39,7 @@ inline constexpr std::tuple kOptionFields = {
     OptionField{"renormalize", &MoEOptions::renormalize},
     OptionField{"routing_scale", &MoEOptions::routing_scale},
     OptionField{"expert_bias", &MoEOptions::expert_bias},
+    OptionField{"expert_bias_update", &MoEOptions::expert_bias_update},
     OptionField{"expert_groups", &MoEOptions::expert_groups},
     OptionField{"top_groups", &MoEOptions::top_groups},
     OptionField{"group_score", &MoEOptions::group_score},
@@ -47,6 +48,7 @@ inline constexpr std::tuple kOptionFields = {
     OptionField{"jitter", &MoEOptions::jitter},
     OptionField{"balance_coefficient", &MoEOptions::balance_coefficient},
     OptionField{"sequence_balance_coefficient", &MoEOptions::sequence_balance_coefficient},
+    OptionField{"global_balance_coefficient", &MoEOptions::global_balance_coefficient},
     OptionField{"z_coefficient", &MoEOptions::z_coefficient},
     OptionField{"attach_losses", &MoEOptions::attach_losses},
     OptionField{"recompute", &MoEOptions::recompute},
@@ -84,12 +86,17 @@ constexpr auto names_of(Activation) {
 constexpr auto names_of(Gate) {
   return std::array{
       EnumNames<Gate>{"top_k", Gate::kTopK}, EnumNames<Gate>{"noisy_top_k", Gate::kNoisyTopK},
-      EnumNames<Gate>{"gshard", Gate::kGShard}, EnumNames<Gate>{"sinkhorn", Gate::kSinkhorn}};
+      EnumNames<Gate>{"gshard", Gate::kGShard}, EnumNames<Gate>{"sinkhorn", Gate::kSinkhorn},
+      EnumNames<Gate>{"expert_choice", Gate::kExpertChoice}};
 }
 constexpr auto names_of(RouterScore) {
   return std::array{EnumNames<RouterScore>{"softmax", RouterScore::kSoftmax},
                     EnumNames<RouterScore>{"sigmoid", RouterScore::kSigmoid},
                     EnumNames<RouterScore>{"sqrt_softplus", RouterScore::kSqrtSoftplus}};
+}
+constexpr auto names_of(BiasUpdate) {
+  return std::array{EnumNames<BiasUpdate>{"sign", BiasUpdate::kSign},
+                    EnumNames<BiasUpdate>{"quantile", BiasUpdate::kQuantile}};
 }
 constexpr auto names_of(GroupScore) {
   return std::array{EnumNames<GroupScore>{"top_two_sum", GroupScore::kTopTwoSum},

@@ -127,6 +127,67 @@ TEST_F(LayerLossesTest, SequencesAreBalancedEachWithoutPadding) {
   }
 }
 
+/// Of a step of several forwards, the share of each that has been: over ranks and forwards.
+TEST_F(LayerLossesTest, AGlobalBalanceIsThatOfTheStepSoFar) {
+  auto with = options();
+  with.global_balance_coefficient = 0.5;
+  with.z_coefficient = 0.1;
+  MoELayer layer(with, world());
+  const auto weight = layer->named_parameters()["router.weight"].detach().cpu();
+  for (int step = 0; step < 2; ++step) {
+    auto load = torch::zeros({kExperts}, torch::kFloat64);
+    for (int i = 0; i < 3; ++i) {
+      SCOPED_TRACE(c10::str("step ", step, " forward ", i));
+      const auto x = random_.normal({4 + i, 9, kHidden});
+      const auto all = x.view({-1, kHidden}).clone().requires_grad_();
+      const auto probabilities = torch::softmax(all.matmul(weight.t()), 1);
+      const auto ids = std::get<1>(probabilities.topk(kTopK, 1));
+      load += ids.reshape({-1}).bincount({}, kExperts);
+      const auto expected = kExperts * (load / load.sum() * probabilities.mean(0)).sum();
+      expected.backward();
+
+      const auto leaf = own(x).requires_grad_();
+      const auto out = layer->forward(leaf);
+      EXPECT_NEAR(out.global_balance_loss.item<double>(), expected.item<double>(), 1e-12);
+      EXPECT_NEAR(out.auxiliary_loss.item<double>(),
+                  0.5 * expected.item<double>() + 0.1 * out.z_loss.item<double>(), 1e-11);
+      out.global_balance_loss.backward();
+      const auto gradient = own(all.grad().view(x.sizes())) * world()->size();
+      EXPECT_TRUE(close(leaf.grad(), gradient, tolerance(torch::kFloat64, 400, 10)));
+    }
+    layer->eval();
+    layer->set_evaluation_losses(true);
+    const auto x = random_.normal({4, 9, kHidden});
+    const auto out = layer->forward(own(x));
+    const double alone =
+        sequence_balance(x.view({1, 36, kHidden}), torch::zeros({1, 36}, torch::kBool), weight);
+    EXPECT_NEAR(out.global_balance_loss.item<double>(), alone, 1e-12);
+    layer->train();
+    layer->begin_step();
+  }
+}
+
+/// Over all forwards and ranks, as one router that has seen all their tokens finds them.
+TEST_F(LayerLossesTest, QuantilesAreThoseOfTheStep) {
+  auto with = options();
+  with.expert_bias = true;
+  with.expert_bias_update = BiasUpdate::kQuantile;
+  MoELayer layer(with, world());
+  Router alone(with);
+  for (int step = 0; step < 2; ++step) {
+    std::vector<torch::Tensor> all;
+    for (int i = 0; i < 3; ++i) {
+      all.push_back(random_.normal({5, 7, kHidden}));
+      layer->forward(own(all.back()));
+    }
+    layer->update_expert_bias(*world(), 0.75);
+    const auto routing = alone->forward(on_device(torch::cat(all).view({-1, kHidden})));
+    alone->update_expert_bias(routing.bias_histogram, 0.75);
+    EXPECT_TRUE(identical(layer->named_buffers()["router.expert_bias"], alone->expert_bias));
+    EXPECT_GT(alone->expert_bias.abs().max().item<double>(), 0);
+  }
+}
+
 TEST_F(LayerLossesTest, AnAttachedLossIsTheOneHandedOn) {
   auto with = options();
   with.sequence_balance_coefficient = 0.5;

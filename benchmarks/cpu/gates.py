@@ -28,13 +28,16 @@ WAYS = {
     "softmax, balance loss": "",
     "softmax, nothing balances": NO_LOSS,
     "softmax, sequence's balance loss": f"{NO_LOSS} --sequence-balance-loss 0.01",
+    "softmax, whole step's balance loss": f"{NO_LOSS} --global-balance-loss 0.01 --micro-batch 4",
     "softmax in fp64, top 1, jitter": "--top-k 1 --jitter 0.01 --router-fp64",
     "sigmoid, biases": f"--router-score sigmoid {BIASES}",
     "sigmoid, biases, 2 of 4 groups": f"--router-score sigmoid {BIASES} --expert-groups 4 --top-groups 2",
+    "sigmoid, biases by quantile": f"--router-score sigmoid {NO_LOSS} --bias-rate 1 --bias-update quantile",
     "sqrt_softplus, biases": f"--router-score sqrt_softplus {BIASES}",
     "noisy_top_k": f"--gate noisy_top_k {NO_LOSS} --importance-loss 0.1 --load-loss 0.1",
     "gshard": "--gate gshard",
     "sinkhorn": f"--gate sinkhorn {NO_LOSS}",
+    "expert_choice": f"--gate expert_choice --renormalize no {NO_LOSS}",
 }
 
 

@@ -7,6 +7,7 @@
 #include <ATen/ops/randn.h>
 #include <ATen/ops/randperm.h>
 #include <ATen/ops/sort.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <anabranch/router.h>
 
 #include <cstdio>
@@ -17,12 +18,14 @@
 #include "kernels/plan.h"
 #include "kernels/routing.h"
 #include "kernels/rows.h"
+#include "option_fields.h"
 
 namespace anabranch::benchmark {
 namespace {
 
 constexpr int kSets = 4;  // rotated through, so that no input is still in the cache
 constexpr int64_t kTopK = 8;
+constexpr int64_t kSequences = 8;
 
 const at::TensorOptions kBf16 = at::TensorOptions(at::kCUDA).dtype(at::kBFloat16);
 const at::TensorOptions kFloat = kBf16.dtype(at::kFloat);
@@ -209,14 +212,88 @@ void measure_rules(Bench& bench, int64_t tokens, int64_t experts, int64_t top_k)
   RoutingConditions chosen;
   chosen.expert_ids = routing_kernels.route(logits[0], plain, {}).expert_ids;
   measure("of given experts", plain, chosen, dsum);
-  constexpr int64_t kSequences = 8;
   RoutingConditions sequences;
   sequences.sequences = kSequences;
   measure("backward of sequences", plain, {}, at::randn({kSequences, experts}, kFloat));
+  // Of experts that choose: whom, and the weights of as many places as there are experts.
+  RoutingConditions by_experts;
+  by_experts.expert_ids =
+      routing_kernels.choose_tokens(logits[0].softmax(1), {}, kSequences, top_k);
+  RoutingRule all = plain;
+  all.top_k = experts;
+  for (const int64_t s : {int64_t{1}, kSequences}) {
+    bench.run("choose_tokens of " + std::to_string(s) + " sequences", tokens, experts, 3 * bytes,
+              [&](int set) { routing_kernels.choose_tokens(logits[set], {}, s, top_k); });
+  }
+  bench.run("route of experts' choice", tokens, experts, 4 * bytes,
+            [&](int set) { routing_kernels.route(logits[set], all, by_experts); });
+  const auto chosen_by_experts = routing_kernels.route(logits[0], all, by_experts);
+  const auto dall = at::randn({tokens, experts}, kFloat);
+  bench.run("route_backward of experts' choice", tokens, experts, 4 * bytes, [&](int) {
+    routing_kernels.route_backward(chosen_by_experts, all, dall, dsum, dsquared);
+  });
+  std::vector<at::Tensor> scores;
+  for (const auto& logit : logits) scores.push_back(logit.sigmoid());
+  bench.run("bias_histogram", tokens, experts, bytes,
+            [&](int set) { routing_kernels.bias_histogram(scores[set], sigmoid, biased); });
   bench.run("route, whole, with sequences", tokens, experts, 2 * bytes,
             [&](int set) { route(logits[set], plain, sequences); });
   bench.run("route, whole", tokens, experts, 2 * bytes,
             [&](int set) { route(logits[set], plain, RoutingConditions()); });
+}
+
+/// Whole routers with the gate's product, of rows of 16 bits: a gate costs what it takes more than top_k.
+void measure_gates(Bench& bench, int64_t tokens, int64_t experts, int64_t top_k) {
+  MoEOptions plain;
+  plain.hidden_size = 2048;
+  plain.expert_hidden_size = 64;
+  plain.num_experts = experts;
+  plain.top_k = top_k;
+  plain.device = torch::kCUDA;
+  const auto x = at::randn({tokens, plain.hidden_size}, kBf16).requires_grad_();
+  const auto dsum = at::randn({experts}, kFloat);
+  const auto measure = [&](const std::string& name, const MoEOptions& options) {
+    Router router(options);
+    const bool by_experts = options.gate == Gate::kExpertChoice;
+    const auto dweights = at::randn({tokens, by_experts ? experts : options.top_k}, kFloat);
+    RoutingConditions conditions;
+    conditions.sequences = by_experts || options.sequence_balance_coefficient > 0 ? kSequences : 0;
+    Replayed step([&] {
+      x.mutable_grad().reset();
+      router->weight.mutable_grad().reset();
+      const auto routing = router->forward(x, conditions);
+      torch::autograd::backward({routing.weights, routing.probability_sum}, {dweights, dsum});
+    });
+    bench.run("router, both ways, " + name, tokens, experts,
+              4.0 * static_cast<double>(tokens * plain.hidden_size), [&](int) { step(); });
+  };
+  for (const auto gate : {Gate::kTopK, Gate::kNoisyTopK, Gate::kSinkhorn, Gate::kExpertChoice}) {
+    auto options = plain;
+    options.gate = gate;
+    options.renormalize = gate != Gate::kExpertChoice;
+    measure(name_of(gate), options);
+  }
+  auto gshard = plain;
+  gshard.gate = Gate::kGShard;
+  gshard.top_k = 2;
+  measure("gshard, top 2", gshard);
+  for (const auto forced : {ForcedRouting::kBalanced, ForcedRouting::kRandom}) {
+    auto options = plain;
+    options.forced_routing = forced;
+    measure(std::string("forced ") + name_of(forced), options);
+  }
+  auto biased = plain;
+  biased.router_score = RouterScore::kSigmoid;
+  biased.expert_bias = true;
+  measure("sigmoid, biased", biased);
+  biased.expert_bias_update = BiasUpdate::kQuantile;
+  measure("sigmoid, biased by quantile", biased);
+  auto sequences = plain;
+  sequences.sequence_balance_coefficient = 0.01;
+  measure("top_k, sums of sequences", sequences);
+  auto wide = plain;
+  wide.router_fp64 = true;
+  measure("top_k in fp64", wide);
 }
 
 void run(const Arguments& arguments) {
@@ -237,6 +314,7 @@ void run(const Arguments& arguments) {
   measure_routing(bench, 32768, 128, 8);
   measure_routing(bench, 65536, 8, 2);
   measure_rules(bench, 32768, 128, 8);
+  measure_gates(bench, 32768, 128, 8);
   write_gpu_results(arguments, bench.results);
 }
 

@@ -3,9 +3,7 @@
 // skewed routing, with many tokens and with few; launched one by one and as a CUDA graph; and where the
 // layer's time goes, on the GPU and on the host. layer.py measures it as Python calls it.
 #include <anabranch/anabranch.h>
-#include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDACachingAllocator.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <torch/torch.h>
 
 #include <algorithm>
@@ -90,25 +88,6 @@ bool can_be_recorded(const std::string& engine) {
   const bool reads_counts = std::count(engines.begin(), engines.end(), "hopper") > 0;
   return reads_counts && (engine == "auto" || engine == "deterministic" || engine == "hopper");
 }
-
-/// A step recorded once, with what was chosen by the steps before it.
-class Replayed {
- public:
-  explicit Replayed(const std::function<void()>& step) {
-    const auto stream = c10::cuda::getStreamFromPool();
-    const c10::cuda::CUDAStreamGuard guard(stream);
-    step();
-    stream.synchronize();
-    graph_.capture_begin();
-    step();
-    graph_.capture_end();
-    stream.synchronize();
-  }
-  void operator()() { graph_.replay(); }
-
- private:
-  at::cuda::CUDAGraph graph_;
-};
 
 /// What a user would write without this library, over the layer's own parameters.
 torch::Tensor plain_moe(const torch::Tensor& x,

@@ -1,6 +1,7 @@
 #include "measure.h"
 
 #include <ATen/cuda/CUDAContextLight.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cublas_v2.h>
 
@@ -110,6 +111,17 @@ double host_microseconds(const std::function<void()>& call) {
   }
   check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   return median(batches);
+}
+
+Replayed::Replayed(const std::function<void()>& step) {
+  const auto stream = c10::cuda::getStreamFromPool();
+  const c10::cuda::CUDAStreamGuard guard(stream);
+  step();
+  stream.synchronize();
+  graph_.capture_begin();
+  step();
+  graph_.capture_end();
+  stream.synchronize();
 }
 
 void write_gpu_results(const Arguments& arguments, const Json& results) {

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <ATen/cuda/CUDAGraph.h>
+
 #include <functional>
 #include <vector>
 
@@ -22,6 +24,16 @@ double batch_milliseconds(const std::function<void()>& call, int calls);
 
 /// Microseconds of host time of one call whose work the host does not wait for.
 double host_microseconds(const std::function<void()>& call);
+
+/// A step recorded once, with what was chosen by the one before it, on a stream of its own.
+class Replayed {
+ public:
+  explicit Replayed(const std::function<void()>& step);
+  void operator()() { graph_.replay(); }
+
+ private:
+  at::cuda::CUDAGraph graph_;
+};
 
 /// write_results with the GPU and the versions of its driver, runtime and cuBLAS.
 void write_gpu_results(const Arguments& arguments, const Json& results);

@@ -71,7 +71,7 @@ LaunchedStep Stepper::launch(const BatchPosition& position, bool with_norms, boo
   step.heads = std::move(sums.heads);
   const auto norm = update(step, with_norms);
   groups_.expert_replicas->all_reduce(sums.load);
-  model_->update_expert_biases(sums.load);
+  model_->update_expert_biases(sums.load, *groups_.world);
   if (mover_ && mover_->after_step(sums.load)) {
     step.record.moves = mover_->moves();
   }
@@ -117,6 +117,7 @@ Stepper::Sums Stepper::forward_and_backward(const torch::Tensor& windows, uint64
   const int64_t size = options_.micro_batch > 0 ? options_.micro_batch : std::max<int64_t>(most, 1);
   const int64_t pieces = std::max<int64_t>((most + size - 1) / size, 1);  // on every rank
   Sums sums;
+  model_->begin_step(groups_.expert_replicas);
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t first = std::min(piece * size, windows.size(0));
     const int64_t count = std::min(size, windows.size(0) - first);

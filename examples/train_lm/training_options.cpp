@@ -22,6 +22,9 @@ void add_training_options(CLI::App& app, TrainingOptions& training) {
   app.add_option("--z-loss", training.z_loss, "its coefficient, per layer");
   app.add_option("--sequence-balance-loss", training.sequence_balance_loss,
                  "of the balance within each sequence (DeepSeek-V3), its coefficient");
+  app.add_option(
+      "--global-balance-loss", training.global_balance_loss,
+      "of the balance of a whole step, over micro-batches and replicas, its coefficient");
   app.add_option("--importance-loss", training.importance_loss,
                  "of noisy_top_k: of the experts' sums of weights, its coefficient");
   app.add_option("--load-loss", training.load_loss,
@@ -51,6 +54,7 @@ void check_training(const TrainingOptions& training) {
   not_negative("--balance-loss", training.balance_loss);
   not_negative("--z-loss", training.z_loss);
   not_negative("--sequence-balance-loss", training.sequence_balance_loss);
+  not_negative("--global-balance-loss", training.global_balance_loss);
   not_negative("--importance-loss", training.importance_loss);
   not_negative("--load-loss", training.load_loss);
 }
@@ -71,6 +75,7 @@ void to_json(nlohmann::json& json, const TrainingOptions& options) {
   const TrainingOptions usual;
   add_unless(usual.sequence_balance_loss, "sequence-balance-loss", options.sequence_balance_loss,
              json);
+  add_unless(usual.global_balance_loss, "global-balance-loss", options.global_balance_loss, json);
   add_unless(usual.importance_loss, "importance-loss", options.importance_loss, json);
   add_unless(usual.load_loss, "load-loss", options.load_loss, json);
   add_unless(usual.router_fp64, "router-fp64", options.router_fp64, json);

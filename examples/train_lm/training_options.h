@@ -23,6 +23,7 @@ struct TrainingOptions {
   double balance_loss = 0.01;
   double z_loss = 0.001;
   double sequence_balance_loss = 0;
+  double global_balance_loss = 0;
   double importance_loss = 0;  ///< of the gate noisy_top_k, as the next
   double load_loss = 0;
   bool router_fp64 = false;

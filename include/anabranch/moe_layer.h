@@ -43,6 +43,16 @@ struct MoEOutput {
   /// Where this rank's tokens went: [T, top_k] int64, −1 for none, and the weights, differentiable.
   torch::Tensor expert_ids;
   torch::Tensor expert_weights;  ///< [T, top_k] fp32 (fp64)
+  /// [E] P_e, the mean probability of each expert over the group's tokens, differentiable as the losses are.
+  /// Undefined without `global_balance_coefficient`.
+  torch::Tensor mean_probabilities;
+  /// [] E · Σ_e F_e · P_e with F_e the share of all assignments that went to expert e since the step began: in all
+  /// forwards in training, and over all replicas of the experts (arXiv:2501.11873; Megatron-Core's
+  /// global_aux_loss). A forward that a backward runs again is not counted again. Of MoELayer alone, which keeps the
+  /// load, with `global_balance_coefficient`.
+  torch::Tensor global_balance_loss;
+  /// [E, kBiasBins] int64 of this rank's tokens, with BiasUpdate::kQuantile in training: see Routing.
+  torch::Tensor bias_histogram;
 };
 
 /// What a layer computes with: undefined where its options have none.
@@ -143,6 +153,18 @@ class MoELayerImpl : public torch::nn::Module {
     router_->update_expert_bias(expert_load, rate);
   }
 
+  /// With BiasUpdate::kQuantile: the same by the forwards in training since the step began, over all ranks of `world`. See
+  /// Router::update_expert_bias for `rate`. Collective.
+  void update_expert_bias(Communicator& world, double rate);
+
+  /// The ranks that hold copies of this rank's experts, over which the load of `global_balance_loss` is summed as well;
+  /// none: there are no copies. Forwards in training are then collective over them.
+  void set_expert_replicas(std::shared_ptr<Communicator> replicas) {
+    expert_replicas_ = std::move(replicas);
+  }
+  /// What the layer keeps of a step's forwards, for the global balance loss and for the biases, begins anew.
+  void begin_step();
+
   /// [] what the losses that `attach_losses` attaches are multiplied by: a loss scaler's number, over the
   /// number of micro-batches. Undefined: 1.
   void set_attached_loss_scale(const torch::Tensor& scale) { attached_loss_scale_ = scale; }
@@ -177,6 +199,8 @@ class MoELayerImpl : public torch::nn::Module {
  private:
   MoEParameters parameters_of_modules() const;
   bool sums_losses() const;
+  /// Adds to what is kept of the step, and to the losses what comes of it.
+  void keep(MoEOutput& out);
 
   MoEFunction function_;
   Router router_{nullptr};
@@ -186,6 +210,9 @@ class MoELayerImpl : public torch::nn::Module {
   torch::Tensor latent_down_;         ///< [latent_size, h], undefined without the option
   torch::Tensor latent_up_;           ///< [h, latent_size]
   torch::Tensor attached_loss_scale_;
+  std::shared_ptr<Communicator> expert_replicas_;  ///< null: none
+  torch::Tensor step_load_;       ///< [E] int64; undefined before the first forward
+  torch::Tensor step_histogram_;  ///< [E, kBiasBins] int64; the same
   bool evaluation_losses_ = false;
   std::shared_ptr<StageTimes> stage_times_;  ///< null: not measured
 };

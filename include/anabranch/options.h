@@ -30,6 +30,11 @@ enum class Gate {
   /// plain scores; in evaluation the top_k best (S-BASE, arXiv:2202.01169; Megatron-Core's sinkhorn). A token's
   /// experts so depend on the others of its rank, also on later ones.
   kSinkhorn,
+  /// In training experts choose: of each sequence of n tokens every expert takes the ⌈n · top_k / E⌉ that score it
+  /// highest, so that a token has any number of experts from none to all (expert choice, arXiv:2202.09368). A
+  /// token's experts so depend on the others of its sequence, also on later ones: in evaluation it takes its own
+  /// top_k best, by its own scores alone. A sequence is the tokens along the last dimension before h.
+  kExpertChoice,
 };
 
 /// What makes a logit a score.
@@ -37,6 +42,14 @@ enum class RouterScore {
   kSoftmax,
   kSigmoid,
   kSqrtSoftplus,  ///< √log(1 + e^x) (DeepSeek-V4; Megatron-Core's sqrtsoftplus)
+};
+
+/// What the biases of experts become after a step, by `update_expert_bias`.
+enum class BiasUpdate {
+  kSign,  ///< a step of one size towards the mean load (arXiv:2408.15664, algorithm 1)
+  /// What would have given each expert its share of the step's tokens, all else as it was (quantile balancing: J. Su,
+  /// kexue.fm/archives/11619; Kimi K3's technical report, section 2.3.3, over a histogram as in its appendix D).
+  kQuantile,
 };
 
 /// The score of a group of experts, from the scores of its experts.
@@ -95,6 +108,7 @@ struct MoEOptions {
   /// A bias of each expert, a buffer, is added to its score where experts are chosen, not in the
   /// weights: balance without a loss (arXiv:2408.15664), by `update_expert_bias`.
   bool expert_bias = false;
+  BiasUpdate expert_bias_update = BiasUpdate::kSign;  ///< by which rule
   /// The experts lie in this many groups of equal size, at most 32, in order. A token goes to experts
   /// of its `top_groups` best groups only (DeepSeek-V2 and -V3).
   int64_t expert_groups = 1;
@@ -110,6 +124,9 @@ struct MoEOptions {
   double balance_coefficient = 0.0;
   /// A sequence is the tokens along the last dimension before h (DeepSeek-V3, arXiv:2412.19437, eq. 17–20).
   double sequence_balance_coefficient = 0.0;
+  /// Of the balance of a whole step, over micro-batches and replicas of the experts: see
+  /// `MoEOutput::global_balance_loss`.
+  double global_balance_coefficient = 0.0;
   double z_coefficient = 0.0;  ///< of `MoEOutput::z_loss`
   /// The gradient of the auxiliary loss is added where that of the output passes, so that a model that
   /// does not hand the loss on still trains balanced; `MoELayerImpl::set_attached_loss_scale`.

@@ -32,7 +32,9 @@ class RouterImpl : public torch::nn::Module {
   /// Adds `rate` to the bias of every expert with less than the mean of `expert_load` [E], takes it
   /// from those with more (arXiv:2408.15664, algorithm 1; DeepSeek-V3 trains with 0.001). The load is
   /// that of all ranks which hold this router, so that the bias stays the same on each.
-  /// Throws InputError without `options.expert_bias`, and for another shape or a negative rate.
+  /// With BiasUpdate::kQuantile it is Routing::bias_histogram that is summed over a step's forwards and all ranks, and
+  /// `rate`, at most 1, how much of the new biases is taken: 1 for all, less to smooth (Megatron-Core's 1 − ema).
+  /// Throws InputError without `options.expert_bias`, and for another shape or rate.
   void update_expert_bias(const torch::Tensor& expert_load, double rate);
 
   RouterParameters router_parameters() const { return {weight, noise_weight, expert_bias}; }
@@ -53,6 +55,12 @@ Routing route_tokens(const torch::Tensor& x, const RouterParameters& parameters,
 
 /// What Router::update_expert_bias does, with a bias that lies elsewhere.
 void update_expert_bias(torch::Tensor& expert_bias, const torch::Tensor& expert_load, double rate);
+
+/// The same of BiasUpdate::kQuantile. For each expert the (top_k / E)-quantile of what its bias would have had to be for
+/// each token, that is the (top_k + 1)-th best biased score of the token less the expert's own score; less their
+/// mean. Without tokens biases stay.
+void update_expert_bias_by_quantile(torch::Tensor& expert_bias, const torch::Tensor& histogram,
+                                    int64_t top_k, double rate);
 
 /// Scores of given logits [T, E] (fp32 or fp64), the choice among them, the weights of those chosen:
 /// w = routing_scale · s / (Σ of the chosen s + 10⁻²⁰) or routing_scale · s. `expert_bias` [E], of the

@@ -38,7 +38,13 @@ struct Routing {
   /// weights are NaN, and the exchange refuses the step on every rank.
   torch::Tensor first_nonfinite_token;
   SequenceSums sequences;  ///< where they were asked for
+  /// [E, kBiasBins] int64, where it was asked for: how many of this rank's tokens would have gone to an expert by its
+  /// bias alone if that had been just above a bin's, between min(bias) − 1 and max(bias) + 1.
+  torch::Tensor bias_histogram;
 };
+
+/// Bins of Routing::bias_histogram (Kimi K3's technical report, appendix D).
+constexpr int64_t kBiasBins = 1000;
 
 /// In RoutingConditions::expert_ids.
 constexpr int64_t kOwnChoice = -2;
@@ -53,8 +59,11 @@ struct RoutingConditions {
   torch::Tensor expert_ids;
   /// [T] bool: true is padding: it goes nowhere and counts for nothing.
   torch::Tensor padding_mask;
-  /// The tokens are so many sequences of equal length, of which Routing::sequences is wanted; 0: is not.
+  /// The tokens are so many sequences of equal length, of which Routing::sequences is wanted; 0: is not. Expert
+  /// choice takes 0 as one.
   int64_t sequences = 0;
+  bool bias_histogram =
+      false;  ///< whether Routing::bias_histogram is wanted; with an `expert_bias`
 };
 
 /// How logits become experts and weights: the members of MoEOptions with these names.

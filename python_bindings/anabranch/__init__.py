@@ -32,6 +32,7 @@ from .muon import Muon
 from .plots import plot_load
 from .replay import RoutingRecord, record_routing, replay_routing, trace_routing
 from .stats import LayerStats, imbalance
+from .step_ends import set_expert_replicas
 from .upcycling import upcycle
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "run",
     "save_checkpoint",
     "set_expert_bias_rate",
+    "set_expert_replicas",
     "trace_routing",
     "upcycle",
 ]

@@ -23,6 +23,10 @@ def _on_one_device(**tensors: Tensor | None) -> None:
         raise ValueError(f"tensors must be on one device: {', '.join(f'{n} on {k}' for n, k in kinds.items())}")
 
 
+BIAS_BINS = 1000
+"""The core's kBiasBins."""
+
+
 @torch.library.register_fake("anabranch::moe")
 def _moe(x: Tensor, parameters: list[Tensor], expert_ids, weights, padding_mask, may_skip, options, group, training, losses, probe):
     _on_one_device(x=x, parameters=parameters[-1], expert_ids=expert_ids, weights=weights, padding_mask=padding_mask)
@@ -37,7 +41,13 @@ def _moe(x: Tensor, parameters: list[Tensor], expert_ids, weights, padding_mask,
     given = json.loads(options)
     noisy = summed and given.get("gate") == "noisy_top_k"
     coefficients = {name: given.get(f"{name}_coefficient", 0) > 0 for name in ("balance", "sequence_balance", "z")}
-    chosen = (x.numel() // x.shape[-1], given["top_k"]) if routed else (0,)
+    means = summed and given.get("global_balance_coefficient", 0) > 0
+    experts = given["num_experts"]
+    width = given["top_k"] if given.get("gate") != "expert_choice" or not training else experts
+    if expert_ids is not None and given.get("gate") == "expert_choice":
+        width = expert_ids.shape[-1]
+    chosen = (x.numel() // x.shape[-1], width) if routed else (0,)
+    counted = routed and training and given.get("expert_bias_update") == "quantile"
     return (
         x.new_empty(x.shape),
         loss(summed),
@@ -46,9 +56,11 @@ def _moe(x: Tensor, parameters: list[Tensor], expert_ids, weights, padding_mask,
         loss(noisy),
         loss(summed and coefficients["sequence_balance"]),
         loss(summed and any(coefficients.values())),
-        x.new_empty((given["num_experts"],), dtype=torch.int64),
+        x.new_empty((experts if means else 0,), dtype=of_router),
+        x.new_empty((experts,), dtype=torch.int64),
         x.new_empty(chosen, dtype=torch.int64),
         x.new_empty(chosen, dtype=of_router),
+        x.new_empty((experts, BIAS_BINS) if counted else (0,), dtype=torch.int64),
     )
 
 
@@ -62,13 +74,18 @@ def _moe_forward(x, parameters, *of_layer_and_needs_gradient):
 def _router_forward(x, weight, noise_weight, expert_bias, expert_ids, padding_mask, options, group, training, needs_gradient):
     nothing = x.new_empty((0, 0, 0))  # of the layer's type, in the place of experts
     found = _moe(x, [weight, nothing], expert_ids, None, padding_mask, False, options, group, training, True, None)
-    _, *losses, load, ids, weights = found
-    return (weights, *losses, load, ids, torch.empty((1,), dtype=torch.uint8, device="cpu"))
+    _, *losses, load, ids, weights, histogram = found
+    return (weights, *losses, load, ids, histogram, torch.empty((1,), dtype=torch.uint8, device="cpu"))
 
 
 @torch.library.register_fake("anabranch::router_backward")
 def _router_backward(gradients, state, inputs):
     return [each.new_empty(each.shape) for each in inputs]
+
+
+@torch.library.register_fake("anabranch::load_of_step")
+def _load_of_step(before, own, training, replicas):
+    return own.new_empty(own.shape)
 
 
 @torch.library.register_fake("anabranch::moe_backward")

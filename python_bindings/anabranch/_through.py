@@ -37,6 +37,13 @@ class MoEOutput(NamedTuple):
     """[T, top_k] int64: where this rank's tokens went, in row-major order; −1 for none."""
     expert_weights: Tensor | None = None
     """[T, top_k] with what weights; without a gradient, but for a routing from outside."""
+    mean_probabilities: Tensor | None = None
+    """[num_experts] P_e over the group's whole batch, differentiable; None without `global_balance_coefficient`."""
+    global_balance_loss: Tensor | None = None
+    """[] E · Σ_e F_e · P_e with F_e the share of all assignments since the step began; None without its coefficient."""
+    bias_histogram: Tensor | None = None
+    """[num_experts, 1000] int64 of this rank's tokens: what their experts' biases would have had to be, between the least
+    bias − 1 and the largest + 1; None but in training with `expert_bias_update="quantile"`."""
 
 
 class Given(NamedTuple):
@@ -83,25 +90,41 @@ class Through:
     def _output_of(self, found: tuple[Any, ...]) -> MoEOutput:
         """Of what the operator returns, in which losses that there are not are empty."""
         layer = self.layer
-        output, *losses, load, ids, weights = found
-        losses = [None if loss is None or loss.dim() else loss for loss in losses]
-        balance, z, importance, of_load, of_sequences, auxiliary = losses
+        output, *losses, load, ids, weights, histogram = found
+        losses = [None if loss is None or loss.numel() == 0 else loss for loss in losses]
+        balance, z, importance, of_load, of_sequences, auxiliary, means = losses
+        of_step = None
+        if means is not None:
+            of_step = self._global_balance(means, load)
+            loss = layer.options["global_balance_coefficient"] * of_step
+            auxiliary = loss if auxiliary is None else auxiliary + loss
         if self.given.weights is not None:
             ids, weights = self.given.expert_ids, self.given.weights
         if auxiliary is not None and layer.options["attach_losses"] and layer.training:
             output = torch.ops.anabranch.attach_loss(output, auxiliary, layer.attached_loss_scale)
-        return MoEOutput(output, balance, z, load, importance, of_load, of_sequences, auxiliary, ids, weights)
+        histogram = None if histogram is None or histogram.numel() == 0 else histogram
+        more = (means, of_step, histogram)
+        return MoEOutput(output, balance, z, load, importance, of_load, of_sequences, auxiliary, ids, weights, *more)
+
+    def _global_balance(self, means: Tensor, load: Tensor) -> Tensor:
+        layer = self.layer
+        if layer._step_load is None:
+            layer._step_load = torch.zeros_like(load)
+        of_step = torch.ops.anabranch.load_of_step(layer._step_load, load, layer.training, layer._replicas_group)
+        return torch.ops.anabranch.global_balance_loss(means, of_step)
 
     def _by_own_experts(self, x: Tensor, parameters: dict[str, Tensor], options: str) -> tuple[Any, ...]:
         """What the operator returns, by experts or an activation that the core does not know."""
         layer, own = self.layer, self.layer.options
         expert_ids, weights, padding_mask, may_skip = self.given
-        losses: list[Any] = [None] * 6
+        losses: list[Any] = [None] * 7
+        histogram = None
         if weights is None:
-            may_skip = expert_ids is not None or padding_mask is not None or own["gate"] == "gshard"
+            chance = own["gate"] in ("gshard", "expert_choice")  # a token has fewer experts, or more
+            may_skip = expert_ids is not None or padding_mask is not None or chance
             given = {"expert_ids": expert_ids, "padding_mask": padding_mask}
             routed = own_experts.route(x, self._parts["router"], options, layer._group, layer.training, **given)
-            weights, *losses, load, expert_ids = routed
+            weights, *losses, load, expert_ids, histogram = routed
         else:
             assert expert_ids is not None
             load = own_experts.load_of(expert_ids, own["num_experts"], layer.group, may_skip)
@@ -116,7 +139,7 @@ class Through:
         output = own_experts.through(experts, rows, expert_ids, weights, own["num_experts"], layer._group, may_skip)
         if own["latent_size"]:
             output = nn.functional.linear(output, self._parts[""]["latent_up"])
-        return (output.view(x.shape), *losses, load, expert_ids, weights.detach())
+        return (output.view(x.shape), *losses, load, expert_ids, weights.detach(), histogram)
 
 
 def checked_routing(routing: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

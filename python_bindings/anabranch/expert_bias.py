@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .groups import Group
+from ._fakes import BIAS_BINS
 from .moe import MoE, MoEOutput
 from .replay import is_recomputing
 
+if TYPE_CHECKING:
+    from .gradients import ParallelGroups
+
 
 class _Following:
-    """What one layer's bias has been told since the last step."""
+    """What one layer's bias has been told since the last step: a load over the group, or a histogram of this rank's."""
 
     def __init__(self, layer: MoE, rate: float) -> None:
         self.rate = rate
@@ -24,7 +27,8 @@ class _Following:
     def _keep(self, layer: nn.Module, args: Any, out: MoEOutput) -> None:
         if layer.training and not is_recomputing():
             with torch.no_grad():
-                self.load = out.expert_load.clone() if self.load is None else self.load + out.expert_load
+                told = out.expert_load if out.bias_histogram is None else out.bias_histogram
+                self.load = told.clone() if self.load is None else self.load + told
 
 
 _following: weakref.WeakKeyDictionary[MoE, _Following] = weakref.WeakKeyDictionary()
@@ -33,7 +37,8 @@ _following: weakref.WeakKeyDictionary[MoE, _Following] = weakref.WeakKeyDictiona
 def set_expert_bias_rate(model: nn.Module, rate: float) -> None:
     """From here on `finish_gradients` updates the bias of every layer with `expert_bias` (arXiv:2408.15664): by the load of
     all forwards in training mode since the last one, micro-batches alike, over all replicas of the experts. What
-    checkpointing runs again is not counted again. DeepSeek-V3 trains with 0.001; 0: no longer.
+    checkpointing runs again is not counted again. DeepSeek-V3 trains with 0.001; 0: no longer. Of layers with
+    `expert_bias_update="quantile"` the rate is how much of the new biases is taken: 1 for all.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, MoE) and layer.options["expert_bias"]]
     if not layers:
@@ -47,17 +52,20 @@ def set_expert_bias_rate(model: nn.Module, rate: float) -> None:
             _following[layer] = _Following(layer, rate)
 
 
-def update_biases(model: nn.Module, expert_replicas: Group) -> None:
-    """Of the layers that follow their load. Collective over the replicas, where there are any such layers."""
+def update_biases(model: nn.Module, groups: ParallelGroups) -> None:
+    """Of the layers that follow their load. Collective over the world, where there are any such layers."""
     for layer in model.modules():
         following = _following.get(layer) if isinstance(layer, MoE) else None
         if following is None or not isinstance(layer, MoE):
             continue
+        by_quantile = layer.options["expert_bias_update"] == "quantile"
         load = following.load
         if load is None:
-            load = torch.zeros(layer.options["num_experts"], device=next(layer.parameters()).device)
+            shape = (layer.options["num_experts"], *([BIAS_BINS] if by_quantile else []))
+            load = torch.zeros(shape, device=next(layer.parameters()).device)
         load = load.double()
-        if expert_replicas.size > 1:
-            expert_replicas.on(load.device).all_reduce(load)
+        others = groups.world if by_quantile else groups.expert_replicas
+        if others.size > 1:
+            others.on(load.device).all_reduce(load)
         layer.update_expert_bias(load, following.rate)
         following.load = None

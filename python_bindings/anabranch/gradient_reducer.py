@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .expert_bias import update_biases
 from .gradients import BUCKET_BYTES, ParallelGroups, finish_by, only_group, parameters_of
+from .step_ends import end_step
 
 
 class GradientReducer:
@@ -66,7 +66,7 @@ class GradientReducer:
     def finish(self, *, scaler: torch.amp.GradScaler | None = None) -> None:
         """Waits for the sums. Collective. ValueError without `start`, and for a gradient that has changed since the
         backward after it came to it: by a second backward, `scaler.unscale_`, or `zero_grad`."""
-        update_biases(self._model, self._groups.expert_replicas)
+        end_step(self._model, self._groups)
         finish_by(self._reducer.finish, self._model, self._parameters, self._groups, scaler)
 
     @property

@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ._drift import digest, drift_of
 from ._spread import rows_of
 from ._wrappers import averaged_by_ddp, ddp_refusal, fsdp_refusal, managed_by_fsdp1, spread_over
-from .expert_bias import update_biases
 from .groups import Group, alone, as_group, split_group
 from .moe import MoE
+from .step_ends import end_step
 
 BUCKET_BYTES = 16 << 20
 """The least size of a message of gradients, where there are as many."""
@@ -107,7 +107,7 @@ def finish_gradients(
     groups = groups or only_group(model)
     found = parameters_of(model, groups)
     world, replicas = found.groups_of(groups)
-    update_biases(model, groups.expert_replicas)
+    end_step(model, groups)
     if world.size == 1:
         return
 

@@ -78,7 +78,7 @@ def _losses(of: Configuration) -> dict[str, Any]:
     coefficients = of.get("moe_aux_loss_coeff", default=0.0)
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
     coefficients = [float(each) for each in (coefficients if isinstance(coefficients, (list, tuple)) else [coefficients])]
-    names = {"aux_loss": "balance_coefficient", "global_aux_loss": "balance_coefficient"}
+    names = {"aux_loss": "balance_coefficient", "global_aux_loss": "global_balance_coefficient"}
     names |= {"seq_aux_loss": "sequence_balance_coefficient"}
     if any(kind not in {"none", *names} for kind in kinds) or len(kinds) != len(coefficients):
         known = ", ".join(["none", *names])

@@ -16,6 +16,7 @@ from .replay import is_recomputing
 LOSSES = {
     "moe/load_balancing_loss": "balance_loss",
     "moe/seq_load_balancing_loss": "sequence_balance_loss",
+    "moe/global_load_balancing_loss": "global_balance_loss",
     "moe/z_loss": "z_loss",
     "moe/importance_loss": "importance_loss",
     "moe/load_loss": "load_loss",

@@ -70,13 +70,17 @@ class MoE(nn.Module):
             after it (LatentMoE, arXiv:2601.18089); router and shared expert see them whole. 0: as they are.
         gate: "top_k"; "noisy_top_k" (arXiv:1701.06538); "gshard", the second expert by chance
             (arXiv:2006.16668); "sinkhorn", in training the best after Sinkhorn's scaling to equal loads, by which a token's
-            experts depend on the other tokens of its rank (S-BASE, arXiv:2202.01169).
+            experts depend on the other tokens of its rank (S-BASE, arXiv:2202.01169); "expert_choice", in training every
+            expert takes its share of each sequence's tokens, those that score it highest, in evaluation a token its own
+            top_k best (arXiv:2202.09368): by mean top_k experts a token, and `out.expert_ids` [T, num_experts].
         router_score: "softmax", "sigmoid" or "sqrt_softplus" of the logits.
         renormalize: the weights of a token's top_k experts sum to 1; not with top_k = 1, whose router
             would have no gradient.
         routing_scale: the weights are multiplied by it in the end.
         expert_bias: a bias of each expert is added to its score where experts are chosen, not in the
             weights: `update_expert_bias` balances the load by it (arXiv:2408.15664).
+        expert_bias_update: "sign", a step of one size towards the mean load; or "quantile", the bias that would have given
+            each expert its share of the step's tokens (quantile balancing, Kimi K3), of `out.bias_histogram`.
         expert_groups: the experts lie in this many groups of equal size, at most 32.
         top_groups: a token goes to experts of its best `top_groups` groups only.
         group_score: of a group: "top_two_sum" of its experts' scores (DeepSeek-V3), "maximum", "top_share_sum", the
@@ -85,8 +89,10 @@ class MoE(nn.Module):
             the router's scores.
         router_fp64: logits, scores and weights are computed in fp64.
         jitter: training only: noise on the router's input, uniform in [1 − jitter, 1 + jitter].
-        balance_coefficient, sequence_balance_coefficient, z_coefficient: of the losses in `out.auxiliary_loss`. A
-            sequence is the tokens along the last dimension of x before hidden_size.
+        balance_coefficient, sequence_balance_coefficient, global_balance_coefficient, z_coefficient: of the losses in
+            `out.auxiliary_loss`. A sequence is the tokens along the last dimension of x before hidden_size. The global one
+            is of a whole step, over micro-batches and, with `set_expert_replicas`, replicas of the experts:
+            `finish_gradients` ends the step.
         attach_losses: in training the gradient of the auxiliary loss is added where that of the output passes,
             so that a model that does not hand the loss on still trains balanced; see `attached_loss_scale`.
         recompute: keep only the received rows for backward, and compute the up-projection again.
@@ -152,6 +158,7 @@ class MoE(nn.Module):
         renormalize: bool = True,
         routing_scale: float = 1.0,
         expert_bias: bool = False,
+        expert_bias_update: str = "sign",
         expert_groups: int = 1,
         top_groups: int = 1,
         group_score: str = "top_two_sum",
@@ -160,6 +167,7 @@ class MoE(nn.Module):
         jitter: float = 0.0,
         balance_coefficient: float = 0.0,
         sequence_balance_coefficient: float = 0.0,
+        global_balance_coefficient: float = 0.0,
         z_coefficient: float = 0.0,
         attach_losses: bool = False,
         recompute: bool = False,
@@ -201,6 +209,7 @@ class MoE(nn.Module):
             "renormalize": renormalize and router,
             "routing_scale": routing_scale,
             "expert_bias": expert_bias,
+            "expert_bias_update": expert_bias_update,
             "expert_groups": expert_groups,
             "top_groups": top_groups,
             "group_score": group_score,
@@ -209,6 +218,7 @@ class MoE(nn.Module):
             "jitter": jitter,
             "balance_coefficient": balance_coefficient,
             "sequence_balance_coefficient": sequence_balance_coefficient,
+            "global_balance_coefficient": global_balance_coefficient,
             "z_coefficient": z_coefficient,
             "attach_losses": attach_losses,
             "recompute": recompute,
@@ -220,7 +230,7 @@ class MoE(nn.Module):
             "balance": balance,
             "placement": placement,
         }
-        of_router = {"gate", "expert_bias", "forced_routing", "router_fp64", "jitter", "attach_losses"}
+        of_router = {"gate", "expert_bias", "expert_bias_update", "forced_routing", "router_fp64", "jitter", "attach_losses"}
         of_router |= {name for name in options if name.endswith("_coefficient")}
         defaults = inspect.signature(MoE).parameters
         given = sorted(name for name in of_router if options[name] != defaults[name].default)
@@ -249,6 +259,8 @@ class MoE(nn.Module):
         self._other_options = _to_json({name: value for name, value in options.items() if name != "top_k"})
         self._group = self.group.name
         self._probe = Probe()
+        self._step_load: Tensor | None = None  # [num_experts], of the forwards in training since the step began
+        self._replicas = alone()
         device = torch.device(device or torch.get_default_device())
         if dtensor and self._own_experts:
             raise ValueError("dtensor=True with experts of one's own, whose parameters the layer does not know")
@@ -358,11 +370,17 @@ class MoE(nn.Module):
     def update_expert_bias(self, expert_load: Tensor, rate: float) -> None:
         """Balances without a loss: after each step, adds `rate` (DeepSeek-V3: 0.001) to the biases of experts
         with less than the mean of `expert_load` [E], takes it from those with more. In data parallelism the
-        load is to be summed over the replicas of the experts. No communication."""
+        load is to be summed over the replicas of the experts. No communication.
+
+        With `expert_bias_update="quantile"` it is `out.bias_histogram` that is summed, over all ranks, and `rate`, at most
+        1, how much of the new biases is taken."""
         if not self.options["expert_bias"]:
             raise ValueError("update_expert_bias: the layer has no bias of its experts (expert_bias=True)")
         bias = self._parts_but_experts(None)["router"]["expert_bias"]
-        torch.ops.anabranch.update_expert_bias(bias, expert_load, rate)
+        if self.options["expert_bias_update"] == "quantile":
+            torch.ops.anabranch.update_expert_bias_by_quantile(bias, expert_load, self.options["top_k"], rate)
+        else:
+            torch.ops.anabranch.update_expert_bias(bias, expert_load, rate)
 
     def explain(self) -> str:
         """What travelled in the last step, tokens or weights, in how many rounds, and why.
@@ -441,7 +459,9 @@ class MoE(nn.Module):
 
     def _join_device(self) -> None:
         """The group is one for tensors where the parameters are."""
-        self._group = self.group.on(self._any_weight().device).name
+        device = self._any_weight().device
+        self._group = self.group.on(device).name
+        self._replicas_group = self._replicas.on(device).name
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items()) + f", group={self.group}"

@@ -13,7 +13,7 @@ from .groups import Group
 
 
 def route(x: Tensor, parts: dict[str, Tensor], options: str, group: str, training: bool, **given: Any) -> tuple[Any, ...]:
-    """The layer's router: weights [T, top_k] with their gradients, losses, load and ids, in the operator's order."""
+    """The layer's router: weights [T, top_k] with their gradients, losses, load, ids and histogram, as the operator has them."""
     weight, noise = parts["weight"], parts.get("noise_weight")
     found = torch.ops.anabranch.router(
         x, weight, noise, parts.get("expert_bias"), given["expert_ids"], given["padding_mask"], options, group, training
@@ -68,19 +68,23 @@ def stacked(parts: dict[str, Tensor], activation: Callable[[Tensor], Tensor], gl
     return experts
 
 
+_DIFFERENTIABLE = 8
+"""Of the router's outputs the first: weights and losses."""
+
+
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, noise, *_ = inputs
     learned = [tensor for tensor in (x, weight, noise) if tensor is not None]
     ctx.has_noise = noise is not None
     ctx.save_for_backward(output[-1], *learned)
-    ctx.mark_non_differentiable(*output[7:])
+    ctx.mark_non_differentiable(*output[_DIFFERENTIABLE:])
 
 
 def _backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         raise NotImplementedError("router: the gradient cannot be differentiated again (create_graph=True)")
     state, *learned = ctx.saved_tensors
-    found = torch.ops.anabranch.router_backward(list(gradients[:7]), state, learned)
+    found = torch.ops.anabranch.router_backward(list(gradients[:_DIFFERENTIABLE]), state, learned)
     return (*found, *([] if ctx.has_noise else [None]), *[None] * 7)
 
 

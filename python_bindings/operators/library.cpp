@@ -203,6 +203,11 @@ void update_bias(at::Tensor expert_bias, const at::Tensor& expert_load, double r
   update_expert_bias(expert_bias, expert_load, rate);
 }
 
+void update_bias_by_quantile(at::Tensor expert_bias, const at::Tensor& histogram, int64_t top_k,
+                             double rate) {
+  update_expert_bias_by_quantile(expert_bias, histogram, top_k, rate);
+}
+
 double load_imbalance(const at::Tensor& expert_load) { return imbalance(expert_load); }
 
 std::string build() { return describe_build(); }
@@ -249,6 +254,10 @@ TORCH_LIBRARY(anabranch, library) {
   operators.def("describe_build() -> str", build);
   operators.def("update_expert_bias(Tensor(a!) expert_bias, Tensor expert_load, float rate) -> ()",
                 update_bias);
+  operators.def(
+      "update_expert_bias_by_quantile(Tensor(a!) expert_bias, Tensor histogram, int top_k, float "
+      "rate) -> ()",
+      update_bias_by_quantile);
   operators.def("imbalance(Tensor expert_load) -> float", load_imbalance);
   operators.def("grouped_gemm_engines(Device device) -> str[]", engines);
 }

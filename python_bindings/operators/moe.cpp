@@ -13,6 +13,7 @@
 #include "parameters.h"
 #include "probe.h"
 #include "registry.h"
+#include "routing/global_balance.h"
 #include "support/check.h"
 #include "support/given.h"
 #include "support/observer.h"
@@ -32,14 +33,15 @@ struct Outputs {
   at::Tensor expert_load;
   at::Tensor expert_ids;      ///< empty of a routing from outside
   at::Tensor expert_weights;  ///< the same
+  at::Tensor bias_histogram;  ///< empty where it is not wanted
 
   auto differentiable() { return std::tuple_cat(std::tie(output), losses.tensors()); }
   auto tensors() {
-    return std::tuple_cat(differentiable(), std::tie(expert_load, expert_ids, expert_weights));
+    return std::tuple_cat(differentiable(),
+                          std::tie(expert_load, expert_ids, expert_weights, bias_histogram));
   }
 };
-using OutputTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-                               at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using OutputTuple = TensorTuple<std::tuple_size_v<decltype(Outputs().tensors())>>;
 
 /// Where the tokens go, as far as that comes from outside.
 struct Given {
@@ -56,9 +58,7 @@ struct OutputsAndState {
 
   auto tensors() { return std::tuple_cat(outputs.tensors(), std::tie(state)); }
 };
-using OutputAndStateTuple =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-               at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using OutputAndStateTuple = TensorTuple<std::tuple_size_v<OutputTuple> + 1>;
 
 /// Outputs with a gradient, which come first.
 constexpr size_t kDifferentiable = std::tuple_size_v<decltype(Outputs().differentiable())>;
@@ -141,7 +141,8 @@ Outputs outputs_of(const MoEOutput& found, const at::Tensor& x, bool routed_here
           .losses = Losses::of(found, empty),
           .expert_load = found.expert_load,
           .expert_ids = routed_here ? found.expert_ids : at::empty({0}, empty.dtype(at::kLong)),
-          .expert_weights = routed_here ? found.expert_weights.detach() : at::empty({0}, empty)};
+          .expert_weights = routed_here ? found.expert_weights.detach() : at::empty({0}, empty),
+          .bias_histogram = histogram_of(found, empty)};
 }
 
 /// The outputs and the graph from those of the inputs (x, weights, if given, and parameters) that
@@ -271,7 +272,7 @@ struct MoE : torch::autograd::Function<MoE> {
     context->saved_data["places"] = places;
     context->saved_data["arguments"] = place + 8;
     context->mark_non_differentiable(
-        {outputs.expert_load, outputs.expert_ids, outputs.expert_weights});
+        {outputs.expert_load, outputs.expert_ids, outputs.expert_weights, outputs.bias_histogram});
     context->set_materialize_grads(false);  // a loss that nobody uses has no backward
     return pack(outputs);
   }
@@ -379,6 +380,11 @@ OutputTuple moe_autocast(const at::Tensor& x, at::TensorList parameters,
                  probe);
 }
 
+at::Tensor add_to_load_of_step(at::Tensor before, const at::Tensor& own, bool training,
+                               std::string replicas) {
+  return load_of_step(before, own, training, group_named(replicas).get());
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(anabranch, library) {
@@ -394,8 +400,8 @@ TORCH_LIBRARY_FRAGMENT(anabranch, library) {
       "(Tensor "
       "output, Tensor balance_loss, Tensor z_loss, Tensor importance_loss, Tensor load_loss, "
       "Tensor "
-      "sequence_balance_loss, Tensor auxiliary_loss, Tensor expert_load, Tensor expert_ids, Tensor "
-      "expert_weights)",
+      "sequence_balance_loss, Tensor auxiliary_loss, Tensor mean_probabilities, Tensor "
+      "expert_load, Tensor expert_ids, Tensor expert_weights, Tensor bias_histogram)",
       draws);
   operators.def(
       "moe_forward(Tensor x, Tensor[] parameters, Tensor? expert_ids, Tensor? weights, Tensor? "
@@ -403,7 +409,8 @@ TORCH_LIBRARY_FRAGMENT(anabranch, library) {
       "probe, bool[] "
       "needs_gradient) -> (Tensor output, Tensor balance_loss, Tensor z_loss, Tensor "
       "importance_loss, Tensor load_loss, Tensor sequence_balance_loss, Tensor auxiliary_loss, "
-      "Tensor expert_load, Tensor expert_ids, Tensor expert_weights, Tensor state)",
+      "Tensor mean_probabilities, Tensor expert_load, Tensor expert_ids, Tensor expert_weights, "
+      "Tensor bias_histogram, Tensor state)",
       draws);
   operators.def(
       "moe_backward(Tensor?[] gradients, Tensor state, Tensor probe, Tensor[] inputs, Tensor[] "
@@ -422,6 +429,11 @@ TORCH_LIBRARY_FRAGMENT(anabranch, library) {
 
 TORCH_LIBRARY_FRAGMENT(anabranch, library) {
   Operators operators(library);
+  operators.def("global_balance_loss(Tensor mean_probabilities, Tensor load) -> Tensor",
+                global_balance_loss);
+  operators.def(
+      "load_of_step(Tensor(a!) before, Tensor own, bool training, str replicas) -> Tensor",
+      {at::Tag::cudagraph_unsafe});
   operators.def(
       "explain(str options, str group, ScalarType dtype, Device device) -> str",
       [](const std::string& options, const std::string& group, at::ScalarType dtype,
@@ -433,12 +445,14 @@ TORCH_LIBRARY_IMPL(anabranch, CPU, library) {
   operators.impl("moe", moe);
   operators.impl("moe_forward", moe_forward);
   operators.impl("moe_backward", moe_backward);
+  operators.impl("load_of_step", add_to_load_of_step);
 }
 TORCH_LIBRARY_IMPL(anabranch, CUDA, library) {
   Operators operators(library);
   operators.impl("moe", moe);
   operators.impl("moe_forward", moe_forward);
   operators.impl("moe_backward", moe_backward);
+  operators.impl("load_of_step", add_to_load_of_step);
 }
 TORCH_LIBRARY_IMPL(anabranch, Autograd, library) { Operators(library).impl("moe", moe_autograd); }
 TORCH_LIBRARY_IMPL(anabranch, AutocastCPU, library) {

@@ -16,15 +16,16 @@ struct Routed {
   Losses losses;
   at::Tensor expert_load;
   at::Tensor expert_ids;
+  at::Tensor bias_histogram;
   at::Tensor state;
 
   auto differentiable() { return std::tuple_cat(std::tie(weights), losses.tensors()); }
   auto tensors() {
-    return std::tuple_cat(differentiable(), std::tie(expert_load, expert_ids, state));
+    return std::tuple_cat(differentiable(),
+                          std::tie(expert_load, expert_ids, bias_histogram, state));
   }
 };
-using RoutedTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-                               at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using RoutedTuple = TensorTuple<std::tuple_size_v<decltype(Routed().tensors())>>;
 
 /// What the core finds, but for the state.
 Routed routed_by(const MoEFunction& function, const at::Tensor& x, const at::Tensor& weight,
@@ -36,10 +37,12 @@ Routed routed_by(const MoEFunction& function, const at::Tensor& x, const at::Ten
   const MoEOutput found = function.route(
       {of_type(weight), of_type(noise_weight), of_type(expert_bias.value_or(at::Tensor()))}, x,
       training, conditions);
+  const auto empty = x.options().dtype(gate_type(x.scalar_type()));
   return {.weights = found.expert_weights,
-          .losses = Losses::of(found, x.options().dtype(gate_type(x.scalar_type()))),
+          .losses = Losses::of(found, empty),
           .expert_load = found.expert_load,
           .expert_ids = found.expert_ids,
+          .bias_histogram = histogram_of(found, empty),
           .state = {}};
 }
 
@@ -120,14 +123,15 @@ TORCH_LIBRARY_FRAGMENT(anabranch, library) {
       "expert_ids, Tensor? padding_mask, str options, str group, bool training, bool "
       "needs_gradient) -> (Tensor weights, Tensor balance_loss, Tensor z_loss, Tensor "
       "importance_loss, Tensor load_loss, Tensor sequence_balance_loss, Tensor auxiliary_loss, "
-      "Tensor expert_load, Tensor expert_ids, Tensor state)",
+      "Tensor mean_probabilities, Tensor expert_load, Tensor expert_ids, Tensor bias_histogram, "
+      "Tensor state)",
       {at::Tag::nondeterministic_seeded, at::Tag::cudagraph_unsafe});
   operators.def(
       "router(Tensor x, Tensor weight, Tensor? noise_weight, Tensor? expert_bias, Tensor? "
       "expert_ids, Tensor? padding_mask, str options, str group, bool training) -> (Tensor "
       "weights, Tensor balance_loss, Tensor z_loss, Tensor importance_loss, Tensor load_loss, "
-      "Tensor sequence_balance_loss, Tensor auxiliary_loss, Tensor expert_load, Tensor "
-      "expert_ids, Tensor state)",
+      "Tensor sequence_balance_loss, Tensor auxiliary_loss, Tensor mean_probabilities, Tensor "
+      "expert_load, Tensor expert_ids, Tensor bias_histogram, Tensor state)",
       router);
   operators.def("router_backward(Tensor[] gradients, Tensor state, Tensor[] inputs) -> Tensor[]",
                 {at::Tag::cudagraph_unsafe});

@@ -85,6 +85,14 @@ class RoutingKernels : public Kernels<RoutingKernels> {
   /// The same of one rank alone, whose own counts and sums are the batch's; of the type of `sums`.
   virtual BatchLosses losses_of_one(const torch::Tensor& counts, int64_t tokens,
                                     const RoutingSums& sums, int64_t top_k) const = 0;
+  /// Of Routing::bias_histogram; `scores` [T, E] are what the biases are added to.
+  virtual torch::Tensor bias_histogram(const torch::Tensor& scores, const RoutingRule& rule,
+                                       const RoutingConditions& conditions) const = 0;
+  /// Of each sequence of n tokens that are no padding the ⌈n · top_k / E⌉ with the largest scores [T, E] of each expert, of
+  /// equal ones the first: [T, E] int64, the expert's number, or −1. NaN counts as padding, for its expert.
+  virtual torch::Tensor choose_tokens(const torch::Tensor& scores,
+                                      const torch::Tensor& padding_mask, int64_t sequences,
+                                      int64_t top_k) const = 0;
   /// dlogits [T, E] from the gradients of the weights [T, k], of the probability sum [E], or of that of
   /// each of S sequences [S, E], and of the sum of squared logsumexp [], of which the sums' may be
   /// undefined: zero. Of `routed` ids, weights, logsumexp and padding are read, and `probabilities`, in

@@ -3,7 +3,6 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
-#include <ATen/ops/mul.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -100,15 +99,21 @@ torch::Tensor sums_of_batch(const Routing& routing, const torch::Tensor& counts,
 /// As autograd takes them: the load, and behind it the losses that there are.
 variable_list listed(const AuxiliaryLosses& losses) {
   variable_list list = {losses.expert_load};
-  for (const auto& loss : {losses.balance_loss, losses.z_loss, losses.importance_loss,
-                           losses.load_loss, losses.sequence_balance_loss}) {
+  for (const auto& loss :
+       {losses.balance_loss, losses.z_loss, losses.importance_loss, losses.load_loss,
+        losses.sequence_balance_loss, losses.mean_probabilities}) {
     if (loss.defined()) list.push_back(loss);
   }
   return list;
 }
 
+bool wants_mean_probabilities(const Routing& routing, const MoEOptions& options) {
+  return options.global_balance_coefficient > 0 && routing.probability_sum.defined();
+}
+
 /// What such a list was made of, for that routing.
-AuxiliaryLosses from_list(const variable_list& list, const Routing& routing) {
+AuxiliaryLosses from_list(const variable_list& list, const Routing& routing,
+                          const MoEOptions& options) {
   AuxiliaryLosses losses;
   auto next = list.begin();
   losses.expert_load = *next++;
@@ -122,6 +127,9 @@ AuxiliaryLosses from_list(const variable_list& list, const Routing& routing) {
   }
   if (routing.sequences.probability_sum.defined()) {
     losses.sequence_balance_loss = *next++;
+  }
+  if (wants_mean_probabilities(routing, options)) {
+    losses.mean_probabilities = *next++;
   }
   return losses;
 }
@@ -141,29 +149,31 @@ struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
     const bool first = routing->first_counts.defined();
     const bool by_scores = routing->probability_sum.defined();
     const bool has_sequences = sequence_probability_sum.has_value();
+    const bool has_means = wants_mean_probabilities(*routing, *options);
     const bool no_sums = communicator->size() == 1 && by_scores && !first && !has_sequences &&
-                         !routing->importance.defined() &&
+                         !has_means && !routing->importance.defined() &&
                          !routing->num_tokens.defined();  // the rank's own are the batch's
     const SequenceLosses of_sequences =
-        has_sequences ? sequence_losses(routing->sequences, routing->expert_ids.size(1))
-                      : SequenceLosses();
+        has_sequences ? sequence_losses(routing->sequences, options->top_k) : SequenceLosses();
     const auto all =
         no_sums ? torch::Tensor()
                 : sums_of_batch(*routing, *own_counts, of_sequences, *options, *communicator);
     const auto sums = has_sequences ? all.slice(0, 0, -2) : all;
     AuxiliaryLosses found;
-    variable_list slopes;  // of the losses, in their order
+    variable_list slopes;         // of the losses, in their order
+    std::vector<int64_t> places;  // of the sums that each is the slope in, among the arguments
     if (by_scores) {
       const RoutingKernels& kernels = RoutingKernels::on(own_counts->device());
       const auto losses =
           no_sums ? kernels.losses_of_one(*own_counts, routing->expert_ids.size(0),
-                                          own_sums(*routing), routing->expert_ids.size(1))
+                                          own_sums(*routing), options->top_k)
                   : kernels.batch_losses(sums, sums.narrow(0, first ? 2 * experts + 2 : 0, experts),
-                                         first ? 1 : routing->expert_ids.size(1), dtype);
+                                         first ? 1 : options->top_k, dtype);
       found.expert_load = losses.expert_load;
       found.balance_loss = losses.balance;
       found.z_loss = losses.z;
       slopes = {losses.balance_slope, losses.z_slope};
+      places = {0, 1};
     } else {
       found.expert_load = sums.narrow(0, 0, experts).to(torch::kInt64);
     }
@@ -174,13 +184,21 @@ struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
       found.importance_loss = importance.value.to(dtype);
       found.load_loss = load.value.to(dtype);
       slopes.insert(slopes.end(), {importance.gradient, load.gradient});
+      places.insert(places.end(), {2, 3});
     }
     if (has_sequences) {
       const auto number = all.select(0, -1).clamp_min(1);
       found.sequence_balance_loss = (all.select(0, -2) / number).to(dtype);
       slopes.push_back(of_sequences.slope / number);
+      places.push_back(4);
     }
-    context->saved_data["has_sequences"] = has_sequences;
+    if (has_means) {
+      const auto share = sums.select(0, experts).clamp_min(1).reciprocal();
+      found.mean_probabilities = (sums.narrow(0, experts + 1, experts) * share).to(dtype);
+      slopes.push_back(share);
+      places.push_back(0);
+    }
+    context->saved_data["places"] = places;
     if (communicator->size() > 1) {  // the loss is the group's, its gradient's share this rank's
       for (auto& slope : slopes) slope = slope * communicator->size();
     }
@@ -194,15 +212,16 @@ struct LossesOfBatch : torch::autograd::Function<LossesOfBatch> {
     refuse_double_backward("auxiliary losses");
     const torch::NoGradGuard no_grad;
     const auto slopes = context->get_saved_variables();
-    const bool has_sequences = context->saved_data["has_sequences"].toBool();
-    constexpr size_t kOfSequences = 4;  // their argument, behind those that a gate may lack
-    variable_list result(9);            // as many as forward takes
+    const auto places = context->saved_data["places"].toIntVector();
+    variable_list result(9);  // as many as forward takes
     for (size_t i = 0; i < slopes.size(); ++i) {
       const auto& gradient = gradients[i + 1];  // behind the load's
       if (gradient.defined()) {
-        auto& of_sums = result[has_sequences && i + 1 == slopes.size() ? kOfSequences : i];
-        of_sums = at::empty(slopes[i].sizes(), gradient.options());
+        const auto& shape = gradient.dim() > 0 ? gradient : slopes[i];
+        auto of_sums = at::empty(shape.sizes(), gradient.options());
         at::mul_out(of_sums, slopes[i], gradient);  // in fp64, rounded once
+        auto& sum = result[places[i]];
+        sum = sum.defined() ? sum + of_sums : of_sums;
       }
     }
     return result;
@@ -218,7 +237,7 @@ AuxiliaryLosses auxiliary_losses(const Routing& routing, const torch::Tensor& co
                            given(routing.importance), given(routing.smooth_load),
                            given(routing.sequences.probability_sum), &routing, &counts, &options,
                            &communicator),
-      routing);
+      routing, options);
 }
 
 torch::Tensor weighted_sum(const AuxiliaryLosses& losses, const MoEOptions& options) {

@@ -13,6 +13,7 @@ struct AuxiliaryLosses {
   torch::Tensor importance_loss, load_loss;  ///< [], undefined but for Gate::kNoisyTopK
   torch::Tensor expert_load;                 ///< [E] int64
   torch::Tensor sequence_balance_loss;       ///< [], undefined without Routing::sequences
+  torch::Tensor mean_probabilities;          ///< [E], see MoEOutput
 };
 
 /// The losses of all ranks' tokens, from each rank's `routing` and `counts` [E] of its assignments, by
@@ -24,7 +25,8 @@ struct AuxiliaryLosses {
 AuxiliaryLosses auxiliary_losses(const Routing& routing, const torch::Tensor& counts,
                                  const MoEOptions& options, Communicator& communicator);
 
-/// Σ of those of the losses that `options` has coefficients for; undefined where there is none.
+/// Σ of those of the losses that `options` has coefficients for, but for the global balance loss; undefined where there
+/// is none.
 torch::Tensor weighted_sum(const AuxiliaryLosses& losses, const MoEOptions& options);
 
 }  // namespace anabranch

@@ -38,7 +38,7 @@ struct RuleHolder : torch::CustomClassHolder {
   std::shared_ptr<const Observer> observer = backward_observer();
 };
 
-/// What comes out of it, or the gradients of that; the last three have none. See Routing.
+/// What comes out of it, or the gradients of that; the last four have none. See Routing.
 struct Routed {
   torch::Tensor weights;
   torch::Tensor probability_sum;
@@ -47,10 +47,11 @@ struct Routed {
   torch::Tensor expert_ids;
   torch::Tensor counts;
   torch::Tensor first_nonfinite_token;
+  torch::Tensor bias_histogram;  ///< of no elements where it is not wanted
 
   auto tensors() {
     return std::tie(weights, probability_sum, squared_logsumexp_sum, sequence_probability_sum,
-                    expert_ids, counts, first_nonfinite_token);
+                    expert_ids, counts, first_nonfinite_token, bias_histogram);
   }
 };
 
@@ -102,6 +103,11 @@ struct Route : torch::autograd::Function<Route> {
     const RoutingSums sums = kernels.routing_sums(routed.probabilities, routed.logsumexp);
     const bool softmax = rule.router_score == RouterScore::kSoftmax;
     const int64_t sequences = holder->conditions.sequences;
+    const auto histogram =
+        holder->conditions.bias_histogram
+            ? kernels.bias_histogram(softmax ? routed.probabilities : logits.sigmoid(), rule,
+                                     holder->conditions)
+            : at::empty({0}, routed.counts.options());
     context->saved_data["rule"] = torch::IValue::make_capsule(holder);
     context->set_materialize_grads(false);
     context->save_for_backward(
@@ -109,10 +115,10 @@ struct Route : torch::autograd::Function<Route> {
                    routed.logsumexp, routed.padding_mask, gate_weight ? input : torch::Tensor(),
                    gate_weight.value_or(torch::Tensor()), split_weight}));
     context->mark_non_differentiable(
-        {routed.expert_ids, routed.counts, routed.first_nonfinite_token});
+        {routed.expert_ids, routed.counts, routed.first_nonfinite_token, histogram});
     return pack(Routed{routed.weights, sums.probabilities, sums.squared_logsumexp,
                        sequence_sums(routed.probabilities, sequences), routed.expert_ids,
-                       routed.counts, routed.first_nonfinite_token});
+                       routed.counts, routed.first_nonfinite_token, histogram});
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
@@ -187,6 +193,11 @@ void check_conditions(const RoutingConditions& conditions, at::IntArrayRef sizes
   };
   check(conditions.expert_ids, "expert_ids", {sizes[0], rule.top_k}, torch::kInt64);
   check(conditions.padding_mask, "padding_mask", {sizes[0]}, torch::kBool);
+  check_input(
+      !conditions.bias_histogram || (conditions.expert_bias.defined() && rule.expert_groups == 1 &&
+                                     rule.router_score != RouterScore::kSqrtSoftplus),
+      "route: bias_histogram takes an expert_bias, one group of experts and softmax or "
+      "sigmoid scores");
   const int64_t sequences = conditions.sequences;
   check_input(sequences >= 0 && (sequences == 0 || sizes[0] % sequences == 0), "route: ", sizes[0],
               " tokens in ", sequences, " sequences of equal length");
@@ -202,7 +213,8 @@ void check_bias(const torch::Tensor& expert_bias, const torch::Tensor& logits) {
 }
 
 Routing routed(const torch::Tensor& input, const torch::Tensor& gate_weight,
-               const RoutingRule& rule, const RoutingConditions& conditions) {
+               const RoutingRule& rule, const RoutingConditions& conditions,
+               bool ids_are_valid = false) {
   RoutingConditions contiguous = conditions;
   for (auto* tensor : {&contiguous.expert_bias, &contiguous.expert_ids, &contiguous.padding_mask}) {
     if (tensor->defined()) *tensor = tensor->detach().contiguous();
@@ -215,8 +227,8 @@ Routing routed(const torch::Tensor& input, const torch::Tensor& gate_weight,
   routing.counts = found.counts;
   routing.probability_sum = found.probability_sum;
   routing.squared_logsumexp_sum = found.squared_logsumexp_sum;
-  if (!conditions.expert_ids
-           .defined()) {  // ids from outside are checked by the exchange, as all else is
+  // Ids from outside are checked by the exchange, as all else is.
+  if (!conditions.expert_ids.defined() || ids_are_valid) {
     routing.first_nonfinite_token = found.first_nonfinite_token;
   }
   routing.may_skip = conditions.padding_mask.defined() || conditions.expert_ids.defined();
@@ -226,6 +238,9 @@ Routing routed(const torch::Tensor& input, const torch::Tensor& gate_weight,
   if (conditions.sequences > 0) {
     routing.sequences =
         sums_of_sequences(found.sequence_probability_sum, found.expert_ids, conditions);
+  }
+  if (conditions.bias_histogram) {
+    routing.bias_histogram = found.bias_histogram;
   }
   return routing;
 }
@@ -237,6 +252,13 @@ Routing route_rows(const torch::Tensor& x, const torch::Tensor& gate_weight,
   check_rule(rule, gate_weight.size(0), "route");
   check_conditions(conditions, {x.size(0), gate_weight.size(0)}, x.device(), rule);
   return routed(x, gate_weight, rule, conditions);
+}
+
+Routing route_chosen(const torch::Tensor& logits, const RoutingRule& rule,
+                     const RoutingConditions& conditions) {
+  check_rule(rule, logits.size(1), "route");
+  check_conditions(conditions, logits.sizes(), logits.device(), rule);
+  return routed(logits, {}, rule, conditions, /*ids_are_valid=*/true);
 }
 
 Routing route(const torch::Tensor& logits, const RoutingRule& rule,

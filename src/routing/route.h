@@ -9,4 +9,9 @@ namespace anabranch {
 Routing route_rows(const torch::Tensor& x, const torch::Tensor& gate_weight,
                    const RoutingRule& rule, const RoutingConditions& conditions = {});
 
+/// What `route` does with a choice, `conditions.expert_ids`, that a gate has made of the same logits: its ids are known to
+/// be valid, and nobody checks them.
+Routing route_chosen(const torch::Tensor& logits, const RoutingRule& rule,
+                     const RoutingConditions& conditions);
+
 }  // namespace anabranch

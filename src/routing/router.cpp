@@ -1,11 +1,14 @@
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/softplus.h>
 #include <ATen/ops/stack.h>
 #include <anabranch/router.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <utility>
 
+#include "routing/expert_choice.h"
 #include "routing/gate.h"
 #include "routing/noisy_top_k.h"
 #include "routing/route.h"
@@ -69,15 +72,41 @@ Routing sinkhorn(const torch::Tensor& x, const torch::Tensor& weight, const MoEO
   const auto rule = routing_rule(options);
   if (!training || conditions.expert_ids.defined()) return route_rows(x, weight, rule, conditions);
   const auto logits = gate_logits(x, weight);
-  RoutingConditions of_choice;
+  RoutingConditions of_choice;  // what it takes besides logits
   of_choice.padding_mask = conditions.padding_mask;
   const auto scaled = logits.detach() + sinkhorn_bias(logits.detach(), conditions.padding_mask);
   const auto choice = route(scaled, {.top_k = options.top_k, .renormalize = false}, of_choice);
   conditions.expert_ids = choice.expert_ids;
-  auto routing = route(logits, rule, conditions);
-  routing.first_nonfinite_token = choice.first_nonfinite_token;
+  auto routing = route_chosen(logits, rule, conditions);
   routing.may_skip = conditions.padding_mask.defined();
   return routing;
+}
+
+/// In training experts choose: [T, E] ids. A choice that is given has as many places for a token as it has.
+Routing expert_choice(const torch::Tensor& x, const torch::Tensor& weight,
+                      const MoEOptions& options, bool training, RoutingConditions conditions) {
+  auto rule = routing_rule(options);
+  const int64_t experts = options.num_experts;
+  const int64_t sequences = std::max<int64_t>(conditions.sequences, 1);
+  if (options.sequence_balance_coefficient == 0) conditions.sequences = 0;  // no sums are wanted
+  const auto given = conditions.expert_ids;
+  const bool wide = given.defined() ? given.dim() == 2 && given.size(1) == experts : training;
+  if (!wide) {
+    if (given.defined() && given.dim() == 2) rule.top_k = std::min(given.size(1), experts);
+    return route_rows(x, weight, rule, conditions);
+  }
+  const auto logits = gate_logits(x, weight);
+  const auto own = training
+                       ? choose_tokens(logits.detach(), rule, conditions.padding_mask, sequences)
+                       : at::constant_pad_nd(std::get<1>(logits.detach().topk(rule.top_k, 1)),
+                                             {0, experts - rule.top_k}, -1);
+  rule.top_k = experts;
+  if (given.defined()) {
+    conditions.expert_ids = given.where(given.narrow(1, 0, 1).ne(kOwnChoice), own);
+    return route(logits, rule, conditions);
+  }
+  conditions.expert_ids = own;
+  return route_chosen(logits, rule, conditions);
 }
 
 /// [T, top_k] the experts that nobody has chosen by their scores.
@@ -144,6 +173,10 @@ Routing RouterImpl::forward(const torch::Tensor& x, const RoutingConditions& con
 }
 
 void RouterImpl::update_expert_bias(const torch::Tensor& expert_load, double rate) {
+  if (options_.expert_bias_update == BiasUpdate::kQuantile) {
+    update_expert_bias_by_quantile(expert_bias, expert_load, options_.top_k, rate);
+    return;
+  }
   anabranch::update_expert_bias(expert_bias, expert_load, rate);
 }
 
@@ -171,6 +204,7 @@ Routing route_tokens(const torch::Tensor& x, const RouterParameters& parameters,
   }
   RoutingConditions conditions = given;
   conditions.expert_bias = own.expert_bias;
+  conditions.bias_histogram = training && options.expert_bias_update == BiasUpdate::kQuantile;
   Routing routing;
   switch (options.gate) {
     case Gate::kTopK:
@@ -184,6 +218,9 @@ Routing route_tokens(const torch::Tensor& x, const RouterParameters& parameters,
       break;
     case Gate::kSinkhorn:
       routing = sinkhorn(gate_input, weight, options, training, std::move(conditions));
+      break;
+    case Gate::kExpertChoice:
+      routing = expert_choice(gate_input, weight, options, training, std::move(conditions));
       break;
   }
   if (options.router_fp64) {
@@ -203,6 +240,31 @@ void update_expert_bias(torch::Tensor& expert_bias, const torch::Tensor& expert_
   const torch::NoGradGuard no_grad;
   const auto load = expert_load.to(expert_bias.device(), torch::kFloat64);
   expert_bias.add_((load.mean() - load).sign().to(expert_bias.scalar_type()), rate);
+}
+
+void update_expert_bias_by_quantile(torch::Tensor& expert_bias, const torch::Tensor& histogram,
+                                    int64_t top_k, double rate) {
+  check_input(expert_bias.defined(), "update_expert_bias: the router has no bias of its experts");
+  const int64_t experts = expert_bias.size(0);
+  check_input(histogram.defined() && histogram.sizes() == at::IntArrayRef({experts, kBiasBins}),
+              "update_expert_bias: the histogram is ",
+              histogram.defined() ? histogram.sizes() : at::IntArrayRef(), ", expected [", experts,
+              ", ", kBiasBins, "]");
+  check_input(rate >= 0 && rate <= 1, "update_expert_bias: rate = ", rate, ", expected 0 to 1");
+  const torch::NoGradGuard no_grad;
+  const auto counts = histogram.to(expert_bias.device(), torch::kFloat64);
+  const auto running = counts.cumsum(1);
+  const auto tokens = running.narrow(1, kBiasBins - 1, 1);  // [E, 1]
+  const auto wanted = tokens * (static_cast<double>(top_k) / static_cast<double>(experts));
+  const auto bin = running.lt(wanted).sum(1, /*keepdim=*/true).clamp_max(kBiasBins - 1);
+  const auto inside = counts.gather(1, bin).clamp_min(1);
+  const auto before = running.gather(1, bin) - counts.gather(1, bin);
+  const auto place = (bin + (wanted - before) / inside).squeeze(1);  // in bins
+  const auto old = expert_bias.to(torch::kFloat64);
+  const auto least = old.min() - 1;
+  auto found = least + place * ((old.max() + 1 - least) / static_cast<double>(kBiasBins));
+  found = old + rate * (found - found.mean() - old);
+  expert_bias.copy_(found.where(tokens.squeeze(1).gt(0), old));
 }
 
 }  // namespace anabranch

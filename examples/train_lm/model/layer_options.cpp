@@ -12,7 +12,8 @@ const std::map<std::string, anabranch::Gate>& gates() {
   static const std::map<std::string, Gate> all{{"top_k", Gate::kTopK},
                                                {"noisy_top_k", Gate::kNoisyTopK},
                                                {"gshard", Gate::kGShard},
-                                               {"sinkhorn", Gate::kSinkhorn}};
+                                               {"sinkhorn", Gate::kSinkhorn},
+                                               {"expert_choice", Gate::kExpertChoice}};
   return all;
 }
 
@@ -22,6 +23,13 @@ const std::map<std::string, anabranch::RouterScore>& router_scores() {
       {"softmax", RouterScore::kSoftmax},
       {"sigmoid", RouterScore::kSigmoid},
       {"sqrt_softplus", RouterScore::kSqrtSoftplus}};
+  return all;
+}
+
+const std::map<std::string, anabranch::BiasUpdate>& bias_updates() {
+  using anabranch::BiasUpdate;
+  static const std::map<std::string, BiasUpdate> all{{"sign", BiasUpdate::kSign},
+                                                     {"quantile", BiasUpdate::kQuantile}};
   return all;
 }
 
@@ -55,6 +63,7 @@ anabranch::MoEOptions layer_options(const Options& options, int64_t layer) {
   moe.renormalize = model.renormalize == "auto" ? model.top_k > 1 : model.renormalize == "yes";
   moe.routing_scale = model.routing_scale;
   moe.expert_bias = model.bias_rate > 0;
+  moe.expert_bias_update = bias_updates().at(model.bias_update);
   moe.expert_groups = model.expert_groups;
   moe.top_groups = model.top_groups;
   moe.group_score = group_scores().at(model.group_score);
@@ -62,6 +71,7 @@ anabranch::MoEOptions layer_options(const Options& options, int64_t layer) {
   moe.forced_routing = forced_routings().at(options.training.forced_routing);
   moe.jitter = options.training.jitter;
   moe.sequence_balance_coefficient = options.training.sequence_balance_loss;
+  moe.global_balance_coefficient = options.training.global_balance_loss;
   moe.glu = model.glu;
   moe.activation = model.glu ? anabranch::Activation::kSilu : anabranch::Activation::kGeluTanh;
   moe.bias = model.expert_biases;

@@ -12,6 +12,7 @@ namespace train_lm {
 // What the library's enumerations are called on the command line: as in its other languages and files.
 const std::map<std::string, anabranch::Gate>& gates();
 const std::map<std::string, anabranch::RouterScore>& router_scores();
+const std::map<std::string, anabranch::BiasUpdate>& bias_updates();
 const std::map<std::string, anabranch::GroupScore>& group_scores();
 const std::map<std::string, anabranch::ForcedRouting>& forced_routings();
 

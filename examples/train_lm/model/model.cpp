@@ -22,7 +22,8 @@ torch::Tensor further_losses(const anabranch::MoEOutput& output, const TrainingO
   for (const auto& [loss, coefficient] :
        {std::pair{output.importance_loss, training.importance_loss},
         std::pair{output.load_loss, training.load_loss},
-        std::pair{output.sequence_balance_loss, training.sequence_balance_loss}}) {
+        std::pair{output.sequence_balance_loss, training.sequence_balance_loss},
+        std::pair{output.global_balance_loss, training.global_balance_loss}}) {
     if (loss.defined() && coefficient > 0) add_to(sum, loss * coefficient);
   }
   return sum;
@@ -154,13 +155,25 @@ ModelOutput LanguageModelImpl::forward(const torch::Tensor& tokens,
   return result;
 }
 
-void LanguageModelImpl::update_expert_biases(const torch::Tensor& expert_load) {
+void LanguageModelImpl::begin_step(const std::shared_ptr<anabranch::Communicator>& replicas) {
+  for (auto& moe : moe_layers()) {
+    moe->set_expert_replicas(replicas);
+    moe->begin_step();
+  }
+}
+
+void LanguageModelImpl::update_expert_biases(const torch::Tensor& expert_load,
+                                             anabranch::Communicator& world) {
   if (options_.bias_rate == 0) {
     return;
   }
   int64_t layer = 0;
   for (auto& moe : moe_layers()) {
-    moe->update_expert_bias(expert_load[layer++], options_.bias_rate);
+    if (options_.bias_update == "quantile") {
+      moe->update_expert_bias(world, options_.bias_rate);
+    } else {
+      moe->update_expert_bias(expert_load[layer++], options_.bias_rate);
+    }
   }
 }
 

@@ -78,9 +78,11 @@ class LanguageModelImpl : public torch::nn::Module {
 
   /// [vocabulary, h]: logits are hidden · headᵀ.
   const torch::Tensor& head() const { return head_.defined() ? head_ : embedding_; }
+  /// What layers keep of a step's forwards begins anew; `replicas`: the ranks with copies of this rank's experts.
+  void begin_step(const std::shared_ptr<anabranch::Communicator>& replicas);
   /// Of each layer with experts the load of a step, [layers, experts] on its device, over all ranks:
-  /// moves their selection biases.
-  void update_expert_biases(const torch::Tensor& expert_load);
+  /// moves their selection biases. Collective.
+  void update_expert_biases(const torch::Tensor& expert_load, anabranch::Communicator& world);
   /// What routers draw in the forwards that follow depends on this and their layer alone.
   void seed_routers(uint64_t seed) { routing_seed_ = seed; }
   /// Of the layers with experts, in their order.

@@ -47,6 +47,9 @@ void check_experts(const ModelOptions& model) {
   at_least("--dense-hidden", model.dense_hidden, model.dense_layers > 0 ? 1 : 0);
   positive("--routing-scale", model.routing_scale);
   not_negative("--bias-rate", model.bias_rate);
+  require(model.bias_update == "sign" || (model.bias_rate > 0 && model.bias_rate <= 1),
+          "--bias-update quantile takes a --bias-rate of 0 to 1, how much of the new biases is "
+          "taken");
 }
 
 void add_attention_options(CLI::App& app, ModelOptions& model) {
@@ -95,6 +98,9 @@ void add_expert_options(CLI::App& app, ModelOptions& model) {
       ->check(CLI::IsMember(group_scores()));
   app.add_option("--bias-rate", model.bias_rate,
                  "balance by a selection bias that changes by so much a step; 0: none");
+  app.add_option("--bias-update", model.bias_update,
+                 "quantile: to what would have balanced the step, of which --bias-rate is taken")
+      ->check(CLI::IsMember(bias_updates()));
 }
 
 }  // namespace
@@ -162,6 +168,7 @@ void to_json(nlohmann::json& json, const ModelOptions& options) {
   add_unless(usual.expert_groups, "expert-groups", options.expert_groups, json);
   add_unless(usual.top_groups, "top-groups", options.top_groups, json);
   add_unless(usual.group_score, "group-score", options.group_score, json);
+  add_unless(usual.bias_update, "bias-update", options.bias_update, json);
 }
 
 }  // namespace train_lm

@@ -54,6 +54,8 @@ struct ModelOptions {
   std::string group_score = "top_two_sum";  ///< see anabranch::GroupScore
   /// What a step adds to the selection bias of experts with too few tokens: balance without a loss; 0: none.
   double bias_rate = 0;
+  std::string bias_update =
+      "sign";  ///< see anabranch::BiasUpdate; with "quantile" the rate is a share
 
   std::string dtype = "float32";
 

@@ -349,6 +349,28 @@ torch::Tensor route_backward_tokens(const RouteResult& routed, const RoutingRule
   return dlogits;
 }
 
+/// Of the tokens of one sequence those that one expert takes.
+template <typename scalar_t>
+class TokenChooser {
+ public:
+  /// `scores` and `ids` [length, E], from the expert's column on; `padding` may be null.
+  void choose(const scalar_t* scores, const bool* padding, int64_t length, int64_t experts,
+              int64_t top_k, int64_t expert, int64_t* ids) {
+    best_.clear();
+    for (int64_t t = 0; t < length; ++t) {
+      const scalar_t score = scores[t * experts];
+      if ((padding == nullptr || !padding[t]) && !std::isnan(score)) best_.emplace_back(-score, t);
+    }
+    const auto tokens = static_cast<int64_t>(best_.size());
+    const int64_t taken = std::min(tokens, (tokens * top_k + experts - 1) / experts);
+    std::nth_element(best_.begin(), best_.begin() + taken, best_.end());
+    for (int64_t i = 0; i < taken; ++i) ids[best_[i].second * experts] = expert;
+  }
+
+ private:
+  std::vector<std::pair<scalar_t, int64_t>> best_;  // scores negated, tokens
+};
+
 class CpuRoutingKernels final : public RoutingKernels {
  public:
   RouteResult route(const torch::Tensor& logits, const RoutingRule& rule,
@@ -387,6 +409,52 @@ class CpuRoutingKernels final : public RoutingKernels {
     const auto of_batch = batch_sums(counts, tokens, sums);
     return batch_losses(of_batch, of_batch.narrow(0, 0, counts.size(0)), top_k,
                         sums.probabilities.scalar_type());
+  }
+
+  torch::Tensor bias_histogram(const torch::Tensor& scores, const RoutingRule& rule,
+                               const RoutingConditions& conditions) const override {
+    const int64_t experts = scores.size(1);
+    const auto index = scores.options().dtype(torch::kInt64);
+    if (rule.top_k == experts) {  // whatever the biases, all have the same
+      return at::zeros({experts, kBiasBins}, index);
+    }
+    const auto& bias = conditions.expert_bias;
+    const auto best = std::get<0>((scores + bias).topk(rule.top_k + 1, 1));
+    const auto wanted = best.narrow(1, rule.top_k, 1) - scores;
+    const auto least = bias.min() - 1;
+    const auto bins = ((wanted - least) * (kBiasBins / (bias.max() + 1 - least)))
+                          .to(torch::kInt64)
+                          .clamp(0, kBiasBins - 1)
+                          .add_(at::arange(experts, index) * kBiasBins);
+    auto counted = wanted.isfinite().all(1);
+    if (conditions.padding_mask.defined()) {
+      counted = counted.logical_and(conditions.padding_mask.logical_not());
+    }
+    return bins.index({counted}).flatten().bincount({}, experts * kBiasBins).view({experts, -1});
+  }
+
+  torch::Tensor choose_tokens(const torch::Tensor& scores, const torch::Tensor& padding_mask,
+                              int64_t sequences, int64_t top_k) const override {
+    const int64_t experts = scores.size(1);
+    const int64_t length = scores.size(0) / sequences;
+    auto ids = at::full(scores.sizes(), -1, scores.options().dtype(torch::kInt64));
+    const bool* padding = address_or_null<bool>(padding_mask);
+    AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "choose_tokens", [&] {
+      const scalar_t* score = scores.const_data_ptr<scalar_t>();
+      int64_t* id = ids.data_ptr<int64_t>();
+      at::parallel_for(0, sequences * experts, rows_per_task(length),
+                       [&](int64_t begin, int64_t end) {
+                         TokenChooser<scalar_t> chooser;
+                         for (int64_t i = begin; i < end; ++i) {
+                           const int64_t first = i / experts * length;
+                           const int64_t expert = i % experts;
+                           chooser.choose(score + first * experts + expert,
+                                          padding == nullptr ? nullptr : padding + first, length,
+                                          experts, top_k, expert, id + first * experts + expert);
+                         }
+                       });
+    });
+    return ids;
   }
 
   torch::Tensor route_backward(const RouteResult& routed, const RoutingRule& rule,

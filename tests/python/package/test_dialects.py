@@ -201,7 +201,7 @@ CONFIGS = {
          "moe_latent_size": 2, "moe_router_dtype": "fp64", "moe_router_force_load_balancing": True, "moe_z_loss_coeff": 1e-3,
          "moe_router_load_balancing_type": ["seq_aux_loss", "global_aux_loss"], "moe_aux_loss_coeff": [1e-4, 1e-2]},
         dict(activation="quick_gelu", activation_limit=7.0, glu_offset=1.0, latent_size=2, router_fp64=True, forced_routing="random",
-             z_coefficient=1e-3, sequence_balance_coefficient=1e-4, balance_coefficient=1e-2),
+             z_coefficient=1e-3, sequence_balance_coefficient=1e-4, global_balance_coefficient=1e-2),
     ),
     "megablocks": (
         {"hidden_size": 8, "ffn_hidden_size": 5, "moe_num_experts": 4, "moe_top_k": 2, "mlp_type": "glu", "bias": False,

@@ -1,4 +1,6 @@
+#include <ATen/ops/aminmax.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
@@ -160,6 +162,45 @@ class CudaRoutingKernels final : public RoutingKernels {
                                sums.squared_logsumexp.const_data_ptr(), top_k, addresses_of(losses),
                                stream);
     return losses;
+  }
+
+  torch::Tensor bias_histogram(const torch::Tensor& scores, const RoutingRule& rule,
+                               const RoutingConditions& conditions) const override {
+    const OnDevice stream(scores);
+    const int64_t experts = scores.size(1);
+    auto histogram = at::zeros({experts, kBiasBins}, scores.options().dtype(torch::kInt64));
+    if (rule.top_k == experts) {  // whatever the biases, all have the same
+      return histogram;
+    }
+    const auto [least, largest] = at::aminmax(conditions.expert_bias);
+    const cuda::BiasScores given{
+        scores.const_data_ptr(), of_type_or_null<bool>(conditions.padding_mask),
+        conditions.expert_bias.const_data_ptr(), least.const_data_ptr(), largest.const_data_ptr()};
+    cuda::launch_bias_histogram(cuda::scalar_of(scores), scores.size(0), experts, rule.top_k, given,
+                                kBiasBins, histogram.data_ptr<int64_t>(), stream);
+    return histogram;
+  }
+
+  torch::Tensor choose_tokens(const torch::Tensor& scores, const torch::Tensor& padding_mask,
+                              int64_t sequences, int64_t top_k) const override {
+    const OnDevice stream(scores);
+    const int64_t tokens = scores.size(0);
+    const int64_t experts = scores.size(1);
+    auto ids = at::empty(scores.sizes(), scores.options().dtype(torch::kInt64));
+    const auto columns = scores.t().contiguous();
+    const auto thresholds =
+        at::empty({sequences * experts, static_cast<int64_t>(sizeof(cuda::TokenThreshold))},
+                  scores.options().dtype(torch::kByte));
+    const cuda::ChosenTokens chosen{tokens,
+                                    experts,
+                                    tokens / sequences,
+                                    scores.const_data_ptr(),
+                                    columns.const_data_ptr(),
+                                    of_type_or_null<bool>(padding_mask),
+                                    static_cast<cuda::TokenThreshold*>(thresholds.data_ptr())};
+    cuda::launch_token_thresholds(cuda::scalar_of(scores), chosen, top_k, stream);
+    cuda::launch_chosen_experts(cuda::scalar_of(scores), chosen, ids.data_ptr<int64_t>(), stream);
+    return ids;
   }
 
   torch::Tensor route_backward(const RouteResult& routed, const RoutingRule& rule,

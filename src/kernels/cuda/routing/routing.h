@@ -83,6 +83,45 @@ void launch_route_backward_of_scores(const RouteArguments& arguments, ScoreKind 
                                      const RouteInputs& inputs, const LogitGradient& gradient,
                                      cudaStream_t stream);
 
+// choice.cu
+
+/// What an expert takes of a sequence: scores above a key, and of those with it the tokens up to the last.
+struct TokenThreshold {
+  unsigned long long key;
+  int last;  ///< within the sequence
+};
+
+/// See RoutingKernels::choose_tokens.
+struct ChosenTokens {
+  int64_t tokens;
+  int64_t experts;
+  int64_t length;              ///< of a sequence
+  const void* scores;          ///< [T, E]
+  const void* columns;         ///< the same, [E, T]
+  const bool* padding;         ///< [T] or null
+  TokenThreshold* thresholds;  ///< [S, E]
+};
+
+/// Finds the thresholds.
+void launch_token_thresholds(Scalar scalar, const ChosenTokens& chosen, int64_t top_k,
+                             cudaStream_t stream);
+/// By them, `expert_ids` [T, E].
+void launch_chosen_experts(Scalar scalar, const ChosenTokens& chosen, int64_t* expert_ids,
+                           cudaStream_t stream);
+
+struct BiasScores {
+  const void* scores;        ///< [T, E]
+  const bool* padding;       ///< [T] or null
+  const void* bias;          ///< [E]
+  const void* least_bias;    ///< []
+  const void* largest_bias;  ///< []
+};
+
+/// Adds to `histogram` [E, bins], see RoutingKernels::bias_histogram; top_k < E.
+void launch_bias_histogram(Scalar scalar, int64_t tokens, int64_t experts, int64_t top_k,
+                           const BiasScores& given, int64_t bins, int64_t* histogram,
+                           cudaStream_t stream);
+
 // routing_sums.cu
 
 /// See RoutingKernels::routing_sums; `scratch` has routing_sums_scratch elements.

@@ -1,0 +1,300 @@
+#include "kernels/cuda/routing/routing.cuh"
+
+// What balances by order statistics: experts that choose tokens, and the histograms of biases that would have balanced.
+
+namespace anabranch::cuda {
+namespace {
+
+// Numbers in the order of the scores: 0 is nobody's but NaN's.
+
+__device__ unsigned key_of(float score) {
+  const unsigned bits = __float_as_uint(score + 0.0f);  // −0 is 0
+  return isnan(score) ? 0 : bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+}
+__device__ unsigned long long key_of(double score) {
+  const auto bits = static_cast<unsigned long long>(__double_as_longlong(score + 0.0));
+  return isnan(score) ? 0 : bits ^ (bits >> 63 ? ~0ull : 1ull << 63);
+}
+
+template <typename value_t>
+using key_t = decltype(key_of(value_t{}));
+
+/// Σ over the threads of a block, which all of them get. Three totals take turns, so that one is cleared while nobody
+/// adds to it or reads it.
+class BlockSum {
+ public:
+  /// `totals` [3] in shared memory.
+  __device__ explicit BlockSum(int* totals) : totals_(totals) {
+    if (threadIdx.x < 3) {
+      totals_[threadIdx.x] = 0;
+    }
+    __syncthreads();
+  }
+
+  __device__ int operator()(int own) {
+    own = __reduce_add_sync(kFullMask, own);
+    if (threadIdx.x % kWarp == 0) {
+      atomicAdd(&totals_[turn_], own);
+    }
+    __syncthreads();
+    const int total = totals_[turn_];
+    turn_ = (turn_ + 1) % 3;
+    if (threadIdx.x == 0) {
+      totals_[(turn_ + 1) % 3] = 0;
+    }
+    return total;
+  }
+
+ private:
+  int* totals_;
+  int turn_ = 0;
+};
+
+/// The scores of one expert for a sequence's tokens, as keys; of padding 0. kHeld of them are in a thread's registers,
+/// or with 0 they are read each time.
+template <typename value_t, int kHeld>
+class Column {
+ public:
+  __device__ Column(const value_t* scores, const bool* padding, int length)
+      : scores_(scores), padding_(padding), length_(length) {
+    if constexpr (kHeld > 0) {
+#pragma unroll
+      for (int r = 0; r < kHeld; ++r) {
+        held_[r] = read(threadIdx.x + r * blockDim.x);
+      }
+    }
+  }
+
+  /// How many of this thread's tokens there are for which `is_one(key, token)`.
+  template <typename Condition>
+  __device__ __forceinline__ int count(const Condition& is_one) const {
+    int found = 0;
+    if constexpr (kHeld > 0) {
+#pragma unroll
+      for (int r = 0; r < kHeld; ++r) {
+        found += is_one(held_[r], static_cast<int>(threadIdx.x + r * blockDim.x));
+      }
+    } else {
+      for (int token = threadIdx.x; token < length_; token += blockDim.x) {
+        found += is_one(read(token), token);
+      }
+    }
+    return found;
+  }
+
+ private:
+  /// 0 behind the last token.
+  __device__ __forceinline__ key_t<value_t> read(int token) const {
+    return token < length_ && !(padding_ != nullptr && padding_[token]) ? key_of(scores_[token])
+                                                                        : 0;
+  }
+
+  const value_t* scores_;
+  const bool* padding_;
+  int length_;
+  key_t<value_t> held_[kHeld > 0 ? kHeld : 1];
+};
+
+/// A block for each sequence and expert: the least key that it takes, found bit by bit from the highest, and the last
+/// token with that key.
+template <typename value_t, int kHeld>
+__global__ void __launch_bounds__(1024)
+    token_thresholds_kernel(const value_t* __restrict__ columns, const bool* padding,
+                            int64_t tokens, int length, int64_t top_k, TokenThreshold* thresholds) {
+  __shared__ int totals[3];
+  BlockSum sum(totals);
+  using Key = key_t<value_t>;
+  const int experts = static_cast<int>(gridDim.y);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * length;
+  const Column<value_t, kHeld> column(columns + blockIdx.y * tokens + first,
+                                      padding != nullptr ? padding + first : nullptr, length);
+  const int64_t candidates = sum(column.count([](Key key, int) { return key != 0; }));
+  const int64_t taken = min(candidates, (candidates * top_k + experts - 1) / experts);
+  Key least = taken == 0 ? ~Key{0} : Key{0};
+  int last = 0;
+  if (taken > 0) {
+    for (Key bit = Key{1} << (8 * sizeof(Key) - 1); bit != 0; bit >>= 1) {
+      const Key next = least | bit;
+      if (sum(column.count([=](Key key, int) { return key >= next; })) >= taken) {
+        least = next;
+      }
+    }
+    const int above = sum(column.count([=](Key key, int) { return key > least; }));
+    const int equal = sum(column.count([=](Key key, int) { return key == least; }));
+    const int wanted = static_cast<int>(taken) - above;  // of the equal ones, 1 at least
+    if (equal == wanted) {
+      last = length - 1;
+    } else {  // the largest number with fewer than wanted before it
+      for (int bit = 1 << (31 - __clz(length)); bit != 0; bit >>= 1) {
+        const int next = last | bit;
+        if (sum(column.count([=](Key key, int token) { return key == least && token < next; })) <
+            wanted) {
+          last = next;
+        }
+      }
+    }
+  }
+  if (threadIdx.x == 0) {
+    thresholds[static_cast<int64_t>(blockIdx.x) * experts + blockIdx.y] = {least, last};
+  }
+}
+
+/// A warp for each token.
+template <typename value_t>
+__global__ void __launch_bounds__(kThreads)
+    chosen_experts_kernel(const value_t* __restrict__ scores, const bool* padding, int64_t tokens,
+                          int64_t length, int experts,
+                          const TokenThreshold* __restrict__ thresholds, int64_t* expert_ids) {
+  const int64_t token = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
+  if (token >= tokens) {
+    return;
+  }
+  const bool kept = padding == nullptr || !padding[token];
+  const int64_t sequence = token / length;
+  const auto place = static_cast<int>(token - sequence * length);
+  for (int expert = threadIdx.x % kWarp; expert < experts; expert += kWarp) {
+    const TokenThreshold threshold = thresholds[sequence * experts + expert];
+    const unsigned long long key = key_of(scores[token * experts + expert]);
+    const bool taken =
+        kept && (key > threshold.key || (key == threshold.key && place <= threshold.last));
+    expert_ids[token * experts + expert] = taken ? expert : -1;
+  }
+}
+
+template <typename value_t>
+struct BiasBins {
+  const value_t* bias;
+  const value_t* least_bias;
+  const value_t* largest_bias;
+  int count;
+  unsigned long long* histogram;  // [E, count]
+};
+
+/// A few lanes for each token: what each expert's bias would have had to be for it, counted.
+template <typename value_t, int kLanes, int kPerLane>
+__global__ void __launch_bounds__(kThreads)
+    bias_histogram_kernel(const value_t* __restrict__ scores, const bool* padding, int64_t tokens,
+                          int experts, int top_k, BiasBins<value_t> bins) {
+  constexpr int kTokens = kThreads / kLanes;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokens + threadIdx.x / kLanes;
+  if (token >= tokens || (padding != nullptr && padding[token])) {
+    return;
+  }
+  const Lanes<value_t, kLanes> lanes;
+  const value_t* row = scores + token * experts;
+  value_t choices[kPerLane > 0 ? kPerLane : 1];
+  const auto for_each_expert = [&](const auto& body) {
+    if constexpr (kPerLane > 0) {
+#pragma unroll
+      for (int r = 0; r < kPerLane; ++r) {
+        const int expert = lanes.lane + r * kLanes;
+        if (expert < experts) {
+          body(expert, choices[r]);
+        }
+      }
+    } else {
+      for (int expert = lanes.lane; expert < experts; expert += kLanes) {
+        body(expert, choices[0] = row[expert] + bins.bias[expert]);
+      }
+    }
+  };
+  bool finite = true;
+  for_each_expert([&](int expert, value_t& choice) {
+    choice = row[expert] + bins.bias[expert];
+    finite = finite && isfinite(choice);
+  });
+  if (!lanes.all(finite)) {
+    return;
+  }
+  value_t cutoff = kInfinity<value_t>;  // the (top_k + 1)-th best choice
+  int cut = -1;
+  for (int i = 0; i <= top_k; ++i) {
+    value_t best = -kInfinity<value_t>;
+    int best_expert = kNobody;
+    for_each_expert([&](int expert, value_t choice) {
+      const bool after = choice < cutoff || (choice == cutoff && expert > cut);
+      if (after && choice > best) {
+        best = choice;
+        best_expert = expert;
+      }
+    });
+    lanes.best(best, best_expert);
+    cutoff = best;
+    cut = best_expert;
+  }
+  const value_t least = *bins.least_bias - 1;
+  const value_t scale = bins.count / (*bins.largest_bias + 1 - least);
+  for_each_expert([&](int expert, value_t) {
+    const auto bin = static_cast<int>((cutoff - row[expert] - least) * scale);
+    const int place = max(0, min(bin, bins.count - 1));
+    atomicAdd(&bins.histogram[static_cast<int64_t>(expert) * bins.count + place], 1ull);
+  });
+}
+
+}  // namespace
+
+void launch_token_thresholds(Scalar scalar, const ChosenTokens& chosen, int64_t top_k,
+                             cudaStream_t stream) {
+  if (chosen.tokens == 0) {
+    return;
+  }
+  const dim3 grid(grid_size(chosen.tokens / chosen.length), grid_size(chosen.experts));
+  const auto length = static_cast<int>(chosen.length);
+  dispatch_value(scalar, [&](auto zero) {
+    using value_t = decltype(zero);
+    const auto launch = [&]<int kHeld>(unsigned threads) {
+      token_thresholds_kernel<value_t, kHeld><<<grid, threads, 0, stream>>>(
+          static_cast<const value_t*>(chosen.columns), chosen.padding, chosen.tokens, length, top_k,
+          chosen.thresholds);
+    };
+    if (length <= 8 * 256) {
+      launch.template operator()<8>(256);
+    } else if (length <= 32 * 1024 && std::is_same_v<value_t, float>) {
+      launch.template operator()<32>(1024);
+    } else {
+      launch.template operator()<0>(1024);
+    }
+    check_launch("token_thresholds");
+  });
+}
+
+void launch_chosen_experts(Scalar scalar, const ChosenTokens& chosen, int64_t* expert_ids,
+                           cudaStream_t stream) {
+  if (chosen.tokens == 0) {
+    return;
+  }
+  dispatch_value(scalar, [&](auto zero) {
+    using value_t = decltype(zero);
+    const unsigned blocks = grid_size(divide_up(chosen.tokens, kThreads / kWarp));
+    chosen_experts_kernel<value_t><<<blocks, kThreads, 0, stream>>>(
+        static_cast<const value_t*>(chosen.scores), chosen.padding, chosen.tokens, chosen.length,
+        static_cast<int>(chosen.experts), chosen.thresholds, expert_ids);
+    check_launch("chosen_experts");
+  });
+}
+
+void launch_bias_histogram(Scalar scalar, int64_t tokens, int64_t experts, int64_t top_k,
+                           const BiasScores& given, int64_t bins, int64_t* histogram,
+                           cudaStream_t stream) {
+  if (tokens == 0) {
+    return;
+  }
+  dispatch_value(scalar, [&](auto zero) {
+    using value_t = decltype(zero);
+    const BiasBins<value_t> of_type{
+        static_cast<const value_t*>(given.bias), static_cast<const value_t*>(given.least_bias),
+        static_cast<const value_t*>(given.largest_bias), static_cast<int>(bins),
+        reinterpret_cast<unsigned long long*>(histogram)};
+    dispatch_experts(experts, [&](auto lanes, auto per_lane) {
+      constexpr int kLanes = decltype(lanes)::value;
+      const unsigned blocks = grid_size(divide_up(tokens, kThreads / kLanes));
+      bias_histogram_kernel<value_t, kLanes, decltype(per_lane)::value>
+          <<<blocks, kThreads, 0, stream>>>(static_cast<const value_t*>(given.scores),
+                                            given.padding, tokens, static_cast<int>(experts),
+                                            static_cast<int>(top_k), of_type);
+      check_launch("bias_histogram");
+    });
+  });
+}
+
+}  // namespace anabranch::cuda
