@@ -27,6 +27,8 @@ SMALL = (
 ).split()
 CHANGING = {"seconds", "tokens_per_second", "model_tflops", "step_seconds", "data_seconds", "memory"}
 NOISY = "--gate noisy_top_k --importance-loss 0.1 --load-loss 0.1 --jitter 0.1 --sequence-balance-loss 0.01".split()
+CHOSEN = "--gate expert_choice --renormalize no --global-balance-loss 0.1 --micro-batch 2".split()
+QUANTILE = "--router-score sigmoid --bias-rate 0.5 --bias-update quantile --dtype float64".split()
 NOT_COMPARED = {"balance_loss": 0, "z_loss": 0}
 COUNTED = {"ranks", "load", "imbalance", "imbalance_per_layer"}
 
@@ -87,10 +89,14 @@ def test_two_ranks_train_as_one(launcher, alone, tmp_path):
 
 
 @pytest.mark.skipif(not TRAIN_LM_CPP.exists(), reason="examples/train_lm is not built")
-@pytest.mark.parametrize("glu", [[], [*NOISY, "--glu", "--dtype", "float64"]], ids=["gelu", "noisy swiglu in fp64"])
-def test_it_is_the_twin_of_the_cpp_program(glu, tmp_path):
-    run(TRAIN_LM_CPP, "--data", PROJECT / "README.md", "--output", tmp_path / "cpp", "--sample-length", 0, *SMALL, *glu)
-    assert_same_training(train(ALONE, tmp_path / "python", *glu), metrics_of(tmp_path / "cpp"), ranks=1)
+@pytest.mark.parametrize(
+    "options",
+    [[], [*NOISY, "--glu", "--dtype", "float64"], CHOSEN, QUANTILE],
+    ids=["gelu", "noisy swiglu in fp64", "expert choice", "biases by quantile"],
+)
+def test_it_is_the_twin_of_the_cpp_program(options, tmp_path):
+    run(TRAIN_LM_CPP, "--data", PROJECT / "README.md", "--output", tmp_path / "cpp", "--sample-length", 0, *SMALL, *options)
+    assert_same_training(train(ALONE, tmp_path / "python", *options), metrics_of(tmp_path / "cpp"), ranks=1)
 
 
 @pytest.mark.skipif(not TRAIN_LM_CPP.exists(), reason="examples/train_lm is not built")
