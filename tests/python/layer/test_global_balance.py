@@ -183,3 +183,39 @@ def test_quantiles_are_those_of_all_ranks_tokens(size, expert_parallel, seed):
         new = torch.tensor(biases, dtype=torch.float64)
         assert ((new - (0.25 * bias + 0.75 * (exact - exact.mean()))).abs() < 1.51 * width).all()
         bias = new
+
+
+def test_megatrons_global_loss(seed):
+    utils = pytest.importorskip("megatron.core.transformer.moe.moe_utils")
+    alone = anabranch.groups.alone()
+    layer, load = layer_of(alone, **LOSSES), torch.zeros(EXPERTS, dtype=torch.float64)
+    for forwards, x in enumerate(batches(seed)[0], 1):
+        mine, theirs = (x.clone().requires_grad_() for _ in range(2))
+        scores = (theirs @ layer.router.weight.detach().T).sigmoid()
+        load += torch.bincount(scores.topk(TOP_K).indices.flatten(), minlength=EXPERTS)
+        probabilities = scores / scores.sum(-1, keepdim=True)
+        loss = utils.switch_load_balancing_loss_func(probabilities, load / forwards, len(x), TOP_K, EXPERTS, 1.0)
+        out = layer(mine)
+        torch.testing.assert_close(out.global_balance_loss, loss)
+        torch.autograd.backward([loss, out.global_balance_loss])
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_megatrons_quantiles(seed):
+    utils = pytest.importorskip("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(utils, "qb_dual_update"):
+        pytest.skip("this Megatron-Core has no quantile balancing")
+    layer = layer_of(anabranch.groups.alone(), **QUANTILES)
+    bias = layer.router.expert_bias.copy_(torch.linspace(-0.2, 0.2, EXPERTS)).clone()
+    x = batches(seed)[0, 0]
+    scores = (x @ layer.router.weight.detach().T).sigmoid()
+    ids, theirs = utils.qb_dual_update(scores, TOP_K, -bias)
+    out = layer(x)
+    assert torch.equal(out.expert_ids, ids)
+    layer.update_expert_bias(out.bias_histogram, 1.0)
+    # Theirs is the next order statistic, ours between it and the one before, but for the width of a bin.
+    cutoff = (scores + bias).sort(-1, descending=True).values[:, TOP_K : TOP_K + 1]
+    ordered = (cutoff - scores).sort(0).values
+    share = len(x) * TOP_K // EXPERTS
+    allowed = 2 * (ordered[share] - ordered[share - 1] + (2 + bias.max() - bias.min()) / 1000).max()
+    assert (layer.router.expert_bias + theirs - theirs.mean()).abs().max() <= allowed
