@@ -204,6 +204,7 @@ def moe_of(options, layer):
         renormalize=renormalize, routing_scale=options.routing_scale, expert_bias=options.bias_rate > 0,
         expert_bias_update=options.bias_update, expert_groups=options.expert_groups, top_groups=options.top_groups, group_score=options.group_score,
         router_fp64=options.router_fp64, jitter=options.jitter, forced_routing=options.forced_routing,
+        cross_node_limit=options.cross_node_limit, balance=options.balance, receive_rows_limit=options.receive_rows_limit,
         sequence_balance_coefficient=options.sequence_balance_loss, global_balance_coefficient=options.global_balance_loss,
         seed=seed_of(options.seed, "experts", layer), device=options.device, dtype=getattr(torch, options.dtype),
     )  # fmt: skip

@@ -32,7 +32,8 @@ from tqdm import tqdm
 DEFAULTS = MODEL | dict(  # those of `train_lm --help`, which says what they are
     output="output", device="cpu", steps=1600, batch_size=16, micro_batch=0, sequence_length=128, seed=1,
     learning_rate=3e-3, warmup=60, weight_decay=0.1, clip=1.0, balance_loss=0.01, z_loss=0.001, sequence_balance_loss=0.0,
-    global_balance_loss=0.0, importance_loss=0.0, load_loss=0.0, jitter=0.0, forced_routing="none", log_interval=10, validation_interval=100,
+    global_balance_loss=0.0, importance_loss=0.0, load_loss=0.0, jitter=0.0, forced_routing="none", cross_node_limit=0.0,
+    balance="off", receive_rows_limit=0, log_interval=10, validation_interval=100,
     validation_sequences=128,
 )  # fmt: skip
 ALWAYS = ("balance_loss", "z_loss")

@@ -12,6 +12,7 @@
 #include "communicator/peer_memory/layout.h"
 #include "experts/parts.h"
 #include "moe_options.h"
+#include "placement/slices.h"
 #include "support/check.h"
 
 // The step told once more, of sizes alone: what each stage makes and lets go, in the order of
@@ -56,7 +57,9 @@ struct Sizes {
   const MoEOptions& options;
   int64_t tokens;       // T
   int64_t ranks;        // W
-  int64_t experts;      // of this rank
+  int64_t experts;      // of this rank, or slices
+  int64_t slices;       // into which an expert is cut at most
+  int64_t inner;        // expert_hidden_size, of a slice its width
   int64_t assignments;  // P
   int64_t rows;         // R, and on average as many are sent
   int64_t part;         // rows of P that are in work at a time
@@ -76,13 +79,12 @@ struct Sizes {
     return options.device.is_cuda() && !ours && rows > 0 ? int64_t{32} << 20 : 0;
   }
   int64_t up_weight() const { return experts * up * options.hidden_size * element; }
-  int64_t down_weight() const {
-    return experts * options.hidden_size * options.expert_hidden_size * element;
-  }
+  int64_t down_weight() const { return experts * options.hidden_size * inner * element; }
   bool has_shared() const { return options.shared_expert_hidden_size > 0; }
   /// Places for a token's experts, of which those that are none hold nothing.
   int64_t slots() const {
-    return tokens * (options.gate == Gate::kExpertChoice ? options.num_experts : options.top_k);
+    return tokens * slices *
+           (options.gate == Gate::kExpertChoice ? options.num_experts : options.top_k);
   }
   int64_t shared_width() const { return options.shared_expert_hidden_size; }
   int64_t shared_up() const { return (options.glu ? 2 : 1) * shared_width(); }
@@ -98,15 +100,34 @@ double chance_of_rank(const MoEOptions& options, int64_t own) {
   return 1 - none;
 }
 
+/// The rank that holds most of experts; of several that do, the first.
+int64_t fullest_rank(const ExpertPlacement& placement, int64_t expert_hidden_size) {
+  int64_t fullest = 0, most = -1;
+  for (int64_t rank = 0; rank < placement.num_ranks; ++rank) {
+    int64_t width = 0;
+    for (int64_t local = 0; local < placement.local_experts(rank); ++local) {
+      width += slice_width(expert_hidden_size, placement.at(rank, local));
+    }
+    if (width > most) fullest = rank;
+    most = std::max(most, width);
+  }
+  return fullest;
+}
+
 Sizes::Sizes(const MoEOptions& given, int64_t tokens, int64_t ranks, double load)
     : options(given), tokens(tokens), ranks(ranks) {
-  experts = ExpertPlacement{options.num_experts, ranks}.local_experts(0);
+  const ExpertPlacement placement = placement_of(options, ranks);
+  const int64_t rank = fullest_rank(placement, options.expert_hidden_size);
+  experts = placement.local_experts(rank);
+  slices = placement.most_slices();
+  const HeldExpert held = experts > 0 ? placement.at(rank, 0) : HeldExpert();
+  inner = slice_width(options.expert_hidden_size, held);
   const bool bounded = ranks > 1 && options.receive_capacity > 0;
   if (bounded) {
     load = options.receive_capacity;
   }
   const auto all = static_cast<double>(tokens * ranks);
-  const auto balanced = static_cast<double>(tokens * options.top_k);
+  const auto balanced = static_cast<double>(tokens * options.top_k * held.slices);
   assignments =
       std::min(std::lround(load * balanced), tokens * ranks * std::min(options.top_k, experts));
   rows = ranks == 1 ? tokens
@@ -116,7 +137,7 @@ Sizes::Sizes(const MoEOptions& given, int64_t tokens, int64_t ranks, double load
   const int64_t parts =
       std::min(most_parts(options.device, assignments), std::max<int64_t>(1, experts));
   part = assignments * ((experts + parts - 1) / parts) / std::max<int64_t>(1, experts);
-  up = (options.glu ? 2 : 1) * options.expert_hidden_size;
+  up = (options.glu ? 2 : 1) * inner;
   element = static_cast<int64_t>(c10::elementSize(options.dtype));
   wide = static_cast<int64_t>(c10::elementSize(at::toOpMathType(options.dtype)));
   staged = ranks > 1 && !(options.device.is_cuda() && ranks <= peer::kMaxRanks);
@@ -160,7 +181,7 @@ void route(Ledger& memory, const Sizes& z) {
   } else {
     memory.release("router: input in its type");
   }
-  memory.hold("routing", logits + z.tokens * z.wide + z.slots() * (8 + z.wide));
+  memory.hold("routing", logits + z.tokens * z.wide + z.slots() / z.slices * (8 + z.wide));
   if (o.gate != Gate::kNoisyTopK) {
     memory.release("router: logits");
   }
@@ -215,7 +236,7 @@ void feed_forward(Ledger& memory, const Sizes& z) {
   if (z.options.recompute) {
     memory.hold("a part's hidden", z.of_part(z.up));
   }
-  memory.hold("a part's activation", z.of_part(z.options.expert_hidden_size));
+  memory.hold("a part's activation", z.of_part(z.inner));
   memory.release("a part's rows");
   memory.release("a part's hidden");
   if (z.part == z.assignments) {
@@ -299,7 +320,7 @@ void feed_forward_backward(Ledger& memory, const Sizes& z) {
       memory.release("a part's rows");
     }
     memory.hold("a part's gradient", z.of_part(h));
-    memory.hold("a part's activation", z.of_part(z.options.expert_hidden_size));
+    memory.hold("a part's activation", z.of_part(z.inner));
   };
   const auto end_of_down = [&] {
     memory.release("a part's gradient");
@@ -410,8 +431,6 @@ MemoryPlan plan_memory(const MoEOptions& options, int64_t tokens, int64_t ranks,
   check_input(ranks >= 1, "plan_memory: ranks = ", ranks, ", expected at least 1");
   check_input(std::isfinite(load) && load >= 0, "plan_memory: load = ", load,
               ", expected 0 or more");
-  check_input(options.placement == "blocks", "plan_memory: placement = '", options.placement,
-              "', expected blocks");
   const Sizes sizes(options, tokens, ranks, load);
   MemoryPlan result;
   result.parameters = parameters_of(sizes);

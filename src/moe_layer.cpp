@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "balance/balancer.h"
-#include "balance/shadows.h"
+#include "balance/lending.h"
 #include "engine_agreement.h"
 #include "exchange/chunks.h"
 #include "exchange/late_refusals.h"
@@ -26,6 +26,7 @@
 #include "kernels/rows.h"
 #include "moe_options.h"
 #include "overlap_choice.h"
+#include "placement/nodes.h"
 #include "placement/slices.h"
 #include "routing/auxiliary_losses.h"
 #include "routing/global_balance.h"
@@ -231,46 +232,52 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
   }
 };
 
-/// Tokens that stay on their rank, with the experts whose weights come to them.
-struct Staying {
-  Routing routing;  ///< ids are places among the shadows
-  Shadows shadows;
+/// Tokens of lent experts, and the experts of this step.
+struct Lent {
+  SplitRouting split;
+  Borrowed borrowed;
 };
 
-/// Decides what travels. Where weights do, `plan` becomes that of the tokens that still travel, and the others
+/// Decides what travels. Where weights do, `plan` becomes that of the tokens that go to owners, and the others
 /// are returned. Collective.
-std::optional<Staying> let_weights_travel(Balancer& balancer, const Exchange& exchange,
-                                          const MoEParameters& parameters,
-                                          const FeedForward& expert, const Routing& routing,
-                                          const torch::Tensor& rows, PendingPlan& plan) {
+std::optional<Lent> let_weights_travel(Balancer& balancer, const Exchange& exchange,
+                                       const MoEParameters& parameters, const FeedForward& expert,
+                                       const Routing& routing, const torch::Tensor& rows,
+                                       PendingPlan& plan) {
   if (!balancer.is_on()) {
     return std::nullopt;
   }
   Communicator& communicator = exchange.communicator();
   const auto counts = communicator.all_gather(plan.source_counts());
   plan.get();
-  const auto& shadowed =
-      balancer.choose(counts.cpu(), expert, parameters.experts, communicator).experts;
-  if (shadowed.empty()) {
+  const auto& loans = balancer.choose(counts.cpu(), expert, parameters.experts, communicator).loans;
+  if (loans.empty()) {
     return std::nullopt;
   }
-  const auto split = split_routing(routing, shadowed, exchange.placement(), communicator.rank());
-  plan = exchange.begin_plan(split.travelling, rows);
-  return Staying{split.staying,
-                 bring_shadows(parameters.experts, parameters.main_grad, shadowed, exchange)};
+  auto split = split_routing(routing, loans, exchange);
+  plan = exchange.begin_plan(split.owned, rows);
+  return Lent{std::move(split), borrow(parameters.experts, parameters.main_grad, loans, exchange)};
 }
 
-/// As ThroughExperts, of a rank alone.
-torch::Tensor through_shadows(const torch::Tensor& x, const Staying& staying,
-                              const FeedForward& expert, bool recompute,
-                              const std::shared_ptr<OverlapChoice>& overlap) {
-  const auto& [routing, shadows] = staying;
-  const auto& [up, down] = shadows.experts;
-  const Exchange alone(make_self_communicator(), up.weight.size(0));
-  const auto step = c10::make_intrusive<Step>(alone, alone.plan(routing), expert, shadows.sums,
-                                              recompute, overlap, OverlapChoice::Way());
-  return ThroughExperts::apply(x, routing.weights, up.weight, down.weight, given(up.bias),
-                               given(down.bias), step);
+/// As ThroughExperts, to the borrowers. `noted`: the rounds of the other tokens, which become the most of both.
+torch::Tensor through_borrowers(const torch::Tensor& x, const Lent& lent, const FeedForward& expert,
+                                const MoEOptions& options,
+                                const std::shared_ptr<OverlapChoice>& overlap, int64_t& noted) {
+  const Exchange& exchange = *lent.split.exchange;
+  const auto& [own, experts, sums] = lent.borrowed;
+  const Routing& routing = lent.split.lent;
+  auto plan = exchange.plan(routing, x);
+  const int64_t rounds = count_rounds(plan, options.receive_rows_limit, exchange.communicator());
+  noted = std::max(noted, rounds);
+  const auto weights = exchange.slot_weights(routing.weights);
+  if (rounds > 1) {
+    return through_experts_in_rounds(x, weights, experts, sums, expert, exchange,
+                                     in_rounds(plan, rounds));
+  }
+  const auto step = c10::make_intrusive<Step>(exchange, std::move(plan), expert, sums,
+                                              options.recompute, overlap, OverlapChoice::Way());
+  return ThroughExperts::apply(x, weights, experts.up.weight, experts.down.weight,
+                               given(experts.up.bias), given(experts.down.bias), step);
 }
 
 /// The sequences that lie along the last dimension before h, or all tokens as one.
@@ -317,20 +324,35 @@ MoEFunction::MoEFunction(const MoEOptions& options, std::shared_ptr<Communicator
       overlap_(std::make_shared<OverlapChoice>(options)),
       balancer_(std::make_shared<Balancer>(options, exchange_.placement())) {
   check_receive_rows_limit(options_, exchange_.communicator().size());
+  if (options_.cross_node_limit > 0) {
+    nodes_ = nodes_of_ranks(*communicator);
+    find_near_experts();
+  }
 }
 
-MoEFunction::MoEFunction(const MoEOptions& options, const Exchange& exchange)
+MoEFunction::MoEFunction(const MoEOptions& options, const Exchange& exchange,
+                         std::vector<int> nodes)
     : options_(checked(options)),
       exchange_(exchange),
       engine_(make_grouped_gemm_engine(options.device, options.engine)),
       overlap_(std::make_shared<OverlapChoice>(options)),
-      balancer_(std::make_shared<Balancer>(options, exchange_.placement())) {}
+      balancer_(std::make_shared<Balancer>(options, exchange_.placement())),
+      nodes_(std::move(nodes)) {
+  find_near_experts();
+}
+
+void MoEFunction::find_near_experts() {
+  if (!nodes_.empty()) {
+    near_experts_ = experts_of_node(exchange_.placement(), nodes_, exchange_.communicator().rank())
+                        .to(options_.device);
+  }
+}
 
 MoEFunction MoEFunction::with(torch::Dtype dtype, torch::Device device) const {
   MoEOptions options = options_;
   options.dtype = dtype;
   options.device = device;
-  return {options, exchange_};
+  return {options, exchange_, nodes_};
 }
 
 Routing MoEFunction::routing_of(const RouterParameters& parameters, const torch::Tensor& x,
@@ -339,6 +361,9 @@ Routing MoEFunction::routing_of(const RouterParameters& parameters, const torch:
   const bool by_sequences =
       options_.sequence_balance_coefficient > 0 || options_.gate == Gate::kExpertChoice;
   conditions.sequences = by_sequences ? sequences_of(x, tokens.size(0)) : 0;
+  if (!conditions.near_experts.defined()) {
+    conditions.near_experts = near_experts_;
+  }
   return route_tokens(tokens, parameters, options_, training, conditions);
 }
 
@@ -396,16 +421,16 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
     none.expert_load = source_counts;
     return none;
   });
-  const auto staying =
+  const auto lent =
       let_weights_travel(*balancer_, exchange_, parameters, expert, routing, rows, plan);
   // Rows in one piece that nothing is left to compute beside set out while the plan is made.
   const bool with_plan =
       options_.receive_rows_limit == 0 && (degree == 0 || (degree == 1 && (!shared || ahead)));
   const auto received = with_plan && !plan.is_made() ? plan.dispatch(rows) : torch::Tensor();
-  const int64_t rounds = count_rounds(plan.get(), options_.receive_rows_limit, communicator);
-  balancer_->note_rounds(rounds);
+  int64_t rounds = count_rounds(plan.get(), options_.receive_rows_limit, communicator);
   const auto experts =
-      with_biases_once(parameters.experts, exchange_.placement(), communicator.rank());
+      lent ? lent->borrowed.own
+           : with_biases_once(parameters.experts, exchange_.placement(), communicator.rank());
   const auto& [up, down] = experts;
   const auto weights = exchange_.slot_weights(routing.weights);
   torch::Tensor y;
@@ -429,9 +454,10 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
                               given(down.bias), step);
     overlap_->note(way, /*backward=*/false, std::move(begin), tokens.device());
   }
-  if (staying.has_value()) {
-    y = y + through_shadows(rows, *staying, expert, options_.recompute, overlap_);
+  if (lent.has_value() && lent->split.exchange.has_value()) {
+    y = y + through_borrowers(rows, *lent, expert, options_, overlap_, rounds);
   }
+  balancer_->note_rounds(rounds);
   if (latent) {
     y = torch::linear(y, parameters.latent_up);
   }
@@ -451,6 +477,7 @@ void MoEFunction::place(const ExpertPlacement& placement) {
   options_.placement = placement.describe();
   exchange_ = exchange_.with(placement);
   balancer_->place(placement);
+  find_near_experts();
 }
 
 namespace {

@@ -62,6 +62,17 @@ void check_losses(const MoEOptions& options) {
               "MoEOptions: attach_losses without a loss's coefficient");
 }
 
+void check_cross_node_limit(const MoEOptions& options) {
+  check_input(options.cross_node_limit >= 0 && options.cross_node_limit <= 1,
+              "MoEOptions: cross_node_limit = ", options.cross_node_limit,
+              ", expected 0 (none) or a share up to 1");
+  check_input(
+      options.cross_node_limit == 0 || (options.gate == Gate::kTopK && options.expert_groups == 1 &&
+                                        options.forced_routing == ForcedRouting::kNone),
+      "MoEOptions: cross_node_limit takes gate top_k, one group of experts and no "
+      "forced_routing");
+}
+
 /// Gates of their own rules go with no others.
 void check_gate(const MoEOptions& options) {
   if (options.gate == Gate::kTopK) {
@@ -101,6 +112,7 @@ const MoEOptions& checked(const MoEOptions& options) {
   check_rule(routing_rule(options), options.num_experts, "MoEOptions");
   check_gate(options);
   check_bias_update(options);
+  check_cross_node_limit(options);
   check_router_learns(options);
   check_activation(options);
   check_losses(options);
@@ -169,6 +181,7 @@ ExpertPlacement placement_of(const MoEOptions& options, int64_t num_ranks) {
   check_slices(placement, options.expert_hidden_size);
   check_input(placement.most_slices() == 1 || options.balance == "off", "MoEOptions: balance = '",
               options.balance, "' of experts in slices, expected off");
+  gathered_ranks(options, num_ranks);
   return placement;
 }
 

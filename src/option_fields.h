@@ -46,6 +46,7 @@ inline constexpr std::tuple kOptionFields = {
     OptionField{"forced_routing", &MoEOptions::forced_routing},
     OptionField{"router_fp64", &MoEOptions::router_fp64},
     OptionField{"jitter", &MoEOptions::jitter},
+    OptionField{"cross_node_limit", &MoEOptions::cross_node_limit},
     OptionField{"balance_coefficient", &MoEOptions::balance_coefficient},
     OptionField{"sequence_balance_coefficient", &MoEOptions::sequence_balance_coefficient},
     OptionField{"global_balance_coefficient", &MoEOptions::global_balance_coefficient},

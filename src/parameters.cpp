@@ -34,8 +34,7 @@ HeldExpert ParallelParameter::held(int64_t local) const {
   if (placement == nullptr) {
     return {place};
   }
-  int64_t rank = 0;
-  while (placement->first_place(rank + 1) <= place) ++rank;
+  const int64_t rank = placement->rank_of(place);
   return placement->at(rank, place - placement->first_place(rank));
 }
 

@@ -58,11 +58,14 @@ Measured measure(const MoEOptions& options, int64_t tokens, Random& random) {
   found.forward = meter.take_most() - before;
   out.output.backward(dy);
   found.backward = meter.take_most() - before;
-  const ExpertPlacement placement{options.num_experts, world()->size()};
-  const auto received = out.expert_load.narrow(0, placement.first_place(world()->rank()),
-                                               placement.local_experts(world()->rank()));
-  found.load = static_cast<double>(received.sum().item<int64_t>()) /
-               static_cast<double>(tokens * options.top_k);
+  const auto& placement = layer->exchange().placement();
+  const int rank = world()->rank();
+  int64_t received = 0;
+  for (int64_t local = 0; local < placement.local_experts(rank); ++local) {
+    received += out.expert_load[placement.at(rank, local).expert].item<int64_t>();
+  }
+  found.load = static_cast<double>(received) /
+               static_cast<double>(tokens * options.top_k * placement.at(rank, 0).slices);
   return found;
 }
 
@@ -110,6 +113,30 @@ TEST_F(MemoryPlanTest, OfOtherLayers) {
   expect_foreseen(shared, 1200);
   shared.shared_expert_gate = true;
   expect_foreseen(shared, 1200);
+}
+
+TEST_F(MemoryPlanTest, OfPlacedExperts) {
+  auto options = options_of(torch::kFloat32);
+  options.placement = "movable";
+  expect_foreseen(options, 1000);
+  options.num_experts = 1;
+  options.top_k = 1;
+  options.renormalize = false;
+  options.placement = "sliced";  // of 3 ranks each has a third
+  expect_foreseen(options, 1000);
+}
+
+TEST_F(MemoryPlanTest, OfTheRankThatHoldsMost) {
+  auto options = options_of(torch::kFloat32);
+  options.num_experts = 2;
+  options.placement = "sliced";  // halves of one expert, and all of the other
+  const auto bytes = [&](int64_t ranks) {
+    return total_bytes(plan_memory(options, 0, ranks).parameters);
+  };
+  EXPECT_EQ(bytes(3), bytes(2));
+  EXPECT_LT(bytes(4), bytes(3));
+  options.placement = "0,1;";
+  EXPECT_GT(bytes(2), total_bytes(plan_memory(options_of(torch::kFloat32), 0, 12).parameters));
 }
 
 TEST_F(MemoryPlanTest, OfARoomForAnyRouting) {

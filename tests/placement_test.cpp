@@ -5,6 +5,7 @@
 #include <anabranch/optimizers.h>
 #include <gtest/gtest.h>
 
+#include "placement/nodes.h"
 #include "support/devices.h"
 #include "support/placements.h"
 #include "support/shared_directory.h"
@@ -14,6 +15,18 @@
 
 namespace anabranch::test {
 namespace {
+
+TEST(ExpertPlacement, SaysWhichExpertsLieOnANode) {
+  const auto placement = ExpertPlacement::parse("0,3;2/0:2;2/1:2,1", 4, 3);
+  const auto experts = [&](const std::vector<int>& nodes, int64_t rank) {
+    return experts_of_node(placement, nodes, rank).nonzero().flatten();
+  };
+  EXPECT_TRUE(experts({0, 0, 0}, 1).equal(torch::arange(4)));
+  EXPECT_TRUE(experts({0, 1, 1}, 0).equal(torch::tensor({0, 3})));
+  EXPECT_TRUE(experts({0, 1, 1}, 2).equal(torch::tensor({1, 2})));
+  EXPECT_TRUE(
+      experts({0, 1, 0}, 2).equal(torch::tensor({0, 1, 3})));  // of 2 a slice lies elsewhere
+}
 
 TEST(ExpertPlacement, SlicesShareOutRanksEvenly) {
   EXPECT_TRUE(ExpertPlacement::sliced(4, 4).is_blocks());
@@ -45,6 +58,7 @@ TEST(ExpertPlacement, NumbersPlacesByRank) {
     for (int64_t rank = 0; rank < placement.num_ranks; ++rank) {
       EXPECT_EQ(placement.first_place(rank), place);
       for (int64_t local = 0; local < placement.local_experts(rank); ++local, ++place) {
+        EXPECT_EQ(placement.rank_of(place), rank);
         const HeldExpert held = placement.at(rank, local);
         EXPECT_EQ(placement.all()[place], held);
         EXPECT_EQ(placement.place_of_experts()[held.expert] == place, held.slice == 0);
@@ -219,6 +233,51 @@ TEST(PlacedLayer, HasTheNormOfAllItsExperts) {
   for (auto& parameter : layer->parameters()) parameter.mutable_grad() = parameter.detach().clone();
   EXPECT_NEAR(gradient_norm(*layer, parallel_groups()), std::sqrt(squares),
               1e-5 * std::sqrt(squares));
+}
+
+TEST(PlacedLayer, LeavesFewChoicesToOtherNodes) {
+  Random random(test_seed());
+  for (const double limit : {0.0, 1e-9, 0.25}) {
+    auto options = options_of(random);
+    options.num_experts = 2 * world()->size();
+    options.top_k = 2;
+    options.renormalize = true;
+    options.cross_node_limit = limit;
+    MoELayer layer(options, world());
+    const int64_t tokens = world()->rank() == 1 ? 0 : 40;
+    const auto x = on_device(random.normal({tokens, options.hidden_size}, torch::kFloat32));
+    const auto first = 2 * world()->rank();
+    const auto experts = torch::arange(options.num_experts);
+    RoutingConditions conditions;  // as if every rank were a node
+    conditions.near_experts = on_device((experts >= first).logical_and(experts < first + 2));
+    const auto out = layer->forward(x, conditions);
+    const auto ids = out.expert_ids.cpu();
+    const auto far = (ids < first).logical_or(ids >= first + 2).sum().item<int64_t>();
+    if (limit > 0) {
+      EXPECT_LE(static_cast<double>(far), limit * static_cast<double>(2 * tokens));
+    } else {
+      EXPECT_EQ(far > 0, tokens > 0 && world()->size() > 1);
+    }
+    Routing routing;
+    routing.expert_ids = out.expert_ids;
+    routing.weights = out.expert_weights.detach();
+    EXPECT_TRUE(identical(layer->forward(x, routing).output, out.output));
+    const auto free = layer->forward(x);  // all ranks of this test are on one node
+    layer->eval();
+    EXPECT_TRUE(free.expert_ids.equal(layer->forward(x).expert_ids));
+  }
+}
+
+TEST(PlacedLayer, RefusesCrossNodeLimits) {
+  Random random(test_seed());
+  auto options = options_of(random);
+  for (const double limit : {-0.1, 1.1, std::nan("")}) {
+    options.cross_node_limit = limit;
+    EXPECT_INPUT_ERROR(MoELayer(options, world()), "cross_node_limit");
+  }
+  options.cross_node_limit = 0.5;
+  options.forced_routing = ForcedRouting::kRandom;
+  EXPECT_INPUT_ERROR(MoELayer(options, world()), "cross_node_limit takes gate top_k");
 }
 
 TEST(PlacedLayer, InSlicesIsNotForMuon) {

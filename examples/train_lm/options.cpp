@@ -56,6 +56,15 @@ void add_run_options(CLI::App& app, Options& options) {
   app.add_option("--move-experts", options.move_experts,
                  "steps after which experts move between ranks so that these have equal loads; 0: "
                  "none");
+  app.add_option(
+      "--balance", options.balance,
+      "what travels where experts have more than their share: off, tokens; or experts' "
+      "weights, where that is shorter by nominal (shadow) or measured rates (auto), until "
+      "ranks have equal loads (replicas), or among all or groups of N ranks (gather, "
+      "gather:N)");
+  app.add_option("--receive-rows-limit", options.receive_rows_limit,
+                 "tokens that a rank receives at a time, in rounds where they are more; 0: any "
+                 "number");
   app.add_option("--micro-batch", options.micro_batch,
                  "sequences of a rank at a time, whose gradients are summed; 0: all of a step's");
   app.add_flag("--shard-optimizer", options.shard_optimizer,
@@ -177,6 +186,7 @@ void check_options(const Options& options, int64_t ranks) {
           "--expert-parallel ", options.expert_parallel, " does not divide the number of ranks, ",
           ranks);
   at_least("--move-experts", options.move_experts, 0);
+  at_least("--receive-rows-limit", options.receive_rows_limit, 0);
   at_least("--micro-batch", options.micro_batch, 0);
   at_least("--deadline", options.deadline, 1);
   at_least("--log-interval", options.log_interval, 1);

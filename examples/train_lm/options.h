@@ -37,6 +37,8 @@ struct Options {
   int64_t expert_parallel = 0;  ///< ranks that share one set of experts; 0: all
   std::string all_to_all = "flat";
   int64_t move_experts = 0;         ///< steps between moves of experts to other ranks; 0: none
+  std::string balance = "off";      ///< what travels where load is skewed, see MoEOptions
+  int64_t receive_rows_limit = 0;   ///< rows that a rank receives at a time; 0: any number
   int64_t micro_batch = 0;          ///< sequences of a rank at a time; 0: all of its share
   bool shard_optimizer = false;     ///< over the ranks that have a parameter (ZeRO-1)
   std::string recompute = "none";   ///< in backward: "experts", or the whole "block"

@@ -32,6 +32,9 @@ void add_training_options(CLI::App& app, TrainingOptions& training) {
   app.add_flag("--router-fp64", training.router_fp64, "logits, scores and weights in fp64");
   app.add_option("--jitter", training.jitter,
                  "routers see a token times noise of 1 ± so much (Switch Transformer)");
+  app.add_option("--cross-node-limit", training.cross_node_limit,
+                 "the share of a rank's choices of experts that may leave its node, the others "
+                 "choose again within it (FasterMoE); another model. 0: any");
   app.add_option("--forced-routing", training.forced_routing,
                  "experts that no router has chosen, to measure speed")
       ->check(CLI::IsMember(forced_routings()));
@@ -80,6 +83,7 @@ void to_json(nlohmann::json& json, const TrainingOptions& options) {
   add_unless(usual.load_loss, "load-loss", options.load_loss, json);
   add_unless(usual.router_fp64, "router-fp64", options.router_fp64, json);
   add_unless(usual.jitter, "jitter", options.jitter, json);
+  add_unless(usual.cross_node_limit, "cross-node-limit", options.cross_node_limit, json);
   add_unless(usual.forced_routing, "forced-routing", options.forced_routing, json);
 }
 

@@ -28,6 +28,7 @@ struct TrainingOptions {
   double load_loss = 0;
   bool router_fp64 = false;
   double jitter = 0;                        ///< of what routers see
+  double cross_node_limit = 0;              ///< share of choices that may leave a node; 0: any
   std::string forced_routing = "none";      ///< see anabranch::ForcedRouting
   std::string optimizer = "adamw";          ///< or "muon"
   std::string optimizer_state = "float32";  ///< or "bfloat16", rounded stochastically

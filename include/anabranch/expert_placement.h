@@ -38,6 +38,8 @@ struct ExpertPlacement {
   int64_t local_experts(int64_t rank) const;
   int64_t first_place(int64_t rank) const;
   int64_t num_places() const { return first_place(num_ranks); }
+  /// Which rank has that place.
+  int64_t rank_of(int64_t place) const;
   HeldExpert at(int64_t rank, int64_t local) const {
     return is_blocks() ? HeldExpert{first_place(rank) + local} : held[rank][local];
   }

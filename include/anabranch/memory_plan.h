@@ -32,9 +32,9 @@ struct MemoryPlan {
 /// The sum of their bytes.
 int64_t total_bytes(const std::vector<MemoryPlan::Item>& items);
 
-/// What rank 0 of `ranks`, which has no fewer experts than any, needs for a training step with `tokens`
-/// tokens on every rank. `load`: the assignments that its experts receive, over those of a rank in perfect
-/// balance; 1 is balance, and no routing has more than `ranks` · min(top_k, its experts) / top_k. With a
+/// What the rank of `ranks` that holds most of experts needs for a training step with `tokens` tokens on every rank.
+/// `load`: the assignments that its experts receive, over those of a rank in perfect balance, which of slices are as
+/// many times as many as it takes to make an expert; 1 is balance, and no routing has more than `ranks` · min(top_k, its experts) / top_k. With a
 /// receive_capacity that is the load. GPUs of up to 8 ranks are taken to be on one host, all rows to come in one
 /// round (`receive_rows_limit`), and no weights of experts to travel (`balance`). Throws InputError for options
 /// that no layer can have.

@@ -73,8 +73,8 @@ class OverlapChoice;
 /// of it. Its calls are collective, as those of MoELayer.
 class MoEFunction {
  public:
-  /// Not collective: the ranks' options are taken to agree. Throws InputError for options that no
-  /// layer can have.
+  /// The ranks' options are taken to agree. Throws InputError for options that no layer can have. Collective with a
+  /// `cross_node_limit` alone.
   MoEFunction(const MoEOptions& options, std::shared_ptr<Communicator> communicator);
 
   /// `x`: [..., h] of the layer's type and device. `training`: with the router's jitter, noise and
@@ -104,9 +104,10 @@ class MoEFunction {
   const Exchange& exchange() const { return exchange_; }
 
  private:
-  MoEFunction(const MoEOptions& options, const Exchange& exchange);
+  MoEFunction(const MoEOptions& options, const Exchange& exchange, std::vector<int> nodes);
   Routing routing_of(const RouterParameters& parameters, const torch::Tensor& x, bool training,
                      RoutingConditions conditions) const;
+  void find_near_experts();
   /// Of the step that begins: see Exchange::begin_plan.
   double capacity() const;
 
@@ -115,6 +116,8 @@ class MoEFunction {
   std::shared_ptr<GroupedGemmEngine> engine_;
   std::shared_ptr<OverlapChoice> overlap_;
   std::shared_ptr<Balancer> balancer_;
+  std::vector<int> nodes_;      ///< [W] of each rank; empty without a cross_node_limit
+  torch::Tensor near_experts_;  ///< see RoutingConditions, on the layer's device
 };
 
 /// `output` as it is; where its gradient passes, `loss` [] gets the gradient `scale` ([]; undefined: 1).

@@ -119,6 +119,12 @@ struct MoEOptions {
   bool router_fp64 = false;
   /// Training only: gate input multiplied by uniform noise in [1 − jitter, 1 + jitter].
   double jitter = 0.0;
+  /// Training only: of a rank's choices the share that may leave its node, 0 < share ≤ 1; 0: any. Those of the highest
+  /// weights do, the others' tokens choose again among the experts of the node (FasterMoE's topology-aware gate,
+  /// doi:10.1145/3503221.3508418, whose share is W_net / (M · W_local) of the network's and the local rate, for M ranks a
+  /// node). With Gate::kTopK and one group. It changes the model, which then depends on where the ranks are, and a
+  /// token's experts on the other tokens of its rank.
+  double cross_node_limit = 0.0;
 
   /// Coefficients of the losses that make up `MoEOutput::auxiliary_loss`; 0: not part of it.
   double balance_coefficient = 0.0;
@@ -157,9 +163,13 @@ struct MoEOptions {
   /// the experts' gradients, which are sums over rounds.
   int64_t receive_rows_limit = 0;
   /// What travels where some experts have more than their share of a step's tokens: "off", always tokens, to the
-  /// experts' owners; or, where a step is foreseen to be shorter for it, the weights of the fullest experts to all
-  /// ranks, which compute their own tokens, and the weights' gradients back (shadowed experts, FasterMoE): "shadow",
-  /// by nominal rates of products and links, alike in all runs; "auto", by rates that the first step measures.
+  /// experts' owners; or the weights of the fullest experts to other ranks, which compute some of their tokens, and the
+  /// weights' gradients back to the owner. "shadow": to all ranks, each for its own tokens (FasterMoE), where a step is
+  /// foreseen to be shorter for it, by nominal rates of products and links. "replicas": to as few as leave no rank more
+  /// than 1.05 times the mean of the ranks' assignments, whatever it costs. "gather", "gather:G": in each step among all
+  /// ranks, or in groups of G of them, in their order, in which no token travels then; a group's ranks share the tokens
+  /// of the others (Tutel's parallelism between experts and data). "auto": whichever of all these is foreseen to be
+  /// the shortest, by rates that the first step measures; the others choose alike in all runs.
   /// Results are the same within rounding.
   std::string balance = "off";
   /// Which rank holds which experts: "blocks", of as many as they go, in rank order; "sliced", with more ranks than

@@ -64,6 +64,8 @@ struct RoutingConditions {
   int64_t sequences = 0;
   bool bias_histogram =
       false;  ///< whether Routing::bias_histogram is wanted; with an `expert_bias`
+  /// [E] bool: experts that MoEOptions::cross_node_limit does not count, those of this rank's node. A layer fills it in.
+  torch::Tensor near_experts = {};
 };
 
 /// How logits become experts and weights: the members of MoEOptions with these names.

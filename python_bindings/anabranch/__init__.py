@@ -14,6 +14,7 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .discovery import RankInfo, discover_rank
 from .engines import grouped_gemm_engines
 from .expert_bias import set_expert_bias_rate
+from .expert_mover import ExpertMover, ExpertMoves
 from .gradient_reducer import GradientReducer
 from .gradients import (
     ParallelGroups,
@@ -36,6 +37,8 @@ from .step_ends import set_expert_replicas
 from .upcycling import upcycle
 
 __all__ = [
+    "ExpertMover",
+    "ExpertMoves",
     "GradientReducer",
     "Group",
     "LayerStats",

@@ -89,6 +89,9 @@ class MoE(nn.Module):
             the router's scores.
         router_fp64: logits, scores and weights are computed in fp64.
         jitter: training only: noise on the router's input, uniform in [1 − jitter, 1 + jitter].
+        cross_node_limit: training only: of a rank's choices the share that may leave its node; 0: any. Those of the
+            highest weights do, the others' tokens choose again among the node's experts (FasterMoE's topology-aware
+            gate). It changes the model.
         balance_coefficient, sequence_balance_coefficient, global_balance_coefficient, z_coefficient: of the losses in
             `out.auxiliary_loss`. A sequence is the tokens along the last dimension of x before hidden_size. The global one
             is of a whole step, over micro-batches and, with `set_expert_replicas`, replicas of the experts:
@@ -114,10 +117,13 @@ class MoE(nn.Module):
         receive_rows_limit: the most rows that a rank receives at a time, at least one a rank; 0: any number. A step
             in which a rank is sent more goes in rounds on all ranks, forward and backward: slower, in bounded memory,
             with the same results but for the rounding of the experts' gradients.
-        balance: what travels where some experts have more than their share of a step's tokens: "off", always tokens; or,
-            where a step is foreseen to be shorter for it, the weights of the fullest experts to all ranks and their
-            gradients back: "shadow", by nominal rates of products and links, alike in all runs; "auto", by rates
-            that the first step measures. Results are the same within rounding; `explain()` says what was done.
+        balance: what travels where some experts have more than their share of a step's tokens: "off", always tokens; or
+            the weights of the fullest experts to other ranks, and their gradients back. "shadow": to all ranks, where a
+            step is foreseen to be shorter for it by nominal rates of products and links; "replicas": to as few as leave
+            no rank more than 1.05 times the mean of assignments, whatever it costs; "gather", "gather:G": among all ranks, or
+            groups of G of them, in which no token travels then (Tutel's parallelism between experts and data); "auto":
+            whichever of these is foreseen to be the shortest, by rates that the first step measures; the others choose
+            alike in all runs. Results are the same within rounding; `explain()` says what was done.
         placement: which rank holds which experts. "blocks": as many as they go, in rank order; "sliced": with more ranks
             than experts each rank a slice of one expert's hidden dimension, otherwise blocks; or rank by rank the experts
             it holds, and of those in slices which: in "0,3;2/0:2;2/1:2,1" rank 0 holds experts 0 and 3, rank 1 the first of
@@ -165,6 +171,7 @@ class MoE(nn.Module):
         forced_routing: str = "none",
         router_fp64: bool = False,
         jitter: float = 0.0,
+        cross_node_limit: float = 0.0,
         balance_coefficient: float = 0.0,
         sequence_balance_coefficient: float = 0.0,
         global_balance_coefficient: float = 0.0,
@@ -216,6 +223,7 @@ class MoE(nn.Module):
             "forced_routing": forced_routing,
             "router_fp64": router_fp64,
             "jitter": jitter,
+            "cross_node_limit": cross_node_limit,
             "balance_coefficient": balance_coefficient,
             "sequence_balance_coefficient": sequence_balance_coefficient,
             "global_balance_coefficient": global_balance_coefficient,
@@ -230,7 +238,8 @@ class MoE(nn.Module):
             "balance": balance,
             "placement": placement,
         }
-        of_router = {"gate", "expert_bias", "expert_bias_update", "forced_routing", "router_fp64", "jitter", "attach_losses"}
+        of_router = {"gate", "expert_bias", "expert_bias_update", "forced_routing", "router_fp64", "jitter", "cross_node_limit"}
+        of_router |= {"attach_losses"}
         of_router |= {name for name in options if name.endswith("_coefficient")}
         defaults = inspect.signature(MoE).parameters
         given = sorted(name for name in of_router if options[name] != defaults[name].default)
@@ -381,6 +390,12 @@ class MoE(nn.Module):
             torch.ops.anabranch.update_expert_bias_by_quantile(bias, expert_load, self.options["top_k"], rate)
         else:
             torch.ops.anabranch.update_expert_bias(bias, expert_load, rate)
+
+    def _place(self, placement: str) -> None:
+        """Experts lie so from the next forward on; the rows of their parameters are the caller's to move."""
+        self.options["placement"] = placement
+        self._options = _to_json(self.options)
+        self._other_options = _to_json({name: value for name, value in self.options.items() if name != "top_k"})
 
     def explain(self) -> str:
         """What travelled in the last step, tokens or weights, in how many rounds, and why.

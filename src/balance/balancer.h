@@ -4,18 +4,22 @@
 #include <string>
 #include <utility>
 
+#include "balance/loan_choice.h"
 #include "balance/rates.h"
-#include "balance/shadow_choice.h"
 
 namespace anabranch {
 
 enum class Balance {
   kOff,     ///< tokens travel
-  kShadow,  ///< weights travel where nominal rates make that shorter: the same choices in all runs
-  kAuto,    ///< by rates that the first step measures
+  kShadow,  ///< weights travel to all ranks where nominal rates make that shorter: in all runs alike
+  kReplicas,  ///< to as few as even the ranks' loads
+  kGather,    ///< to the ranks of a group, within which tokens do not
+  kAuto,      ///< any of these, by rates that the first step measures
 };
 /// InputError where `options.balance` says none of them.
 Balance balance_of(const MoEOptions& options);
+/// Of "gather:G" the G, of "gather" all ranks. InputError where they do not divide the ranks, unless there is but one.
+int64_t gathered_ranks(const MoEOptions& options, int64_t ranks);
 
 /// Decides, step by step, what travels to whom: tokens, or weights. Alike on all ranks.
 class Balancer {
@@ -28,9 +32,9 @@ class Balancer {
 
   /// Whether there is anything to decide.
   bool is_on() const { return placement_.num_ranks > 1 && balance_of(options_) != Balance::kOff; }
-  /// For `counts` as of choose_shadows. Collective at the first step, which measures.
-  const ShadowChoice& choose(const torch::Tensor& counts, const FeedForward& expert,
-                             const ExpertProjections& experts, Communicator& communicator);
+  /// For `counts` as Loads has them. Collective at the first step, which measures.
+  const LoanChoice& choose(const torch::Tensor& counts, const FeedForward& expert,
+                           const ExpertProjections& experts, Communicator& communicator);
   /// In how many rounds what travels did so.
   void note_rounds(int64_t rounds) { rounds_ = rounds; }
 
@@ -41,7 +45,7 @@ class Balancer {
   MoEOptions options_;
   ExpertPlacement placement_;
   std::optional<Rates> rates_;
-  std::optional<ShadowChoice> choice_;
+  std::optional<LoanChoice> choice_;
   int64_t rounds_ = 0;
 };
 

@@ -88,10 +88,10 @@ StepCosts step_costs(const MoEOptions& options, int64_t ranks, const Rates& rate
   const auto element = static_cast<double>(c10::elementSize(options.dtype));
   const auto wide = static_cast<double>(c10::elementSize(at::toOpMathType(options.dtype)));
   const double others = static_cast<double>(ranks - 1) / static_cast<double>(ranks);
-  // Forward, dX and dW; x and dy there or y and dx back; a part of the weights to each rank, which sends it to all,
-  // and of the gradients' sums to the owner.
+  // Forward, dX and dW; x and dy there or y and dx back; a part of the weights to each rank, and of the gradients'
+  // sums from each: as much at the owner's link as at a borrower's, one after the other.
   return {3 * 2 * weights / rates.flops, 2 * width * element / rates.bytes,
-          2 * weights * (element + wide) * others / rates.bytes};
+          weights * (element + wide) * others / rates.bytes};
 }
 
 }  // namespace anabranch

@@ -2,7 +2,7 @@
 
 #include <anabranch/communicator.h>
 
-#include "balance/shadow_choice.h"
+#include "balance/loads.h"
 #include "experts/feed_forward.h"
 
 namespace anabranch {

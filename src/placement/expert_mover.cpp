@@ -1,91 +1,31 @@
 // Experts that move between steps. See expert_mover.h.
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/tensor.h>
 #include <anabranch/expert_mover.h>
-#include <anabranch/rank_discovery.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
-#include <algorithm>
 #include <chrono>
 
-#include "communicator/agreement.h"
-#include "communicator/hierarchical/node_layout.h"
 #include "placement/holder.h"
 #include "placement/moves.h"
+#include "placement/moving_rows.h"
+#include "placement/nodes.h"
 #include "support/check.h"
-#include "support/sum.h"
 
 namespace anabranch {
 namespace {
 
-/// A row that goes from one place to another.
-struct Move {
-  int64_t from_rank, to_rank;    ///< of the world
-  int64_t from_place, to_place;  ///< over all ranks
-};
-
-std::vector<Move> moves_of(const ParallelParameter& tensor, const ExpertPlacement& from,
-                           const ExpertPlacement& to, const ParallelGroups& groups) {
+/// Of `tensor`'s rows, [places] the rank of the world that has each.
+std::vector<int64_t> holders_of(const ParallelParameter& tensor, const ExpertPlacement& placement,
+                                const ParallelGroups& groups) {
   const int64_t group = groups.world->rank() / groups.expert_parallel->size();
-  std::vector<int64_t> holders(from.num_places());
-  for (int64_t rank = 0, place = 0; rank < from.num_ranks; ++rank) {
-    for (int64_t local = 0; local < from.local_experts(rank); ++local) {
-      holders[place++] = holder_of(tensor, from, rank, local, group, groups);
+  std::vector<int64_t> holders;
+  for (int64_t rank = 0; rank < placement.num_ranks; ++rank) {
+    for (int64_t local = 0; local < placement.local_experts(rank); ++local) {
+      holders.push_back(holder_of(tensor, placement, rank, local, group, groups));
     }
   }
-  const auto before = from.place_of_experts();
-  const auto after = to.place_of_experts();
-  std::vector<Move> moves;
-  for (int64_t expert = 0; expert < from.num_experts; ++expert) {
-    const int64_t old = before[expert];
-    const int64_t next = after[expert];
-    if (old != next) moves.push_back({holders[old], holders[next], old, next});
-  }
-  // In the order in which they are sent and received.
-  std::sort(moves.begin(), moves.end(),
-            [](const Move& one, const Move& other) { return one.to_place < other.to_place; });
-  return moves;
+  return holders;
 }
-
-/// The rows of one tensor on their way.
-class MovingRows {
- public:
-  MovingRows(const ParallelParameter& tensor, const std::vector<Move>& moves, int64_t rank,
-             int64_t ranks)
-      : tensor_(tensor.tensor.detach()), send_rows_(ranks, 0), receive_rows_(ranks, 0) {
-    std::vector<int64_t> leaving, coming;
-    for (int64_t other = 0; other < ranks; ++other) {
-      for (const auto& [from_rank, to_rank, from_place, to_place] : moves) {
-        if (from_rank == rank && to_rank == other) {
-          leaving.push_back(from_place - tensor.first_place);
-          ++send_rows_[other];
-        }
-        if (to_rank == rank && from_rank == other) {
-          coming.push_back(to_place - tensor.first_place);
-          ++receive_rows_[other];
-        }
-      }
-    }
-    leaving_ = at::tensor(leaving, at::kLong).to(tensor_.device());
-    coming_ = at::tensor(coming, at::kLong).to(tensor_.device());
-    auto sizes = tensor_.sizes().vec();
-    sizes[0] = sum(receive_rows_);
-    received_ = at::empty(sizes, tensor_.options());
-  }
-
-  Transfer transfer() const {
-    return {tensor_.index_select(0, leaving_), send_rows_, received_, receive_rows_};
-  }
-  /// When they have come.
-  void put() { tensor_.index_copy_(0, coming_, received_); }
-
- private:
-  torch::Tensor tensor_;
-  std::vector<int64_t> send_rows_, receive_rows_;
-  torch::Tensor leaving_, coming_;  ///< rows of it
-  torch::Tensor received_;
-};
 
 void wait_for(torch::Device device) {
   if (!device.is_cpu()) {
@@ -124,11 +64,7 @@ ExpertMover::ExpertMover(torch::nn::Module& model, const ParallelOptimizer& opti
                 "', expected movable or lists of whole experts");
   }
   parallel_parameters(model, groups);  // refuses another communicator's
-  const NodeLayout layout(all_gather_strings(
-      *groups.expert_parallel, options.node.empty() ? discover_rank().node : options.node));
-  for (int rank = 0; rank < groups.expert_parallel->size(); ++rank) {
-    node_of_.push_back(layout.node_of(rank));
-  }
+  node_of_ = nodes_of_ranks(*groups.expert_parallel, options.node);
 }
 
 bool ExpertMover::after_step(const torch::Tensor& load) {
@@ -168,28 +104,22 @@ void ExpertMover::move(MoELayerImpl& layer, const ExpertPlacement& to) {
   });
   auto& world = *groups_.world;
   std::vector<MovingRows> moving;
-  std::vector<Transfer> transfers;
   for (const auto& tensor : tensors) {
-    const auto moves = moves_of(tensor, from, to, groups_);
-    moving.emplace_back(tensor, moves, world.rank(), world.size());
-    transfers.push_back(moving.back().transfer());
+    const auto& rows =
+        moving.emplace_back(MovingRows{tensor.tensor, tensor.first_place,
+                                       moves_between(from, to, holders_of(tensor, from, groups_))});
     const int64_t row = c10::multiply_integers(tensor.tensor.sizes().slice(1));
     const int64_t groups = tensor.owner < 0 ? groups_.expert_replicas->size() : 1;
-    for (const Move& each : moves) {
+    for (const Move& each : rows.moves) {
       const bool crosses = each.from_rank != each.to_rank;
       moves_.bytes += crosses ? groups * row * tensor.tensor.element_size() : 0;
     }
   }
-  world.all_to_all_v(transfers);
-  for (auto& rows : moving) rows.put();
+  move_rows(world, moving);
   layer.place(to);
   wait_for(tensors.front().tensor.device());
   world.check();
-  const auto before = from.all();
-  const auto after = to.all();
-  for (size_t place = 0; place < before.size(); ++place) {
-    moves_.experts += before[place] == after[place] ? 0 : 1;
-  }
+  moves_.experts += moved_experts(from, to);
   moves_.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 

@@ -115,6 +115,12 @@ int64_t ExpertPlacement::first_place(int64_t rank) const {
   return first;
 }
 
+int64_t ExpertPlacement::rank_of(int64_t place) const {
+  int64_t rank = 0;
+  for (int64_t end = local_experts(0); end <= place; end += local_experts(rank)) ++rank;
+  return rank;
+}
+
 std::vector<HeldExpert> ExpertPlacement::all() const {
   std::vector<HeldExpert> places;
   for (int64_t rank = 0; rank < num_ranks; ++rank) {

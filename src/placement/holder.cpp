@@ -7,8 +7,7 @@ int64_t holder_of(const ParallelParameter& tensor, const ExpertPlacement& placem
   if (tensor.owner >= 0) {
     const ExpertPlacement shares{placement.local_experts(expert_rank),
                                  groups.expert_replicas->size()};
-    group = 0;
-    while (shares.first_place(group + 1) <= local) ++group;
+    group = shares.rank_of(local);
   }
   return group * groups.expert_parallel->size() + expert_rank;
 }

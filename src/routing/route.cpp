@@ -193,6 +193,7 @@ void check_conditions(const RoutingConditions& conditions, at::IntArrayRef sizes
   };
   check(conditions.expert_ids, "expert_ids", {sizes[0], rule.top_k}, torch::kInt64);
   check(conditions.padding_mask, "padding_mask", {sizes[0]}, torch::kBool);
+  check(conditions.near_experts, "near_experts", {sizes[1]}, torch::kBool);
   check_input(
       !conditions.bias_histogram || (conditions.expert_bias.defined() && rule.expert_groups == 1 &&
                                      rule.router_score != RouterScore::kSqrtSoftplus),

@@ -14,6 +14,7 @@
 #include "routing/route.h"
 #include "routing/rule.h"
 #include "routing/sinkhorn.h"
+#include "routing/topology_gate.h"
 #include "support/check.h"
 #include "support/initialize.h"
 #include "support/stage.h"
@@ -135,6 +136,23 @@ Routing by_rule(const torch::Tensor& x, const torch::Tensor& weight, const MoEOp
   return routing;
 }
 
+/// By the rule, with at most a share of the choices outside the node.
+Routing mostly_near(const torch::Tensor& x, const torch::Tensor& weight, const MoEOptions& options,
+                    RoutingConditions conditions) {
+  const auto rule = routing_rule(options);
+  const auto logits = gate_logits(x, weight);
+  RoutingConditions of_choice = conditions;
+  of_choice.sequences = 0;
+  of_choice.bias_histogram = false;
+  const auto choice = route(logits.detach(), rule, of_choice);
+  conditions.expert_ids =
+      choose_near(logits.detach(), choice, rule, of_choice, options.cross_node_limit);
+  auto routing = route(logits, rule, conditions);
+  routing.first_nonfinite_token = choice.first_nonfinite_token;
+  routing.may_skip = conditions.padding_mask.defined();
+  return routing;
+}
+
 /// What was computed in fp64, as the exchange and the losses take it.
 void round_to(torch::Dtype dtype, Routing& routing) {
   for (auto* tensor : {&routing.weights, &routing.probability_sum, &routing.squared_logsumexp_sum,
@@ -208,6 +226,11 @@ Routing route_tokens(const torch::Tensor& x, const RouterParameters& parameters,
   Routing routing;
   switch (options.gate) {
     case Gate::kTopK:
+      if (training && options.cross_node_limit > 0 && conditions.near_experts.defined() &&
+          !conditions.expert_ids.defined()) {
+        routing = mostly_near(gate_input, weight, options, std::move(conditions));
+        break;
+      }
       routing = by_rule(gate_input, weight, options, std::move(conditions));
       break;
     case Gate::kNoisyTopK:

@@ -4,7 +4,11 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <set>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "reference/router.h"
 #include "support/devices.h"
@@ -37,8 +41,9 @@ class ConditionsTest : public ::testing::TestWithParam<torch::Device> {
     return tensor.defined() ? tensor.to(GetParam()) : tensor;
   }
   RoutingConditions on_device(const RoutingConditions& conditions) const {
-    return {on_device(conditions.expert_bias), on_device(conditions.expert_ids),
-            on_device(conditions.padding_mask), conditions.sequences};
+    return {on_device(conditions.expert_bias),  on_device(conditions.expert_ids),
+            on_device(conditions.padding_mask), conditions.sequences,
+            conditions.bias_histogram,          on_device(conditions.near_experts)};
   }
   /// [T, k] distinct experts of each token, some of them none.
   torch::Tensor random_ids(int64_t tokens, int64_t experts, int64_t top_k) {
@@ -94,6 +99,78 @@ TEST_P(ConditionsTest, AGivenChoiceIsWeighedAndDifferentiated) {
                       tolerance(torch::kFloat64, experts + 20, rule.routing_scale * 4)));
     // The sum of the chosen scores may be a small one, of an expert far from the best.
     EXPECT_TRUE(torch::allclose(logits.grad().cpu(), exact.grad(), 1e-9, 1e-12));
+  }
+}
+
+/// FasterMoE's gate, choice by choice: `best` [T, E] experts of each token by falling score.
+torch::Tensor mostly_near(const torch::Tensor& best, const torch::Tensor& ids,
+                          const torch::Tensor& weights, const torch::Tensor& near, double share) {
+  const auto is_near = [&](int64_t expert) { return near[expert].item<bool>(); };
+  std::vector<std::tuple<double, int64_t, int64_t>> far;  // by falling weight
+  int64_t chosen = 0;
+  for (int64_t t = 0; t < ids.size(0); ++t) {
+    for (int64_t k = 0; k < ids.size(1); ++k) {
+      const auto expert = ids[t][k].item<int64_t>();
+      chosen += expert >= 0 ? 1 : 0;
+      if (expert >= 0 && !is_near(expert)) far.emplace_back(-weights[t][k].item<double>(), t, k);
+    }
+  }
+  std::sort(far.begin(), far.end());
+  const auto kept = static_cast<size_t>(std::floor(static_cast<double>(chosen) * share));
+  std::set<std::pair<int64_t, int64_t>> lose;
+  for (size_t i = kept; i < far.size(); ++i) lose.emplace(std::get<1>(far[i]), std::get<2>(far[i]));
+  auto result = ids.clone();
+  for (const auto& [t, k] : lose) {
+    for (int64_t place = 0; place < best.size(1); ++place) {
+      const auto expert = best[t][place].item<int64_t>();
+      if (is_near(expert) && !(result[t] == expert).any().item<bool>()) {
+        result[t][k] = expert;
+        break;
+      }
+    }
+  }
+  return result;
+}
+
+TEST_P(ConditionsTest, WhatMayNotLeaveTheNodeChoosesAgainWithinIt) {
+  for (int64_t i = 0; i < effort(30); ++i) {
+    MoEOptions options;
+    options.num_experts = options.hidden_size = random_.pick<int64_t>({1, 4, 8, 30});
+    options.expert_hidden_size = 1;
+    options.top_k = random_.integer(1, std::min<int64_t>(options.num_experts, 5));
+    options.router_score = random_.pick<RouterScore>(
+        {RouterScore::kSoftmax, RouterScore::kSigmoid, RouterScore::kSqrtSoftplus});
+    options.renormalize = options.top_k > 1 && random_.chance();
+    options.cross_node_limit = random_.pick<double>({1e-9, 0.1, 0.4, 1});
+    options.dtype = torch::kFloat64;
+    const auto rule = RoutingRule{options.top_k, options.renormalize, options.router_score};
+    const int64_t tokens = random_.pick<int64_t>({0, 1, 40});
+    SCOPED_TRACE(c10::str("T ", tokens, " E ", options.num_experts, " k ", rule.top_k, " limit ",
+                          options.cross_node_limit));
+    const auto logits = random_.normal({tokens, options.num_experts});
+    const auto bias = 0.3 * random_.normal({options.num_experts});
+    const auto near = random_.uniform({options.num_experts}) < 0.5;
+    const auto padding = random_.uniform({tokens}) < 0.2;
+    const auto whole = torch::arange(options.num_experts).expand({tokens, -1});
+    const auto scores = weights_of(logits, whole, {options.num_experts, false, rule.router_score});
+    const auto best = (scores + bias).argsort(/*stable=*/true, /*dim=*/1, /*descending=*/true);
+    const auto first = best.narrow(1, 0, rule.top_k).masked_fill(padding.unsqueeze(1), -1);
+    const auto expected =
+        mostly_near(best, first, weights_of(logits, first, rule), near, options.cross_node_limit);
+
+    RoutingConditions conditions;
+    conditions.near_experts = on_device(near);
+    conditions.padding_mask = on_device(padding);
+    RouterParameters router;  // whose logits are x
+    router.weight = on_device(torch::eye(options.num_experts, torch::kFloat64)).requires_grad_();
+    router.expert_bias = on_device(bias);
+    const auto routing = route_tokens(on_device(logits), router, options, true, conditions);
+    EXPECT_TRUE(routing.expert_ids.cpu().equal(expected));
+    EXPECT_TRUE(close(routing.weights, weights_of(logits, expected, rule),
+                      tolerance(torch::kFloat64, options.num_experts + 20, 4)));
+    EXPECT_TRUE(routing.weights.requires_grad());
+    const auto free = route_tokens(on_device(logits), router, options, false, conditions);
+    EXPECT_TRUE(free.expert_ids.cpu().equal(first));
   }
 }
 

@@ -169,9 +169,16 @@ std::vector<LayerCase> layer_cases(Random& random, int ranks, int64_t sample) {
   shadowed.balance = "shadow";
   shadowed.hidden_size = shadowed.expert_hidden_size = 4;
   add(shadowed, 90, Skew::kOneExpert, Split::kUneven);
+  shadowed.balance = "replicas";
+  add(shadowed, 90, Skew::kOneExpert, Split::kSomeEmpty);
+  shadowed.balance = ranks % 2 == 0 ? "gather:2" : "gather";
+  add(shadowed, 40, Skew::kUniform, Split::kUneven);
+  shadowed.balance = "shadow";
   shadowed.receive_rows_limit = ranks + 3;
   shadowed.recompute = true;
   add(shadowed, 90, Skew::kZipf, Split::kSomeEmpty, true);
+  shadowed.balance = "replicas";
+  add(shadowed, 60, Skew::kZipf, Split::kOnOneRank, true);
   add(everything, 1, Skew::kZipf, Split::kOnOneRank);
   auto sliced = everything;  // of 2 and more ranks each has a slice of one expert
   sliced.placement = "sliced";
@@ -207,7 +214,7 @@ std::vector<LayerCase> layer_cases(Random& random, int ranks, int64_t sample) {
     options.expert_bias = random.chance(0.3);
     options.recompute = random.chance();
     options.receive_rows_limit = random.chance(0.3) ? ranks + random.integer(0, 20) : 0;
-    options.balance = random.chance(0.3) ? "shadow" : "off";
+    options.balance = random.pick<std::string>({"off", "off", "shadow", "replicas", "gather"});
     options.dtype = random.pick(all_dtypes());
     if (options.activation == Activation::kRelu && options.bias) {
       // In 16 bits the product is rounded before the bias joins it: near 0 their sum's sign is open.

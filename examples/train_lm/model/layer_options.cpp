@@ -76,6 +76,9 @@ anabranch::MoEOptions layer_options(const Options& options, int64_t layer) {
   moe.activation = model.glu ? anabranch::Activation::kSilu : anabranch::Activation::kGeluTanh;
   moe.bias = model.expert_biases;
   moe.shared_expert_hidden_size = model.shared_expert_hidden;
+  moe.cross_node_limit = options.training.cross_node_limit;
+  moe.balance = options.balance;
+  moe.receive_rows_limit = options.receive_rows_limit;
   moe.placement = options.move_experts > 0 ? "movable" : "blocks";
   moe.recompute = options.recompute == "experts";
   moe.dtype = model.parameter_type();

@@ -3,6 +3,7 @@
 import anabranch
 import pytest
 import torch
+from anabranch._held import held_experts
 from ranks import run_ranks
 from small import EXPERTS, INNER, Small, batch_of, expected_gradients
 from torch import nn
@@ -129,11 +130,52 @@ def refused(rank, size, seed):
     ):
         with pytest.raises(ValueError, match=text):
             Small(seed, **options)
-    with pytest.raises(ValueError, match="expected blocks"):
-        anabranch.plan_memory(
-            64, size, hidden_size=8, expert_hidden_size=INNER, num_experts=EXPERTS, placement=halves, dtype=torch.float32
-        )
+    for options, text in (
+        ({}, "placement is 'blocks'"),
+        ({"placement": "sliced"}, "placement is 'sliced'"),
+        ({"placement": halves}, "expected movable or lists of whole experts"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            mover = anabranch.ExpertMover(Small(seed, **options), interval=1)
+            mover.after_step([torch.ones(EXPERTS, dtype=torch.int64)])
+    movable = Small(seed, placement="movable")
+    for options in ({"interval": 0}, {"least_gain": 1.0}):
+        with pytest.raises(ValueError, match="ExpertMover"):
+            anabranch.ExpertMover(movable, **options)
+    with pytest.raises(ValueError, match="loads of 2 layers"):
+        anabranch.ExpertMover(movable).after_step([torch.ones(EXPERTS)] * 2)
 
 
 def test_what_does_not_go_together_is_refused(seed):
     run_ranks(2, refused, seed)
+
+
+def trained(rank, size, placement, seed):
+    """The experts' parameters and their optimizer's states by expert, and how often experts have moved."""
+    model = Small(seed, bias=True, placement=placement)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    mover = anabranch.ExpertMover(model, optimizer, interval=2, least_gain=0) if placement == "movable" else None
+    for i in range(6):
+        step(model, optimizer, seed + i, rank, size)
+        if mover is not None:
+            # Another expert is the fullest each time, so that there is always something to move.
+            mover.after_step([torch.arange(1, EXPERTS + 1).roll(i) ** 2])
+    own = [expert for expert, *_ in held_experts(model.moe._options, model.moe.group)[1]]
+    tensors = {}
+    for name, p in model.moe.experts.named_parameters():
+        for kind, value in {"": p.detach(), **optimizer.state[p]}.items():
+            if value.shape == p.shape:
+                tensors |= {(name, kind, expert): value[i].tolist() for i, expert in enumerate(own)}
+    return tensors, 0 if mover is None else mover.moves.experts
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_experts_move_with_their_states(size, seed):
+    ranks = run_ranks(size, trained, "movable", seed)
+    still = run_ranks(size, trained, "0,1,2,3" if size == 1 else "0,1;2,3" if size == 2 else "0,1;2;3", seed)
+    assert (ranks[0][1] > 0) == (size > 1)
+    found = {key: value for tensors, _ in ranks for key, value in tensors.items()}
+    wanted = {key: value for tensors, _ in still for key, value in tensors.items()}
+    assert found.keys() == wanted.keys() and len(found) == EXPERTS * 4 * 3
+    for key, value in wanted.items():
+        torch.testing.assert_close(torch.tensor(found[key]), torch.tensor(value), rtol=1e-6, atol=1e-7, msg=str(key))

@@ -1,0 +1,378 @@
+#include "balance/lending.h"
+
+#include <ATen/OpMathType.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <anabranch/communicator.h>
+#include <c10/util/accumulate.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "exchange/arrange.h"
+#include "experts/feed_forward.h"
+#include "support/given.h"
+#include "support/single_backward.h"
+#include "support/stage.h"
+#include "support/sum.h"
+
+namespace anabranch {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+/// [W] the loans that each rank borrows, ascending.
+std::vector<std::vector<int64_t>> loans_by_borrower(const std::vector<Loan>& loans, int64_t ranks) {
+  std::vector<std::vector<int64_t>> by_borrower(ranks);
+  for (size_t loan = 0; loan < loans.size(); ++loan) {
+    for (const int64_t borrower : loans[loan].borrowers) {
+      by_borrower[borrower].push_back(static_cast<int64_t>(loan));
+    }
+  }
+  return by_borrower;
+}
+
+torch::Tensor on_device(const std::vector<int64_t>& numbers, torch::Device device) {
+  return at::tensor(numbers, at::kLong).to(device);
+}
+
+/// Adds `terms` to the rows of `sums` at `places`, which are distinct: without atomics, on a GPU too.
+void add_at(torch::Tensor sums, const torch::Tensor& places, const torch::Tensor& terms) {
+  sums.index_copy_(0, places, sums.index_select(0, places).add_(terms.to(sums.scalar_type())));
+}
+
+/// Parameters of k lent experts from their owners to their borrowers, and sums of gradients back; as rows [.., n] of
+/// all of an expert's numbers, which are cut into a slice for each rank.
+class Lending {
+ public:
+  Lending(const std::vector<Loan>& loans, const ExpertPlacement& placement,
+          Communicator& communicator)
+      : communicator_(&communicator),
+        loans_(static_cast<int64_t>(loans.size())),
+        lent_(placement.num_ranks, 0),
+        borrowed_(loans_by_borrower(loans, placement.num_ranks)) {
+    const auto place_of = placement.place_of_experts();
+    for (const Loan& loan : loans) {
+      ++lent_[loan.owner];
+      if (loan.owner == communicator.rank()) {
+        own_.push_back(place_of[loan.expert] - placement.first_place(loan.owner));
+      }
+    }
+  }
+
+  /// Places among this rank's experts of those that it lends.
+  torch::Tensor own(torch::Device device) const { return on_device(own_, device); }
+  bool lends() const { return !own_.empty(); }
+  int64_t borrowed() const { return static_cast<int64_t>(borrowed_[communicator_->rank()].size()); }
+
+  /// [own, n] → [borrowed, n]
+  torch::Tensor lend(const torch::Tensor& own) const {
+    const auto slices = at::empty({loans_, slice(own)}, own.options());
+    communicator_->all_to_all_v(
+        {{in_slices(own), each(own.size(0)), slices, lent_, by_slice(own)}});
+    const auto received = at::empty({ranks(), borrowed(), slice(own)}, own.options());
+    communicator_->all_to_all_v({{slices, borrowed_of_each(), received.flatten(0, 1),
+                                  each(borrowed()), by_borrower(own.device())}});
+    return whole(received, own.size(1));
+  }
+  /// [borrowed, n] of every rank → the sums over borrowers [own, n]
+  torch::Tensor collect(const torch::Tensor& terms) const {
+    const auto counts = borrowed_of_each();
+    const auto received = at::empty({sum(counts), slice(terms)}, terms.options());
+    communicator_->all_to_all_v(
+        {{in_slices(terms), each(borrowed()), received, counts, by_slice(terms)}});
+    const auto sums = at::zeros({loans_, slice(terms)}, terms.options());
+    int64_t next = 0;
+    for (int64_t rank = 0; rank < ranks(); ++rank) {
+      if (counts[rank] == 0) continue;
+      add_at(sums, on_device(borrowed_[rank], terms.device()),
+             received.narrow(0, next, counts[rank]));
+      next += counts[rank];
+    }
+    const auto count = static_cast<int64_t>(own_.size());
+    const auto slices = at::empty({ranks(), count, sums.size(1)}, sums.options());
+    communicator_->all_to_all_v({{sums, lent_, slices.flatten(0, 1), each(count)}});
+    return whole(slices, terms.size(1));
+  }
+
+ private:
+  int64_t ranks() const { return communicator_->size(); }
+  std::vector<int64_t> each(int64_t rows) const {
+    return std::vector<int64_t>(borrowed_.size(), rows);
+  }
+  std::vector<int64_t> borrowed_of_each() const {
+    std::vector<int64_t> counts;
+    for (const auto& loans : borrowed_) counts.push_back(static_cast<int64_t>(loans.size()));
+    return counts;
+  }
+  int64_t slice(const torch::Tensor& experts) const {
+    return (experts.size(1) + ranks() - 1) / ranks();
+  }
+  /// [k, n] → [k · W, slice], the last filled up with zeros
+  torch::Tensor in_slices(const torch::Tensor& experts) const {
+    const int64_t length = slice(experts);
+    auto slices = at::zeros({experts.size(0), ranks() * length}, experts.options());
+    slices.narrow(1, 0, experts.size(1)).copy_(experts);
+    return slices.view({experts.size(0) * ranks(), length});
+  }
+  /// The slices by rank and expert.
+  torch::Tensor by_slice(const torch::Tensor& experts) const {
+    const int64_t count = experts.size(0);
+    return at::arange(count * ranks(), experts.options().dtype(at::kLong))
+        .view({count, ranks()})
+        .t()
+        .flatten();
+  }
+  /// The loans by borrower.
+  torch::Tensor by_borrower(torch::Device device) const {
+    std::vector<int64_t> all;
+    for (const auto& loans : borrowed_) all.insert(all.end(), loans.begin(), loans.end());
+    return on_device(all, device);
+  }
+  /// [W, k, slice] → [k, n]
+  static torch::Tensor whole(const torch::Tensor& slices, int64_t width) {
+    return slices.transpose(0, 1).flatten(1).narrow(1, 0, width);
+  }
+
+  Communicator* communicator_;
+  int64_t loans_;
+  std::vector<int64_t> lent_;                   ///< [W] experts that each lends
+  std::vector<std::vector<int64_t>> borrowed_;  ///< [W] loans of each, ascending
+  std::vector<int64_t> own_;
+};
+
+/// Of experts' parameters those at `places`, side by side, [places, n], in the order of tensors_of.
+torch::Tensor side_by_side(ExpertProjections experts, const torch::Tensor& places) {
+  std::vector<torch::Tensor> flat;
+  const auto add = [&](const torch::Tensor& parameter) {
+    if (parameter.defined()) flat.push_back(parameter.index_select(0, places).flatten(1));
+  };
+  std::apply([&](const auto&... parameter) { (add(parameter), ...); }, tensors_of(experts));
+  return at::cat(flat, 1);
+}
+
+/// Of experts that are shaped as `like`.
+ExpertProjections apart(const torch::Tensor& flat, ExpertProjections like) {
+  ExpertProjections experts;
+  int64_t next = 0;
+  const auto take = [&](torch::Tensor& into, const torch::Tensor& shape) {
+    if (!shape.defined()) return;
+    auto sizes = shape.sizes().vec();
+    sizes[0] = flat.size(0);
+    const int64_t count = c10::multiply_integers(sizes.begin() + 1, sizes.end());
+    into = at::empty(sizes, flat.options());  // not a view: autograd takes it
+    into.view({flat.size(0), count}).copy_(flat.narrow(1, next, count));
+    next += count;
+  };
+  take(experts.up.weight, like.up.weight);
+  take(experts.up.bias, like.up.bias);
+  take(experts.down.weight, like.down.weight);
+  take(experts.down.bias, like.down.bias);
+  return experts;
+}
+
+/// As a function's arguments and results have them: the biases last, and where there are none neither.
+variable_list listed(const ExpertProjections& experts) {
+  variable_list list = {experts.up.weight, experts.down.weight};
+  if (experts.up.bias.defined()) {
+    list.push_back(experts.up.bias);
+    list.push_back(experts.down.bias);
+  }
+  return list;
+}
+ExpertProjections projections_of(const torch::Tensor* list, bool biases) {
+  return {{list[0], biases ? list[2] : torch::Tensor()},
+          {list[1], biases ? list[3] : torch::Tensor()}};
+}
+
+/// What forward leaves for backward.
+struct Borrowing : torch::CustomClassHolder {
+  Borrowing(Exchange exchange, const std::vector<Loan>& loans, WeightSums main_grad)
+      : exchange(std::move(exchange)),
+        lending(loans, this->exchange.placement(), this->exchange.communicator()),
+        main_grad(std::move(main_grad)) {}
+
+  /// The gradients of what was borrowed, unrounded. `biases`: those that autograd has, undefined where it has none.
+  ExpertProjections terms(const torch::Tensor* biases) const {
+    ExpertProjections terms{{sums.up, {}}, {sums.down, {}}};
+    if (biases != nullptr) {
+      const auto bias_of = [](const torch::Tensor& gradient, const torch::Tensor& sum) {
+        return gradient.defined() ? gradient.to(sum.scalar_type())
+                                  : at::zeros({sum.size(0), sum.size(1)}, sum.options());
+      };
+      terms.up.bias = bias_of(biases[0], sums.up);
+      terms.down.bias = bias_of(biases[1], sums.down);
+    }
+    return terms;
+  }
+
+  Exchange exchange;  // whose communicator lives as long
+  Lending lending;
+  WeightSums main_grad;
+  WeightSums sums;
+};
+
+/// Own experts → the same, and those that are borrowed. What passes through here comes back here, so that backward
+/// adds to its gradients where they are.
+struct Borrow : torch::autograd::Function<Borrow> {
+  static variable_list forward(AutogradContext* context, const torch::Tensor& up_weight,
+                               const torch::Tensor& down_weight,
+                               const std::optional<torch::Tensor>& up_bias,
+                               const std::optional<torch::Tensor>& down_bias,
+                               const c10::intrusive_ptr<Borrowing>& borrowing) {
+    const Stage named("anabranch.loans");
+    const ExpertProjections own{projection(up_weight, up_bias), projection(down_weight, down_bias)};
+    const auto places = borrowing->lending.own(up_weight.device());
+    const auto brought = apart(borrowing->lending.lend(side_by_side(own, places)), own);
+    variable_list result = listed(own);
+    context->save_for_backward(result);
+    context->saved_data["borrowing"] = torch::IValue::make_capsule(borrowing);
+    context->set_materialize_grads(false);
+    for (const auto& parameter : listed(brought)) result.push_back(parameter);
+    return result;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    refuse_double_backward("MoELayer");
+    const torch::NoGradGuard no_grad;
+    const Stage named("anabranch.loans.backward");
+    const auto parameters = context->get_saved_variables();
+    const auto borrowing =
+        c10::static_intrusive_pointer_cast<Borrowing>(context->saved_data["borrowing"].toCapsule());
+    const size_t count = parameters.size();
+    const bool biases = count == 4;
+    const auto terms = borrowing->terms(biases ? &gradients[count + 2] : nullptr);
+    const auto all = at::arange(borrowing->lending.borrowed(),
+                                torch::dtype(at::kLong).device(parameters[0].device()));
+    const auto own = listed(apart(borrowing->lending.collect(side_by_side(terms, all)), terms));
+    borrowing->sums.up.zero_();  // for another backward of the same graph
+    borrowing->sums.down.zero_();
+    const auto places = borrowing->lending.own(parameters[0].device());
+    const variable_list main_grads = {borrowing->main_grad.up, borrowing->main_grad.down, {}, {}};
+    variable_list result(5);
+    for (size_t i = 0; i < count; ++i) {
+      if (!context->needs_input_grad(i)) continue;
+      result[i] = gradients[i];
+      if (!borrowing->lending.lends()) continue;
+      if (!main_grads[i].defined() && !result[i].defined()) {
+        result[i] = at::zeros_like(parameters[i]);
+      }
+      add_at(main_grads[i].defined() ? main_grads[i] : result[i], places, own[i]);
+    }
+    return result;
+  }
+};
+
+/// A rank's assignments of lent experts by (loan, token), in groups that one rank computes.
+struct Groups {
+  std::vector<int64_t> places;  ///< of the exchange to the borrowers; −1: the owner's
+  std::vector<int64_t> counts;
+};
+/// `first`: the first place of each rank.
+Groups groups_of(const std::vector<Loan>& loans, int64_t source, std::vector<int64_t> first) {
+  Groups groups;
+  const auto add = [&](int64_t place, int64_t count) {
+    groups.places.push_back(place);
+    groups.counts.push_back(count);
+  };
+  for (const Loan& loan : loans) {
+    for (const auto& [of, borrower, assignments] : loan.shares) {
+      if (of == source) add(first[borrower], assignments);
+    }
+    add(-1, loan.left[source]);
+    for (const int64_t borrower : loan.borrowers) ++first[borrower];
+  }
+  return groups;
+}
+
+/// [T, top_k] the place of each assignment that goes to a borrower; −1 of others.
+torch::Tensor lent_ids(const torch::Tensor& ids, const std::vector<Loan>& loans,
+                       int64_t num_experts, const Groups& groups) {
+  const auto none = static_cast<int64_t>(loans.size());
+  std::vector<int64_t> loan_of(num_experts + 1, none);  // the last: of no expert
+  for (int64_t loan = 0; loan < none; ++loan) loan_of[loans[loan].expert] = loan;
+  const int64_t count = sum(groups.counts);
+  const auto by_loan = on_device(loan_of, ids.device())
+                           .index_select(0, at::where(ids < 0, num_experts, ids).flatten())
+                           .argsort(/*stable=*/true, /*dim=*/0, /*descending=*/false)
+                           .narrow(0, 0, count);
+  const auto places = repeated(on_device(groups.places, ids.device()),
+                               on_device(groups.counts, ids.device()), count);
+  return at::full({ids.numel()}, -1, ids.options()).scatter_(0, by_loan, places).view(ids.sizes());
+}
+
+bool all_compute_their_own(const std::vector<Loan>& loans) {
+  return std::all_of(loans.begin(), loans.end(), [](const Loan& loan) {
+    return std::all_of(loan.shares.begin(), loan.shares.end(),
+                       [](const Share& share) { return share.source == share.borrower; });
+  });
+}
+
+}  // namespace
+
+SplitRouting split_routing(const Routing& routing, const std::vector<Loan>& loans,
+                           const Exchange& exchange) {
+  const torch::NoGradGuard no_grad;
+  const int64_t rank = exchange.communicator().rank();
+  const int64_t ranks = exchange.communicator().size();
+  const auto by_borrower = loans_by_borrower(loans, ranks);
+  SplitRouting split{routing, routing, std::nullopt};
+  std::vector<int64_t> first(ranks, 0);
+  if (all_compute_their_own(loans)) {
+    const auto borrowed = static_cast<int64_t>(by_borrower[rank].size());
+    if (borrowed > 0) split.exchange.emplace(make_self_communicator(), borrowed);
+  } else {
+    ExpertPlacement places{0, ranks};
+    for (int64_t borrower = 0; borrower < ranks; ++borrower) {
+      first[borrower] = places.num_experts;
+      auto& held = places.held.emplace_back();
+      for (size_t i = 0; i < by_borrower[borrower].size(); ++i) {
+        held.push_back({places.num_experts++});
+      }
+    }
+    split.exchange.emplace(exchange.with(std::move(places)));
+  }
+  const auto& ids = routing.expert_ids;
+  const auto lent = lent_ids(ids, loans, exchange.placement().num_experts,
+                             groups_of(loans, rank, std::move(first)));
+  split.owned.expert_ids = ids.masked_fill(lent >= 0, -1);
+  split.lent.expert_ids = lent;
+  split.owned.may_skip = split.lent.may_skip = true;
+  return split;
+}
+
+Borrowed borrow(const ExpertProjections& own, const WeightSums& main_grad,
+                const std::vector<Loan>& loans, const Exchange& exchange) {
+  const auto borrowing = c10::make_intrusive<Borrowing>(exchange, loans, main_grad);
+  const auto experts = Borrow::apply(own.up.weight, own.down.weight, given(own.up.bias),
+                                     given(own.down.bias), borrowing);
+  const bool biases = own.up.bias.defined();
+  Borrowed borrowed;
+  borrowed.experts = projections_of(&experts[experts.size() / 2], biases);
+  // What needs no gradient goes on as it is, so that nobody finds one.
+  auto passed = listed(own);
+  for (size_t i = 0; i < passed.size(); ++i) {
+    if (passed[i].requires_grad()) passed[i] = experts[i];
+  }
+  borrowed.own = projections_of(passed.data(), biases);
+  const auto sum_of = [](const torch::Tensor& weight) {
+    return at::zeros(weight.sizes(),
+                     weight.options().dtype(at::toOpMathType(weight.scalar_type())));
+  };
+  const auto& [up, down] = borrowed.experts;
+  if (up.weight.requires_grad()) {
+    borrowing->sums = borrowed.sums = {sum_of(up.weight), sum_of(down.weight)};
+  }
+  return borrowed;
+}
+
+}  // namespace anabranch
