@@ -256,7 +256,8 @@ std::optional<Lent> let_weights_travel(Balancer& balancer, const Exchange& excha
   }
   auto split = split_routing(routing, loans, exchange);
   plan = exchange.begin_plan(split.owned, rows);
-  return Lent{std::move(split), borrow(parameters.experts, parameters.main_grad, loans, exchange)};
+  return Lent{std::move(split), borrow(parameters.experts, parameters.main_grad, loans, exchange,
+                                       rows, routing.weights)};
 }
 
 /// As ThroughExperts, to the borrowers. `noted`: the rounds of the other tokens, which become the most of both.
@@ -264,7 +265,8 @@ torch::Tensor through_borrowers(const torch::Tensor& x, const Lent& lent, const 
                                 const MoEOptions& options,
                                 const std::shared_ptr<OverlapChoice>& overlap, int64_t& noted) {
   const Exchange& exchange = *lent.split.exchange;
-  const auto& [own, experts, sums] = lent.borrowed;
+  const auto& experts = lent.borrowed.experts;
+  const auto& sums = lent.borrowed.sums;
   const Routing& routing = lent.split.lent;
   auto plan = exchange.plan(routing, x);
   const int64_t rounds = count_rounds(plan, options.receive_rows_limit, exchange.communicator());
@@ -431,18 +433,19 @@ MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Ten
   const auto experts =
       lent ? lent->borrowed.own
            : with_biases_once(parameters.experts, exchange_.placement(), communicator.rank());
+  const auto& main_grad = lent ? lent->borrowed.main_grad : parameters.main_grad;
   const auto& [up, down] = experts;
   const auto weights = exchange_.slot_weights(routing.weights);
   torch::Tensor y;
   if (rounds > 1) {
-    y = through_experts_in_rounds(rows, weights, experts, parameters.main_grad, expert, exchange_,
+    y = through_experts_in_rounds(rows, weights, experts, main_grad, expert, exchange_,
                                   in_rounds(plan.get(), rounds));
   } else {
     const auto step =
         c10::make_intrusive<Step>(exchange_,
                                   in_chunks(plan.get(), std::max<int64_t>(degree, 1),
                                             exchange_.placement(), communicator.rank()),
-                                  expert, parameters.main_grad, options_.recompute, overlap_, way);
+                                  expert, main_grad, options_.recompute, overlap_, way);
     if (received.defined()) {
       step->dispatching.emplace(step->plan, received);
     }

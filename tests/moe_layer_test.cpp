@@ -424,7 +424,7 @@ TEST_F(MoELayerTest, InputNeedsNoGradient) {
 TEST_F(MoELayerTest, FrozenParametersAndInputsMayDifferBetweenRanks) {
   auto options = small_options();
   options.dtype = torch::kFloat64;
-  const auto layer_case = small_case(options);
+  auto layer_case = small_case(options);
   const auto expected = run_reference(layer_case, world_->size());
   const Limits limits(layer_case, expected.scale, world_->size());
   for (const std::string frozen : {"router", "experts.up_weight", "experts.down", "shared_expert",
@@ -450,16 +450,32 @@ TEST_F(MoELayerTest, FrozenParametersAndInputsMayDifferBetweenRanks) {
     }
   }
   // Only rank 0's input wants a gradient, and its parameters do not.
-  auto layer = make_layer(layer_case, world_);
-  for (auto& parameter : layer->parameters()) {
-    parameter.set_requires_grad(rank_ != 0);
-  }
-  auto x = shard(layer_case.x, layer_case.counts, rank_).requires_grad_(rank_ == 0);
-  const auto output = layer->forward(x);
-  loss_of(layer_case, output, shard(layer_case.doutput, layer_case.counts, rank_)).backward();
-  EXPECT_EQ(x.grad().defined(), rank_ == 0);
-  if (rank_ == 0) {
-    EXPECT_TRUE(close(x.grad(), shard(expected.dx, layer_case.counts, 0), limits.dx(expected.dx)));
+  for (const char* balance : {"off", "replicas", "gather"}) {
+    SCOPED_TRACE(balance);
+    layer_case.options.balance = balance;
+    auto layer = make_layer(layer_case, world_);
+    for (auto& parameter : layer->parameters()) {
+      parameter.set_requires_grad(rank_ != 0);
+    }
+    auto x = shard(layer_case.x, layer_case.counts, rank_).requires_grad_(rank_ == 0);
+    const auto output = layer->forward(x);
+    loss_of(layer_case, output, shard(layer_case.doutput, layer_case.counts, rank_)).backward();
+    EXPECT_EQ(x.grad().defined(), rank_ == 0);
+    if (rank_ == 0) {
+      EXPECT_TRUE(
+          close(x.grad(), shard(expected.dx, layer_case.counts, 0), limits.dx(expected.dx)));
+    }
+    // Whoever computed its tokens: an expert that is trained has its gradient.
+    const int64_t frozen = layer->exchange().placement().local_experts(0);
+    for (const auto& [name, gradient] : gather_gradients(layer, *world_)) {
+      if (name.rfind("experts.", 0) != 0 || frozen == options.num_experts) continue;
+      const auto trained = [&](const torch::Tensor& whole) {
+        return whole.narrow(0, frozen, options.num_experts - frozen);
+      };
+      const auto& exact = expected.gradients.at(name);
+      EXPECT_EQ(max_abs(gradient.narrow(0, 0, frozen)), 0) << name;
+      EXPECT_TRUE(close(trained(gradient), trained(exact), limits.gradient(name, exact))) << name;
+    }
   }
 }
 

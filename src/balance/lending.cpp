@@ -222,12 +222,14 @@ struct Borrowing : torch::CustomClassHolder {
 };
 
 /// Own experts → the same, and those that are borrowed. What passes through here comes back here, so that backward
-/// adds to its gradients where they are.
+/// adds to its gradients where they are. `rows` and `weights`, of which it reads nothing, have every rank take part that
+/// wants any gradient of the step.
 struct Borrow : torch::autograd::Function<Borrow> {
   static variable_list forward(AutogradContext* context, const torch::Tensor& up_weight,
                                const torch::Tensor& down_weight,
                                const std::optional<torch::Tensor>& up_bias,
                                const std::optional<torch::Tensor>& down_bias,
+                               const torch::Tensor& /*rows*/, const torch::Tensor& /*weights*/,
                                const c10::intrusive_ptr<Borrowing>& borrowing) {
     const Stage named("anabranch.loans");
     const ExpertProjections own{projection(up_weight, up_bias), projection(down_weight, down_bias)};
@@ -258,7 +260,7 @@ struct Borrow : torch::autograd::Function<Borrow> {
     borrowing->sums.down.zero_();
     const auto places = borrowing->lending.own(parameters[0].device());
     const variable_list main_grads = {borrowing->main_grad.up, borrowing->main_grad.down, {}, {}};
-    variable_list result(5);
+    variable_list result(7);
     for (size_t i = 0; i < count; ++i) {
       if (!context->needs_input_grad(i)) continue;
       result[i] = gradients[i];
@@ -351,19 +353,21 @@ SplitRouting split_routing(const Routing& routing, const std::vector<Loan>& loan
 }
 
 Borrowed borrow(const ExpertProjections& own, const WeightSums& main_grad,
-                const std::vector<Loan>& loans, const Exchange& exchange) {
+                const std::vector<Loan>& loans, const Exchange& exchange, const torch::Tensor& rows,
+                const torch::Tensor& weights) {
   const auto borrowing = c10::make_intrusive<Borrowing>(exchange, loans, main_grad);
   const auto experts = Borrow::apply(own.up.weight, own.down.weight, given(own.up.bias),
-                                     given(own.down.bias), borrowing);
+                                     given(own.down.bias), rows, weights, borrowing);
   const bool biases = own.up.bias.defined();
   Borrowed borrowed;
+  borrowed.own = projections_of(experts.data(), biases);
+  // Of what is not trained a gradient is found, too, and comes to nothing: it is in no sum.
+  const auto trained_sum = [](const torch::Tensor& weight, const torch::Tensor& sum) {
+    return weight.requires_grad() ? sum : torch::Tensor();
+  };
+  borrowed.main_grad = {trained_sum(own.up.weight, main_grad.up),
+                        trained_sum(own.down.weight, main_grad.down)};
   borrowed.experts = projections_of(&experts[experts.size() / 2], biases);
-  // What needs no gradient goes on as it is, so that nobody finds one.
-  auto passed = listed(own);
-  for (size_t i = 0; i < passed.size(); ++i) {
-    if (passed[i].requires_grad()) passed[i] = experts[i];
-  }
-  borrowed.own = projections_of(passed.data(), biases);
   const auto sum_of = [](const torch::Tensor& weight) {
     return at::zeros(weight.sizes(),
                      weight.options().dtype(at::toOpMathType(weight.scalar_type())));
