@@ -2,7 +2,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/arange.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros_like.h>
 #include <anabranch/agreement.h>
 
@@ -30,7 +30,11 @@ torch::Tensor some_rows(const torch::Tensor& weight, int64_t rows) {
 }
 
 void try_out(const FeedForward& expert, const Trial& trial, bool recompute, bool backward) {
-  const IndexedRows rows = {some_rows(trial.parameters.up.weight, trial.counts.rows()), {}};
+  const auto& weight = trial.parameters.up.weight;
+  const int64_t count = trial.counts.rows();
+  const auto index =
+      at::arange(count, weight.options().dtype(torch::kLong));  // as a layer's have one
+  const IndexedRows rows = {some_rows(weight, count), index};
   const auto output = feed_forward(expert, rows, trial.parameters, trial.counts, !recompute);
   if (backward) {
     WantedGradients wanted;
@@ -51,15 +55,18 @@ void settle_engine(const FeedForward& expert, const std::vector<Trial>& trials, 
   if (engine.is_settled() || communicator.size() == 1 || is_captured(weight.device())) {
     return;
   }
-  const auto rows =
-      communicator.all_gather(at::empty({}, torch::kLong).fill_(trials.front().counts.rows()));
-  const int64_t mean = (rows.sum().item<int64_t>() + communicator.size() - 1) / communicator.size();
+  const auto& own = trials.front().counts;
+  const auto all = communicator.all_gather(at::tensor({own.rows(), own.experts()}, torch::kLong));
+  const int64_t mean =
+      (all.select(1, 0).sum().item<int64_t>() + communicator.size() - 1) / communicator.size();
   if (mean == 0) {
     return;
   }
+  const auto chooses =
+      all.select(1, 1).gt(0).nonzero()[0].item<int64_t>();  // the first with experts
   const bool backward = at::GradMode::is_enabled() || weight.requires_grad();
   succeed_together(communicator, [&] {
-    if (communicator.rank() > 0) return;
+    if (communicator.rank() != chooses) return;
     const torch::NoGradGuard no_grad;
     try {
       for (const Trial& trial : trials) {
@@ -70,7 +77,7 @@ void settle_engine(const FeedForward& expert, const std::vector<Trial>& trials, 
       // What has not been tried is chosen by rule.
     }
   });
-  engine.settle_on(all_gather_strings(communicator, engine.choices()).front());
+  engine.settle_on(all_gather_strings(communicator, engine.choices()).at(chooses));
 }
 
 }  // namespace anabranch

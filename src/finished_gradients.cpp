@@ -64,6 +64,12 @@ void mark_finished(const std::vector<torch::Tensor>& gradients) {
   for (const auto& gradient : gradients) mark(all, gradient);
 }
 
+void mark_unfinished(const std::vector<torch::Tensor>& gradients) {
+  auto& all = marks();
+  const std::scoped_lock lock(all.mutex);
+  for (const auto& gradient : gradients) all.of.erase(gradient.unsafeGetTensorImpl());
+}
+
 void mark_again(const std::vector<torch::Tensor>& gradients) {
   auto& all = marks();
   const std::scoped_lock lock(all.mutex);

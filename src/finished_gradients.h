@@ -16,6 +16,9 @@ void check_unfinished(const std::vector<torch::Tensor>& gradients);
 /// As they are now.
 void mark_finished(const std::vector<torch::Tensor>& gradients);
 
+/// They begin anew: whatever was added to them is not finished.
+void mark_unfinished(const std::vector<torch::Tensor>& gradients);
+
 /// Those that were marked before, now that something else than a backward has changed them.
 void mark_again(const std::vector<torch::Tensor>& gradients);
 

@@ -105,7 +105,7 @@ class CudaGraphTest : public ::testing::Test {
     };
     at::cuda::CUDAGraph graph;
     std::vector<torch::Tensor> recorded;
-    const auto stream = c10::cuda::getStreamFromPool();
+    const auto stream = c10::cuda::getStreamFromPool(false, device().index());
     {
       const c10::cuda::CUDAStreamGuard guard(stream);
       fill(0);
@@ -163,7 +163,7 @@ TEST_F(CudaGraphTest, RunDoesReplaysBeyondTheRoomAgain) {
   routing->weights = on_device(torch::rand({kTokens, kTopK}));
   at::cuda::CUDAGraph graph;
   std::vector<torch::Tensor> recorded;
-  const auto stream = c10::cuda::getStreamFromPool();
+  const auto stream = c10::cuda::getStreamFromPool(false, device().index());
   const c10::cuda::CUDAStreamGuard guard(stream);
   for (int i = 0; i < 3; ++i) {
     step(layer, x, dy, routing);
@@ -173,9 +173,14 @@ TEST_F(CudaGraphTest, RunDoesReplaysBeyondTheRoomAgain) {
   graph.capture_begin();
   recorded = step(layer, x, dy, routing);
   graph.capture_end();
-  int again = 0;
+  int again = 0, beyond = 0;
   for (int turn = 0; turn < 12; ++turn) {
-    routing->expert_ids.copy_(draw_ids(random_, turn));
+    const auto ids = draw_ids(random_, turn);  // of every rank
+    routing->expert_ids.copy_(ids);
+    const auto of_ranks = torch::bincount(ids.div(kExperts / world()->size(), "floor").flatten(),
+                                          {}, world()->size());
+    const auto fullest = of_ranks.max().item<int64_t>() * world()->size();
+    beyond += static_cast<double>(fullest) > options.receive_capacity * kTokens * kTopK ? 1 : 0;
     const auto found = run(
         [&] {
           graph.replay();
@@ -191,7 +196,8 @@ TEST_F(CudaGraphTest, RunDoesReplaysBeyondTheRoomAgain) {
       ASSERT_TRUE(found[i].equal(expected[i])) << "turn " << turn << ", tensor " << i;
     }
   }
-  EXPECT_EQ(again, 3);  // those in which all tokens go to the first experts, rank 0's
+  EXPECT_GE(beyond, 3);  // those in which all tokens go to the first experts, rank 0's
+  EXPECT_EQ(again, beyond);
   check();
 }
 

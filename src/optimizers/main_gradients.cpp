@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "finished_gradients.h"
+
 namespace anabranch {
 namespace {
 
@@ -69,6 +71,7 @@ void zero_gradients(const std::vector<ParallelParameter>& parameters) {
     }
   }
   if (!sums.empty()) at::_foreach_zero_(sums);
+  mark_unfinished(sums);
 }
 
 Gradients gradients_of(const std::vector<ParallelParameter>& parameters) {

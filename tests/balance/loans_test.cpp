@@ -199,6 +199,7 @@ MoEOptions small_options() {
   options.renormalize = false;
   options.bias = options.glu = true;
   options.balance = "shadow";
+  options.engine = "deterministic";  // tells other ranks no choices
   options.device = device();
   return options;
 }

@@ -13,12 +13,11 @@
 namespace anabranch::test {
 namespace {
 
-const ShardedModel::Options kInTraining{.num_experts = 5, .dtype = torch::kBFloat16};
-
 /// A model in training on this rank.
 struct InTraining : OptimizerCase {
   explicit InTraining(const ParallelGroups& groups)
-      : OptimizerCase(kInTraining, *groups.expert_parallel, groups),
+      : OptimizerCase({.num_experts = 5, .dtype = torch::kBFloat16}, *groups.expert_parallel,
+                      groups),
         optimizer(make_adamw(parameters, {})) {}
 
   void take_step() {

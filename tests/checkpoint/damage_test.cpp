@@ -18,16 +18,14 @@ namespace {
 
 namespace fs = std::filesystem;
 
-const ShardedModel::Options kOptions{.num_experts = 3};
-
 /// A sound checkpoint, a model of other numbers, and a way to load the one, damaged, into the
 /// other.
 class DamagedCheckpoint : public ::testing::Test {
  protected:
   DamagedCheckpoint()
       : groups_(parallel_groups()),
-        saved_(make_training(kOptions, *groups_.expert_parallel, 1)),
-        training_(make_training(kOptions, *groups_.expert_parallel, 2)),
+        saved_(make_training({.num_experts = 3}, *groups_.expert_parallel, 1)),
+        training_(make_training({.num_experts = 3}, *groups_.expert_parallel, 2)),
         random_(test_seed()) {
     train(saved_, 3, 1);
     train(training_, 4, 1);

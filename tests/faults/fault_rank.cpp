@@ -57,8 +57,9 @@ void exchange_for_ever(Communicator& communicator) {
   }
 }
 
-/// Sends the culprit `signal` after 300 ms, in the middle of whatever it does.
+/// Sends the culprit `signal` after 300 ms, in the middle of whatever it does. Time counts from now.
 void schedule(const Communicator& communicator, int signal) {
+  began = Clock::now();
   if (communicator.rank() == culprit) {
     std::thread([signal] {
       std::this_thread::sleep_for(milliseconds(300));
@@ -98,11 +99,14 @@ void killed_in_a_training_step(Communicator& communicator, const std::string& ov
   anabranch::MoEOptions options = layer_options();
   options.overlap = overlap;
   anabranch::MoELayer layer(options, share(communicator));
-  schedule(communicator, SIGKILL);
-  while (true) {
+  const auto step = [&] {
     const auto x = torch::randn({200, 64}, device).requires_grad_();
     layer->forward(x).output.sum().backward();
-  }
+  };
+  step();  // of which engines and connections come, slowly where ranks share a GPU
+  communicator.barrier();
+  schedule(communicator, SIGKILL);
+  while (true) step();
 }
 
 /// Two threads of each rank wait: backward's, and the one that sums gradients.
@@ -110,14 +114,17 @@ void killed_while_gradients_are_summed(Communicator& communicator) {
   const auto groups = anabranch::make_parallel_groups(share(communicator));
   anabranch::MoELayer layer(layer_options(), groups.expert_parallel);
   anabranch::GradientReducer reducer(*layer, groups, /*bucket_bytes=*/1);
-  schedule(communicator, SIGKILL);
-  while (true) {
+  const auto step = [&] {
     layer->zero_grad();
     const auto loss = layer->forward(torch::randn({200, 64}, device)).output.sum();
     reducer.start();
     loss.backward();
     reducer.finish();
-  }
+  };
+  step();
+  communicator.barrier();
+  schedule(communicator, SIGKILL);
+  while (true) step();
 }
 
 /// Comes when the others have given up.

@@ -32,7 +32,8 @@ struct Place {
 
 torch::Tensor part_of_expert(const torch::Tensor& whole, const Place& place) {
   if (place.nothing) return torch::zeros_like(whole);
-  return place.units.defined() ? whole.index_select(place.dimension, place.units) : whole;
+  return place.units.defined() ? whole.index_select(place.dimension, place.units.to(whole.device()))
+                               : whole;
 }
 
 }  // namespace

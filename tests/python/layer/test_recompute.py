@@ -17,14 +17,14 @@ def make(device, **kind):
 
 
 def results(call, layer, x, seed):
-    """Of one step with that seed: the output, which experts were chosen, and the gradients."""
+    """Of one step with that seed: the output, the load, which experts were chosen by what weights, and the gradients."""
     layer.zero_grad()
     leaf = x.clone().requires_grad_()
     torch.manual_seed(seed)
-    y, load = call(leaf)
+    y, *routing = call(leaf)
     torch.rand(3, device=x.device)  # the program draws on, as other layers do
     y.square().sum().backward()
-    return [y, load, leaf.grad, *(parameter.grad for parameter in layer.parameters())]
+    return [y, *routing, leaf.grad, *(parameter.grad for parameter in layer.parameters())]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -34,7 +34,7 @@ def test_compiled_checkpoint_of_the_module(kind, device):
 
     def run(x):
         out = layer(x)
-        return out.output, out.expert_load
+        return out.output, out.expert_load, out.expert_ids, out.expert_weights
 
     compiled = torch.compile(
         lambda x: checkpoint(run, x, use_reentrant=False), fullgraph=True, backend="aot_eager"
@@ -42,9 +42,19 @@ def test_compiled_checkpoint_of_the_module(kind, device):
     for seed in range(3):
         x = torch.randn(40, 8, device=device, dtype=torch.float64)
         before = layer.stats().forwards
-        for actual, expected in zip(results(compiled, layer, x, seed), results(run, layer, x, seed), strict=True):
-            torch.testing.assert_close(actual, expected)
-        assert layer.stats().forwards == before + 3, "one is computed again"
+        found = results(compiled, layer, x, seed)
+        assert layer.stats().forwards == before + 2, "one is computed again"
+        # What backward trained is what forward chose.
+        y, load, ids, weights, _, *gradients = found
+        layer.zero_grad()
+        again = layer(x, (ids, weights.detach()), may_skip=True)
+        again.output.square().sum().backward()
+        torch.testing.assert_close([again.output, again.expert_load], [y, load])
+        for (name, parameter), gradient in zip(layer.named_parameters(), gradients, strict=True):
+            if name.startswith("experts."):
+                torch.testing.assert_close(parameter.grad, gradient, msg=name)
+        if device.type == "cpu":  # on a GPU what is compiled draws from generators of its own
+            torch.testing.assert_close(found, results(run, layer, x, seed))
 
 
 def test_the_module_leaves_nothing_behind_in_forward(device):

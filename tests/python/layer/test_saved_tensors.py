@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 HIDDEN, INNER, EXPERTS, TOP_K, TOKENS = 8, 12, 6, 2, 23
 ALL = dict(bias=True, shared_expert_hidden_size=6, shared_expert_gate=True, latent_size=5, router_score="sigmoid",
            sequence_balance_coefficient=0.1, z_coefficient=0.1)  # fmt: skip
-KINDS = [{}, ALL, {"gate": "noisy_top_k"}, {"recompute": True}, {"router": False}, {"activation": torch.relu}]
+KINDS = [{}, ALL, {"gate": "noisy_top_k"}, {"recompute": True}, {"router": False}, pytest.param({"activation": torch.relu}, id="activation")]
 
 
 class Block(nn.Module):
