@@ -11,6 +11,7 @@
 
 #include "communicator/peer_memory/layout.h"
 #include "experts/parts.h"
+#include "gemm/hopper/gather_choice.h"
 #include "moe_options.h"
 #include "placement/slices.h"
 #include "support/check.h"
@@ -72,11 +73,22 @@ struct Sizes {
   int64_t of_rows(int64_t width) const { return rows * width * element; }
   int64_t of_assignments(int64_t width) const { return assignments * width * element; }
   int64_t of_part(int64_t width) const { return part * width * element; }
-  /// What cuBLAS works in during a product, where the kernel of ours does not compute. (Those of cublas_loop's
-  /// streams stay with the process.)
+  /// Whether a kernel of ours multiplies, which reads rows by their index: see TileEngine::supports.
+  bool ours() const {
+    return options.device.is_cuda() && element == 2 && !options.engine.starts_with("cublas") &&
+           up % 8 == 0 && options.hidden_size % 8 == 0 && inner % 8 == 0;
+  }
+  /// What cuBLAS works in during a product. (Those of cublas_loop's streams stay with the process.)
   int64_t workspace() const {
-    const bool ours = element == 2 && !options.engine.starts_with("cublas");
-    return options.device.is_cuda() && !ours && rows > 0 ? int64_t{32} << 20 : 0;
+    return options.device.is_cuda() && !ours() && rows > 0 ? int64_t{32} << 20 : 0;
+  }
+  /// Those rows of a part, where they are copied to be multiplied.
+  int64_t copied(GatheredRows which) const {
+    const bool down = which == GatheredRows::kBackwardDy;
+    const bool read_in_place =
+        ours() && (down ? !options.bias && hopper::gains_by_index(which, options.hidden_size, inner)
+                        : hopper::gains_by_index(which, up, options.hidden_size));
+    return read_in_place ? 0 : of_part(options.hidden_size);
   }
   int64_t up_weight() const { return experts * up * options.hidden_size * element; }
   int64_t down_weight() const { return experts * options.hidden_size * inner * element; }
@@ -232,7 +244,7 @@ void feed_forward(Ledger& memory, const Sizes& z) {
   if (z.part < z.assignments) {
     memory.hold("results", z.of_assignments(h));
   }
-  memory.hold("a part's rows", z.of_part(h));
+  memory.hold("a part's rows", z.copied(GatheredRows::kForwardX));
   if (z.options.recompute) {
     memory.hold("a part's hidden", z.of_part(z.up));
   }
@@ -315,11 +327,11 @@ void feed_forward_backward(Ledger& memory, const Sizes& z) {
   const bool several = z.part < z.assignments;
   const auto down = [&] {
     if (z.options.recompute) {
-      memory.hold("a part's rows", z.of_part(h));
+      memory.hold("a part's rows", z.copied(GatheredRows::kForwardX));
       memory.hold("a part's hidden", z.of_part(z.up));
       memory.release("a part's rows");
     }
-    memory.hold("a part's gradient", z.of_part(h));
+    memory.hold("a part's gradient", z.copied(GatheredRows::kBackwardDy));
     memory.hold("a part's activation", z.of_part(z.inner));
   };
   const auto end_of_down = [&] {
@@ -332,14 +344,14 @@ void feed_forward_backward(Ledger& memory, const Sizes& z) {
   memory.hold("gradients", z.down_weight());
   end_of_down();
   memory.hold("gradients", z.up_weight());
-  memory.hold("a part's rows", z.of_part(h));
+  memory.hold("a part's rows", z.copied(GatheredRows::kWgradX));
   memory.release("a part's rows");
   memory.hold("gradient of the experts' rows", z.of_assignments(h));
   if (several) {
     memory.release("a part's hidden");
     down();
     end_of_down();
-    memory.hold("a part's rows", z.of_part(h));
+    memory.hold("a part's rows", z.copied(GatheredRows::kWgradX));
     memory.release("a part's rows");
   }
   memory.release("a part's hidden");

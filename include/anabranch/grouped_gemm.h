@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace anabranch {
@@ -24,6 +25,19 @@ struct HiddenActivation {
            activation != Activation::kQuickGelu;
   }
 };
+
+/// P rows of a product: row p is rows[index[p]], or rows[p] where the index is undefined.
+struct ProductRows {
+  // NOLINTNEXTLINE(google-explicit-constructor): rows are what they are of themselves
+  ProductRows(torch::Tensor rows, torch::Tensor index = {})
+      : rows(std::move(rows)), index(std::move(index)) {}
+
+  torch::Tensor rows;   ///< [R, width]
+  torch::Tensor index;  ///< [P] int64
+};
+
+/// Rows of a layer's products that may be read by an index: x of forward, dy of dgrad and wgrad, x of wgrad.
+enum class GatheredRows { kForwardX, kBackwardDy, kWgradX };
 
 /// One way to multiply each expert's own rows by its own weight.
 ///
@@ -48,24 +62,27 @@ class GroupedGemmEngine {
   /// Takes the choices of such a text, or of an empty one, alone from now on: it measures no more, and what
   /// they lack is chosen as they choose what is nearest to it, or by its shape where nothing is near.
   virtual void settle_on(const std::string& choices);
+  /// Whether it reads those rows by their index in a product with weights [experts, n, k] of that type, and sooner than
+  /// they are copied. Where it does not read them so at all, each product makes a copy.
+  virtual bool gathers(GatheredRows rows, torch::Dtype dtype, int64_t n, int64_t k) const;
   /// Rows of padding that it multiplies besides those of the experts' tokens.
   virtual int64_t padding_rows(const ExpertCounts& counts) const;
 
   /// y[P, n] = x[P, k] · weight[e]ᵀ, weight [experts, n, k].
-  void forward(const torch::Tensor& x, const torch::Tensor& weight, const ExpertCounts& counts,
+  void forward(const ProductRows& x, const torch::Tensor& weight, const ExpertCounts& counts,
                torch::Tensor& y);
   /// dx[P, k] = dy[P, n] · weight[e].
   void dgrad(const torch::Tensor& dy, const torch::Tensor& weight, const ExpertCounts& counts,
              torch::Tensor& dx);
   /// dweight[e] = dy_eᵀ · x_e, [experts, n, k]; zero for an expert without rows.
-  void wgrad(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,
+  void wgrad(const ProductRows& dy, const ProductRows& x, const ExpertCounts& counts,
              torch::Tensor& dweight);
   /// sum[e] += dy_eᵀ · x_e, in fp32 (fp64) whatever the type of the rows; sum [experts, n, k].
-  void wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x, const ExpertCounts& counts,
+  void wgrad_accumulate(const ProductRows& dy, const ProductRows& x, const ExpertCounts& counts,
                         torch::Tensor& sum);
 
   /// hidden [P, n] = forward(x, weight); returns its activation, [P, n] (glu: [P, n / 2]).
-  torch::Tensor forward_activated(const torch::Tensor& x, const torch::Tensor& weight,
+  torch::Tensor forward_activated(const ProductRows& x, const torch::Tensor& weight,
                                   const ExpertCounts& counts, const HiddenActivation& activation,
                                   torch::Tensor& hidden);
 
@@ -79,7 +96,7 @@ class GroupedGemmEngine {
   };
   /// dy [P, h], weight [experts, h, n], hidden [P, n] (glu: [P, 2n]); `routing_weights` [P] fp32 (fp64),
   /// undefined: 1.
-  void dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
+  void dgrad_activated(const ProductRows& dy, const torch::Tensor& weight,
                        const ExpertCounts& counts, const HiddenActivation& activation,
                        const torch::Tensor& hidden, const torch::Tensor& routing_weights,
                        ActivatedGradient& gradient);
@@ -107,6 +124,26 @@ class GroupedGemmEngine {
                                   const ExpertCounts& counts, const HiddenActivation& activation,
                                   const torch::Tensor& hidden, const torch::Tensor& routing_weights,
                                   ActivatedGradient& gradient);
+
+  // Of rows with an index, which one operand of wgrad has at most; here of copies.
+
+  virtual void do_forward_gathering(const ProductRows& x, const torch::Tensor& weight,
+                                    const ExpertCounts& counts, torch::Tensor& y);
+  virtual void do_wgrad_gathering(const ProductRows& dy, const ProductRows& x,
+                                  const ExpertCounts& counts, torch::Tensor& dweight);
+  virtual void do_wgrad_accumulate_gathering(const ProductRows& dy, const ProductRows& x,
+                                             const ExpertCounts& counts, torch::Tensor& sum);
+  virtual torch::Tensor do_forward_activated_gathering(const ProductRows& x,
+                                                       const torch::Tensor& weight,
+                                                       const ExpertCounts& counts,
+                                                       const HiddenActivation& activation,
+                                                       torch::Tensor& hidden);
+  virtual void do_dgrad_activated_gathering(const ProductRows& dy, const torch::Tensor& weight,
+                                            const ExpertCounts& counts,
+                                            const HiddenActivation& activation,
+                                            const torch::Tensor& hidden,
+                                            const torch::Tensor& routing_weights,
+                                            ActivatedGradient& gradient);
 };
 
 /// The engine of that name for that device: one of `grouped_gemm_engines`, "auto" or "deterministic".

@@ -33,9 +33,13 @@ struct Part {
   torch::Tensor rows_of(const torch::Tensor& tensor) const {
     return narrowed(tensor, first_row, rows);
   }
-  torch::Tensor take(const IndexedRows& from) const {
+  /// This part's of `from`: copied, unless whoever multiplies them `gathers`.
+  ProductRows take(const IndexedRows& from, bool gathers) const {
     if (!from.index.defined()) {
       return rows_of(from.rows);
+    }
+    if (gathers) {
+      return {from.rows, rows_of(from.index)};
     }
     const Stage named("anabranch.permute");
     const RowKernels& kernels = RowKernels::on(from.rows.device());
@@ -146,8 +150,13 @@ class Turns {
   size_t gone_ = 0;
 };
 
+bool gathers(const FeedForward& expert, GatheredRows rows, const Projection& projection) {
+  const auto& weight = projection.weight;
+  return expert.engine->gathers(rows, weight.scalar_type(), weight.size(1), weight.size(2));
+}
+
 /// rows [P, in] → result [P, out].
-void project(const FeedForward& expert, const torch::Tensor& rows, const Projection& projection,
+void project(const FeedForward& expert, const ProductRows& rows, const Projection& projection,
              const ExpertCounts& counts, torch::Tensor& result) {
   expert.engine->forward(rows, projection.weight, counts, result);
   if (projection.bias.defined()) {
@@ -156,7 +165,7 @@ void project(const FeedForward& expert, const torch::Tensor& rows, const Project
 }
 
 /// rows [P, h] → hidden [P, n or 2n]; returns its activation, [P, n].
-torch::Tensor project_activated(const FeedForward& expert, const torch::Tensor& rows,
+torch::Tensor project_activated(const FeedForward& expert, const ProductRows& rows,
                                 const Projection& up, const ExpertCounts& counts,
                                 torch::Tensor& hidden) {
   const Stage named("anabranch.up");
@@ -170,7 +179,8 @@ torch::Tensor project_activated(const FeedForward& expert, const torch::Tensor& 
 torch::Tensor up_projection(const FeedForward& expert, const Part& part, const IndexedRows& x,
                             const Projection& up) {
   auto hidden = at::empty({part.rows, up.weight.size(1)}, up.weight.options());
-  project(expert, part.take(x), part.experts_of(up), part.counts, hidden);
+  project(expert, part.take(x, gathers(expert, GatheredRows::kForwardX, up)), part.experts_of(up),
+          part.counts, hidden);
   return hidden;
 }
 
@@ -183,7 +193,7 @@ void make_room(torch::Tensor& gradient, const torch::Tensor& parameter, bool wan
 }
 
 /// The weight's gradient, where it is wanted: into `dweight` or added to `sum`, whichever is defined.
-void weight_gradient(const FeedForward& expert, const torch::Tensor& dy, const torch::Tensor& x,
+void weight_gradient(const FeedForward& expert, const ProductRows& dy, const ProductRows& x,
                      const ExpertCounts& counts, torch::Tensor dweight, torch::Tensor sum) {
   if (dweight.defined()) {
     expert.engine->wgrad(dy, x, counts, dweight);
@@ -209,7 +219,10 @@ class PartBackward {
   /// which receives its gradient and may be the same.
   void through_down(const IndexedRows& dy, const torch::Tensor& hidden,
                     const torch::Tensor& dhidden, const torch::Tensor& routing_weights) {
-    dresults_ = part_.take(dy);
+    // Biases read copied rows.
+    const bool by_index = !parameters_.down.bias.defined() &&
+                          gathers(expert_, GatheredRows::kBackwardDy, parameters_.down);
+    dresults_ = part_.take(dy, by_index);
     const Stage named("anabranch.down.backward");
     routing_weights_ = routing_weights;
     const Projection down = part_.experts_of(parameters_.down);
@@ -220,7 +233,7 @@ class PartBackward {
                                     hidden, routing_weights, activation);
     if (down.bias.defined()) {
       drouting_weights.add_(
-          BiasKernels::on(hidden.device()).bias_dot(dresults_, down.bias, part_.counts));
+          BiasKernels::on(hidden.device()).bias_dot(dresults_.rows, down.bias, part_.counts));
     }
     dhidden_ = dhidden;
     activated_ = activation.activated;
@@ -237,10 +250,11 @@ class PartBackward {
                       part_.experts_of(wanted_.sums.down));
     }
     if (dbias.defined()) {
-      part_.experts_of(dbias).copy_(BiasKernels::on(dresults_.device())
-                                        .bias_gradient(dresults_, routing_weights_, part_.counts));
+      part_.experts_of(dbias).copy_(
+          BiasKernels::on(dbias.device())
+              .bias_gradient(dresults_.rows, routing_weights_, part_.counts));
     }
-    dresults_.reset();
+    dresults_ = torch::Tensor();
     activated_.reset();
   }
 
@@ -250,8 +264,9 @@ class PartBackward {
     make_room(dweight, parameters_.up.weight, wanted_.up_weight && !wanted_.sums.up.defined());
     make_room(dbias, parameters_.up.bias, wanted_.up_bias);
     if (wanted_.up_weight) {
-      weight_gradient(expert_, dhidden_, part_.take(x), part_.counts, part_.experts_of(dweight),
-                      part_.experts_of(wanted_.sums.up));
+      weight_gradient(expert_, dhidden_,
+                      part_.take(x, gathers(expert_, GatheredRows::kWgradX, parameters_.up)),
+                      part_.counts, part_.experts_of(dweight), part_.experts_of(wanted_.sums.up));
     }
     if (dbias.defined()) {
       part_.experts_of(dbias).copy_(
@@ -277,9 +292,9 @@ class PartBackward {
   const WantedGradients& wanted_;
   FeedForwardGradient& gradient_;
   torch::Tensor routing_weights_;
-  torch::Tensor dresults_;   ///< [part's rows, h]
-  torch::Tensor activated_;  ///< [part's rows, n]
-  torch::Tensor dhidden_;    ///< [part's rows, n or 2n]
+  ProductRows dresults_ = torch::Tensor();  ///< [part's rows, h]
+  torch::Tensor activated_;                 ///< [part's rows, n]
+  torch::Tensor dhidden_;                   ///< [part's rows, n or 2n]
 };
 
 }  // namespace
@@ -298,8 +313,9 @@ FeedForwardOutput feed_forward(const FeedForward& expert, const IndexedRows& x,
     turns.wait_for(part);
     auto hidden = keep_hidden ? part.rows_of(output.hidden)
                               : at::empty({part.rows, parameters.up.weight.size(1)}, options);
-    auto activated = project_activated(expert, part.take(x), part.experts_of(parameters.up),
-                                       part.counts, hidden);
+    auto activated = project_activated(
+        expert, part.take(x, gathers(expert, GatheredRows::kForwardX, parameters.up)),
+        part.experts_of(parameters.up), part.counts, hidden);
     hidden.reset();
     if (!output.results.defined()) {
       output.results = on_large_pages(at::empty({rows, parameters.down.weight.size(1)}, options));

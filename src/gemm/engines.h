@@ -15,6 +15,8 @@ struct EngineEntry {
   bool considered_by_auto;
   /// Whether it multiplies without the host knowing the counts, see ExpertCounts.
   bool reads_counts_on_gpu = false;
+  /// An engine beside which auto does not consider it; empty: none.
+  std::string outdone_by = {};
 };
 
 /// Those that run on a device: the library's, of which auto prefers the earlier where two are as fast,

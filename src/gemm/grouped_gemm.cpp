@@ -10,6 +10,7 @@
 #include "gemm/auto/auto_engine.h"
 #include "gemm/engines.h"
 #include "kernels/activation.h"
+#include "kernels/rows.h"
 #include "support/check.h"
 
 namespace anabranch {
@@ -77,37 +78,59 @@ void check_supported(const GroupedGemmEngine& engine, torch::Dtype dtype, int64_
               " does not take ", dtype, " weights of ", n, " x ", k);
 }
 
+int64_t count(const ProductRows& rows) {
+  return (rows.index.defined() ? rows.index : rows.rows).size(0);
+}
+
+/// As they are multiplied.
+torch::Tensor copied(const ProductRows& rows) {
+  return rows.index.defined()
+             ? RowKernels::on(rows.rows.device()).gather_rows(rows.rows, rows.index)
+             : rows.rows;
+}
+
+void check_rows(const ProductRows& rows, const char* name, const Kind& kind) {
+  check_operand(rows.rows, 2, name, kind);
+  const auto& index = rows.index;
+  check_input(
+      !index.defined() || (index.dim() == 1 && index.is_contiguous() &&
+                           index.scalar_type() == torch::kInt64 && index.device() == kind.device),
+      "grouped GEMM: the index of ", name, " is ", index.defined() ? index.toString() : "",
+      ", expected contiguous int64 [rows] on ", kind.device);
+}
+
 /// Rows whose width is the weight's size `dim`: 2 in forward, 1 in dgrad.
-void check_product(const GroupedGemmEngine& engine, const torch::Tensor& rows, const char* name,
+void check_product(const GroupedGemmEngine& engine, const ProductRows& rows, const char* name,
                    const torch::Tensor& weight, int64_t dim, const ExpertCounts& counts) {
-  const Kind kind = kind_of(rows);
-  check_operand(rows, 2, name, kind);
+  const Kind kind = kind_of(rows.rows);
+  check_rows(rows, name, kind);
   check_operand(weight, 3, "weight", kind);
   check_input(weight.size(0) == counts.experts(), "grouped GEMM: weight of ", weight.size(0),
               " experts with ", counts.experts(), " counts");
-  check_input(weight.size(dim) == rows.size(1), "grouped GEMM: rows of width ", rows.size(1),
-              " against a weight of shape ", weight.sizes());
-  check_counts(counts, rows.size(0));
+  check_input(weight.size(dim) == rows.rows.size(1), "grouped GEMM: rows of width ",
+              rows.rows.size(1), " against a weight of shape ", weight.sizes());
+  check_counts(counts, count(rows));
   check_supported(engine, weight.scalar_type(), weight.size(1), weight.size(2));
 }
 
-std::array<int64_t, 3> sizes_of_wgrad(const torch::Tensor& dy, const torch::Tensor& x,
+std::array<int64_t, 3> sizes_of_wgrad(const ProductRows& dy, const ProductRows& x,
                                       const ExpertCounts& counts) {
-  return {counts.experts(), dy.size(1), x.size(1)};
+  return {counts.experts(), dy.rows.size(1), x.rows.size(1)};
 }
 
 /// `result`: of the weight's sizes, and of `result_kind`.
-void check_wgrad(const GroupedGemmEngine& engine, const torch::Tensor& dy, const torch::Tensor& x,
+void check_wgrad(const GroupedGemmEngine& engine, const ProductRows& dy, const ProductRows& x,
                  const ExpertCounts& counts, const torch::Tensor& result, const char* name,
                  const Kind& result_kind) {
-  const Kind kind = kind_of(dy);
-  check_operand(dy, 2, "dy", kind);
-  check_operand(x, 2, "x", kind);
-  check_input(x.size(0) == dy.size(0), "grouped GEMM: dy has ", dy.size(0), " rows and x ",
-              x.size(0));
-  check_counts(counts, x.size(0));
+  const Kind kind = kind_of(dy.rows);
+  check_rows(dy, "dy", kind);
+  check_rows(x, "x", kind);
+  check_input(!dy.index.defined() || !x.index.defined(),
+              "grouped GEMM: dy and x have an index, expected one of them at most");
+  check_input(count(x) == count(dy), "grouped GEMM: dy has ", count(dy), " rows and x ", count(x));
+  check_counts(counts, count(x));
   check_output(result, sizes_of_wgrad(dy, x, counts), name, result_kind);
-  check_supported(engine, dy.scalar_type(), dy.size(1), x.size(1));
+  check_supported(engine, dy.rows.scalar_type(), dy.rows.size(1), x.rows.size(1));
 }
 
 }  // namespace
@@ -124,13 +147,19 @@ std::string GroupedGemmEngine::choices() const { return {}; }
 
 void GroupedGemmEngine::settle_on(const std::string& /*choices*/) {}
 
+bool GroupedGemmEngine::gathers(GatheredRows /*rows*/, torch::Dtype /*dtype*/, int64_t /*n*/,
+                                int64_t /*k*/) const {
+  return false;
+}
+
 int64_t GroupedGemmEngine::padding_rows(const ExpertCounts& /*counts*/) const { return 0; }
 
-void GroupedGemmEngine::forward(const torch::Tensor& x, const torch::Tensor& weight,
+void GroupedGemmEngine::forward(const ProductRows& x, const torch::Tensor& weight,
                                 const ExpertCounts& counts, torch::Tensor& y) {
   check_product(*this, x, "x", weight, 2, counts);
-  check_output(y, {x.size(0), weight.size(1)}, "y", kind_of(x));
-  do_forward(x, weight, counts, y);
+  check_output(y, {count(x), weight.size(1)}, "y", kind_of(x.rows));
+  x.index.defined() ? do_forward_gathering(x, weight, counts, y)
+                    : do_forward(x.rows, weight, counts, y);
 }
 
 void GroupedGemmEngine::dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
@@ -140,47 +169,88 @@ void GroupedGemmEngine::dgrad(const torch::Tensor& dy, const torch::Tensor& weig
   do_dgrad(dy, weight, counts, dx);
 }
 
-void GroupedGemmEngine::wgrad(const torch::Tensor& dy, const torch::Tensor& x,
+void GroupedGemmEngine::wgrad(const ProductRows& dy, const ProductRows& x,
                               const ExpertCounts& counts, torch::Tensor& dweight) {
-  check_wgrad(*this, dy, x, counts, dweight, "dweight", kind_of(dy));
-  do_wgrad(dy, x, counts, dweight);
+  check_wgrad(*this, dy, x, counts, dweight, "dweight", kind_of(dy.rows));
+  dy.index.defined() || x.index.defined() ? do_wgrad_gathering(dy, x, counts, dweight)
+                                          : do_wgrad(dy.rows, x.rows, counts, dweight);
 }
 
-void GroupedGemmEngine::wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
+void GroupedGemmEngine::wgrad_accumulate(const ProductRows& dy, const ProductRows& x,
                                          const ExpertCounts& counts, torch::Tensor& sum) {
-  check_wgrad(*this, dy, x, counts, sum, "sum", kind_of_sums(dy));
-  do_wgrad_accumulate(dy, x, counts, sum);
+  check_wgrad(*this, dy, x, counts, sum, "sum", kind_of_sums(dy.rows));
+  dy.index.defined() || x.index.defined() ? do_wgrad_accumulate_gathering(dy, x, counts, sum)
+                                          : do_wgrad_accumulate(dy.rows, x.rows, counts, sum);
+  sum.unsafeGetTensorImpl()->bump_version();  // as of whatever is written in place
 }
 
-torch::Tensor GroupedGemmEngine::forward_activated(const torch::Tensor& x,
+torch::Tensor GroupedGemmEngine::forward_activated(const ProductRows& x,
                                                    const torch::Tensor& weight,
                                                    const ExpertCounts& counts,
                                                    const HiddenActivation& activation,
                                                    torch::Tensor& hidden) {
   check_product(*this, x, "x", weight, 2, counts);
-  check_output(hidden, {x.size(0), weight.size(1)}, "hidden", kind_of(x));
+  check_output(hidden, {count(x), weight.size(1)}, "hidden", kind_of(x.rows));
   check_input(!activation.glu || weight.size(1) % 2 == 0, "grouped GEMM: a weight of shape ",
               weight.sizes(), " has no gate and up half");
-  return do_forward_activated(x, weight, counts, activation, hidden);
+  return x.index.defined() ? do_forward_activated_gathering(x, weight, counts, activation, hidden)
+                           : do_forward_activated(x.rows, weight, counts, activation, hidden);
 }
 
-void GroupedGemmEngine::dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
+void GroupedGemmEngine::dgrad_activated(const ProductRows& dy, const torch::Tensor& weight,
                                         const ExpertCounts& counts,
                                         const HiddenActivation& activation,
                                         const torch::Tensor& hidden,
                                         const torch::Tensor& routing_weights,
                                         ActivatedGradient& gradient) {
   check_product(*this, dy, "dy", weight, 1, counts);
+  const Kind kind = kind_of(dy.rows);
+  const int64_t rows = count(dy);
   const int64_t n = weight.size(2);
   const int64_t hidden_width = activation.glu ? 2 * n : n;
-  check_output(hidden, {dy.size(0), hidden_width}, "hidden", kind_of(dy));
-  check_output(gradient.dhidden, {dy.size(0), hidden_width}, "dhidden", kind_of(dy));
-  check_output(gradient.activated, {dy.size(0), n}, "activated", kind_of(dy));
-  check_output(gradient.drouting_weights, {dy.size(0)}, "drouting_weights", kind_of_sums(dy));
+  check_output(hidden, {rows, hidden_width}, "hidden", kind);
+  check_output(gradient.dhidden, {rows, hidden_width}, "dhidden", kind);
+  check_output(gradient.activated, {rows, n}, "activated", kind);
+  check_output(gradient.drouting_weights, {rows}, "drouting_weights", kind_of_sums(dy.rows));
   if (routing_weights.defined()) {
-    check_output(routing_weights, {dy.size(0)}, "routing_weights", kind_of_sums(dy));
+    check_output(routing_weights, {rows}, "routing_weights", kind_of_sums(dy.rows));
   }
-  do_dgrad_activated(dy, weight, counts, activation, hidden, routing_weights, gradient);
+  if (dy.index.defined()) {
+    do_dgrad_activated_gathering(dy, weight, counts, activation, hidden, routing_weights, gradient);
+  } else {
+    do_dgrad_activated(dy.rows, weight, counts, activation, hidden, routing_weights, gradient);
+  }
+}
+
+void GroupedGemmEngine::do_forward_gathering(const ProductRows& x, const torch::Tensor& weight,
+                                             const ExpertCounts& counts, torch::Tensor& y) {
+  do_forward(copied(x), weight, counts, y);
+}
+
+void GroupedGemmEngine::do_wgrad_gathering(const ProductRows& dy, const ProductRows& x,
+                                           const ExpertCounts& counts, torch::Tensor& dweight) {
+  do_wgrad(copied(dy), copied(x), counts, dweight);
+}
+
+void GroupedGemmEngine::do_wgrad_accumulate_gathering(const ProductRows& dy, const ProductRows& x,
+                                                      const ExpertCounts& counts,
+                                                      torch::Tensor& sum) {
+  do_wgrad_accumulate(copied(dy), copied(x), counts, sum);
+}
+
+torch::Tensor GroupedGemmEngine::do_forward_activated_gathering(const ProductRows& x,
+                                                                const torch::Tensor& weight,
+                                                                const ExpertCounts& counts,
+                                                                const HiddenActivation& activation,
+                                                                torch::Tensor& hidden) {
+  return do_forward_activated(copied(x), weight, counts, activation, hidden);
+}
+
+void GroupedGemmEngine::do_dgrad_activated_gathering(
+    const ProductRows& dy, const torch::Tensor& weight, const ExpertCounts& counts,
+    const HiddenActivation& activation, const torch::Tensor& hidden,
+    const torch::Tensor& routing_weights, ActivatedGradient& gradient) {
+  do_dgrad_activated(copied(dy), weight, counts, activation, hidden, routing_weights, gradient);
 }
 
 void GroupedGemmEngine::do_wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,

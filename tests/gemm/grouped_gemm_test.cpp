@@ -150,7 +150,9 @@ TEST_P(GroupedGemmTest, AddsTheWeightsGradientToSumsOfFullWidth) {
       const auto dy = random_.normal({sum(counts), n}, dtype).to(torch::kFloat64);
       const auto before = random_.normal({experts, n, k}, sum_type).to(torch::kFloat64);
       auto sums = on_device(before, sum_type).clone();
+      const auto version = sums._version();
       engine_->wgrad_accumulate(on_device(dy, dtype), on_device(x, dtype), counts, sums);
+      EXPECT_GT(sums._version(), version);
       // Not rounded to the rows' type on the way.
       const auto longest = *std::max_element(counts.begin(), counts.end());
       EXPECT_TRUE(close(
@@ -284,6 +286,75 @@ TEST_P(GroupedGemmTest, AnExpertsResultDoesNotDependOnItsNeighbours) {
     const auto all = grouped_gemm(*engine_, x, weight, {150, 333, 217});
     const auto own = grouped_gemm(*engine_, x.slice(0, 150, 483), weight.slice(0, 1, 2), {333});
     EXPECT_TRUE(identical(all.slice(0, 150, 483).contiguous(), own));
+  }
+}
+
+// Rows that are read by an index: the bits of their copies.
+TEST_P(GroupedGemmTest, ReadsRowsByTheirIndex) {
+  if (GetParam().engine == "auto") {
+    GTEST_SKIP() << "may take another engine for copies";
+  }
+  for (const auto dtype : dtypes()) {
+    const auto counts = random_counts(random_, 5, random_.pick<int64_t>({3, 200, most_rows()}));
+    const int64_t rows = sum(counts);
+    const int64_t n = random_.pick<int64_t>({8, 64, 136, 448});
+    const int64_t k = random_.pick<int64_t>({16, 136, 520});
+    SCOPED_TRACE(
+        c10::str("counts ", c10::Join(",", counts), " n ", n, " k ", k, " ", to_string(dtype)));
+    const int64_t all = std::max<int64_t>(1, rows / 3);
+    std::vector<int64_t> places(rows);
+    for (auto& place : places) place = random_.integer(0, all - 1);
+    const auto index = on_device(torch::tensor(places, torch::kInt64), torch::kInt64);
+    const ProductRows x = {on_device(random_.normal({all, k}), dtype), index};
+    const auto x_copied = x.rows.index_select(0, index);
+    const auto weight = on_device(random_.normal({5, n, k}) / std::sqrt(k), dtype);
+    const auto options = weight.options();
+    const auto poison = std::numeric_limits<double>::quiet_NaN();
+
+    auto y = torch::full({rows, n}, poison, options);
+    engine_->forward(x, weight, counts, y);
+    EXPECT_TRUE(identical(y, grouped_gemm(*engine_, x_copied, weight, counts)));
+
+    const auto dy = on_device(random_.normal({rows, n}), dtype);
+    auto dweight = torch::full({5, n, k}, poison, options);
+    engine_->wgrad(dy, x, counts, dweight);
+    EXPECT_TRUE(identical(dweight, grouped_gemm_wgrad(*engine_, dy, x_copied, counts)));
+    engine_->wgrad(x, dy, counts, dweight = torch::full({5, k, n}, poison, options));
+    EXPECT_TRUE(identical(dweight, grouped_gemm_wgrad(*engine_, x_copied, dy, counts)));
+
+    const auto sum_options = options.dtype(accumulation_type(dtype));
+    auto sums = torch::ones({5, n, k}, sum_options);
+    auto sums_of_copies = sums.clone();
+    engine_->wgrad_accumulate(dy, x, counts, sums);
+    engine_->wgrad_accumulate(dy, x_copied, counts, sums_of_copies);
+    EXPECT_TRUE(identical(sums, sums_of_copies));
+
+    for (const bool glu : {false, true}) {
+      const HiddenActivation activation = {Activation::kSilu, glu};
+      auto hidden = torch::full({rows, n}, poison, options);
+      auto hidden_of_copies = torch::empty_like(hidden);
+      const auto activated = engine_->forward_activated(x, weight, counts, activation, hidden);
+      EXPECT_TRUE(identical(activated, engine_->forward_activated(x_copied, weight, counts,
+                                                                  activation, hidden_of_copies)));
+      EXPECT_TRUE(identical(hidden, hidden_of_copies));
+
+      const int64_t width = glu ? 2 * n : n;
+      const auto down = on_device(random_.normal({5, k, n}) / std::sqrt(k), dtype);
+      const auto values = on_device(random_.normal({rows}), accumulation_type(dtype));
+      const auto given = on_device(random_.normal({rows, width}), dtype);
+      const auto differentiate = [&](const ProductRows& from) {
+        GroupedGemmEngine::ActivatedGradient result = {torch::full({rows, width}, poison, options),
+                                                       torch::full({rows}, poison, sum_options),
+                                                       torch::full({rows, n}, poison, options)};
+        engine_->dgrad_activated(from, down, counts, activation, given, values, result);
+        return result;
+      };
+      const auto gathered = differentiate(x);
+      const auto copied = differentiate(x_copied);
+      EXPECT_TRUE(identical(gathered.dhidden, copied.dhidden));
+      EXPECT_TRUE(identical(gathered.activated, copied.activated));
+      EXPECT_TRUE(identical(gathered.drouting_weights, copied.drouting_weights));
+    }
   }
 }
 

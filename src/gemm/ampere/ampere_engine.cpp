@@ -2,7 +2,6 @@
 
 #include "gemm/ampere/launch.h"
 #include "gemm/tiles/tile_engine.h"
-#include "support/check.h"
 
 namespace anabranch {
 namespace {
@@ -17,17 +16,14 @@ class AmpereEngine final : public TileEngine {
     constexpr int32_t kBand = 8;
     tiles::Problem banded = problem;
     banded.band = kBand;
-    ampere::launch_grouped_gemm(task, banded, aligned(operands.a), aligned(operands.b),
+    ampere::launch_grouped_gemm(task, banded, source(operands.a), source(operands.b),
                                 operands.c.defined() ? operands.c.mutable_data_ptr() : nullptr,
                                 stream);
   }
 
-  static const void* aligned(const torch::Tensor& tensor) {
-    const void* const data = tensor.const_data_ptr();
-    check_input(reinterpret_cast<uintptr_t>(data) % 16 == 0,
-                "grouped GEMM: the data of a tensor of shape ", tensor.sizes(),
-                " does not begin at a multiple of 16 bytes");
-    return data;
+  static ampere::Source source(const ProductRows& rows) {
+    return {tiles::aligned_data(rows.rows),
+            rows.index.defined() ? rows.index.const_data_ptr<int64_t>() : nullptr};
   }
 };
 

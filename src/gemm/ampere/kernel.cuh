@@ -8,13 +8,24 @@
 
 namespace anabranch::ampere {
 
-/// a, b and, of kStore, c of all experts.
+/// a, b and, of kStore, c of all experts; of rows that are gathered the index.
 template <typename scalar_t>
 struct Matrices {
   const scalar_t* a;
   const scalar_t* b;
   scalar_t* c;
+  const int64_t* index_a = nullptr;
+  const int64_t* index_b = nullptr;
 };
+
+/// The rows of an expert, from `first_row` on.
+template <typename scalar_t>
+__device__ __forceinline__ Matrix<scalar_t> rows_from(const scalar_t* rows, const int64_t* index,
+                                                      int first_row, int pitch) {
+  return index != nullptr
+             ? Matrix<scalar_t>{rows, index + first_row, pitch}
+             : Matrix<scalar_t>{rows + static_cast<int64_t>(first_row) * pitch, nullptr, pitch};
+}
 
 /// sums += the products of a stage.
 template <typename scalar_t, typename shape>
@@ -63,13 +74,13 @@ __device__ __forceinline__ void multiply(const Problem& problem, const Matrices<
   const int pitch_a = shape::kRaggedK ? problem.m : problem.k;
   const int pitch_b = shape::kOperation == Operation::kForward ? problem.k : problem.n;
   const int64_t weight = static_cast<int64_t>(shape::kGateAndUp ? 2 : 1) * problem.n * problem.k;
-  const Operand<scalar_t, shape::kTransposedA> a(
-      matrices.a + static_cast<int64_t>(group.first_row) * pitch_a, pitch_a, tile.row,
+  Operand<scalar_t, shape::kTransposedA> a(
+      rows_from(matrices.a, matrices.index_a, group.first_row, pitch_a), tile.row,
       shape::kRaggedK ? problem.m : group.rows, depth);
-  const Operand<scalar_t, shape::kTransposedB, shape::kGateAndUp> b(
-      matrices.b + (shape::kRaggedK ? static_cast<int64_t>(group.first_row) * pitch_b
-                                    : group.expert * weight),
-      pitch_b, tile.column, problem.n, depth);
+  Operand<scalar_t, shape::kTransposedB, shape::kGateAndUp> b(
+      shape::kRaggedK ? rows_from(matrices.b, matrices.index_b, group.first_row, pitch_b)
+                      : Matrix<scalar_t>{matrices.b + group.expert * weight, nullptr, pitch_b},
+      tile.column, problem.n, depth);
   const auto copy = [&](int step, int stage) {
     if (step < tile.k_blocks) {
       a.copy(step, stages + stage * kStageBytes);

@@ -32,9 +32,11 @@ int resident_ctas() {
 }
 
 template <typename scalar_t, typename shape>
-void launch(const Problem& problem, const void* a, const void* b, void* c, cudaStream_t stream) {
-  const Matrices<scalar_t> matrices = {static_cast<const scalar_t*>(a),
-                                       static_cast<const scalar_t*>(b), static_cast<scalar_t*>(c)};
+void launch(const Problem& problem, const Source& a, const Source& b, void* c,
+            cudaStream_t stream) {
+  const Matrices<scalar_t> matrices = {static_cast<const scalar_t*>(a.data),
+                                       static_cast<const scalar_t*>(b.data),
+                                       static_cast<scalar_t*>(c), a.index, b.index};
   grouped_gemm_kernel<scalar_t, shape>
       <<<resident_ctas<scalar_t, shape>(), kThreads, kSharedBytes, stream>>>(problem, matrices);
   check_launch("grouped_gemm");
@@ -67,7 +69,7 @@ void dispatch_shape(const Task& task, const Body& body) {
 
 }  // namespace
 
-void launch_grouped_gemm(const Task& task, const Problem& problem, const void* a, const void* b,
+void launch_grouped_gemm(const Task& task, const Problem& problem, const Source& a, const Source& b,
                          void* c, cudaStream_t stream) {
   dispatch_shape(task, [&](auto shape) {
     if (task.element == Element::kBfloat16) {

@@ -33,13 +33,21 @@ constexpr double kWait = 0.05;
 class AutoEngine final : public GroupedGemmEngine {
  public:
   AutoEngine(torch::Device device, std::vector<EngineEntry> considered)
-      : device_(device), entries_(std::move(considered)), choices_(shared_choices(device)) {}
+      : device_(device), entries_(std::move(considered)), choices_(shared_choices(device)) {
+    for (const EngineEntry& entry : entries_) {
+      if (entry.reads_counts_on_gpu) ours_.push_back(entry.make(device));
+    }
+  }
 
   std::string name() const override { return "auto"; }
   std::string explain() const override {
     return settled_ ? "choices settled on\n" + settled_->explain() : choices_->explain();
   }
   bool is_settled() const override { return settled_ != nullptr; }
+  bool gathers(GatheredRows rows, torch::Dtype dtype, int64_t n, int64_t k) const override {
+    return std::any_of(ours_.begin(), ours_.end(),
+                       [&](const auto& engine) { return engine->gathers(rows, dtype, n, k); });
+  }
   std::string choices() const override { return (settled_ ? settled_ : choices_)->text(); }
   void settle_on(const std::string& choices) override {
     auto settled = std::make_shared<EngineChoices>();
@@ -53,6 +61,11 @@ class AutoEngine final : public GroupedGemmEngine {
     const auto run = [&](GroupedGemmEngine& engine) { engine.forward(x, weight, counts, y); };
     run(best("forward", weight, counts, x, run));
   }
+  void do_forward_gathering(const ProductRows& x, const torch::Tensor& weight, const Counts& counts,
+                            torch::Tensor& y) override {
+    const auto run = [&](GroupedGemmEngine& engine) { engine.forward(x, weight, counts, y); };
+    run(best("forward, gathered", weight, counts, x.rows, run));
+  }
   void do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight, const Counts& counts,
                 torch::Tensor& dx) override {
     const auto run = [&](GroupedGemmEngine& engine) { engine.dgrad(dy, weight, counts, dx); };
@@ -60,12 +73,28 @@ class AutoEngine final : public GroupedGemmEngine {
   }
   void do_wgrad(const torch::Tensor& dy, const torch::Tensor& x, const Counts& counts,
                 torch::Tensor& dweight) override {
+    wgrad_by("wgrad", dy, x, counts, dweight);
+  }
+  void do_wgrad_gathering(const ProductRows& dy, const ProductRows& x, const Counts& counts,
+                          torch::Tensor& dweight) override {
+    wgrad_by("wgrad, gathered", dy, x, counts, dweight);
+  }
+  void wgrad_by(const char* operation, const ProductRows& dy, const ProductRows& x,
+                const Counts& counts, torch::Tensor& dweight) {
     const auto run = [&](GroupedGemmEngine& engine) { engine.wgrad(dy, x, counts, dweight); };
-    run(best("wgrad", dweight, counts, dy, run));
+    run(best(operation, dweight, counts, dy.rows, run));
   }
 
   void do_wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x, const Counts& counts,
                            torch::Tensor& sum) override {
+    wgrad_accumulate_by("wgrad, accumulated", dy, x, counts, sum);
+  }
+  void do_wgrad_accumulate_gathering(const ProductRows& dy, const ProductRows& x,
+                                     const Counts& counts, torch::Tensor& sum) override {
+    wgrad_accumulate_by("wgrad, accumulated, gathered", dy, x, counts, sum);
+  }
+  void wgrad_accumulate_by(const char* operation, const ProductRows& dy, const ProductRows& x,
+                           const Counts& counts, torch::Tensor& sum) {
     // What is measured more than once must not be added more than once.
     torch::Tensor scratch;
     const auto try_out = [&](GroupedGemmEngine& engine) {
@@ -74,30 +103,59 @@ class AutoEngine final : public GroupedGemmEngine {
       }
       engine.wgrad_accumulate(dy, x, counts, scratch);
     };
-    best("wgrad, accumulated", sum, counts, dy, try_out).wgrad_accumulate(dy, x, counts, sum);
+    best(operation, sum, counts, dy.rows, try_out).wgrad_accumulate(dy, x, counts, sum);
   }
 
   torch::Tensor do_forward_activated(const torch::Tensor& x, const torch::Tensor& weight,
                                      const Counts& counts, const HiddenActivation& activation,
                                      torch::Tensor& hidden) override {
+    return forward_activated_by(activation.glu ? "forward with GLU" : "forward with activation", x,
+                                weight, counts, activation, hidden);
+  }
+  torch::Tensor do_forward_activated_gathering(const ProductRows& x, const torch::Tensor& weight,
+                                               const Counts& counts,
+                                               const HiddenActivation& activation,
+                                               torch::Tensor& hidden) override {
+    return forward_activated_by(
+        activation.glu ? "forward with GLU, gathered" : "forward with activation, gathered", x,
+        weight, counts, activation, hidden);
+  }
+  torch::Tensor forward_activated_by(const char* operation, const ProductRows& x,
+                                     const torch::Tensor& weight, const Counts& counts,
+                                     const HiddenActivation& activation, torch::Tensor& hidden) {
     const auto run = [&](GroupedGemmEngine& engine) {
       return engine.forward_activated(x, weight, counts, activation, hidden);
     };
-    return run(best(activation.glu ? "forward with GLU" : "forward with activation", weight, counts,
-                    x, run));
+    return run(best(operation, weight, counts, x.rows, run));
   }
 
   void do_dgrad_activated(const torch::Tensor& dy, const torch::Tensor& weight,
                           const Counts& counts, const HiddenActivation& activation,
                           const torch::Tensor& hidden, const torch::Tensor& routing_weights,
                           ActivatedGradient& gradient) override {
+    dgrad_activated_by(activation.glu ? "dgrad with GLU" : "dgrad with activation", dy, weight,
+                       counts, activation, hidden, routing_weights, gradient);
+  }
+  void do_dgrad_activated_gathering(const ProductRows& dy, const torch::Tensor& weight,
+                                    const Counts& counts, const HiddenActivation& activation,
+                                    const torch::Tensor& hidden,
+                                    const torch::Tensor& routing_weights,
+                                    ActivatedGradient& gradient) override {
+    dgrad_activated_by(
+        activation.glu ? "dgrad with GLU, gathered" : "dgrad with activation, gathered", dy, weight,
+        counts, activation, hidden, routing_weights, gradient);
+  }
+  void dgrad_activated_by(const char* operation, const ProductRows& dy, const torch::Tensor& weight,
+                          const Counts& counts, const HiddenActivation& activation,
+                          const torch::Tensor& hidden, const torch::Tensor& routing_weights,
+                          ActivatedGradient& gradient) {
     // What is measured more than once must not write over what it reads.
     const auto try_out = [&](GroupedGemmEngine& engine) {
       ActivatedGradient scratch = {at::empty_like(hidden), gradient.drouting_weights,
                                    gradient.activated};
       engine.dgrad_activated(dy, weight, counts, activation, hidden, routing_weights, scratch);
     };
-    best(activation.glu ? "dgrad with GLU" : "dgrad with activation", weight, counts, dy, try_out)
+    best(operation, weight, counts, dy.rows, try_out)
         .dgrad_activated(dy, weight, counts, activation, hidden, routing_weights, gradient);
   }
 
@@ -227,6 +285,8 @@ class AutoEngine final : public GroupedGemmEngine {
 
   torch::Device device_;
   std::vector<EngineEntry> entries_;  // those considered
+  std::vector<std::shared_ptr<GroupedGemmEngine>>
+      ours_;  // of these, those with a kernel of our own
   std::shared_ptr<EngineChoices> choices_;
   std::shared_ptr<EngineChoices> settled_;  // these alone, where there are any
   std::mutex mutex_;
@@ -238,7 +298,11 @@ class AutoEngine final : public GroupedGemmEngine {
 
 std::shared_ptr<GroupedGemmEngine> make_auto_engine(torch::Device device) {
   auto considered = engines_on(device);
-  std::erase_if(considered, [](const EngineEntry& entry) { return !entry.considered_by_auto; });
+  std::erase_if(considered, [all = considered](const EngineEntry& entry) {
+    return !entry.considered_by_auto || std::any_of(all.begin(), all.end(), [&](const auto& other) {
+      return other.name == entry.outdone_by;
+    });
+  });
   if (considered.size() == 1) {
     return considered.front().make(device);
   }

@@ -10,6 +10,7 @@
 // memory, two consumer warpgroups multiply what lies there and run the epilogue, pingpong or
 // cooperatively (see Tiling). Which tile comes next is the tile scheduler's.
 #include "gemm/hopper/epilogue.cuh"
+#include "gemm/hopper/gather.cuh"
 #include "gemm/hopper/ptx.cuh"
 #include "gemm/hopper/shape.cuh"
 #include "gemm/hopper/wgmma.cuh"
@@ -43,6 +44,54 @@ struct SharedMemory {
   uint32_t turn;  // to multiply, of each consumer, in pingpong
 };
 
+/// By one thread: the boxes of a block of the sum that TMA brings into the stage at `target`.
+template <typename shape>
+__device__ __forceinline__ void load_boxes(const Problem& problem, const Maps& maps,
+                                           const Tile& tile, int block, uint32_t target,
+                                           uint32_t full, uint32_t rank) {
+  const Group& group = tile.group;
+  const int rows_y = kRowsEnd - group.rows;  // see rows_map
+  const int rows_z = group.first_row + group.rows;
+  const int k = block * kBox;
+  arrive_expecting(full, shape::kTmaBytes);
+  if constexpr (shape::kGathered != Gathered::kA) {
+#pragma unroll
+    for (int i = 0; i < shape::kABoxes; ++i) {
+      const int m = tile.row + i * kBox;
+      const BoxCoordinates at = shape::kTransposedA
+                                    ? BoxCoordinates{m, rows_y + k, rows_z, kRowsWrap}
+                                    : BoxCoordinates{k, rows_y + m, rows_z, kRowsWrap};
+      if constexpr (shape::kShare != Share::kA) {
+        load_box(maps.a, at, target + i * kBoxBytes, full);
+      } else if (i / (shape::kABoxes / 2) == rank) {
+        load_box_multicast(maps.a, at, target + i * kBoxBytes, full, 3);
+      }
+    }
+  }
+  if constexpr (shape::kGathered != Gathered::kB) {
+#pragma unroll
+    for (int j = 0; j < shape::kBBoxes; ++j) {
+      // The up part lies n columns behind the gate.
+      constexpr int kAcross = shape::kTileColumns / kBox;
+      const int n = tile.column + j % kAcross * kBox + j / kAcross * problem.n;
+      BoxCoordinates at;
+      if constexpr (shape::kOperation == Operation::kForward) {
+        at = {k, n, group.expert, 0};
+      } else if constexpr (shape::kOperation == Operation::kDgrad) {
+        at = {n, k, group.expert, 0};
+      } else {
+        at = {n, rows_y + k, rows_z, kRowsWrap};
+      }
+      const uint32_t box = target + (shape::kABoxes + j) * kBoxBytes;
+      if constexpr (shape::kShare != Share::kB) {
+        load_box(maps.b, at, box, full);
+      } else if (j / (shape::kBBoxes / 2) == rank) {
+        load_box_multicast(maps.b, at, box, full, 3);
+      }
+    }
+  }
+}
+
 /// The producer: one thread fills the ring.
 template <typename shape>
 __device__ void load(const Problem& problem, const Maps& maps, const SharedMemory& shared,
@@ -51,48 +100,67 @@ __device__ void load(const Problem& problem, const Maps& maps, const SharedMemor
   Ring<shape> ring;
   Tile tile;
   while (tiles.next(tile)) {
-    const Group& group = tile.group;
-    const int rows_y = kRowsEnd - group.rows;  // see rows_map
-    const int rows_z = group.first_row + group.rows;
+#pragma unroll 1
+    for (int block = 0; block < tile.k_blocks; ++block) {
+      wait(shared.empty + ring.stage * 8, ring.parity ^ 1);
+      load_boxes<shape>(problem, maps, tile, block, shared.stages + ring.stage * shape::kStageBytes,
+                        shared.full + ring.stage * 8, rank);
+      ring.advance();
+    }
+  }
+}
+
+/// The producer of forward or dgrad that gathers: all threads of its warpgroup.
+template <typename scalar_t, typename shape>
+__device__ void load_gathered_tiles(const Problem& problem, const Maps& maps,
+                                    const SharedMemory& shared, TileScheduler<shape> tiles) {
+  const uint32_t rank = cluster_rank();
+  GatheredTile<scalar_t, shape> gathered(problem, maps.gathered);
+  Ring<shape> ring;
+  Tile tile;
+  while (tiles.next(tile)) {
+    gathered.begin(tile);
 #pragma unroll 1
     for (int block = 0; block < tile.k_blocks; ++block) {
       const uint32_t full = shared.full + ring.stage * 8;
       const uint32_t target = shared.stages + ring.stage * shape::kStageBytes;
-      const int k = block * kBox;
       wait(shared.empty + ring.stage * 8, ring.parity ^ 1);
-      arrive_expecting(full, shape::kStageBytes);
-#pragma unroll
-      for (int i = 0; i < shape::kABoxes; ++i) {
-        const int m = tile.row + i * kBox;
-        const BoxCoordinates at = shape::kTransposedA
-                                      ? BoxCoordinates{m, rows_y + k, rows_z, kRowsWrap}
-                                      : BoxCoordinates{k, rows_y + m, rows_z, kRowsWrap};
-        if constexpr (shape::kShare != Share::kA) {
-          load_box(maps.a, at, target + i * kBoxBytes, full);
-        } else if (i / (shape::kABoxes / 2) == rank) {
-          load_box_multicast(maps.a, at, target + i * kBoxBytes, full, 3);
-        }
+      if (threadIdx.x == 0) {
+        load_boxes<shape>(problem, maps, tile, block, target, full, rank);
       }
-#pragma unroll
-      for (int j = 0; j < shape::kBBoxes; ++j) {
-        // The up part lies n columns behind the gate.
-        constexpr int kAcross = shape::kTileColumns / kBox;
-        const int n = tile.column + j % kAcross * kBox + j / kAcross * problem.n;
-        BoxCoordinates at;
-        if constexpr (shape::kOperation == Operation::kForward) {
-          at = {k, n, group.expert, 0};
-        } else if constexpr (shape::kOperation == Operation::kDgrad) {
-          at = {n, k, group.expert, 0};
-        } else {
-          at = {n, rows_y + k, rows_z, kRowsWrap};
-        }
-        const uint32_t box = target + (shape::kABoxes + j) * kBoxBytes;
-        if constexpr (shape::kShare != Share::kB) {
-          load_box(maps.b, at, box, full);
-        } else if (j / (shape::kBBoxes / 2) == rank) {
-          load_box_multicast(maps.b, at, box, full, 3);
-        }
+      gathered.copy(block, target);
+      arrive_behind_copies(full);
+      ring.advance();
+    }
+  }
+}
+
+/// The same of wgrad.
+template <typename scalar_t, typename shape>
+__device__ void load_gathered_sums(const Problem& problem, const Maps& maps,
+                                   const SharedMemory& shared, TileScheduler<shape> tiles) {
+  const uint32_t rank = cluster_rank();
+  GatheredSum<scalar_t, shape> gathered(problem, maps.gathered);
+  Ring<shape> ring;
+  Tile tile, next;
+  bool more = tiles.next(next);
+  if (more) gathered.find_rows(next);
+  while (more) {
+    tile = next;
+    gathered.begin();
+    more = tiles.next(next);
+    if (more) gathered.find_rows(next);
+#pragma unroll 1
+    for (int block = 0; block < tile.k_blocks; ++block) {
+      const uint32_t full = shared.full + ring.stage * 8;
+      const uint32_t target = shared.stages + ring.stage * shape::kStageBytes;
+      wait(shared.empty + ring.stage * 8, ring.parity ^ 1);
+      if (threadIdx.x == ring.stage % 4 * 32) {  // each warp in turn
+        load_boxes<shape>(problem, maps, tile, block, target, full, rank);
       }
+      constexpr int kFirst = shape::kGathered == Gathered::kA ? 0 : shape::kABoxes * kBoxBytes;
+      gathered.copy(tile, block, target + kFirst);
+      arrive_behind_copies(full);
       ring.advance();
     }
   }
@@ -112,6 +180,7 @@ __device__ __forceinline__ void multiply(Accumulators<shape>& sums, int k_blocks
   for (int block = 0; block < k_blocks; ++block) {
     const uint32_t stage = shared.stages + ring.stage * shape::kStageBytes;
     wait(shared.full + ring.stage * 8, ring.parity);
+    if constexpr (shape::kGathers) fence_shared_writes();  // the copies, seen by the tensor cores
     const uint64_t a = matrix_descriptor<shape::kTransposedA>(stage + first_box * kBoxBytes);
     const uint64_t b = matrix_descriptor<shape::kTransposedB>(stage + shape::kABoxes * kBoxBytes);
     begin_products();
@@ -189,26 +258,30 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else if (threadIdx.x == 32) {
     constexpr int kReleasingWarps = (shape::kPingpong ? 4 : 8) * shape::kClusterSize;
     for (int stage = 0; stage < shape::kStages; ++stage) {
-      init_barrier(shared.full + stage * 8, 1);
+      init_barrier(shared.full + stage * 8, shape::kGathers ? 1 + kWarpgroup : 1);
       init_barrier(shared.empty + stage * 8, kReleasingWarps);
     }
     init_barrier(shared.turn, 4);
     init_barrier(shared.turn + 8, 4);
     fence_barrier_init();
-    prefetch_map(maps.a);
-    prefetch_map(maps.b);
+    if constexpr (shape::kGathered != Gathered::kA) prefetch_map(maps.a);
+    if constexpr (shape::kGathered != Gathered::kB) prefetch_map(maps.b);
     prefetch_map(maps.c);
   }
   __syncthreads();
   sync_cluster();
   const TileScheduler<shape> tiles(problem, first_unit, cluster_rank());
   if (warp < 4) {
-    give_registers<40>();
-    if (threadIdx.x == 0) {
+    give_registers<shape::kProducerRegisters>();
+    if constexpr (shape::kGathers && shape::kRaggedK) {
+      load_gathered_sums<scalar_t, shape>(problem, maps, shared, tiles);
+    } else if constexpr (shape::kGathers) {
+      load_gathered_tiles<scalar_t, shape>(problem, maps, shared, tiles);
+    } else if (threadIdx.x == 0) {
       load<shape>(problem, maps, shared, tiles);
     }
   } else {
-    take_registers<232>();
+    take_registers<shape::kConsumerRegisters>();
     multiply_and_store<scalar_t, shape>(problem, maps, shared, tiles, warp / 4 - 1);
   }
   __syncwarp();

@@ -41,13 +41,15 @@ void launch(const Maps& maps, const Problem& problem, cudaStream_t stream) {
   check_cuda(cudaLaunchKernelEx(&config, kernel, maps, problem), "cudaLaunchKernelEx");
 }
 
-// The shapes of the tilings: see Tiling.
+// The shapes of the tilings: see Tiling. What is gathered cannot be shared.
 
-template <Operation kOperation, Share kShare, Epilogue kEpilogue = Epilogue::kStore>
-using Pingpong = Shape<kOperation, 2, 128, true, 6, 2, kShare, kEpilogue>;
+template <Operation kOperation, Share kShare, Epilogue kEpilogue = Epilogue::kStore,
+          Gathered kGathered = Gathered::kNone>
+using Pingpong =
+    Shape<kOperation, 2, 128, true, 6, 2, kShare, kEpilogue, /*kGlu=*/false, kGathered>;
 template <Operation kOperation, Epilogue kEpilogue = Epilogue::kStore, bool kGlu = false,
-          Share kShare = Share::kB>
-using Cooperative = Shape<kOperation, 1, 256, false, 4, 2, kShare, kEpilogue, kGlu>;
+          Share kShare = Share::kB, Gathered kGathered = Gathered::kNone>
+using Cooperative = Shape<kOperation, 1, 256, false, 4, 2, kShare, kEpilogue, kGlu, kGathered>;
 
 template <typename scalar_t, Operation kOperation, Epilogue kEpilogue = Epilogue::kStore>
 void launch(Tiling tiling, const Maps& maps, const Problem& problem, cudaStream_t stream) {
@@ -66,17 +68,41 @@ void launch(Tiling tiling, const Maps& maps, const Problem& problem, cudaStream_
   }
 }
 
-template <typename scalar_t, bool kGlu>
+template <typename scalar_t, Operation kOperation, Gathered kGathered,
+          Epilogue kEpilogue = Epilogue::kStore>
+void launch_gathering(Tiling tiling, const Maps& maps, const Problem& problem,
+                      cudaStream_t stream) {
+  // What is shared comes from the second cache once for two, what is gathered for each: tall tiles gather less of b.
+  constexpr bool kTall = kGathered == Gathered::kB;
+  constexpr Share kShare = kTall ? Share::kA : Share::kB;
+  using Wide = std::conditional_t<
+      kTall, Shape<kOperation, 2, 128, false, 4, 2, kShare, kEpilogue, false, kGathered>,
+      Cooperative<kOperation, kEpilogue, false, kShare, kGathered>>;
+  switch (tiling) {
+    case Tiling::kPingpong:
+    case Tiling::kPingpongSharingB:
+      return launch<scalar_t, Pingpong<kOperation, kShare, kEpilogue, kGathered>>(maps, problem,
+                                                                                  stream);
+    case Tiling::kCooperative:
+    case Tiling::kCooperativeAlone:
+      return launch<scalar_t, Wide>(maps, problem, stream);
+  }
+}
+
+/// With an activation, of which `kGathered` are the rows.
+template <typename scalar_t, bool kGlu, Gathered kGathered>
 void launch_with_activation(Operation operation, Tiling tiling, const Maps& maps,
                             const Problem& problem, cudaStream_t stream) {
-  using Forward =
-      Shape<Operation::kForward, 2, 128, true, 6, 2, Share::kA, Epilogue::kActivate, kGlu>;
-  using WideForward = Cooperative<Operation::kForward, Epilogue::kActivate, kGlu>;
+  constexpr Share kNarrowShare = kGathered == Gathered::kA ? Share::kB : Share::kA;
+  using Forward = Shape<Operation::kForward, 2, 128, true, 6, 2, kNarrowShare, Epilogue::kActivate,
+                        kGlu, kGathered>;
+  using WideForward =
+      Cooperative<Operation::kForward, Epilogue::kActivate, kGlu, Share::kB, kGathered>;
   // Hidden values take more staging boxes, and stages make room for them.
-  using Backward = Shape<Operation::kDgrad, 2, 128, true, kGlu ? 4 : 5, kGlu ? 5 : 3, Share::kA,
-                         Epilogue::kActivateBackward, kGlu>;
+  using Backward = Shape<Operation::kDgrad, 2, 128, true, kGlu ? 4 : 5, kGlu ? 5 : 3, kNarrowShare,
+                         Epilogue::kActivateBackward, kGlu, kGathered>;
   using WideBackward = Shape<Operation::kDgrad, 1, 256, false, 3, kGlu ? 5 : 3, Share::kB,
-                             Epilogue::kActivateBackward, kGlu>;
+                             Epilogue::kActivateBackward, kGlu, kGathered>;
   const bool wide = tiling == Tiling::kCooperative;
   if (operation == Operation::kForward) {
     return wide ? launch<scalar_t, WideForward>(maps, problem, stream)
@@ -86,25 +112,52 @@ void launch_with_activation(Operation operation, Tiling tiling, const Maps& maps
               : launch<scalar_t, Backward>(maps, problem, stream);
 }
 
+template <typename scalar_t, bool kGlu>
+void launch_with_activation(const Task& task, Tiling tiling, const Maps& maps,
+                            const Problem& problem, cudaStream_t stream) {
+  const auto launch_it = task.gathered == Gathered::kA
+                             ? launch_with_activation<scalar_t, kGlu, Gathered::kA>
+                             : launch_with_activation<scalar_t, kGlu, Gathered::kNone>;
+  launch_it(task.operation, tiling, maps, problem, stream);
+}
+
+template <typename scalar_t, Epilogue kEpilogue>
+void launch_wgrad(Gathered gathered, Tiling tiling, const Maps& maps, const Problem& problem,
+                  cudaStream_t stream) {
+  constexpr Operation kWgrad = Operation::kWgrad;
+  switch (gathered) {
+    case Gathered::kNone:
+      return launch<scalar_t, kWgrad, kEpilogue>(tiling, maps, problem, stream);
+    case Gathered::kA:
+      return launch_gathering<scalar_t, kWgrad, Gathered::kA, kEpilogue>(tiling, maps, problem,
+                                                                         stream);
+    case Gathered::kB:
+      return launch_gathering<scalar_t, kWgrad, Gathered::kB, kEpilogue>(tiling, maps, problem,
+                                                                         stream);
+  }
+}
+
 template <typename scalar_t>
 void launch(const Task& task, Tiling tiling, const Maps& maps, const Problem& problem,
             cudaStream_t stream) {
-  if (task.epilogue == Epilogue::kAccumulate) {
-    return launch<scalar_t, Operation::kWgrad, Epilogue::kAccumulate>(tiling, maps, problem,
-                                                                      stream);
-  }
-  if (task.epilogue != Epilogue::kStore) {
-    const auto launch_activated =
-        task.glu ? launch_with_activation<scalar_t, true> : launch_with_activation<scalar_t, false>;
-    return launch_activated(task.operation, tiling, maps, problem, stream);
+  if (task.epilogue == Epilogue::kActivate || task.epilogue == Epilogue::kActivateBackward) {
+    return task.glu ? launch_with_activation<scalar_t, true>(task, tiling, maps, problem, stream)
+                    : launch_with_activation<scalar_t, false>(task, tiling, maps, problem, stream);
   }
   switch (task.operation) {
     case Operation::kForward:
-      return launch<scalar_t, Operation::kForward>(tiling, maps, problem, stream);
+      return task.gathered == Gathered::kA
+                 ? launch_gathering<scalar_t, Operation::kForward, Gathered::kA>(tiling, maps,
+                                                                                 problem, stream)
+                 : launch<scalar_t, Operation::kForward>(tiling, maps, problem, stream);
     case Operation::kDgrad:
       return launch<scalar_t, Operation::kDgrad>(tiling, maps, problem, stream);
     case Operation::kWgrad:
-      return launch<scalar_t, Operation::kWgrad>(tiling, maps, problem, stream);
+      return task.epilogue == Epilogue::kAccumulate
+                 ? launch_wgrad<scalar_t, Epilogue::kAccumulate>(task.gathered, tiling, maps,
+                                                                 problem, stream)
+                 : launch_wgrad<scalar_t, Epilogue::kStore>(task.gathered, tiling, maps, problem,
+                                                            stream);
   }
 }
 

@@ -12,11 +12,19 @@ using namespace tiles;
 constexpr int kRowsEnd = 1 << 30;
 constexpr int kRowsWrap = 1 << 30;
 
-/// See rows_map and weight_map; c of kStore alone.
+/// Rows that are read by an index, where TMA cannot.
+struct IndexedRows {
+  const void* rows = nullptr;      ///< [R, pitch]
+  const int64_t* index = nullptr;  ///< [P]
+  int32_t pitch = 0;
+};
+
+/// See rows_map and weight_map; c of kStore alone, and in the place of a or b what is gathered.
 struct Maps {
-  CUtensorMap a;
-  CUtensorMap b;
+  CUtensorMap a = {};
+  CUtensorMap b = {};
   CUtensorMap c = {};
+  IndexedRows gathered = {};
 };
 
 }  // namespace anabranch::hopper

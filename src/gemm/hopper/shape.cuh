@@ -18,7 +18,7 @@ constexpr int kThreads = 3 * kWarpgroup;  // a producer warpgroup loads, two con
 /// otherwise they are cooperative, and lie above one another in one tile.
 template <Operation kOperation_, int kRowBoxes_, int kColumns_, bool kPingpong_, int kStages_,
           int kStagingBoxes_, Share kShare_, Epilogue kEpilogue_ = Epilogue::kStore,
-          bool kGlu_ = false>
+          bool kGlu_ = false, Gathered kGathered_ = Gathered::kNone>
 struct Shape {
   static constexpr Operation kOperation = kOperation_;
   static constexpr int kRowBoxes = kRowBoxes_;
@@ -29,6 +29,10 @@ struct Shape {
   static constexpr Share kShare = kShare_;
   static constexpr Epilogue kEpilogue = kEpilogue_;
   static constexpr bool kGlu = kGlu_;
+  static constexpr Gathered kGathered = kGathered_;
+  static constexpr bool kGathers = kGathered != Gathered::kNone;
+  static_assert(kGathered != Gathered::kA || kShare != Share::kA);
+  static_assert(kGathered != Gathered::kB || kShare != Share::kB);
 
   static constexpr int kClusterSize = kShare == Share::kNone ? 1 : 2;
   static constexpr bool kTransposedA = kOperation == Operation::kWgrad;
@@ -41,6 +45,14 @@ struct Shape {
   static constexpr int kRows = kABoxes * kBox;
   static constexpr int kTileColumns = kGateAndUp ? kColumns / 2 : kColumns;
   static constexpr int kStageBytes = (kABoxes + kBBoxes) * kBoxBytes;
+  /// Of a stage what TMA brings.
+  static constexpr int kTmaBytes = kStageBytes - (kGathered == Gathered::kA   ? kABoxes
+                                                  : kGathered == Gathered::kB ? kBBoxes
+                                                                              : 0) *
+                                                     kBoxBytes;
+  /// Of a thread. Together those of all threads that a CTA begins with, 168 each: more would be waited for for ever.
+  static constexpr int kProducerRegisters = !kGathers ? 40 : kRaggedK ? 72 : 56;
+  static constexpr int kConsumerRegisters = (3 * 168 - kProducerRegisters) / 2;
   static constexpr int kBarriers = 2 * kStages + 2;
   static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + 2 * kStagingBoxes * kBoxBytes +
                                       kBarriers * 8 + (kMostSlots + 1) * 4;

@@ -11,6 +11,9 @@ enum class Operation { kForward, kDgrad, kWgrad };
 /// the activation, both scaled by the routing weights.
 enum class Epilogue { kStore, kActivate, kActivateBackward, kAccumulate };
 
+/// Which operand's rows are read by an index: of forward and dgrad a, of wgrad one or the other.
+enum class Gathered { kNone, kA, kB };
+
 enum class Element { kBfloat16, kHalf };
 
 /// What to do, and of which type.
@@ -19,6 +22,7 @@ struct Task {
   Element element;
   Epilogue epilogue = Epilogue::kStore;
   bool glu = false;  ///< of the epilogue
+  Gathered gathered = Gathered::kNone;
 };
 
 }  // namespace anabranch::tiles

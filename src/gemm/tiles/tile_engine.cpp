@@ -49,34 +49,50 @@ bool TileEngine::supports(torch::Dtype dtype, int64_t n, int64_t k) const {
 
 void TileEngine::do_forward(const torch::Tensor& x, const torch::Tensor& weight,
                             const ExpertCounts& counts, torch::Tensor& y) {
-  if (x.size(0) == 0) return;
-  multiply({Operation::kForward, element_of(x)}, {x, weight, y},
+  do_forward_gathering(x, weight, counts, y);
+}
+
+void TileEngine::do_forward_gathering(const ProductRows& x, const torch::Tensor& weight,
+                                      const ExpertCounts& counts, torch::Tensor& y) {
+  if (counts.rows() == 0) return;
+  multiply({Operation::kForward, element_of(weight)}, {x, weight, y},
            sizes(0, weight.size(1), weight.size(2)), counts);
 }
 
 void TileEngine::do_dgrad(const torch::Tensor& dy, const torch::Tensor& weight,
                           const ExpertCounts& counts, torch::Tensor& dx) {
-  if (dy.size(0) == 0) return;
-  multiply({Operation::kDgrad, element_of(dy)}, {dy, weight, dx},
+  if (counts.rows() == 0) return;
+  multiply({Operation::kDgrad, element_of(weight)}, {dy, weight, dx},
            sizes(0, weight.size(2), weight.size(1)), counts);
 }
 
 void TileEngine::do_wgrad(const torch::Tensor& dy, const torch::Tensor& x,
                           const ExpertCounts& counts, torch::Tensor& dweight) {
-  if (dy.size(0) == 0) {
+  do_wgrad_gathering(dy, x, counts, dweight);
+}
+
+void TileEngine::do_wgrad_gathering(const ProductRows& dy, const ProductRows& x,
+                                    const ExpertCounts& counts, torch::Tensor& dweight) {
+  if (counts.rows() == 0) {
     dweight.zero_();
     return;
   }
-  multiply({Operation::kWgrad, element_of(dy)}, {dy, x, dweight},
+  multiply({Operation::kWgrad, element_of(dweight)}, {dy, x, dweight},
            sizes(dweight.size(1), dweight.size(2), 0), counts);
 }
 
 void TileEngine::do_wgrad_accumulate(const torch::Tensor& dy, const torch::Tensor& x,
                                      const ExpertCounts& counts, torch::Tensor& sum) {
-  if (dy.size(0) == 0) return;
+  do_wgrad_accumulate_gathering(dy, x, counts, sum);
+}
+
+void TileEngine::do_wgrad_accumulate_gathering(const ProductRows& dy, const ProductRows& x,
+                                               const ExpertCounts& counts, torch::Tensor& sum) {
+  if (counts.rows() == 0) return;
   Problem problem = sizes(sum.size(1), sum.size(2), 0);
   problem.sum = sum.data_ptr<float>();
-  multiply({Operation::kWgrad, element_of(dy), Epilogue::kAccumulate}, {dy, x}, problem, counts);
+  multiply({Operation::kWgrad, element_of(dy.rows), Epilogue::kAccumulate}, {dy, x}, problem,
+           counts);
 }
 
 torch::Tensor TileEngine::do_forward_activated(const torch::Tensor& x, const torch::Tensor& weight,
@@ -84,16 +100,28 @@ torch::Tensor TileEngine::do_forward_activated(const torch::Tensor& x, const tor
                                                const HiddenActivation& activation,
                                                torch::Tensor& hidden) {
   const int64_t n = activation.glu ? weight.size(1) / 2 : weight.size(1);
-  if (!fuses(activation, n) || x.size(0) == 0) {
+  if (!fuses(activation, n) || counts.rows() == 0) {
     return GroupedGemmEngine::do_forward_activated(x, weight, counts, activation, hidden);
   }
-  torch::Tensor activated = at::empty({x.size(0), n}, x.options());
+  return do_forward_activated_gathering(x, weight, counts, activation, hidden);
+}
+
+torch::Tensor TileEngine::do_forward_activated_gathering(const ProductRows& x,
+                                                         const torch::Tensor& weight,
+                                                         const ExpertCounts& counts,
+                                                         const HiddenActivation& activation,
+                                                         torch::Tensor& hidden) {
+  const int64_t n = activation.glu ? weight.size(1) / 2 : weight.size(1);
+  if (!fuses(activation, n) || counts.rows() == 0) {
+    return GroupedGemmEngine::do_forward_activated_gathering(x, weight, counts, activation, hidden);
+  }
+  torch::Tensor activated = at::empty({counts.rows(), n}, weight.options());
   Problem problem = sizes(0, n, weight.size(2));
   problem.activation = cuda::kind_of(activation.activation);
   problem.hidden_out = hidden.data_ptr();
   problem.activated = activated.data_ptr();
-  multiply({Operation::kForward, element_of(x), Epilogue::kActivate, activation.glu}, {x, weight},
-           problem, counts);
+  multiply({Operation::kForward, element_of(weight), Epilogue::kActivate, activation.glu},
+           {x, weight}, problem, counts);
   return activated;
 }
 
@@ -102,12 +130,26 @@ void TileEngine::do_dgrad_activated(const torch::Tensor& dy, const torch::Tensor
                                     const torch::Tensor& hidden,
                                     const torch::Tensor& routing_weights,
                                     ActivatedGradient& gradient) {
-  const int64_t n = weight.size(2);
-  if (!fuses(activation, n) || dy.size(0) == 0) {
+  if (!fuses(activation, weight.size(2)) || counts.rows() == 0) {
     return GroupedGemmEngine::do_dgrad_activated(dy, weight, counts, activation, hidden,
                                                  routing_weights, gradient);
   }
-  const auto dots = at::empty({dy.size(0), (n + tiles::kDotColumns - 1) / tiles::kDotColumns},
+  do_dgrad_activated_gathering(dy, weight, counts, activation, hidden, routing_weights, gradient);
+}
+
+void TileEngine::do_dgrad_activated_gathering(const ProductRows& dy, const torch::Tensor& weight,
+                                              const ExpertCounts& counts,
+                                              const HiddenActivation& activation,
+                                              const torch::Tensor& hidden,
+                                              const torch::Tensor& routing_weights,
+                                              ActivatedGradient& gradient) {
+  const int64_t n = weight.size(2);
+  const int64_t rows = counts.rows();
+  if (!fuses(activation, n) || rows == 0) {
+    return GroupedGemmEngine::do_dgrad_activated_gathering(dy, weight, counts, activation, hidden,
+                                                           routing_weights, gradient);
+  }
+  const auto dots = at::empty({rows, (n + tiles::kDotColumns - 1) / tiles::kDotColumns},
                               gradient.drouting_weights.options());  // see Problem
   Problem problem = sizes(0, n, weight.size(1));
   problem.activation = cuda::kind_of(activation.activation);
@@ -116,20 +158,33 @@ void TileEngine::do_dgrad_activated(const torch::Tensor& dy, const torch::Tensor
   problem.activated = gradient.activated.data_ptr();
   problem.weights = routing_weights.defined() ? routing_weights.const_data_ptr<float>() : nullptr;
   problem.dots = dots.data_ptr<float>();
-  multiply({Operation::kDgrad, element_of(dy), Epilogue::kActivateBackward, activation.glu},
+  multiply({Operation::kDgrad, element_of(weight), Epilogue::kActivateBackward, activation.glu},
            {dy, weight}, problem, counts);
   tiles::launch_sum_dots(dots.const_data_ptr<float>(), dots.size(0), dots.size(1),
-                         gradient.drouting_weights.data_ptr<float>(), OnDevice(dy));
+                         gradient.drouting_weights.data_ptr<float>(), OnDevice(weight));
 }
 
-void TileEngine::multiply(const Task& task, const Operands& operands, Problem problem,
+void TileEngine::multiply(Task task, const Operands& operands, Problem problem,
                           const ExpertCounts& counts) {
-  const OnDevice stream(operands.a);
-  const auto& on_device = counts.on(operands.a.device());
+  const OnDevice stream(operands.a.rows);
+  const auto& on_device = counts.on(operands.a.rows.device());
   problem.experts = narrow(counts.experts());
   problem.first_row = on_device.first_row.const_data_ptr<int64_t>();
   problem.longest_first = on_device.longest_first.const_data_ptr<int64_t>();
+  if (operands.a.index.defined()) {
+    task.gathered = tiles::Gathered::kA;
+  } else if (operands.b.index.defined()) {
+    task.gathered = tiles::Gathered::kB;
+  }
   launch(task, operands, problem, narrow(counts.rows()), stream);
+}
+
+const void* tiles::aligned_data(const torch::Tensor& tensor) {
+  const void* const data = tensor.const_data_ptr();
+  check_input(reinterpret_cast<uintptr_t>(data) % 16 == 0,
+              "grouped GEMM: the data of a tensor of shape ", tensor.sizes(),
+              " does not begin at a multiple of 16 bytes");
+  return data;
 }
 
 int compute_capability(torch::Device device) {
