@@ -482,7 +482,7 @@ steps, losses in nats, imbalance the fullest expert over the mean; loads over th
 """ + "\n".join(map(gates_of_one_file, files))
 
 
-def decode(measured):
+def decode_of_one_file(measured):
     about, cases = measured["provenance"], measured["microseconds"]
     ways = [name for name in cases[0] if name != "tokens"]
     rows = []
@@ -490,17 +490,23 @@ def decode(measured):
         ours = case["anabranch"]
         others = (f"{case[way] / 1e3:.1f} ({case[way] / ours:.2f})" if way in case else "–" for way in ways[1:])
         rows.append((str(case["tokens"]), f"{ours / 1e3:.1f}", *others))
-    return f"""## A converted block at as few tokens as a model decodes, on the CPU
-
-{measured['dtype']}, hidden {measured['hidden']}, expert hidden {measured['inner']}, E {measured['experts']}, k {measured['top_k']},
-no gradients: ms a call beside transformers' own ways to run the same block, and theirs over ours. batched_mm copies the weights of
-every assignment, and is left out where that takes more than 4 GiB.
+    of_type = "" if measured["dtype"] == "float32" else f" --dtype {measured['dtype']}"
+    return f"""{measured['dtype']}, hidden {measured['hidden']}, expert hidden {measured['inner']}, E {measured['experts']}, k {measured['top_k']}:
 
 {table(("tokens", *ways), rows)}
 
 {about['processor']}, {about['threads']} threads, PyTorch {about['torch']}, transformers {about['transformers']}, load of the
-machine before {about['load']}, commit {about['commit'][:10]}, {about['date']}: `benchmarks/cpu/decode.py --rounds 5 --calls 2`
+machine before {about['load']}, commit {about['commit'][:10]}, {about['date']}: `benchmarks/cpu/decode.py --rounds 5 --calls 2{of_type}`
 """
+
+
+def decode(*files):
+    return """## A converted block at as few tokens as a model decodes, on the CPU
+
+No gradients: ms a call beside transformers' own ways to run the same block, and theirs over ours. batched_mm copies the weights of
+every assignment, and is left out where that takes more than 4 GiB.
+
+""" + "\n".join(map(decode_of_one_file, files))
 
 
 def place_of(case):
@@ -513,7 +519,7 @@ def layer_of_ranks(case):
 
 SECTIONS = {
     "cpu_layer.json": layer,
-    "cpu_decode.json": decode,
+    "cpu_decode*.json": decode,
     "cpu_grouped_gemm.json": grouped_gemm,
     "gpu_layer.json": gpu_layer,
     "gpu_layer_python.json": gpu_layer_python,
