@@ -338,6 +338,7 @@ MoEOptions options_around(const std::string& field) {
   options.shared_expert_hidden_size = field == "shared_expert_gate" ? 4 : 0;
   options.balance_coefficient = field == "attach_losses" ? 0.01 : 0;
   options.glu = field == "glu_offset";
+  options.expert_bias = field == "expert_bias_update";
   if (field == "receive_capacity") options.errors = Errors::kLate;
   return options;
 }
