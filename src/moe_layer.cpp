@@ -13,6 +13,7 @@
 
 #include "balance/balancer.h"
 #include "balance/lending.h"
+#include "balance/split_routing.h"
 #include "engine_agreement.h"
 #include "exchange/chunks.h"
 #include "exchange/late_refusals.h"

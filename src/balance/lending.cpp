@@ -5,21 +5,17 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/tensor.h>
-#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <anabranch/communicator.h>
 #include <c10/util/accumulate.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <algorithm>
 #include <utility>
 
-#include "exchange/arrange.h"
 #include "experts/feed_forward.h"
 #include "support/given.h"
+#include "support/numbers_on.h"
 #include "support/single_backward.h"
 #include "support/stage.h"
 #include "support/sum.h"
@@ -29,21 +25,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-/// [W] the loans that each rank borrows, ascending.
-std::vector<std::vector<int64_t>> loans_by_borrower(const std::vector<Loan>& loans, int64_t ranks) {
-  std::vector<std::vector<int64_t>> by_borrower(ranks);
-  for (size_t loan = 0; loan < loans.size(); ++loan) {
-    for (const int64_t borrower : loans[loan].borrowers) {
-      by_borrower[borrower].push_back(static_cast<int64_t>(loan));
-    }
-  }
-  return by_borrower;
-}
-
-torch::Tensor on_device(const std::vector<int64_t>& numbers, torch::Device device) {
-  return at::tensor(numbers, at::kLong).to(device);
-}
 
 /// Adds `terms` to the rows of `sums` at `places`, which are distinct: without atomics, on a GPU too.
 void add_at(torch::Tensor sums, const torch::Tensor& places, const torch::Tensor& terms) {
@@ -70,7 +51,7 @@ class Lending {
   }
 
   /// Places among this rank's experts of those that it lends.
-  torch::Tensor own(torch::Device device) const { return on_device(own_, device); }
+  torch::Tensor own(torch::Device device) const { return numbers_on(device, own_); }
   bool lends() const { return !own_.empty(); }
   int64_t borrowed() const { return static_cast<int64_t>(borrowed_[communicator_->rank()].size()); }
 
@@ -94,7 +75,7 @@ class Lending {
     int64_t next = 0;
     for (int64_t rank = 0; rank < ranks(); ++rank) {
       if (counts[rank] == 0) continue;
-      add_at(sums, on_device(borrowed_[rank], terms.device()),
+      add_at(sums, numbers_on(terms.device(), borrowed_[rank]),
              received.narrow(0, next, counts[rank]));
       next += counts[rank];
     }
@@ -136,7 +117,7 @@ class Lending {
   torch::Tensor by_borrower(torch::Device device) const {
     std::vector<int64_t> all;
     for (const auto& loans : borrowed_) all.insert(all.end(), loans.begin(), loans.end());
-    return on_device(all, device);
+    return numbers_on(device, all);
   }
   /// [W, k, slice] → [k, n]
   static torch::Tensor whole(const torch::Tensor& slices, int64_t width) {
@@ -274,83 +255,7 @@ struct Borrow : torch::autograd::Function<Borrow> {
   }
 };
 
-/// A rank's assignments of lent experts by (loan, token), in groups that one rank computes.
-struct Groups {
-  std::vector<int64_t> places;  ///< of the exchange to the borrowers; −1: the owner's
-  std::vector<int64_t> counts;
-};
-/// `first`: the first place of each rank.
-Groups groups_of(const std::vector<Loan>& loans, int64_t source, std::vector<int64_t> first) {
-  Groups groups;
-  const auto add = [&](int64_t place, int64_t count) {
-    groups.places.push_back(place);
-    groups.counts.push_back(count);
-  };
-  for (const Loan& loan : loans) {
-    for (const auto& [of, borrower, assignments] : loan.shares) {
-      if (of == source) add(first[borrower], assignments);
-    }
-    add(-1, loan.left[source]);
-    for (const int64_t borrower : loan.borrowers) ++first[borrower];
-  }
-  return groups;
-}
-
-/// [T, top_k] the place of each assignment that goes to a borrower; −1 of others.
-torch::Tensor lent_ids(const torch::Tensor& ids, const std::vector<Loan>& loans,
-                       int64_t num_experts, const Groups& groups) {
-  const auto none = static_cast<int64_t>(loans.size());
-  std::vector<int64_t> loan_of(num_experts + 1, none);  // the last: of no expert
-  for (int64_t loan = 0; loan < none; ++loan) loan_of[loans[loan].expert] = loan;
-  const int64_t count = sum(groups.counts);
-  const auto by_loan = on_device(loan_of, ids.device())
-                           .index_select(0, at::where(ids < 0, num_experts, ids).flatten())
-                           .argsort(/*stable=*/true, /*dim=*/0, /*descending=*/false)
-                           .narrow(0, 0, count);
-  const auto places = repeated(on_device(groups.places, ids.device()),
-                               on_device(groups.counts, ids.device()), count);
-  return at::full({ids.numel()}, -1, ids.options()).scatter_(0, by_loan, places).view(ids.sizes());
-}
-
-bool all_compute_their_own(const std::vector<Loan>& loans) {
-  return std::all_of(loans.begin(), loans.end(), [](const Loan& loan) {
-    return std::all_of(loan.shares.begin(), loan.shares.end(),
-                       [](const Share& share) { return share.source == share.borrower; });
-  });
-}
-
 }  // namespace
-
-SplitRouting split_routing(const Routing& routing, const std::vector<Loan>& loans,
-                           const Exchange& exchange) {
-  const torch::NoGradGuard no_grad;
-  const int64_t rank = exchange.communicator().rank();
-  const int64_t ranks = exchange.communicator().size();
-  const auto by_borrower = loans_by_borrower(loans, ranks);
-  SplitRouting split{routing, routing, std::nullopt};
-  std::vector<int64_t> first(ranks, 0);
-  if (all_compute_their_own(loans)) {
-    const auto borrowed = static_cast<int64_t>(by_borrower[rank].size());
-    if (borrowed > 0) split.exchange.emplace(make_self_communicator(), borrowed);
-  } else {
-    ExpertPlacement places{0, ranks};
-    for (int64_t borrower = 0; borrower < ranks; ++borrower) {
-      first[borrower] = places.num_experts;
-      auto& held = places.held.emplace_back();
-      for (size_t i = 0; i < by_borrower[borrower].size(); ++i) {
-        held.push_back({places.num_experts++});
-      }
-    }
-    split.exchange.emplace(exchange.with(std::move(places)));
-  }
-  const auto& ids = routing.expert_ids;
-  const auto lent = lent_ids(ids, loans, exchange.placement().num_experts,
-                             groups_of(loans, rank, std::move(first)));
-  split.owned.expert_ids = ids.masked_fill(lent >= 0, -1);
-  split.lent.expert_ids = lent;
-  split.owned.may_skip = split.lent.may_skip = true;
-  return split;
-}
 
 Borrowed borrow(const ExpertProjections& own, const WeightSums& main_grad,
                 const std::vector<Loan>& loans, const Exchange& exchange, const torch::Tensor& rows,

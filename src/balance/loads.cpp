@@ -8,6 +8,16 @@
 
 namespace anabranch {
 
+std::vector<std::vector<int64_t>> loans_by_borrower(const std::vector<Loan>& loans, int64_t ranks) {
+  std::vector<std::vector<int64_t>> by_borrower(ranks);
+  for (size_t loan = 0; loan < loans.size(); ++loan) {
+    for (const int64_t borrower : loans[loan].borrowers) {
+      by_borrower[borrower].push_back(static_cast<int64_t>(loan));
+    }
+  }
+  return by_borrower;
+}
+
 Loads::Loads(const torch::Tensor& counts, const ExpertPlacement& placement)
     : placement_(placement),
       owner_of_(placement.num_experts),

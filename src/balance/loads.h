@@ -25,6 +25,9 @@ struct Loan {
   std::vector<int64_t> left;       ///< [W] of each rank's tokens those that the owner computes
 };
 
+/// [W] the loans that each rank borrows, ascending.
+std::vector<std::vector<int64_t>> loans_by_borrower(const std::vector<Loan>& loans, int64_t ranks);
+
 /// Seconds of what a training step is made of.
 struct StepCosts {
   double assignment = 0;  ///< an expert's products of one row

@@ -5,9 +5,9 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/repeat_interleave.h>
-#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
+#include "support/numbers_on.h"
 #include "support/sum.h"
 
 namespace anabranch {
@@ -18,8 +18,7 @@ torch::Tensor repeated(const torch::Tensor& values, const torch::Tensor& counts,
 
 torch::Tensor rank_of_rows(const std::vector<int64_t>& rows, const torch::TensorOptions& options) {
   const auto ranks = static_cast<int64_t>(rows.size());
-  return repeated(at::arange(ranks, options), at::tensor(rows, at::kLong).to(options.device()),
-                  sum(rows));
+  return repeated(at::arange(ranks, options), numbers_on(options.device(), rows), sum(rows));
 }
 
 torch::Tensor sent_row_of_assignments(const ExchangePlan& plan) {

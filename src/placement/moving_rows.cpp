@@ -2,10 +2,10 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/tensor.h>
 
 #include <algorithm>
 
+#include "support/numbers_on.h"
 #include "support/sum.h"
 
 namespace anabranch {
@@ -56,8 +56,8 @@ class RowsOnTheirWay {
         }
       }
     }
-    leaving_ = at::tensor(leaving, at::kLong).to(tensor_.device());
-    coming_ = at::tensor(coming, at::kLong).to(tensor_.device());
+    leaving_ = numbers_on(tensor_.device(), leaving);
+    coming_ = numbers_on(tensor_.device(), coming);
     auto sizes = tensor_.sizes().vec();
     sizes[0] = sum(receive_rows_);
     received_ = at::empty(sizes, tensor_.options());

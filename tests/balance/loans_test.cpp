@@ -10,7 +10,7 @@
 #include <set>
 #include <utility>
 
-#include "balance/lending.h"
+#include "balance/split_routing.h"
 #include "balance/loan_choice.h"
 #include "communicator/agreement.h"
 #include "support/devices.h"
