@@ -1,4 +1,4 @@
-// Products of a layer's backward and forward that read rows by their index beside the same products of rows that lie
+// Products of a layer's forward and backward that read rows by their index beside the same products of rows that lie
 // in order, and beside the copy that would put them so: bf16, with --engine (default: hopper).
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -11,24 +11,16 @@
 #include <random>
 
 #include "gpu/measure.h"
+#include "gpu/shape.h"
 #include "kernels/rows.h"
 
 namespace anabranch::benchmark {
 namespace {
 
-struct Shape {
-  const char* name;
-  int64_t tokens;
-  int64_t hidden;
-  int64_t inner;
-  int64_t experts;
-  int64_t top_k;
-};
-
 constexpr Shape kShapes[] = {
-    {"Mixtral", 16384, 4096, 14336, 8, 2},   {"OLMoE", 32768, 2048, 1024, 64, 8},
-    {"Qwen3-30B", 32768, 2048, 768, 128, 8}, {"fine", 24576, 1536, 256, 128, 8},
-    {"OLMoE", 4096, 2048, 1024, 64, 8},
+    {"Mixtral", 16384, 4096, 14336, 8, 2, true},   {"OLMoE", 32768, 2048, 1024, 64, 8, true},
+    {"Qwen3-30B", 32768, 2048, 768, 128, 8, true}, {"fine", 24576, 1536, 256, 128, 8, true},
+    {"OLMoE", 4096, 2048, 1024, 64, 8, true},
 };
 constexpr double kSkews[] = {0, 0.8};
 
@@ -71,8 +63,8 @@ struct Tensors {
 
 using Product = std::function<void(const ProductRows& x, const ProductRows& dy)>;
 
-void measure(const Shape& shape, double skew, GroupedGemmEngine& engine, Json& results) {
-  const ExpertCounts counts(zipf_counts(shape.tokens * shape.top_k, shape.experts, skew));
+void measure(const Shape& shape, GroupedGemmEngine& engine, Json& results) {
+  const ExpertCounts counts(zipf_counts(shape.tokens * shape.top_k, shape.experts, shape.skew));
   Tensors t(shape, counts);
   HiddenActivation activation;
   activation.activation = Activation::kSilu;
@@ -102,11 +94,11 @@ void measure(const Shape& shape, double skew, GroupedGemmEngine& engine, Json& r
     std::printf(
         "%-10s %6ld tokens, zipf %.1f, %-20s of a copy %.3f ms, by index %.3f ms (%.2f), the copy "
         "%.3f ms\n",
-        shape.name, static_cast<long>(shape.tokens), skew, name, times[0], times[1],
+        shape.name, static_cast<long>(shape.tokens), shape.skew, name, times[0], times[1],
         times[1] / times[0], times[2]);
     results.push_back(Json{{"shape", shape.name},
                            {"tokens", shape.tokens},
-                           {"skew", skew},
+                           {"skew", shape.skew},
                            {"product", name},
                            {"engine", engine.name()},
                            {"of_copy_ms", times[0]},
@@ -119,7 +111,7 @@ void run(const Arguments& arguments) {
   const auto engine = make_grouped_gemm_engine(at::kCUDA, arguments.engine);
   Json results = Json::array();
   for (const Shape& shape : kShapes) {
-    for (const double skew : kSkews) measure(shape, skew, *engine, results);
+    for (const double skew : kSkews) measure(shape.with_skew(skew), *engine, results);
     if (arguments.quick) break;
   }
   write_gpu_results(arguments, results);

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <vector>
 
+#include "routing/nonfinite_token.h"
 #include "support/devices.h"
 #include "support/random.h"
 #include "support/thrown.h"
@@ -170,14 +171,7 @@ TEST_F(ChoiceTest, ATokenThatIsNotFiniteIsChosenByNobodyAndNamed) {
   auto with = options(6, 2, torch::kFloat64);
   with.gate = Gate::kExpertChoice;
   Router router(with);
-  auto x = random_.normal({30, kHidden});
-  const auto without =
-      router->forward(on_device(torch::cat({x.narrow(0, 0, 7), x.narrow(0, 8, 22)})));
-  x[7][2] = std::nan("");
-  const auto routing = router->forward(on_device(x));
-  EXPECT_EQ(routing.first_nonfinite_token.item<int64_t>(), 7);
-  EXPECT_TRUE(routing.expert_ids.narrow(0, 0, 7).equal(without.expert_ids.narrow(0, 0, 7)));
-  EXPECT_TRUE(routing.expert_ids.narrow(0, 8, 22).equal(without.expert_ids.narrow(0, 7, 22)));
+  expect_token_left_out(router, random_.normal({30, kHidden}));
 }
 
 /// A choice that is given has as many places as it likes, as what was recorded of a step has.

@@ -9,6 +9,7 @@
 
 #include "reference/router.h"
 #include "routing/sinkhorn.h"
+#include "routing/nonfinite_token.h"
 #include "support/devices.h"
 #include "support/random.h"
 #include "support/thrown.h"
@@ -233,14 +234,7 @@ TEST_F(GatesTest, SinkhornBalances) {
 /// It is refused as ever, and changes nobody else's choice.
 TEST_F(GatesTest, SinkhornLeavesOutATokenThatIsNotFinite) {
   Router router(options(Gate::kSinkhorn, 6, 2));
-  auto x = random_.normal({30, 12});
-  const auto without =
-      router->forward(on_device(torch::cat({x.narrow(0, 0, 7), x.narrow(0, 8, 22)})));
-  x[7][2] = std::nan("");
-  const auto routing = router->forward(on_device(x));
-  EXPECT_EQ(routing.first_nonfinite_token.item<int64_t>(), 7);
-  EXPECT_TRUE(routing.expert_ids.narrow(0, 0, 7).equal(without.expert_ids.narrow(0, 0, 7)));
-  EXPECT_TRUE(routing.expert_ids.narrow(0, 8, 22).equal(without.expert_ids.narrow(0, 7, 22)));
+  expect_token_left_out(router, random_.normal({30, 12}));
 }
 
 TEST_F(GatesTest, ExpertBiasFollowsTheLoad) {
