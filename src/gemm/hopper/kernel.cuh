@@ -110,6 +110,24 @@ __device__ void load(const Problem& problem, const Maps& maps, const SharedMemor
   }
 }
 
+/// By all threads of a producer that gathers: what TMA brings of a block, by thread `loader`, and what `copy` copies to
+/// the stage at `target`.
+template <typename shape, typename Copy>
+__device__ __forceinline__ void load_block(const Problem& problem, const Maps& maps,
+                                           const SharedMemory& shared, const Tile& tile, int block,
+                                           Ring<shape>& ring, uint32_t rank, int loader,
+                                           const Copy& copy) {
+  const uint32_t full = shared.full + ring.stage * 8;
+  const uint32_t target = shared.stages + ring.stage * shape::kStageBytes;
+  wait(shared.empty + ring.stage * 8, ring.parity ^ 1);
+  if (threadIdx.x == loader) {
+    load_boxes<shape>(problem, maps, tile, block, target, full, rank);
+  }
+  copy(target);
+  arrive_behind_copies(full);
+  ring.advance();
+}
+
 /// The producer of forward or dgrad that gathers: all threads of its warpgroup.
 template <typename scalar_t, typename shape>
 __device__ void load_gathered_tiles(const Problem& problem, const Maps& maps,
@@ -122,15 +140,8 @@ __device__ void load_gathered_tiles(const Problem& problem, const Maps& maps,
     gathered.begin(tile);
 #pragma unroll 1
     for (int block = 0; block < tile.k_blocks; ++block) {
-      const uint32_t full = shared.full + ring.stage * 8;
-      const uint32_t target = shared.stages + ring.stage * shape::kStageBytes;
-      wait(shared.empty + ring.stage * 8, ring.parity ^ 1);
-      if (threadIdx.x == 0) {
-        load_boxes<shape>(problem, maps, tile, block, target, full, rank);
-      }
-      gathered.copy(block, target);
-      arrive_behind_copies(full);
-      ring.advance();
+      load_block<shape>(problem, maps, shared, tile, block, ring, rank, /*loader=*/0,
+                        [&](uint32_t target) { gathered.copy(block, target); });
     }
   }
 }
@@ -139,6 +150,7 @@ __device__ void load_gathered_tiles(const Problem& problem, const Maps& maps,
 template <typename scalar_t, typename shape>
 __device__ void load_gathered_sums(const Problem& problem, const Maps& maps,
                                    const SharedMemory& shared, TileScheduler<shape> tiles) {
+  constexpr int kFirst = shape::kGathered == Gathered::kA ? 0 : shape::kABoxes * kBoxBytes;
   const uint32_t rank = cluster_rank();
   GatheredSum<scalar_t, shape> gathered(problem, maps.gathered);
   Ring<shape> ring;
@@ -152,16 +164,9 @@ __device__ void load_gathered_sums(const Problem& problem, const Maps& maps,
     if (more) gathered.find_rows(next);
 #pragma unroll 1
     for (int block = 0; block < tile.k_blocks; ++block) {
-      const uint32_t full = shared.full + ring.stage * 8;
-      const uint32_t target = shared.stages + ring.stage * shape::kStageBytes;
-      wait(shared.empty + ring.stage * 8, ring.parity ^ 1);
-      if (threadIdx.x == ring.stage % 4 * 32) {  // each warp in turn
-        load_boxes<shape>(problem, maps, tile, block, target, full, rank);
-      }
-      constexpr int kFirst = shape::kGathered == Gathered::kA ? 0 : shape::kABoxes * kBoxBytes;
-      gathered.copy(tile, block, target + kFirst);
-      arrive_behind_copies(full);
-      ring.advance();
+      // Each warp in turn loads.
+      load_block<shape>(problem, maps, shared, tile, block, ring, rank, ring.stage % 4 * 32,
+                        [&](uint32_t target) { gathered.copy(tile, block, target + kFirst); });
     }
   }
 }
