@@ -39,7 +39,7 @@ class ChoiceTest : public ::testing::Test {
   static torch::Tensor score_of(const torch::Tensor& logits, RouterScore score) {
     if (score == RouterScore::kSoftmax) return torch::softmax(logits, 1);
     return score == RouterScore::kSigmoid ? torch::sigmoid(logits)
-                                          : (1 + logits.exp()).log().sqrt();
+                                          : torch::log1p(logits.exp()).sqrt();
   }
   Random random_{test_seed()};
 };
