@@ -31,6 +31,8 @@ class GateKernels : public Kernels<GateKernels> {
   /// defined, of place s.
   virtual torch::Tensor sum_split(const torch::Tensor& pieces, const torch::Tensor& rest,
                                   const std::array<int, 3>& order) const = 0;
+  /// [m, n] fp32: of `parts` [m, 3, n] the first two's sum and the third, as routing adds logits that it is given so.
+  virtual torch::Tensor sum_parts(const torch::Tensor& parts) const = 0;
 };
 
 }  // namespace anabranch

@@ -157,7 +157,7 @@ struct SplitGate : torch::autograd::Function<SplitGate> {
                                const torch::Tensor& weight) {
     const auto [parts, split_weight] = gate_product(x, weight);
     context->save_for_backward(pack(SavedOfGate{x, weight, split_weight}));
-    return parts.dim() == 3 ? parts.sum(1) : parts;
+    return parts.dim() == 3 ? GateKernels::on(x.device()).sum_parts(parts) : parts;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {

@@ -5,6 +5,7 @@
 #include <anabranch/router.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "kernels/gate.h"
 #include "kernels/routing.h"
 #include "routing/gate.h"
 #include "routing/route.h"
@@ -96,7 +97,7 @@ struct Route : torch::autograd::Function<Route> {
     auto [logits, split_weight] =
         gate_weight ? gate_product(input, *gate_weight) : GateProduct{input.contiguous(), {}};
     if (logits.dim() == 3 && !is_plain(rule, holder->conditions)) {
-      logits = logits.sum(1);
+      logits = GateKernels::on(logits.device()).sum_parts(logits);
     }
     const RoutingKernels& kernels = RoutingKernels::on(logits.device());
     const RouteResult routed = kernels.route(logits, rule, holder->conditions);

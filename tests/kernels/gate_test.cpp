@@ -70,17 +70,27 @@ TEST_P(SplitTest, TheLogitsGradientComesApart) {
   }
 }
 
+// Of very different size: another order of the same sum shows.
+TEST_P(SplitTest, PartsAreAddedInTheirOrder) {
+  for (const auto& [m, n] : {std::pair<int64_t, int64_t>{0, 5}, {4100, 1}, {300, 3}, {65, 130}}) {
+    const auto scales = torch::tensor({1.0F, 1e-2F, 1e-4F}).view({1, 3, 1});
+    const auto parts = random_.normal({m, 3, n}, torch::kFloat32) * scales;
+    const auto expected = parts.select(1, 0) + parts.select(1, 1) + parts.select(1, 2);
+    EXPECT_TRUE(identical(gate_.sum_parts(on_device(parts)).cpu(), expected)) << m << " x " << n;
+  }
+}
+
 // On a GPU the gate's product leaves its three parts to the router.
 TEST_P(SplitTest, LogitsMayBeSums) {
   if (GetParam().is_cpu()) {
     return;
   }
   for (const auto& [tokens, experts] :
-       {std::pair<int64_t, int64_t>{0, 8}, {33, 5}, {70, 130}, {9, 1500}}) {
+       {std::pair<int64_t, int64_t>{0, 8}, {4100, 1}, {33, 5}, {70, 130}, {9, 1500}}) {
     RoutingRule rule;
     rule.top_k = std::min<int64_t>(experts, 3);
     const auto parts = on_device(random_.normal({tokens, 3, experts}, torch::kFloat32));
-    const auto logits = parts.select(1, 0) + parts.select(1, 1) + parts.select(1, 2);
+    const auto logits = gate_.sum_parts(parts);
     const auto found = routing_.route(parts, rule, {});
     const auto expected = routing_.route(logits, rule, {});
     EXPECT_TRUE(identical(found.expert_ids.cpu(), expected.expert_ids.cpu()));

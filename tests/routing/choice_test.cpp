@@ -129,21 +129,26 @@ TEST_F(ChoiceTest, ExpertsTakeTheirBestTokens) {
   }
 }
 
-/// More tokens than a thread of a GPU keeps in registers, in both ways to read them.
+/// Many blocks' worth of tokens, by logits of whole numbers: nothing is rounded, so that equal scores are equal on every
+/// device. Of few different ones nearly all are equal to some other; of many each digit decides.
 TEST_F(ChoiceTest, ExpertsTakeTheirShareOfLongSequences) {
-  for (const auto& [tokens, experts, top_k] :
-       std::vector<std::tuple<int64_t, int64_t, int64_t>>{{5000, 6, 2}, {40000, 3, 1}}) {
+  for (const auto& [tokens, experts, top_k, numbers] :
+       std::vector<std::tuple<int64_t, int64_t, int64_t, double>>{
+           {5000, 6, 2, 5}, {40000, 3, 1, 5}, {33000, 5, 2, 1e5}}) {
+    SCOPED_TRACE(c10::str("T ", tokens, " E ", experts, " of ", numbers, " numbers"));
     auto with = options(experts, top_k, torch::kFloat32);
     with.gate = Gate::kExpertChoice;
+    with.router_score = RouterScore::kSigmoid;
     Router router(with);
     {
       const torch::NoGradGuard no_grad;
       router->weight.copy_(whole({experts, kHidden}, torch::kFloat32));
     }
-    const auto x = whole({tokens, kHidden}, torch::kFloat32);
+    const auto x =
+        (random_.uniform({tokens, kHidden}) * numbers - numbers / 2).floor().to(torch::kFloat32);
     const auto ids = router->forward(on_device(x)).expert_ids.cpu();
-    const auto scores = torch::softmax(x.matmul(router->weight.detach().cpu().t()), 1);
-    const auto order = std::get<1>(scores.sort(/*stable=*/true, 0, /*descending=*/true));
+    const auto logits = x.matmul(router->weight.detach().cpu().t());
+    const auto order = std::get<1>(logits.sort(/*stable=*/true, 0, /*descending=*/true));
     const int64_t wanted = (tokens * top_k + experts - 1) / experts;
     for (int64_t e = 0; e < experts; ++e) {
       const auto best = std::get<0>(order.select(1, e).narrow(0, 0, wanted).sort());

@@ -28,6 +28,14 @@ class CudaGateKernels final : public GateKernels {
                            order.data(), out.data_ptr<float>(), stream);
     return out;
   }
+
+  torch::Tensor sum_parts(const torch::Tensor& parts) const override {
+    const OnDevice stream(parts);
+    torch::Tensor out = at::empty({parts.size(0), parts.size(2)}, parts.options());
+    cuda::launch_sum_parts(parts.const_data_ptr<float>(), parts.size(0), parts.size(2),
+                           out.data_ptr<float>(), stream);
+    return out;
+  }
 };
 
 }  // namespace

@@ -47,6 +47,17 @@ __global__ void __launch_bounds__(kThreads)
   out[i] = place_sum(order.x) + place_sum(order.y) + place_sum(order.z);
 }
 
+/// A thread an element.
+__global__ void __launch_bounds__(kThreads)
+    sum_parts_kernel(const float* __restrict__ parts, int64_t count, int64_t n,
+                     float* __restrict__ out) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < count) {
+    const int64_t row = i / n;
+    out[i] = sum_of_parts(parts + row * 3 * n + (i - row * n), n);
+  }
+}
+
 }  // namespace
 
 void launch_split(const float* x, int64_t m, int64_t n, const int* parts, bool side_by_side,
@@ -69,6 +80,16 @@ void launch_sum_split(const float* pieces, int64_t num_pieces, const float* rest
   sum_split_kernel<<<grid_size(divide_up(count, kThreads)), kThreads, 0, stream>>>(
       pieces, num_pieces, rest, count, make_int3(order[0], order[1], order[2]), out);
   check_launch("sum_split");
+}
+
+void launch_sum_parts(const float* parts, int64_t m, int64_t n, float* out, cudaStream_t stream) {
+  const int64_t count = m * n;
+  if (count == 0) {
+    return;
+  }
+  sum_parts_kernel<<<grid_size(divide_up(count, kThreads)), kThreads, 0, stream>>>(parts, count, n,
+                                                                                   out);
+  check_launch("sum_parts");
 }
 
 }  // namespace anabranch::cuda

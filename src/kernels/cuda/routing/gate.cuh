@@ -21,6 +21,12 @@ struct Bf16Parts {
   }
 };
 
+/// A number given as three parts, `step` elements from one to the next: see GateKernels::sum_parts.
+template <typename value_t>
+__device__ value_t sum_of_parts(const value_t* first, int64_t step) {
+  return first[0] + first[step] + first[2 * step];
+}
+
 /// Which part goes to which place.
 struct Places {
   int part[4];

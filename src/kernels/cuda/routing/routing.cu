@@ -11,8 +11,7 @@ struct LogitsRow {
   bool in_parts;
 
   __device__ value_t operator[](int expert) const {
-    const value_t value = row[expert];
-    return in_parts ? value + row[experts + expert] + row[2 * experts + expert] : value;
+    return in_parts ? sum_of_parts(row + expert, experts) : row[expert];
   }
 };
 
