@@ -97,7 +97,9 @@ void GradientLane::average(Slot& slot) {
   const auto device = slot.gradients.front().device();
   if (!device.is_cpu()) {
     if (!stream_) {
-      stream_ = c10::impl::VirtualGuardImpl(device.type()).getStreamFromGlobalPool(device);
+      // High: a sum that other ranks wait for does not stand behind what this rank computes.
+      stream_ = c10::impl::VirtualGuardImpl(device.type())
+                    .getStreamFromGlobalPool(device, /*isHighPriority=*/true);
     }
     slot.noted.block(*stream_);
   }

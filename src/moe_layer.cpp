@@ -14,6 +14,7 @@
 #include "balance/balancer.h"
 #include "balance/lending.h"
 #include "balance/split_routing.h"
+#include "communicator/errors.h"
 #include "engine_agreement.h"
 #include "exchange/chunks.h"
 #include "exchange/late_refusals.h"
@@ -182,11 +183,18 @@ struct ThroughExperts : torch::autograd::Function<ThroughExperts> {
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     refuse_double_backward("MoELayer");
+    const auto step =
+        c10::static_intrusive_pointer_cast<Step>(context->saved_data["step"].toCapsule());
+    return with_failure_first(step->exchange.communicator(),
+                              [&] { return upstream(context, gradients, step); });
+  }
+
+ private:
+  static variable_list upstream(AutogradContext* context, const variable_list& gradients,
+                                const c10::intrusive_ptr<Step>& step) {
     const torch::NoGradGuard no_grad;
     auto [rows, routing_weights, hidden, experts, places] =
         unpack<Saved>(context->get_saved_variables());
-    const auto step =
-        c10::static_intrusive_pointer_cast<Step>(context->saved_data["step"].toCapsule());
     const auto observed = begin(step->observer);
     ExchangePlan plan = step->plan;
     places_of(plan) = places_of(places);
@@ -390,6 +398,12 @@ double MoEFunction::capacity() const { return Unbounded::lives() ? 0 : options_.
 
 MoEOutput MoEFunction::forward(const MoEParameters& parameters, const torch::Tensor& x,
                                const Routing& routing, bool sums_losses) const {
+  return with_failure_first(exchange_.communicator(),
+                            [&] { return through_layer(parameters, x, routing, sums_losses); });
+}
+
+MoEOutput MoEFunction::through_layer(const MoEParameters& parameters, const torch::Tensor& x,
+                                     const Routing& routing, bool sums_losses) const {
   const auto tokens = layer_tokens(x, options_);
   check_layer_routing(routing, tokens.size(0), options_);
   const FeedForward expert{

@@ -5,6 +5,7 @@
 
 #include <set>
 
+#include "support/devices.h"
 #include "support/layer_case.h"
 #include "support/tolerance.h"
 #include "support/world.h"
@@ -59,7 +60,7 @@ TrafficTest::Count TrafficTest::count(const torch::Tensor& expert_ids,
 // Load and losses of the whole batch are one sum over the ranks: 8 bytes for each expert's load, for each
 // expert's probability, for the tokens and for the z-loss; as long for a routing from outside.
 Traffic TrafficTest::sum_of_losses(int64_t num_experts) const {
-  auto sums = torch::zeros({2 * num_experts + 2}, torch::kFloat64);
+  auto sums = torch::zeros({2 * num_experts + 2}, torch::dtype(torch::kFloat64).device(device()));
   world_->reset_traffic();
   world_->all_reduce(sums);
   return world_->traffic();

@@ -108,6 +108,8 @@ class MoEFunction {
   Routing routing_of(const RouterParameters& parameters, const torch::Tensor& x, bool training,
                      RoutingConditions conditions) const;
   void find_near_experts();
+  MoEOutput through_layer(const MoEParameters& parameters, const torch::Tensor& x,
+                          const Routing& routing, bool sums_losses) const;
   /// Of the step that begins: see Exchange::begin_plan.
   double capacity() const;
 

@@ -84,7 +84,8 @@ struct MuonOptions {
 
 /// Muon for matrices of hidden layers, each expert's its own, and AdamW for all other parameters: embedding,
 /// head, norms, biases. The step is 0.2 · √max(m, n) times the orthogonalized momentum (Nesterov's), as large
-/// as AdamW's usually is, so that both take one learning rate (Moonlight, arXiv:2502.16982).
+/// as AdamW's usually is, so that both take one learning rate (Moonlight, arXiv:2502.16982). On a GPU its bits
+/// depend on how many of a parameter's matrices this rank has, as those of a batch's products do.
 std::unique_ptr<ParallelOptimizer> make_muon(const std::vector<MuonParameter>& matrices,
                                              const std::vector<ParallelParameter>& others,
                                              const MuonOptions& options);

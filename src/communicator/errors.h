@@ -15,4 +15,16 @@ void check_options(const char* call, const CommunicatorOptions& options);
 CommunicationError waited_in_vain(int rank, Collective call, const CommunicatorOptions& options,
                                   int peer, const std::string& cause);
 
+/// Runs `body`, which uses `communicator`. If it throws when that has failed, the failure is thrown instead:
+/// what CUDA or a check finds wrong in the numbers that an exchange ended early has left is no cause.
+template <typename Body>
+auto with_failure_first(Communicator& communicator, const Body& body) {
+  try {
+    return body();
+  } catch (const std::exception&) {
+    communicator.check();
+    throw;
+  }
+}
+
 }  // namespace anabranch

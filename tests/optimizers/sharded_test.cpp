@@ -14,6 +14,8 @@ namespace {
 struct Way {
   const char* name;
   OptimizerMaker make;
+  /// Of one update, beside a number of about 1: not 0 where a batch of fewer matrices is multiplied otherwise.
+  double rounding = 0;
 };
 
 std::unique_ptr<ParallelOptimizer> default_muon(const std::vector<ParallelParameter>& parameters) {
@@ -29,6 +31,9 @@ std::unique_ptr<ParallelOptimizer> default_muon(const std::vector<ParallelParame
   return make_muon(matrices, others, {});
 }
 
+/// Five iterations of three products in bf16, to values of 0.2 in the mean.
+double muon_rounding() { return kRate * tolerance_of_stages(torch::kBFloat16, 0, 0.2, 5 * 3); }
+
 std::vector<Way> ways() {
   const auto adamw = [](torch::Dtype state) {
     return [state](const std::vector<ParallelParameter>& parameters) {
@@ -37,7 +42,7 @@ std::vector<Way> ways() {
   };
   return {{"AdamW", adamw(torch::kFloat32)},
           {"AdamW with bf16 states", adamw(torch::kBFloat16)},
-          {"Muon", default_muon}};
+          {"Muon", default_muon, device().is_cuda() ? muon_rounding() : 0}};
 }
 
 /// A model in training, its optimizer sharded or not.
@@ -70,24 +75,32 @@ int64_t elements_of_whole_state(const ShardedModel::Options& options, const Opti
   return elements;
 }
 
-/// What this rank has of `found` is that of `expected`, which has all of its experts.
-void expect_part_of(const ParallelParameter& found, const ParallelParameter& expected) {
+/// What this rank has of `found` is that of `expected`, which has all of its experts, or `allowed` away from it, and
+/// rounded to its type.
+void expect_part_of(const ParallelParameter& found, const ParallelParameter& expected,
+                    double allowed) {
   if (found.tensor.is_meta()) return;
   const int64_t first = found.first_place - expected.first_place;
   const auto part =
       found.is_expert ? expected.tensor.narrow(0, first, found.tensor.size(0)) : expected.tensor;
-  EXPECT_TRUE(identical(found.tensor.detach(), part.detach())) << found.name;
+  if (allowed == 0) {
+    EXPECT_TRUE(identical(found.tensor.detach(), part.detach())) << found.name;
+    return;
+  }
+  EXPECT_EQ(found.tensor.scalar_type(), part.scalar_type()) << found.name;
+  const double roundings = 2 * unit_roundoff(found.tensor.scalar_type()) * max_abs(part.detach());
+  EXPECT_TRUE(close(found.tensor.detach(), part.detach(), allowed + roundings)) << found.name;
 }
 
-void expect_same(const InTraining& found, const InTraining& expected) {
+void expect_same(const InTraining& found, const InTraining& expected, double allowed) {
   for (size_t i = 0; i < found.parameters.size(); ++i) {
-    expect_part_of(found.parameters[i], expected.parameters[i]);
+    expect_part_of(found.parameters[i], expected.parameters[i], allowed);
   }
   std::map<std::string, ParallelParameter> states;
   for (const auto& state : expected.optimizer->state()) states.emplace(state.name, state);
   const auto parts = found.optimizer->state();
   EXPECT_EQ(parts.size(), states.size());
-  for (const auto& part : parts) expect_part_of(part, states.at(part.name));
+  for (const auto& part : parts) expect_part_of(part, states.at(part.name), allowed);
 }
 
 /// Elements of the state on all ranks together, but for the counts of steps.
@@ -103,7 +116,7 @@ int64_t elements_of_state(const ParallelOptimizer& optimizer) {
 TEST(ShardedOptimizer, HasTheBitsOfOneThatIsNotAndItsStateOnce) {
   for (const auto dtype : {torch::kFloat32, torch::kBFloat16}) {
     const ShardedModel::Options options{.num_experts = 5, .dtype = dtype};
-    for (const auto& [name, make] : ways()) {
+    for (const auto& [name, make, rounding] : ways()) {
       for (const int size : expert_parallel_sizes()) {
         SCOPED_TRACE(c10::str(name, " ", dtype, ", expert-parallel size ", size));
         const auto& groups = parallel_groups(size);
@@ -111,7 +124,7 @@ TEST(ShardedOptimizer, HasTheBitsOfOneThatIsNotAndItsStateOnce) {
         InTraining whole(options, groups, make, false);
         sharded.take_steps(1, 3);
         whole.take_steps(1, 3);
-        expect_same(sharded, whole);
+        expect_same(sharded, whole, 3 * rounding);
         EXPECT_EQ(elements_of_state(*sharded.optimizer), elements_of_whole_state(options, make));
       }
     }
@@ -120,7 +133,7 @@ TEST(ShardedOptimizer, HasTheBitsOfOneThatIsNotAndItsStateOnce) {
 
 TEST(ShardedOptimizer, GoesOnFromACheckpointOfAnyLayout) {
   const ShardedModel::Options options{.num_experts = 5, .dtype = torch::kBFloat16};
-  for (const auto& [name, make] : ways()) {
+  for (const auto& [name, make, rounding] : ways()) {
     for (const int size : expert_parallel_sizes()) {
       for (const bool sharded : {true, false}) {
         SCOPED_TRACE(c10::str(name, sharded ? ", saved sharded" : ", loaded sharded",
@@ -138,7 +151,7 @@ TEST(ShardedOptimizer, GoesOnFromACheckpointOfAnyLayout) {
         loaded.take_steps(4, 5);
         InTraining straight(options, all, make, false);
         straight.take_steps(1, 5);
-        expect_same(loaded, straight);
+        expect_same(loaded, straight, 5 * rounding);
       }
     }
   }

@@ -42,16 +42,17 @@ std::unique_ptr<PeerExchange> tie_peers(Communicator& bootstrap,
 class NcclCommunicator final : public Communicator {
  public:
   NcclCommunicator(std::shared_ptr<Communicator> bootstrap, torch::Device device,
-                   const CommunicatorOptions& options)
+                   const CommunicatorOptions& options, NcclFamily family)
       : Communicator(bootstrap->rank(), bootstrap->size()),
         bootstrap_(std::move(bootstrap)),
         device_(device),
         options_(options),
         layout_(all_gather_strings(*bootstrap_, host_identity())),
         heartbeats_(*bootstrap_),
+        family_(std::move(family)),
         group_(join_nccl_group(*bootstrap_, heartbeats_, options.deadline)),
         peers_(tie_peers(*bootstrap_, options)),
-        watch_(*group_, heartbeats_, device.index(), options.deadline, [this] {
+        watch_(*group_, heartbeats_, family_, device.index(), options.deadline, [this] {
           if (peers_ != nullptr) {
             peers_->abort();
           }
@@ -95,7 +96,9 @@ class NcclCommunicator final : public Communicator {
   }
 
   std::shared_ptr<Communicator> regroup(const std::vector<int>& members, int rank) override {
-    return make_nccl_communicator(regroup_by(*bootstrap_, members, rank), device_, options_);
+    const c10::cuda::CUDAGuard guard(device_);
+    return std::make_shared<NcclCommunicator>(regroup_by(*bootstrap_, members, rank), device_,
+                                              options_, family_.split(members));
   }
 
   std::unique_ptr<Pending> do_all_to_all_v(std::vector<Transfer> transfers) override {
@@ -226,6 +229,7 @@ class NcclCommunicator final : public Communicator {
   CommunicatorOptions options_;
   NodeLayout layout_;
   NcclHeartbeats heartbeats_;
+  NcclFamily family_;
   std::unique_ptr<NcclGroup> group_;
   std::unique_ptr<PeerExchange> peers_;  ///< null: rows go by NCCL
   torch::Tensor to_all_;                 ///< [size] zeros: one row for every rank
@@ -254,7 +258,8 @@ std::shared_ptr<Communicator> make_nccl_communicator(std::shared_ptr<Communicato
     device = torch::Device(torch::kCUDA, index);
   });
   const c10::cuda::CUDAGuard guard(device);
-  return std::make_shared<NcclCommunicator>(std::move(bootstrap), device, options);
+  const NcclFamily family(bootstrap->size());
+  return std::make_shared<NcclCommunicator>(std::move(bootstrap), device, options, family);
 }
 
 std::shared_ptr<Communicator> make_nccl_communicator(const std::string& unique_id, int rank,

@@ -32,10 +32,12 @@ std::chrono::milliseconds NcclWatch::heartbeat_for(std::chrono::milliseconds dea
   return std::min(kLongestHeartbeat, deadline / 16);
 }
 
-NcclWatch::NcclWatch(NcclGroup& group, NcclHeartbeats& heartbeats, int device,
-                     std::chrono::milliseconds deadline, std::function<void()> on_failure)
+NcclWatch::NcclWatch(NcclGroup& group, NcclHeartbeats& heartbeats, const NcclFamily& family,
+                     int device, std::chrono::milliseconds deadline,
+                     std::function<void()> on_failure)
     : group_(group),
       heartbeats_(heartbeats),
+      family_(family),
       deadline_(deadline),
       heartbeat_(heartbeat_for(deadline)),
       on_failure_(std::move(on_failure)),
@@ -153,6 +155,7 @@ void NcclWatch::watch() {
   while (pause()) {
     lived_.advance();
     exchange_signs();
+    hear_of_failures();
     if (const auto trouble = look()) {
       fail(*trouble);
     }
@@ -162,15 +165,25 @@ void NcclWatch::watch() {
 void NcclWatch::exchange_signs() {
   std::unique_lock lock(mutex_);
   const int64_t started = started_;
-  const bool failed = failure_.has_value();
   lock.unlock();
   if (lived_.now() >= next_sign_) {
     heartbeats_.publish(started);
     next_sign_ = lived_.now() + heartbeat_;
   }
   heartbeats_.listen();
-  if (heartbeats_.announced().has_value() && !failed) {
+}
+
+/// Of this group's on other ranks, and of this rank's in other groups.
+void NcclWatch::hear_of_failures() {
+  std::unique_lock lock(mutex_);
+  if (failure_.has_value()) {
+    return;
+  }
+  lock.unlock();
+  if (heartbeats_.announced().has_value()) {
     end_with(*heartbeats_.announced());
+  } else if (const auto failure = family_.failure()) {
+    announce(*failure);
   }
 }
 
@@ -218,15 +231,24 @@ void NcclWatch::fail(const Trouble& trouble) {
   NcclFailure failure{c10::str("rank ", heartbeats_.rank(), ": ", trouble.reason),
                       heartbeats_.missing(trouble.sequence, heartbeat_)};
   failure.text += blame(failure.culprits, heartbeats_);
+  announce(failure);
+}
+
+void NcclWatch::announce(const NcclFailure& failure) {
   heartbeats_.announce(failure);
   end_with(failure);
 }
+
+/// A kernel that is aborted may send what ends another rank's collective as if it were whole. So nobody aborts
+/// before all ranks have had the time to hear of the failure, which their `check` then tells.
 
 void NcclWatch::end_with(const NcclFailure& failure) {
   {
     const std::lock_guard lock(mutex_);
     failure_ = failure;
   }
+  family_.report(failure);
+  std::this_thread::sleep_for(heartbeat_);
   on_failure_();
   // Without the lock where a launch that waits for a peer holds it: aborting is what ends that launch.
   const std::unique_lock group_lock(group_mutex_, heartbeat_);

@@ -5,6 +5,7 @@
 #include <mutex>
 #include <thread>
 
+#include "communicator/nccl/family.h"
 #include "communicator/nccl/group.h"
 #include "communicator/nccl/heartbeats.h"
 #include "communicator/waiting_time.h"
@@ -13,9 +14,10 @@
 namespace anabranch {
 
 /// Watches a group's collectives: one that does not end within its deadline, or that NCCL reports as
-/// failed, ends all of them, here and on the other ranks, and is told by `check`: before streams go on,
-/// so that who has waited for a stream learns it there. The time of a collective begins when the
-/// stream has come to it, and is that which this process lives: ranks that were all stopped go on.
+/// failed, ends all of them and those of the groups of its family, here and on the other ranks, and is told
+/// by `check`: before streams go on, so that who has waited for a stream learns it there. The time of a
+/// collective begins when the stream has come to it, and is that which this process lives: ranks that were
+/// all stopped go on.
 ///
 /// One thread asks CUDA how far the streams are. Its calls may have to wait for another thread's, which
 /// may wait for a collective that never ends: so it is another thread, calling nothing of CUDA's, that
@@ -26,7 +28,7 @@ class NcclWatch {
   static std::chrono::milliseconds heartbeat_for(std::chrono::milliseconds deadline);
 
   /// `on_failure` ends what the group does not know of. It is called by a thread of the watch's.
-  NcclWatch(NcclGroup& group, NcclHeartbeats& heartbeats, int device,
+  NcclWatch(NcclGroup& group, NcclHeartbeats& heartbeats, const NcclFamily& family, int device,
             std::chrono::milliseconds deadline, std::function<void()> on_failure);
   ~NcclWatch();
   NcclWatch(const NcclWatch&) = delete;
@@ -66,14 +68,17 @@ class NcclWatch {
   void look_at_streams();
   void watch();
   void exchange_signs();
+  void hear_of_failures();
   std::optional<Trouble> look();
   /// False when there is no more to do.
   bool pause();
   void fail(const Trouble& trouble);
+  void announce(const NcclFailure& failure);
   void end_with(const NcclFailure& failure);
 
   NcclGroup& group_;
   NcclHeartbeats& heartbeats_;
+  const NcclFamily& family_;
   std::chrono::milliseconds deadline_;
   std::chrono::milliseconds heartbeat_;
   std::function<void()> on_failure_;

@@ -18,7 +18,7 @@ class SideStream {
     if (device.is_cuda()) {
       const c10::impl::VirtualGuardImpl backend(device.type());
       callers_ = backend.getStream(device);
-      side_ = backend.getStreamFromGlobalPool(device);
+      side_ = backend.getStreamFromGlobalPool(device, /*isHighPriority=*/true);
       order(*callers_, *side_);
     }
   }
