@@ -5,7 +5,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shlex
 import statistics
 import subprocess
@@ -13,7 +12,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests/support"))
+sys.path[:0] = [str(ROOT / name) for name in ("tests/support", "launch")]
+from hardware import processor  # noqa: E402
 from virtual_hosts import MPI_ENVIRONMENT  # noqa: E402
 
 ENVIRONMENT = {**MPI_ENVIRONMENT, "OMPI_MCA_ess_singleton_isolated": "1"}  # a single process needs no daemon
@@ -43,12 +43,6 @@ def curve_of(lines, name, window):
     for line in lines:
         windows.setdefault(-(-line["step"] // window) * window, []).append(line[name])
     return {step: statistics.mean(values) for step, values in windows.items()}
-
-
-def processor():
-    with open("/proc/cpuinfo") as file:
-        found = re.search(r"^model name\s*: (.*)$", file.read(), re.MULTILINE)
-    return found[1] if found else platform.machine()
 
 
 def provenance(commit):

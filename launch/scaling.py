@@ -29,6 +29,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import hardware
 import scaling_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,24 +94,6 @@ def git(*words):
     return result.stdout.strip()
 
 
-def processor():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def gpus():
-    """Their names, where there are some: "2 × NVIDIA H100 80GB HBM3"."""
-    try:
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return ", ".join(f"{names.count(name)} × {name}" for name in sorted(set(names)))
-
-
 def provenance(command):
     return {
         "command": shlex.join(str(word).removeprefix(f"{ROOT}/") for word in command),
@@ -118,9 +101,9 @@ def provenance(command):
         "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),
-        "processor": processor(),
+        "processor": hardware.processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "gpus": gpus(),
+        "gpus": hardware.gpus(),
         "system": platform.platform(),
         "job": os.environ.get("SLURM_JOB_ID"),
     }

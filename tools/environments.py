@@ -22,13 +22,13 @@ def install(python, *packages):
 
 
 def environment_of(torch, *more):
-    """The Python of an environment of launch/requirements.txt with that torch in the place of its own, and with `more`. It is
-    made once, in build/environments, and takes 5 GB."""
+    """The Python of an environment of launch/requirements.txt with that torch in the place of its own, and with `more`, which is
+    not taken out for who wants less. It is made once, in build/environments, and takes 5 GB."""
     folder = ROOT / "build/environments" / torch
     python = folder / "bin/python"
     wanted = [*(line for line in REQUIREMENTS if re.match(r"\w", line) and not line.startswith("torch==")), f"torch=={torch}", *more]
     stamp = folder / "complete.txt"
-    if not stamp.exists() or stamp.read_text() != "\n".join(wanted):
+    if not stamp.exists() or not set(wanted) <= set(stamp.read_text().splitlines()):
         run(sys.executable, "-m", "venv", "--clear", folder)
         (folder / "requirements.txt").write_text("\n".join(wanted) + "\n")
         install(python, "--requirement", folder / "requirements.txt")

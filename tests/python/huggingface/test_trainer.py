@@ -1,17 +1,14 @@
 """transformers' Trainer over converted models: one process, and DDP with experts spread over ranks under torchrun."""
 
 import json
-import os
-import subprocess
 import sys
 
 import anabranch
 import pytest
 import torch
 import transformers
+from jobs import ENVIRONMENT, SAME_PATH, TORCHRUN, run_job
 from models import VOCABULARY, make_model
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def make_trainer(model, folder, ranks, seed, **options):
@@ -57,11 +54,7 @@ def assert_same_weights_of(model, folder):
 
 
 def test_ddp_with_spread_experts_trains_as_one_process(tmp_path, seed):
-    result = subprocess.run(
-        [*TORCHRUN, __file__, str(tmp_path), str(seed)], capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    run_job(*TORCHRUN, __file__, tmp_path, seed, timeout=300, environment=ENVIRONMENT | SAME_PATH)
     alone = run(0, 1, tmp_path, seed)
     for rank in range(2):
         losses, norms, of_resumed = json.loads((tmp_path / f"{rank}.json").read_text())

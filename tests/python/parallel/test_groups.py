@@ -2,9 +2,6 @@
 
 import copy
 import datetime
-import os
-import subprocess
-import sys
 import time
 
 import anabranch
@@ -12,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from anabranch.features import transports
+from jobs import ALONE, MPIRUN, TORCHRUN, run_job
 from ranks import backend_for, run_ranks
 from torch import nn
 
@@ -365,22 +363,16 @@ else:
 """
 
 MPI = "mpi" in transports()
-MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none", "-n", "2", sys.executable]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def run_program(program, command, tmp_path, *arguments):
     path = tmp_path / "program.py"
     path.write_text(program)
-    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    result = subprocess.run(
-        [*command, path, *arguments], capture_output=True, text=True, timeout=200, env=os.environ | root
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_job(*command, path, *arguments)
 
 
 def test_no_launcher(tmp_path):
-    run_program(LAUNCHED, [sys.executable], tmp_path, "1", "", "self")
+    run_program(LAUNCHED, ALONE, tmp_path, "1", "", "self")
 
 
 def test_torchrun(tmp_path):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import anabranch
 import pytest
 import torch
+from jobs import ALONE, TORCHRUN, run_job
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks/gpu"))
 from peers import PEERS, Missing
@@ -82,12 +82,10 @@ def test_equals_the_layer_by_hand(name, glu):
 
 def test_expert_parallel_ways_agree_and_are_timed(tmp_path):
     """benchmarks/ranks/expert_parallel.py refuses to time a way whose output is another; all of them are here."""
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ["--device", "cpu", "--quick", "--json", str(tmp_path / "out.json"), "--layers", "anabranch", "anabranch,routing_scale=2"]
-    run = [*program, str(BENCHMARKS / "ranks/expert_parallel.py"), *options]
-    refused = subprocess.run(run, capture_output=True, text=True, check=False, timeout=120)
-    assert refused.returncode and "the output of anabranch,routing_scale=2 is" in refused.stderr
-    subprocess.run([*run[:-2], "anabranch", "anabranch,recompute=true,overlap=2"], check=True, timeout=120)
+    command = [*TORCHRUN, BENCHMARKS / "ranks/expert_parallel.py", *options]
+    assert "the output of anabranch,routing_scale=2 is" in run_job(*command, expect=1)
+    run_job(*command[:-2], "anabranch", "anabranch,recompute=true,overlap=2")
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert [row["way"] for row in results] == ["anabranch", "anabranch,recompute=true,overlap=2", "alone", "torch", "exchange"]
     assert all(row["ranks"] == 2 and row["forward_ms"] > 0 and row["backward_ms"] > 0 for row in results)
@@ -103,8 +101,7 @@ def test_training_beside_transformers_is_measured(tmp_path):
         pytest.skip("a build without train_lm")
     file = tmp_path / "out.json"
     options = ["--program", program, "--device", "cpu", "--quick", "--rounds", "1", "--steps", "1", "--json", file]
-    environment = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, BENCHMARKS / "gpu/training.py", *options], check=True, timeout=120, env=environment)
+    run_job(*ALONE, BENCHMARKS / "gpu/training.py", *options)
     measured = json.loads(file.read_text())
     ours, theirs = measured["results"]
     assert [ours["way"], theirs["way"]] == ["train_lm", "transformers"]

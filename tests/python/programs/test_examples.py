@@ -5,7 +5,6 @@ import math
 import os
 import pathlib
 import random
-import subprocess
 import sys
 
 import anabranch
@@ -13,14 +12,11 @@ import pytest
 import torch
 import transformers
 from anabranch.features import transports
+from jobs import ALONE, MPIRUN, TORCHRUN, run_job
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 PROJECT = pathlib.Path(__file__).parents[3]
 TRAIN_LM_CPP = pathlib.Path(anabranch.__file__).parents[2] / "examples" / "train_lm"
-ALONE = [sys.executable]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none", "-n", "2", sys.executable]
-ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
 SMALL = (
     "--steps 5 --hidden 16 --expert-hidden 24 --layers 2 --experts 5 --batch-size 3 --sequence-length 24 --warmup 2 "
     "--log-interval 2 --validation-interval 3 --validation-sequences 7"
@@ -33,16 +29,10 @@ NOT_COMPARED = {"balance_loss": 0, "z_loss": 0}
 COUNTED = {"ranks", "load", "imbalance", "imbalance_per_layer"}
 
 
-def run(*command, expect=0):
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, env=os.environ | ROOT)
-    assert result.returncode == expect, result.stdout + result.stderr
-    return result.stdout + result.stderr
-
-
 def train(launcher, folder, *options, data=PROJECT / "README.md"):
     """The lines of metrics.jsonl."""
     program = [*launcher, PROJECT / "examples/train_lm.py", "--data", data, "--output", folder, "--json"]
-    said = run(*program, *SMALL, *options)
+    said = run_job(*program, *SMALL, *options)
     lines = metrics_of(folder)
     assert [json.loads(line) for line in said.splitlines() if line.startswith("{")] == lines[-1:]
     return lines
@@ -77,7 +67,7 @@ def test_metrics(alone):
     assert lines[-1]["loss"] < lines[0]["loss"] < 1.2 * math.log(256)
     assert all(sum(layer) == pytest.approx(1) for line in lines for layer in line["load"])
     assert list(folder.glob("events.out.tfevents.*"))
-    run(sys.executable, PROJECT / "launch/plot.py", folder)
+    run_job(sys.executable, PROJECT / "launch/plot.py", folder)
     assert (folder / "loss.png").stat().st_size and (folder / "load.png").stat().st_size
 
 
@@ -97,7 +87,7 @@ def test_two_ranks_train_as_one(launcher, alone, tmp_path):
 def test_it_is_the_twin_of_the_cpp_program(options, tmp_path):
     # Random bytes: in a row of equal ones tokens are alike but for rounding, and experts that choose tell them apart by it.
     data = "synthetic:256" if options == CHOSEN else PROJECT / "README.md"
-    run(TRAIN_LM_CPP, "--data", data, "--output", tmp_path / "cpp", "--sample-length", 0, *SMALL, *options)
+    run_job(TRAIN_LM_CPP, "--data", data, "--output", tmp_path / "cpp", "--sample-length", 0, *SMALL, *options)
     assert_same_training(train(ALONE, tmp_path / "python", *options, data=data), metrics_of(tmp_path / "cpp"), ranks=1)
 
 
@@ -116,11 +106,11 @@ def test_it_reads_what_the_cpp_program_reads(kind, tmp_path):
         (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         data = tmp_path / "tokens"
         tokenize = [PROJECT / "tools/anabranch-tokenize", tmp_path / "text.jsonl", "--output", data, "--format", kind]
-        run(*tokenize, "--tokenizer", tmp_path / "tokenizer.json", "--shard-tokens", 700)
+        run_job(*tokenize, "--tokenizer", tmp_path / "tokenizer.json", "--shard-tokens", 700)
     longer = " ".join(SMALL).replace("--steps 5", "--steps 40").replace("--log-interval 2", "--log-interval 1")
     options = ["--data", data, *longer.split(), "--dtype", "float64"]
-    run(TRAIN_LM_CPP, "--output", tmp_path / "cpp", "--sample-length", 0, *options)
-    run(*ALONE, PROJECT / "examples/train_lm.py", "--output", tmp_path / "python", *options)
+    run_job(TRAIN_LM_CPP, "--output", tmp_path / "cpp", "--sample-length", 0, *options)
+    run_job(*ALONE, PROJECT / "examples/train_lm.py", "--output", tmp_path / "python", *options)
     mine, theirs = metrics_of(tmp_path / "python"), metrics_of(tmp_path / "cpp")
     for name in ("loss", "validation_loss", "validation_bpb"):
         expected = [line.get(name) for line in theirs]
@@ -153,7 +143,7 @@ def test_a_preset_in_bf16_follows_fp32(tmp_path):
 
 
 def knows_presets():
-    return TRAIN_LM_CPP.exists() and "--preset" in run(TRAIN_LM_CPP, "--help")
+    return TRAIN_LM_CPP.exists() and "--preset" in run_job(TRAIN_LM_CPP, "--help")
 
 
 @pytest.mark.skipif(not TRAIN_LM_CPP.exists(), reason="examples/train_lm is not built")
@@ -162,7 +152,7 @@ def test_it_has_the_presets_of_the_cpp_program(tmp_path):
         pytest.skip("train_lm has no presets")
     latent = "--kv-heads 0 --qk-norm none --kv-rank 10 --query-rank 9 --rope-size 6 --value-size 5 --dtype float64".split()
     options = [*without(TINY, latent), *latent]
-    run(TRAIN_LM_CPP, "--data", PROJECT / "README.md", "--output", tmp_path / "cpp", "--sample-length", 0, *without(SMALL, options), *options)
+    run_job(TRAIN_LM_CPP, "--data", PROJECT / "README.md", "--output", tmp_path / "cpp", "--sample-length", 0, *without(SMALL, options), *options)
     assert_same_training(train(ALONE, tmp_path / "python", *options), metrics_of(tmp_path / "cpp"), 1)
 
 
@@ -173,13 +163,13 @@ def without(options, others):
 
 def test_what_cannot_be_trained_on(tmp_path):
     (tmp_path / "short").write_text("In the beginning")
-    said = run(*ALONE, PROJECT / "examples/train_lm.py", "--data", tmp_path / "short", "--output", tmp_path, expect=1)
+    said = run_job(*ALONE, PROJECT / "examples/train_lm.py", "--data", tmp_path / "short", "--output", tmp_path, expect=1)
     assert "has 16 bytes, too few" in said
 
 
 def test_a_model_of_transformers_on_two_ranks(tmp_path):
     options = "--steps 4 --batch-size 3 --sequence-length 24 --validation-sequences 4".split()
-    said = run(
+    said = run_job(
         *TORCHRUN, PROJECT / "examples/finetune_hf.py", "--data", PROJECT / "README.md", "--output", tmp_path, *options
     )
     after = float(said.split("after 4 steps: ")[1].split()[0])

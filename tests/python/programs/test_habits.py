@@ -1,13 +1,11 @@
 """The programs of docs/habits.md, as people start them: two ranks under torchrun, in a folder of their own."""
 
 import importlib.util
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
+from jobs import ENVIRONMENT, SAME_PATH, TORCHRUN, run_job
 
 PAGE = (pathlib.Path(__file__).parents[3] / "docs/habits.md").read_text()
 PROGRAMS = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL))
@@ -26,12 +24,7 @@ def test_program(name, tmp_path):
         pytest.skip(f"no {module}: {command}")
     assert PROGRAMS[name].count("\n") < 40
     (tmp_path / name).write_text(PROGRAMS[name])
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", name],
-        cwd=tmp_path, capture_output=True, text=True, timeout=200,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    run_job(*TORCHRUN, name, cwd=tmp_path, environment=ENVIRONMENT | SAME_PATH)
 
 
 def test_there_are_programs():
