@@ -1,5 +1,7 @@
 """The model of train_lm.py: that of examples/train_lm, drawn from the same generators, and published ones in its terms."""
 
+import math
+
 import anabranch
 import torch
 import torch.nn.functional as F
@@ -8,8 +10,9 @@ from torch import nn
 
 DEFAULTS = dict(
     dtype="float32", vocabulary=256, hidden=128, layers=4, norm="layer", norm_epsilon=1e-5, tied_head=False, heads=4,
-    kv_heads=0, head_size=0, qk_norm="none", rope_theta=1e4, attention_bias=False, kv_rank=0, query_rank=0, rope_size=0,
-    value_size=0, experts=8, top_k=2, expert_hidden=256, glu=False, expert_biases=False, shared_expert_hidden=0, dense_layers=0,
+    kv_heads=0, head_size=0, qk_norm="none", rope_theta=1e4, yarn_factor=1.0, yarn_positions=0,
+    yarn_beta_fast=32.0, yarn_beta_slow=1.0, yarn_bounds="whole", yarn_scale=0.0, yarn_mscale=0.0, yarn_mscale_all=0.0,
+    attention_bias=False, kv_rank=0, query_rank=0, rope_size=0, value_size=0, experts=8, top_k=2, expert_hidden=256, glu=False, expert_biases=False, shared_expert_hidden=0, dense_layers=0,
     dense_hidden=0, gate="top_k", router_score="softmax", renormalize="auto", routing_scale=1.0, expert_groups=1, top_groups=1,
     group_score="top_two_sum", router_fp64=False, bias_rate=0.0, bias_update="sign",
 )  # fmt: skip
@@ -31,8 +34,8 @@ PRESETS = {
         router_score="sigmoid", routing_scale=2.446, bias_rate=0.001),
     # openai/gpt-oss-20b, with full and plain attention, a router without bias and SiLU
     "gpt-oss-20b": LLAMA | dict(
-        vocabulary=201088, hidden=2880, layers=24, heads=64, kv_heads=8, head_size=64, rope_theta=1.5e5,
-        attention_bias=True, experts=32, top_k=4, expert_hidden=2880, expert_biases=True),
+        vocabulary=201088, hidden=2880, layers=24, heads=64, kv_heads=8, head_size=64, rope_theta=1.5e5, yarn_factor=32.0,
+        yarn_positions=4096, yarn_bounds="exact", attention_bias=True, experts=32, top_k=4, expert_hidden=2880, expert_biases=True),
     # mistralai/Mixtral-8x7B-v0.1
     "mixtral-8x7b": LLAMA | dict(
         vocabulary=32000, hidden=4096, layers=32, heads=32, kv_heads=8, rope_theta=1e6, experts=8, top_k=2,
@@ -77,6 +80,37 @@ def attention_width(options):
     return options.heads * (head_width(options) + options.rope_size + values) // 2
 
 
+def frequencies_of(options, **kind):
+    """Radians from one position to the next, [rotated width / 2]; with YaRN (arXiv:2309.00071) those that turn slowly are divided."""
+    width = options.rope_size or head_width(options)
+    plain = options.rope_theta ** (torch.arange(width // 2, **kind) * (-2 / width))
+    if options.yarn_factor == 1:
+        return plain
+
+    def number_that_turns(turns):
+        return width * math.log(options.yarn_positions / (2 * math.pi * turns)) / (2 * math.log(options.rope_theta))
+
+    first, last = number_that_turns(options.yarn_beta_fast), number_that_turns(options.yarn_beta_slow)
+    if options.yarn_bounds == "whole":
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    stretched = ((torch.arange(width // 2, **kind) - first) / (last - first or 0.001)).clamp(0, 1)
+    return torch.lerp(plain, plain / options.yarn_factor, stretched)
+
+
+def scale_of(options, strength):
+    """YaRN's of attention over so many more positions."""
+    return 1 + 0.1 * strength * math.log(options.yarn_factor)
+
+
+def rotation_scale(options):
+    if options.yarn_scale and options.yarn_factor != 1:
+        return options.yarn_scale
+    if options.yarn_mscale and options.yarn_mscale_all:
+        return scale_of(options, options.yarn_mscale) / scale_of(options, options.yarn_mscale_all)
+    return scale_of(options, 1)
+
+
 def turned(heads, rotation):
     """[B, S, heads, D], each pair of neighbours as a complex number times the rotation's, in fp32 at least."""
     real, imaginary = heads.to(rotation.dtype).unflatten(-1, (-1, 2)).unbind(-1)
@@ -85,11 +119,12 @@ def turned(heads, rotation):
     return pairs.flatten(-2).to(heads.dtype)
 
 
-def attend(query, key, value):
+def attend(query, key, value, scale=None):
     """Causal, of [B, S, heads, D], whose keys and values may have fewer heads."""
     grouped = query.shape[2] != key.shape[2]
     heads = (heads.transpose(1, 2) for heads in (query, key, value))
-    return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=grouped).transpose(1, 2).flatten(2)
+    mixed = F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=grouped)
+    return mixed.transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
@@ -127,6 +162,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.heads, self.width, self.rotated, self.rank = options.heads, head_width(options), options.rope_size, options.kv_rank
         values = options.value_size or self.width
+        self.scale = scale_of(options, options.yarn_mscale_all) ** 2 / (self.width + self.rotated) ** 0.5
 
         def matrix(rows, columns):
             return parameters.normal(rows, columns, deviation=columns**-0.5)
@@ -149,7 +185,7 @@ class LatentAttention(nn.Module):
         shared = turned(shared[:, :, None], rotation).expand(-1, -1, self.heads, -1)
         query = torch.cat((query[..., : self.width], turned(query[..., self.width :], rotation)), -1)
         key = torch.cat((up[..., : self.width], shared), -1)
-        return F.linear(attend(query, key, up[..., self.width :]), self.output)
+        return F.linear(attend(query, key, up[..., self.width :], self.scale), self.output)
 
 
 class FeedForward(nn.Module):
@@ -214,7 +250,7 @@ class LanguageModel(nn.Module):
     def __init__(self, options):
         super().__init__()
         parameters = Parameters(options)
-        self.width, self.theta = options.rope_size or head_width(options), options.rope_theta
+        self.options = options
         self.routers_draw = options.gate in ("noisy_top_k", "gshard") or options.jitter or options.forced_routing == "random"
         self.routing_seed = 0  # what routers draw depends on this and their layer alone
         sizes = (options.vocabulary, options.hidden)
@@ -224,11 +260,10 @@ class LanguageModel(nn.Module):
         self.head = self.embedding if options.tied_head else parameters.normal(*sizes, deviation=0.02)
 
     def rotation(self, tokens):
-        """[S, 1, rotated width / 2, 2]: cosine and sine of position · frequency."""
+        """[S, 1, rotated width / 2, 2]: cosine and sine of position · frequency, times YaRN's scale."""
         kind = {"dtype": torch.promote_types(self.embedding.dtype, torch.float32), "device": tokens.device}
-        frequencies = self.theta ** (torch.arange(self.width // 2, **kind) * (-2 / self.width))
-        angles = torch.outer(torch.arange(tokens.shape[1], **kind), frequencies)
-        return torch.stack((angles.cos(), angles.sin()), -1)[:, None]
+        angles = torch.outer(torch.arange(tokens.shape[1], **kind), frequencies_of(self.options, **kind))
+        return torch.stack((angles.cos(), angles.sin()), -1)[:, None] * rotation_scale(self.options)
 
     def forward(self, tokens):
         """Tokens [B, S] → logits [B, S, V] and what each MoE layer returns."""

@@ -39,6 +39,10 @@ CONFIGS = {
         qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=8,
     ),
 }
+STRETCHED = dict(rope_type="yarn", rope_theta=100.0, factor=8.0, original_max_position_embeddings=32, beta_fast=2.0, beta_slow=0.5)
+CONFIGS["deepseek_v3, stretched"] = CONFIGS["deepseek_v3"] | dict(
+    qk_rope_head_dim=8, rope_parameters=STRETCHED | dict(mscale=1.0, mscale_all_dim=0.7))  # fmt: skip
+CONFIGS["qwen3_moe, stretched"] = CONFIGS["qwen3_moe"] | dict(head_dim=16, rope_parameters=STRETCHED | dict(truncate=False))
 # Moonlight's, with all of a query of the token itself.
 CONFIGS["deepseek_v3, whole queries"] = CONFIGS["deepseek_v3"] | dict(q_lora_rank=None, n_group=1, topk_group=1, v_head_dim=6)  # fmt: skip
 
@@ -121,6 +125,7 @@ def test_it_writes_what_transformers_does(family):
         ({"num_hidden_layers": 3}, "has no model.layers.2."),
         ({"num_hidden_layers": 1}, "the model has not"),
         ({"hidden_size": 24}, "has shape"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "stretched by YaRN alone"),
     ],
 )
 def test_folders_of_other_models_are_refused(tmp_path, text, change, message):  # noqa: F811

@@ -206,6 +206,7 @@ def test_three_steps_without_a_finite_gradient_end_the_run(train, text, tmp_path
         (["--gate", "gshard", "--top-k", "3"], "gate gshard with top_k = 3"),
         (["--load-loss", "0.1"], "--importance-loss and --load-loss are of --gate noisy_top_k"),
         (["--expert-groups", "3"], "groups"),
+        (["--yarn-factor", "8"], "--yarn-positions must be at least 1, got 0"),
         (["--kv-rank", "8"], "--rope-size must be at least 2, got 0"),
         (["--value-size", "8"], "are of attention with --kv-rank"),
     ],

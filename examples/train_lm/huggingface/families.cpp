@@ -10,22 +10,59 @@ namespace {
 
 using nlohmann::json;
 
+json written_rope(const ModelOptions& model) {
+  json rope = {
+      {"rope_type", "default"}, {"rope_theta", model.rope_theta}, {"partial_rotary_factor", 1.0}};
+  if (model.yarn_factor == 1) return rope;
+  rope.update({{"rope_type", "yarn"},
+               {"factor", model.yarn_factor},
+               {"original_max_position_embeddings", model.yarn_positions},
+               {"beta_fast", model.yarn_beta_fast},
+               {"beta_slow", model.yarn_beta_slow},
+               {"truncate", model.yarn_bounds == "whole"}});
+  if (model.yarn_scale > 0) rope["attention_factor"] = model.yarn_scale;
+  if (model.yarn_mscale > 0) rope["mscale"] = model.yarn_mscale;
+  if (model.yarn_mscale_all > 0) rope["mscale_all_dim"] = model.yarn_mscale_all;
+  return rope;
+}
+
+/// Of `rope`, that of `key`.
+void read_stretching(const char* key, const json& rope, ModelOptions& model) {
+  const auto type = rope.is_object() ? rope.value("rope_type", rope.value("type", "default")) : "";
+  require((type == "default" || type == "yarn") && rope.value("partial_rotary_factor", 1.0) == 1.0,
+          "config.json: ", key, " = ", rope.dump(),
+          ": positions are stretched by YaRN alone, and all numbers of a head are turned");
+  if (type == "default") return;
+  // Where a key is null or missing, transformers has these.
+  const auto number = [&](const char* name, double absent) {
+    return rope.contains(name) && !rope[name].is_null() ? rope[name].get<double>() : absent;
+  };
+  model.yarn_factor = number("factor", 0);
+  model.yarn_positions = static_cast<int64_t>(number("original_max_position_embeddings", 0));
+  require(model.yarn_factor >= 1 && model.yarn_positions > 0, "config.json: ", key, " = ",
+          rope.dump(), ", expected a factor and original_max_position_embeddings");
+  model.yarn_beta_fast = number("beta_fast", 32);
+  model.yarn_beta_slow = number("beta_slow", 1);
+  model.yarn_bounds = rope.value("truncate", true) ? "whole" : "exact";
+  model.yarn_scale = number("attention_factor", 0);
+  model.yarn_mscale = number("mscale", 0);
+  model.yarn_mscale_all = number("mscale_all_dim", 0);
+}
+
 /// transformers 5 has it within rope_parameters.
 void rope_of(Keys& keys, ModelOptions& model) {
   if (keys.is_writing()) {
-    json rope = {
-        {"rope_type", "default"}, {"rope_theta", model.rope_theta}, {"partial_rotary_factor", 1.0}};
+    auto rope = written_rope(model);
     keys.value("rope_parameters", rope);
   } else if (keys.has("rope_parameters")) {
     const json& rope = keys.config().at("rope_parameters");
-    require(rope.is_object() && rope.value("rope_type", "default") == "default" &&
-                rope.value("partial_rotary_factor", 1.0) == 1.0,
-            "config.json: rope_parameters = ", rope.dump(),
-            ": positions are not stretched, and all numbers of a head are turned");
+    read_stretching("rope_parameters", rope, model);
     model.rope_theta = rope.value("rope_theta", 1e4);
   } else {
     keys.value("rope_theta", model.rope_theta, 1e4);
-    keys.only("rope_scaling", nullptr, "positions are not stretched");
+    if (keys.has("rope_scaling")) {
+      read_stretching("rope_scaling", keys.config().at("rope_scaling"), model);
+    }
   }
 }
 

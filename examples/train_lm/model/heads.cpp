@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "fused_kernels/kernels.h"
+#include "model/yarn.h"
 
 namespace train_lm {
 namespace {
@@ -76,10 +77,9 @@ torch::Tensor rotation_of(int64_t first, int64_t length, const ModelOptions& mod
   const auto type = model.parameter_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto options = at::TensorOptions(type).device(device);
   const auto positions = at::arange(first, first + length, options);
-  const auto frequencies = at::pow(
-      model.rope_theta, at::arange(width / 2, options) * (-2.0 / static_cast<double>(width)));
-  const auto angles = at::outer(positions, frequencies);
-  return at::polar(at::ones_like(angles), angles).view({length, 1, width / 2});
+  const auto angles = at::outer(positions, frequencies_of(model, options));
+  return at::polar(at::full_like(angles, rotation_scale(model)), angles)
+      .view({length, 1, width / 2});
 }
 
 AttentionHeads attention_heads(const torch::Tensor& qkv, const torch::Tensor& query_norm,

@@ -6,7 +6,7 @@
 
 namespace train_lm {
 
-/// exp(i · position · frequency) for `length` positions from `first` on: [S, 1, rotated_width / 2] complex, of
+/// rotation_scale · exp(i · position · frequency) for `length` positions from `first` on: [S, 1, rotated_width / 2] complex, of
 /// fp64 for a model of fp64 and of fp32 for any other.
 torch::Tensor rotation_of(int64_t first, int64_t length, const ModelOptions& model,
                           torch::Device device);

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "model/heads.h"
+#include "model/yarn.h"
 
 namespace train_lm {
 namespace {
@@ -19,7 +20,8 @@ torch::Tensor narrow_norm(const torch::Tensor& x, const torch::Tensor& weight) {
 
 LatentAttentionImpl::LatentAttentionImpl(const ModelOptions& options, Initializer& initializer)
     : options_(options),
-      scale_(1 / std::sqrt(static_cast<double>(options.head_width() + options.rope_size))) {
+      scale_(latent_softmax_scale(options) /
+             std::sqrt(static_cast<double>(options.head_width() + options.rope_size))) {
   const int64_t hidden = options.hidden, heads = options.heads, width = options.head_width();
   const auto matrix = [&](const char* name, int64_t rows, int64_t columns) {
     const double deviation = 1 / std::sqrt(static_cast<double>(columns));

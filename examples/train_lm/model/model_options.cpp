@@ -10,6 +10,17 @@
 namespace train_lm {
 namespace {
 
+void check_yarn(const ModelOptions& model) {
+  require(model.yarn_factor >= 1, "--yarn-factor must be at least 1, got ", model.yarn_factor);
+  at_least("--yarn-positions", model.yarn_positions, model.yarn_factor > 1 ? 1 : 0);
+  positive("--yarn-beta-slow", model.yarn_beta_slow);
+  require(model.yarn_beta_fast > model.yarn_beta_slow, "--yarn-beta-fast ", model.yarn_beta_fast,
+          " is not more than --yarn-beta-slow ", model.yarn_beta_slow);
+  not_negative("--yarn-scale", model.yarn_scale);
+  not_negative("--yarn-mscale", model.yarn_mscale);
+  not_negative("--yarn-mscale-all", model.yarn_mscale_all);
+}
+
 void check_attention(const ModelOptions& model) {
   at_least("--heads", model.heads, 1);
   at_least("--kv-heads", model.kv_heads, 0);
@@ -21,6 +32,7 @@ void check_attention(const ModelOptions& model) {
   require(model.heads % model.key_heads() == 0, "--heads ", model.heads,
           " is not divisible by --kv-heads ", model.kv_heads);
   positive("--rope-theta", model.rope_theta);
+  check_yarn(model);
   at_least("--kv-rank", model.kv_rank, 0);
   if (model.kv_rank > 0) {
     at_least("--query-rank", model.query_rank, 0);
@@ -52,6 +64,24 @@ void check_experts(const ModelOptions& model) {
           "taken");
 }
 
+void add_yarn_options(CLI::App& app, ModelOptions& model) {
+  app.add_option("--yarn-factor", model.yarn_factor,
+                 "by how much positions are stretched (YaRN); 1: not");
+  app.add_option("--yarn-positions", model.yarn_positions,
+                 "with --yarn-factor, those that the model was trained on");
+  app.add_option("--yarn-beta-fast", model.yarn_beta_fast,
+                 "numbers of a head that turn more often over them stay");
+  app.add_option("--yarn-beta-slow", model.yarn_beta_slow,
+                 "numbers that turn less often are stretched in full");
+  app.add_option("--yarn-bounds", model.yarn_bounds, "whether these two are rounded apart")
+      ->check(CLI::IsMember({"whole", "exact"}));
+  app.add_option("--yarn-scale", model.yarn_scale,
+                 "of rotated queries and keys; 0: by the factor and --yarn-mscale");
+  app.add_option("--yarn-mscale", model.yarn_mscale, "DeepSeek-V3's mscale; 0: none");
+  app.add_option("--yarn-mscale-all", model.yarn_mscale_all,
+                 "DeepSeek-V3's mscale_all_dim; 0: none");
+}
+
 void add_attention_options(CLI::App& app, ModelOptions& model) {
   app.add_option("--heads", model.heads, "attention heads");
   app.add_option("--kv-heads", model.kv_heads,
@@ -60,6 +90,7 @@ void add_attention_options(CLI::App& app, ModelOptions& model) {
   app.add_option("--qk-norm", model.qk_norm, "RMSNorm of queries and keys")
       ->check(CLI::IsMember({"none", "head", "all"}));
   app.add_option("--rope-theta", model.rope_theta, "base of the rotary positions");
+  add_yarn_options(app, model);
   app.add_flag("--attention-bias", model.attention_bias, "biases in attention's projections");
   app.add_option(
       "--kv-rank", model.kv_rank,
@@ -160,6 +191,14 @@ void to_json(nlohmann::json& json, const ModelOptions& options) {
           {"bias-rate", options.bias_rate},
           {"dtype", options.dtype}};
   const ModelOptions usual;
+  add_unless(usual.yarn_factor, "yarn-factor", options.yarn_factor, json);
+  add_unless(usual.yarn_positions, "yarn-positions", options.yarn_positions, json);
+  add_unless(usual.yarn_beta_fast, "yarn-beta-fast", options.yarn_beta_fast, json);
+  add_unless(usual.yarn_beta_slow, "yarn-beta-slow", options.yarn_beta_slow, json);
+  add_unless(usual.yarn_bounds, "yarn-bounds", options.yarn_bounds, json);
+  add_unless(usual.yarn_scale, "yarn-scale", options.yarn_scale, json);
+  add_unless(usual.yarn_mscale, "yarn-mscale", options.yarn_mscale, json);
+  add_unless(usual.yarn_mscale_all, "yarn-mscale-all", options.yarn_mscale_all, json);
   add_unless(usual.kv_rank, "kv-rank", options.kv_rank, json);
   add_unless(usual.query_rank, "query-rank", options.query_rank, json);
   add_unless(usual.rope_size, "rope-size", options.rope_size, json);

@@ -27,6 +27,15 @@ struct ModelOptions {
   /// RMSNorm of queries and keys before their rotation: "none", of each "head", or across "all".
   std::string qk_norm = "none";
   double rope_theta = 1e4;
+  /// By how much positions are stretched that the model was not trained on (YaRN, arXiv:2309.00071); 1: not.
+  double yarn_factor = 1;
+  int64_t yarn_positions = 0;  ///< that it was trained on
+  /// Numbers of a head that turn more often over these positions stay; that turn less often than the second are
+  /// stretched.
+  double yarn_beta_fast = 32, yarn_beta_slow = 1;
+  std::string yarn_bounds = "whole";  ///< which numbers these are: rounded apart, or "exact"
+  double yarn_scale = 0;  ///< of rotated queries and keys; 0: by the factor, and the next two
+  double yarn_mscale = 0, yarn_mscale_all = 0;  ///< DeepSeek-V3's; 0: none
   bool attention_bias = false;
   /// Keys and values of all heads are made of one vector of so many numbers a token (MLA); 0: not so.
   int64_t kv_rank = 0;

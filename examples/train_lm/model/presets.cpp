@@ -76,8 +76,7 @@ ModelOptions moonlight_16b_a3b() {
 }
 
 /// openai/gpt-oss-20b. There every second layer attends to 128 tokens only, attention has a sink for each
-/// head, the router a bias, positions are stretched by YaRN, and the activation is clamped with a slope of
-/// 1.702; here attention is full and plain, and the activation SiLU.
+/// head, the router a bias, and the activation is clamped with a slope of 1.702; here attention is full and plain, and the activation SiLU.
 ModelOptions gpt_oss_20b() {
   ModelOptions model = llama_like();
   model.vocabulary = 201088;
@@ -87,6 +86,9 @@ ModelOptions gpt_oss_20b() {
   model.kv_heads = 8;
   model.head_size = 64;
   model.rope_theta = 1.5e5;
+  model.yarn_factor = 32;
+  model.yarn_positions = 4096;
+  model.yarn_bounds = "exact";
   model.attention_bias = true;
   model.experts = 32;
   model.top_k = 4;

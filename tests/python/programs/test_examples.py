@@ -150,7 +150,7 @@ def knows_presets():
 def test_it_has_the_presets_of_the_cpp_program(tmp_path):
     if not knows_presets():
         pytest.skip("train_lm has no presets")
-    latent = "--kv-heads 0 --qk-norm none --kv-rank 10 --query-rank 9 --rope-size 6 --value-size 5 --dtype float64".split()
+    latent = "--kv-heads 0 --qk-norm none --kv-rank 10 --query-rank 9 --rope-size 6 --value-size 5 --dtype float64 --yarn-factor 4 --yarn-positions 40 --yarn-mscale-all 0.7".split()
     options = [*without(TINY, latent), *latent]
     run_job(TRAIN_LM_CPP, "--data", PROJECT / "README.md", "--output", tmp_path / "cpp", "--sample-length", 0, *without(SMALL, options), *options)
     assert_same_training(train(ALONE, tmp_path / "python", *options), metrics_of(tmp_path / "cpp"), 1)
