@@ -22,6 +22,7 @@ suppress_warnings = [
     "toc.no_title",  # of a page that a program writes: its title stands in the table of contents
 ]
 myst_enable_extensions = ["colon_fence"]
+default_role = "literal"  # `names` in docstrings
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -25,7 +25,7 @@ class ExpertMover:
     """Places experts anew by their loads: after every `interval` steps those of each layer are swapped between ranks, of
     one node first, each rank holding as many as before, and their weights and optimizer states go where they are to
     lie. Training is what it would have been within rounding; `save_checkpoint` keeps experts by their numbers. For
-    layers with `placement="movable"` or lists of whole experts.
+    layers with `placement="movable"` or lists of whole experts. ::
 
         mover = anabranch.ExpertMover(model, optimizer, interval=1000)
         ...

@@ -50,7 +50,7 @@ def plan_memory(
         dtype, device: the layer's. `torch.device("cuda")` can be asked about without a GPU.
 
     Not in it: the step's input and the gradient of its output, which are the caller's, an optimizer's state, and
-    what libraries keep for themselves (NCCL, cuBLAS, the allocator's unused blocks).
+    what libraries keep for themselves (NCCL, cuBLAS, the allocator's unused blocks). ::
 
         print(anabranch.plan_memory(16384, 8, hidden_size=4096, expert_hidden_size=14336, num_experts=8, glu=True,
                                     dtype=torch.bfloat16, device="cuda").explain())

@@ -495,7 +495,7 @@ def run(step: Callable[[], Result], again: Callable[[], Result] | None = None) -
     `again()` returns, in which none is.
 
     Waits for the step, as `check` does, and raises what it raises. All ranks of a layer do it again together. `again`,
-    or `step` where none is given, is to compute all of the step anew, from gradients that it sets to None or zero itself.
+    or `step` where none is given, is to compute all of the step anew, from gradients that it sets to None or zero itself. ::
 
         def step():
             optimizer.zero_grad()

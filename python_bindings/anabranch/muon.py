@@ -29,7 +29,7 @@ class Muon(torch.optim.Optimizer):
     Of a parameter [.., m, n] the last two dimensions are a matrix, so each expert's weight is one of its own,
     whichever rank holds it: equal at any number of ranks. For the matrices of hidden layers alone; embedding,
     head, norms and biases belong to AdamW. The step is 0.2 · √max(m, n) times the orthogonalized momentum,
-    as large as AdamW's usually is: both take one learning rate. The gradients are to be finished before.
+    as large as AdamW's usually is: both take one learning rate. The gradients are to be finished before. ::
 
         matrices = [p for name, p in model.named_parameters() if p.ndim >= 2 and "embed" not in name]
         optimizer = anabranch.Muon(matrices, lr=1e-3)

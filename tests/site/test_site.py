@@ -64,6 +64,12 @@ def test_every_public_python_name_is_documented(module, names):
     assert not [name for name, _ in found if name not in documented]
 
 
+def test_programs_in_docstrings_are_shown_as_such(site):
+    """And not as a quotation, which a block without `::` before it would be."""
+    page = (site / "docs/site/python_api.html").read_text()
+    assert page.count('<div class="highlight') >= 4 and "<blockquote>" not in page
+
+
 def test_every_public_header_is_there(names):
     """Each with what it declares first."""
     headers = [path for path in (PROJECT / "include/anabranch").glob("*.h") if path.name != "anabranch.h"]
