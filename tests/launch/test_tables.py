@@ -30,6 +30,18 @@ def test_a_page_says_what_the_results_do(program, page, name, files, part, monke
     assert written.splitlines() == [f"| {line} |" for line in expected]
 
 
+def test_tests_that_a_pair_did_not_run_again_stay_as_they_were(monkeypatch):
+    made = tool("matrix", monkeypatch)
+    pair = {"compiler": "c++", "torch": "3.0.0", "date": "2026-01-02", "built": True, "build_seconds": 1}
+    older = {**pair, "commit": "aaa", "cpp": {"entries": 7, "suites": [], "failed": []}, "python": {"passed": 5, "failures": []}}
+    row = made["completed"]({**pair, "commit": "bbb", "cpp": {"entries": 9, "suites": [], "failed": []}, "python": None}, older)
+    (line,) = made["table"]([row])[1]
+    assert line[3:] == ["9 CTest entries", "5 passed (at aaa)", "bbb, 2026-01-02"]
+    again = made["completed"]({**row, "commit": "ccc", "cpp": None, "python": None}, row)
+    assert again["python"]["commit"] == "aaa" and again["cpp"]["commit"] == "bbb"
+    assert made["completed"]({**pair, "built": False}, older) == {**pair, "built": False}
+
+
 @pytest.mark.parametrize(
     "torch, cuda, local", [("2.11.0", "13.0.88", "pt2.11cu130"), ("2.15.1", "", "pt2.15cpu"), ("2.13.0", "13.2", "pt2.13cu132")]
 )
