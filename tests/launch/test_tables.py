@@ -32,7 +32,7 @@ def test_a_page_says_what_the_results_do(program, page, name, files, part, monke
 
 def test_tests_that_a_pair_did_not_run_again_stay_as_they_were(monkeypatch):
     made = tool("matrix", monkeypatch)
-    pair = {"compiler": "c++", "torch": "3.0.0", "date": "2026-01-02", "built": True, "build_seconds": 1}
+    pair = {"compiler": "c++", "torch": "3.0.0", "date": "2026-01-02", "built": True, "why": "", "build_seconds": 1}
     older = {**pair, "commit": "aaa", "cpp": {"entries": 7, "suites": [], "failed": []}, "python": {"passed": 5, "failures": []}}
     row = made["completed"]({**pair, "commit": "bbb", "cpp": {"entries": 9, "suites": [], "failed": []}, "python": None}, older)
     (line,) = made["table"]([row])[1]
