@@ -8,7 +8,8 @@
 On CPUs virtual hosts of one rank each, one for each core, whose links a token bucket slows. Experts' popularity follows
 Zipf's law, or one of them takes all tokens. All ways take turns, several times, and medians count, so that what others
 do on the machine falls on all of them. Each time is also given as a multiple of that of balanced load whose tokens
-travel. Writes benchmarks/results/balance.json and balance.md, or balance_gpu.json and .md, or those of another --name.
+travel, and beside the planner's prediction, which knows the machine from other sizes, and the load. Writes
+benchmarks/results/balance.json and balance.md, or balance_gpu.json and .md, or those of another --name.
 """
 
 import argparse
@@ -26,8 +27,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / name) for name in ("tools/plan", "tests/support", "launch", "benchmarks/ranks")]
 import all_to_all_hosts  # noqa: E402
 import calibrate  # noqa: E402
+import check  # noqa: E402
 import planner  # noqa: E402
 import scaling  # noqa: E402
+from machine import machine_from  # noqa: E402
 
 WAYS = ("off", "shadow", "replicas", "auto")
 # Zipf's s; with the last one all tokens have the same expert.
@@ -46,60 +49,111 @@ def launcher_of(arguments):
         yield launcher
 
 
-def run(arguments, experts):
+def other_sizes(tokens, hidden, inner):
+    """To calibrate the planner by: none of those that it is to predict, with few and many experts."""
+    return [
+        (tokens // 4, hidden // 2, inner // 2, 8, 1),
+        (tokens // 2, hidden, inner, 8, 1),
+        (tokens * 2, hidden, inner, 16, 1),
+        (tokens, hidden // 2, inner, 16, 2),
+        (tokens, hidden, inner // 2, 32, 2),
+        (tokens, hidden, inner, 32, 2),
+        (tokens // 2, hidden, inner, 96, 1),
+        (tokens, hidden, inner * 3 // 4, 96, 1),
+    ]
+
+
+def run(arguments, launcher, experts, options):
     """The records of every skew and way."""
-    tokens, hidden, inner, top_k = arguments.size or SIZES[arguments.device]
+    tokens, hidden, inner, top_k = arguments.size
     size = (tokens, hidden, inner, experts, top_k)
-    records = {}
-    with launcher_of(arguments) as launcher:
-        cases = [(skew, way) for _ in range(arguments.turns) for skew in SKEWS for way in arguments.ways]
-        for skew, way in tqdm(cases, desc=f"E {experts}", leave=False):
-            options = {"balance": way, "device": arguments.device}
-            if arguments.device == "cuda":
-                options["dtype"] = "bf16"
-            (record,) = calibrate.measure(
-                planner.PROGRAM, launcher, arguments.ranks, [size], arguments.rounds, skew, **options
-            )
-            records.setdefault(f"{skew:g} {way}", []).append(record)
-    return {"experts": experts, "megabits": arguments.megabits, "ways": arguments.ways, "records": records}
+    records, counts = {}, {}
+    cases = [(skew, way) for _ in range(arguments.turns) for skew in SKEWS for way in arguments.ways]
+    for skew, way in tqdm(cases, desc=f"E {experts}", leave=False):
+        (record,) = calibrate.measure(
+            planner.PROGRAM, launcher, arguments.ranks, [size], arguments.rounds, skew, balance=way, **options
+        )
+        counts[f"{skew:g}"] = record.pop("counts")  # the same in all ways and turns
+        records.setdefault(f"{skew:g} {way}", []).append(record)
+    return {
+        "experts": experts,
+        "megabits": arguments.megabits,
+        "ways": arguments.ways,
+        "counts": counts,
+        "records": records,
+    }
 
 
-def table(setting):
-    """A line a skew: its imbalance over ranks, and of every way a step's time and its multiple of the balanced one's."""
-    records, ways = setting["records"], setting["ways"]
+class Table:
+    """What a setting's records say, and the planner of them."""
 
-    def milliseconds(skew, way):
-        return statistics.median(record["step_ms"] for record in records[f"{skew:g} {way}"])
+    def __init__(self, setting, machine):
+        self.setting, self.records, self.machine = setting, setting["records"], machine
 
-    balanced = milliseconds(0.0, "off")
-    text = "| load | fullest rank / mean | " + " | ".join(f"{way}, ms | / balanced" for way in ways) + " |\n"
-    text += "|---|---|" + "---|---|" * len(ways) + "\n"
-    for skew, name in SKEWS.items():
-        load = records[f"{skew:g} off"][0]["assignments"]
-        text += f"| {name} | {max(load) * len(load) / sum(load):.2f} |"
-        for way in ways:
-            text += f" {milliseconds(skew, way):.1f} | {milliseconds(skew, way) / balanced:.2f} |"
-        text += "\n"
-    text += "\nIn the last step of the last turn:\n\n"
-    for skew, name in SKEWS.items():
-        for way in ways[1:]:
-            text += f"- {name}: {records[f'{skew:g} {way}'][-1]['explain']}\n"
-    return text
+    def milliseconds(self, skew, way, what="step_ms"):
+        return statistics.median(record[what] for record in self.records[f"{skew:g} {way}"])
+
+    def predicted(self, skew, way):
+        record = self.records[f"{skew:g} {way}"][-1]
+        counts = self.setting["counts"][f"{skew:g}"]
+        return check.predict_record(self.machine, {**record, "counts": counts}) * 1e3
+
+    def ratios(self):
+        """{(skew, way): predicted / measured}"""
+        cases = [(skew, way) for skew in SKEWS for way in self.setting["ways"]]
+        return {case: self.predicted(*case) / self.milliseconds(*case) for case in cases}
+
+    def text(self, ratios):
+        """A line a skew: its imbalance over ranks, and of every way a step's time, its multiple of the balanced one's, and
+        the predicted one's."""
+        ways, balanced = self.setting["ways"], self.milliseconds(0.0, "off")
+        heads = " | ".join(f"{way}, ms | / balanced | predicted / measured" for way in ways)
+        text = f"| load | fullest rank / mean | {heads} |\n|---|---|{'---|---|---|' * len(ways)}\n"
+        for skew, name in SKEWS.items():
+            load = self.records[f"{skew:g} off"][0]["assignments"]
+            text += f"| {name} | {max(load) * len(load) / sum(load):.2f} |"
+            for way in ways:
+                step = self.milliseconds(skew, way)
+                text += f" {step:.1f} | {step / balanced:.2f} | {ratios[skew, way]:.2f} |"
+            text += "\n"
+        return text + "\nIn the last step of the last turn:\n\n" + "".join(self.explanations())
+
+    def explanations(self):
+        for skew, name in SKEWS.items():
+            for way in self.setting["ways"][1:]:
+                record = self.records[f"{skew:g} {way}"][-1]
+                lent = ""
+                if record.get("lending_ms", 0) > 0:
+                    plain = self.records[f"{skew:g} off"][-1]["bytes_sent"]
+                    lending = self.milliseconds(skew, way, "lending_ms")
+                    lent = f"; of the step {lending:.1f} ms ({lending / self.milliseconds(skew, way):.0%}) are weights' and "
+                    lent += f"gradients' way; {record['bytes_sent'] / 1e6:.1f} MB are sent, and {plain / 1e6:.1f} where tokens travel"
+                yield f"- {name}: {record['explain']}{lent}\n"
 
 
-def write(settings, provenance, file):
-    text = "# Skewed load, measured\n\n"
+def write(settings, calibration, provenance, file):
+    about, text, all_ratios = provenance, "# Skewed load, measured\n\n", []
+    first = calibration[0]
+    cores = 0.0 if first["device"] == "cuda" else about["cores"] / len(set(first["nodes"]))
+    described = calibrate.fit(calibration, "balance.py", cores)
+    machine = machine_from(described, "balance.py")
     for setting in settings:
         first = setting["records"]["0 off"][0]
         links = f", links of {setting['megabits']} Mb/s" if first["device"] == "cpu" else ""
         text += f"{first['ranks']} ranks on {first['device']}, {first['dtype']}{links}: T {first['tokens_per_rank']} a rank, "
         text += f"h {first['hidden']}, n {first['expert_hidden']}, E {setting['experts']}, k {first['top_k']}\n\n"
-        text += table(setting) + "\n"
-    about = provenance
+        of_setting = Table(setting, machine)
+        ratios = of_setting.ratios()
+        setting["predicted_over_measured"] = {f"{skew:g} {way}": ratio for (skew, way), ratio in ratios.items()}
+        all_ratios += ratios.values()
+        text += of_setting.text(ratios) + "\n"
+    within = sum(abs(ratio - 1) <= 0.2 for ratio in all_ratios)
+    text += f"Predicted by the planner: {within} of {len(all_ratios)} within 20 %, from {min(all_ratios):.2f} to {max(all_ratios):.2f}"
+    text += f", calibrated by what {about['calibration']} has measured.\n\n" if "calibration" in about else ".\n\n"
     text += f"Medians of {len(settings[0]['records']['0 off'])} turns. {about['processor']}, {about['cores']} cores, "
     text += f"commit {about['commit'][:10]}, {about['date']}: `{about['command']}`\n"
     file.parent.mkdir(parents=True, exist_ok=True)
-    whole = {"provenance": provenance, "settings": settings}
+    whole = {"provenance": provenance, "machine": described, "calibration": calibration, "settings": settings}
     file.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
     file.with_suffix(".md").write_text(text)
 
@@ -116,14 +170,27 @@ def main():
     parser.add_argument("--name", help="of the files")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each turn")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--again", action="store_true", help="only predict anew, from what is there")
     arguments = parser.parse_args()
     os.environ.update(all_to_all_hosts.ENVIRONMENT)
     tempfile.tempdir = str(ROOT / "build")  # all hosts see it
-    settings, provenance = [], scaling.provenance(["benchmarks/ranks/balance.py", *sys.argv[1:]])
+    provenance = scaling.provenance(["benchmarks/ranks/balance.py", *sys.argv[1:]])
     name = arguments.name or ("balance" if arguments.device == "cpu" else "balance_gpu")
-    for experts in arguments.experts:
-        settings.append(run(arguments, experts))
-        write(settings, provenance, arguments.output / name)  # what there is, should the rest fail
+    if arguments.again:
+        whole = json.loads((arguments.output / name).with_suffix(".json").read_text())
+        write(whole["settings"], whole["calibration"], whole["provenance"], arguments.output / name)
+        return
+    arguments.size = arguments.size or SIZES[arguments.device]
+    options = {"device": arguments.device} | ({"dtype": "bf16"} if arguments.device == "cuda" else {})
+    settings, calibration = [], []
+    with launcher_of(arguments) as launcher:
+        for size in tqdm(other_sizes(*arguments.size[:3]), desc="calibration", leave=False):
+            (record,) = calibrate.measure(planner.PROGRAM, launcher, arguments.ranks, [size], arguments.rounds, **options)
+            record.pop("counts")
+            calibration.append(record)
+        for experts in arguments.experts:
+            settings.append(run(arguments, launcher, experts, options))
+            write(settings, calibration, provenance, arguments.output / name)  # what there is, should the rest fail
 
 
 if __name__ == "__main__":

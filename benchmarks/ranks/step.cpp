@@ -12,6 +12,7 @@
 #include "experts/feed_forward.h"
 #include "experts/permute.h"
 #include "ranks/ranks.h"
+#include "support/stage_times.h"
 
 namespace anabranch::benchmark {
 namespace {
@@ -79,11 +80,30 @@ class Step {
 
   /// The layer as a training step runs it, gate and auxiliary losses left out.
   double whole() {
+    stage_times_.reset();
+    world_->reset_traffic();
     return seconds_from_barrier(*world_, device_, [&] {
+      const StageTimes::Measuring measuring(&stage_times_, device_);
       auto x = x_.detach().requires_grad_();
       layer_->forward(x, routing_).output.backward(dy_);
       layer_->zero_grad();
     });
+  }
+  /// Of the last whole step, seconds in which lent weights were on their way or their gradients on the way back. The
+  /// latter on a CPU alone, whose backward runs on the thread that is measured.
+  double lending() {
+    const auto seconds = stage_times_.seconds();
+    const auto of = [&](const char* name) {
+      const auto found = seconds.find(name);
+      return found == seconds.end() ? 0 : found->second;
+    };
+    return of("anabranch.loans") + of("anabranch.loans.backward");
+  }
+  /// Of the last whole step, by all ranks.
+  int64_t bytes_sent() {
+    auto bytes = torch::tensor(world_->traffic().bytes_sent);
+    world_->all_reduce(bytes);
+    return bytes.item<int64_t>();
   }
 
   /// The same in stages, each from a common start.
@@ -131,10 +151,10 @@ class Step {
   torch::Tensor assignments() const {
     return world_->all_gather(torch::tensor(plan_.assignments(), torch::kInt64));
   }
-  torch::Tensor expert_load() const {
-    auto load = torch::bincount(routing_.expert_ids.cpu().flatten(), {}, arguments_.experts);
-    world_->all_reduce(load);
-    return load;
+  /// [W, E] of each rank's tokens.
+  torch::Tensor counts() const {
+    return world_->all_gather(
+        torch::bincount(routing_.expert_ids.cpu().flatten(), {}, arguments_.experts));
   }
 
  private:
@@ -145,6 +165,7 @@ class Step {
   Router router_;
   FeedForward expert_;
   ExpertProjections parameters_;
+  StageTimes stage_times_;
   Routing routing_;
   torch::Tensor x_, dy_;
   ExchangePlan plan_;
@@ -186,25 +207,31 @@ void run(const Arguments& arguments) {
   const c10::DeviceGuard guard(device);
   const auto world = make_world(arguments.all_to_all, device);
   Step step(arguments, world, device);
-  std::vector<double> whole;
+  std::vector<double> whole, lending;
   std::vector<std::vector<double>> stages(kStages.size());
   constexpr int kWarmUp = 2;
   for (int round = -kWarmUp; round < arguments.rounds; ++round) {
     auto seconds = step.stages();
     seconds.push_back(step.whole());
+    seconds.push_back(step.lending());
     const auto slowest = over_ranks_max(*world, seconds);
     for (size_t i = 0; round >= 0 && i < kStages.size(); ++i) {
       stages[i].push_back(slowest[i]);
     }
     if (round >= 0) {
-      whole.push_back(slowest.back());
+      whole.push_back(slowest[kStages.size()]);
+      lending.push_back(slowest.back());
     }
   }
+  const int64_t bytes_sent = step.bytes_sent();
   const auto links = step.link_bytes();
-  const auto load = step.expert_load();
+  const auto counts = step.counts();
+  const auto load = counts.sum(0);
   Json record = describe(arguments, *world);
   record["step_ms"] = median(whole) * 1e3;
   record["step_ms_least"] = least(whole) * 1e3;
+  record["lending_ms"] = median(lending) * 1e3;
+  record["bytes_sent"] = bytes_sent;
   for (size_t i = 0; i < kStages.size(); ++i) {
     record["stage_ms"][kStages[i]] = median(stages[i]) * 1e3;
     record["stage_ms_least"][kStages[i]] = least(stages[i]) * 1e3;
@@ -214,6 +241,9 @@ void run(const Arguments& arguments) {
   }
   record["assignments"] = to_vector(step.assignments());
   record["expert_load"] = to_vector(load);
+  for (const auto& row : counts.unbind()) {
+    record["counts"].push_back(to_vector(row));
+  }
   record["expert_imbalance"] = imbalance(load);
   record["explain"] = step.explain();
   if (world->rank() == 0) {

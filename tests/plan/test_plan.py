@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools/plan"))
 import calibrate  # noqa: E402
 import check  # noqa: E402
+import loans  # noqa: E402
 import machine as machines  # noqa: E402
 import plots  # noqa: E402
 import routing  # noqa: E402
@@ -176,7 +178,8 @@ def test_one_gpu_computes_all_the_time():
     found = planner(described).predict(Layout(1, 1))
     forward = 2 * 3 * 512 * 1024 * 4096 / 1e12 + 6 * 4096 * 1536 * 2 / 1e11
     dense = 2048 * (2 * (4 * 512**2 + 512 * 16) / 1e12 + 20 * 512 * 2 / 1e11)
-    assert found.compute == pytest.approx(4 * 3 * (forward + dense), rel=1e-3)
+    weights = 16 * 3 * 512 * 1024 * 2 / 1e11  # in each product forward and of dX, and thrice as gradients
+    assert found.compute == pytest.approx(4 * (3 * (forward + dense) + 5 * weights), rel=1e-3)
     assert found.all_reduce == 0 and found.exchange == pytest.approx(0, abs=0.02 * found.compute)
 
 
@@ -239,6 +242,76 @@ def test_layouts():
     assert fits == sorted(fits, reverse=True) and True in fits and False in fits
 
 
+# --- weights that travel in the place of tokens -----------------------------------------------------------------
+
+
+def lent_by_the_library(explained):
+    """({expert: ranks}, assignments of the fullest rank) of MoELayer's explain()."""
+    named = re.search(r"weights of experts travel, ([^;]*(?:; \d+ to rank[^;]*)*); the fullest", explained)
+    parts = named[1].split("; ") if named else []
+    lent = {int(part.split()[0]): set(map(int, re.findall(r"\d+", part.partition(" to rank")[2]))) for part in parts}
+    return lent, int(re.search(r"the fullest rank computes (\d+)", explained)[1])
+
+
+def test_what_is_lent_is_what_the_library_has_lent():
+    """In the steps of which benchmarks/ranks/balance.py has kept what the layer said."""
+    measured = json.loads((ROOT / "benchmarks/results/balance.json").read_text())
+    ways = set()
+    for setting in measured["settings"]:
+        for key, records in setting["records"].items():
+            record = {**records[-1], "counts": setting["counts"][key.split()[0]]}
+            if record["balance"] == "off":
+                continue
+            rates = re.search(r"by ([\d.e+]+) GFLOP/s and ([\d.e+]+) GB/s", record["explain"])
+            described = cluster(
+                gpus_per_node=1, cores_per_node=1.0, flops=float(rates[1]) * 1e9, network=Link(float(rates[2]) * 1e9, 0.0)
+            )
+            counts = numpy.array(record["counts"])
+            owner = routing.owners(record["experts"], record["ranks"])
+            found = loans.choose(record["balance"], counts, owner, check.model_of(record), described)
+            lent = {expert: borrowers for expert, borrowers in enumerate(found.borrowers) if borrowers}
+            assert (lent, found.computed.max()) == lent_by_the_library(record["explain"]), record["explain"]
+            ways |= {record["balance"]} if lent else set()
+    assert {"shadow", "replicas", "auto"} <= ways
+
+
+def one_takes_all(balance, ranks=4):
+    model = dataclasses.replace(MODEL, experts=8, top_k=1, routed=False, bytes=4)
+    chosen = numpy.full((routing.SAMPLES, 1), 5)
+    return Planner(cluster(), model, [chosen]).predict(Layout(ranks, ranks, balance=balance)), model
+
+
+def test_a_lent_expert_spares_its_rows_their_way_and_evens_the_ranks():
+    (off, model), (shadow, _) = one_takes_all("off"), one_takes_all("shadow")
+    assert off.rank_imbalance == pytest.approx(4) and shadow.rank_imbalance == pytest.approx(1, rel=0.01)
+    took = {event.name: (event.end - event.begin).max() for event in shadow.events}
+    assert not any(took[name] > 1e-4 for name in ("dispatch", "combine", "dispatch backward", "combine backward"))
+    # A quarter of it goes from its owner to each other rank, and from each on to all borrowers.
+    hop = 3 * (model.expert_parameters * 4 / 4 / 1e9 + 2e-6)
+    weights = [event for event in shadow.events if event.name == "weights"]
+    copies = 8 * model.expert_parameters * 4 / 1e11
+    assert sum(event.end.max() - event.begin.max() for event in weights) == pytest.approx(2 * hop + copies, rel=0.1)
+    assert shadow.step < off.step
+
+
+@pytest.mark.parametrize("skew", [0.0, 1.0, 1.5])
+def test_the_cheapest_is_no_dearer_than_any(skew, generator):
+    model = dataclasses.replace(MODEL, top_k=1)
+    chosen = [routing.draw_tokens(routing.zipf(16, skew, generator), 1, generator)]
+    counts = routing.counts(chosen[0], 16, model.tokens, 8, generator)
+    owner = routing.owners(16, 8)
+    costs = loans.costs_of(model, 8, (1e12, 1e9))
+    seconds = {
+        balance: loans.choose(balance, counts, owner, model, cluster(gpus_per_node=8)).forecast(costs)
+        for balance in ("off", "shadow", "replicas", "gather", "gather:2", "auto")
+    }
+    assert seconds["auto"] <= min(seconds["off"], 1 / 0.95 * min(seconds.values()))
+    for balance in ("replicas", "gather:4", "auto"):
+        lent = loans.choose(balance, counts, owner, model, cluster(gpus_per_node=8))
+        assert lent.computed.sum() == counts.sum() and (lent.left >= 0).all()
+        assert sum(lent.shares.values()) + lent.left.sum() == counts.sum()
+
+
 # --- calibration and checks ----------------------------------------------------------------------------
 
 
@@ -259,11 +332,12 @@ def records_of(described, ranks, nodes, sizes, generator):
             "threads": 1,
             "link_bytes": ((links + links.T) * 2 * hidden * 4).tolist(),
             "assignments": numpy.bincount(owner, weights=load, minlength=ranks).tolist(),
+            "expert_load": load.tolist(),
             "stage_ms_least": dict.fromkeys(("experts", "experts_backward", "plan", *calibrate.EXCHANGES), 0.0),
         }
         link = described.network if nodes > 1 else described.node
         costs = [described.stage, described.expert, 1 / described.flops, 1 / described.copy, link.message]
-        costs.append(1 / link.bandwidth)
+        costs += [1 / link.bandwidth, 1 / described.weights]
         stages = ["experts", "experts_backward", "plan", *calibrate.EXCHANGES]
         for name, (features, _) in zip(stages, calibrate.equations(record)):
             record["stage_ms_least"][name] = float(numpy.dot(features, costs)) * 1e3
@@ -279,12 +353,13 @@ def test_calibration_finds_the_machine_it_was_measured_on(ranks, nodes, generato
         copy=4e9,
         stage=2e-4,
         expert=3e-5,
+        weights=6e9,
         node=Link(1.5e9, 0, 1e-4),
         network=Link(2e7, 0, 1e-4),
     )
     found = calibrate.fit(list(records_of(known, ranks, nodes, calibrate.SIZES, generator)), "found")
     described = machines.machine_from(found, "found")
-    for name in ("flops", "copy", "stage", "expert", "gpus_per_node", "gpus_per_nic"):
+    for name in ("flops", "copy", "stage", "expert", "weights", "gpus_per_node", "gpus_per_nic"):
         assert getattr(described, name) == pytest.approx(getattr(known, name), rel=1e-3), name
     link = "network" if nodes > 1 else "node"
     assert getattr(described, link).bandwidth == pytest.approx(getattr(known, link).bandwidth, rel=1e-3)
@@ -377,6 +452,7 @@ def test_scale_draws_where_it_hurts(tmp_path):
     [
         (["step", "--gpus", "12"], "whole nodes of 8"),
         (["step", "--gpus", "64", "--expert-parallel", "24"], "--expert-parallel 24"),
+        (["step", "--gpus", "8", "--balance", "gather:3"], "--balance gather:3: expected"),
         (["step", "--gpus", "128", "--expert-parallel", "128"], "at most 64"),
         (["layouts", "--model", "missing.json"], "missing.json"),
         (["check", "--points", "missing"], "no records"),

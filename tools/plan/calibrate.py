@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy
 
+import routing
 import timeline
 from machine import Refused
 from network import take_turns
@@ -110,10 +111,12 @@ def turns(record, values, cores):
 
 
 def equations(record, cores=0.0):
-    """(features, seconds) of each stage. Features: fixed cost, local experts, FLOPs, bytes in memory,
-    messages and bytes of the busiest port. `cores` as in Machine.cores_per_node."""
+    """(features, seconds) of each stage. Features: fixed cost, experts that have rows, FLOPs, bytes in memory,
+    messages and bytes of the busiest port, bytes of weights. `cores` as in Machine.cores_per_node."""
     assigned = turns(record, record["assignments"], cores)
-    local = turns(record, -(-record["experts"] // record["ranks"]), cores)
+    owner = routing.owners(record["experts"], record["ranks"])
+    local = turns(record, numpy.bincount(owner, minlength=record["ranks"]), cores)
+    used = turns(record, numpy.bincount(owner, numpy.asarray(record["expert_load"]) > 0, record["ranks"]), cores)
     once = turns(record, 1.0, cores)
     hidden, inner = record["hidden"], record["expert_hidden"]
     element = element_bytes(record)
@@ -124,12 +127,14 @@ def equations(record, cores=0.0):
     gathered = timeline.GATHER_PASSES * rows * hidden * element if record["ranks"] > 1 else 0.0
     indices = 8.0 * timeline.PLAN_PASSES * (record["tokens_per_rank"] * record["top_k"] + assigned)
     seconds = {name: value / 1e3 for name, value in record["stage_ms_least"].items()}
-    yield [once, local, flops, moved, 0, 0], seconds["experts"]
-    yield [once, 2 * local, 2 * flops, 2 * moved, 0, 0], seconds["experts_backward"]
-    yield [1, 0, 0, indices, messages, 0], seconds["plan"]
+    weights = 2 * hidden * inner * element
+    with_gradients = (used + timeline.GRADIENT_PASSES * local) * weights
+    yield [once, used, flops, moved, 0, 0, used * weights], seconds["experts"]
+    yield [once, 2 * used, 2 * flops, 2 * moved, 0, 0, with_gradients], seconds["experts_backward"]
+    yield [1, 0, 0, indices, messages, 0, 0], seconds["plan"]
     if record["ranks"] > 1:
         for name in EXCHANGES:
-            yield [1, 0, 0, gathered, messages, load], seconds[name]
+            yield [1, 0, 0, gathered, messages, load, 0], seconds[name]
 
 
 def fit(records, name, cores=0.0):
@@ -137,8 +142,9 @@ def fit(records, name, cores=0.0):
     pairs = [pair for record in records for pair in equations(record, cores)]
     features = numpy.asarray([pair[0] for pair in pairs], dtype=float)
     seconds = numpy.asarray([pair[1] for pair in pairs])
-    stage, expert, per_flop, per_byte, message, per_link_byte = nonnegative_fit(features, seconds)
-    error = numpy.abs(features @ [stage, expert, per_flop, per_byte, message, per_link_byte] / seconds - 1)
+    found = nonnegative_fit(features, seconds)
+    error = numpy.abs(features @ found / seconds - 1)
+    stage, expert, per_flop, per_byte, message, per_link_byte, per_weight_byte = found
     first = records[0]
     nodes = len(set(first["nodes"]))
     size = first["ranks"] // nodes
@@ -157,6 +163,7 @@ def fit(records, name, cores=0.0):
         "gpus_per_nic": size,
         "stage": stage,
         "expert": expert,
+        "weights": 1 / max(per_weight_byte, 1e-15),
         "cores_per_node": cores,
         "source": f"calibrated at {first['ranks']} ranks on {nodes} node(s), {first['threads']} thread(s) a rank, "
         f"median error of a stage {numpy.median(error):.0%}",

@@ -152,14 +152,15 @@ def model_of(record):
 
 
 def predict_record(machine, record, seed=0):
-    """Seconds of the stages of a record of benchmark_step, given its experts' load alone."""
+    """Seconds of the stages of a record of benchmark_step, given its experts' load alone; and, for what is lent, each
+    rank's part of it."""
     popularity = numpy.asarray(record["expert_load"], dtype=float)
     chosen = routing.draw_tokens(popularity / popularity.sum(), record["top_k"], numpy.random.default_rng(seed))
-    planner = Planner(machine, model_of(record), [chosen], seed)
+    planner = Planner(machine, model_of(record), [chosen], seed, record.get("counts"))
     # One expert-parallel group of all ranks, whose gradients are nobody else's.
     overlap = record.get("overlap", "off")
     parts = 1 if overlap == "off" else int(overlap)
-    layout = Layout(record["ranks"], record["ranks"], record["all_to_all"], parts)
+    layout = Layout(record["ranks"], record["ranks"], record["all_to_all"], parts, record.get("balance", "off"))
     return planner.predict(layout).step
 
 

@@ -28,9 +28,14 @@ class Machine:
     network: Link  # of an adapter
     gpus_per_nic: int = 1
     stage: float = 0.0  # s, fixed cost of a stage
-    expert: float = 0.0  # s, fixed cost of a local expert in a stage
+    expert: float = 0.0  # s, fixed cost of a local expert that has rows in a stage
+    weights: float = 0.0  # bytes/s of experts' weights in products, and of their gradients; 0: `copy`
     cores_per_node: float = 0.0  # that its ranks take turns at, where ranks compute on CPUs; 0: a GPU each
     source: str = ""  # where the numbers are from
+
+    @property
+    def weight_rate(self):
+        return self.weights or self.copy
 
 
 @dataclasses.dataclass(frozen=True)

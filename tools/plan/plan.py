@@ -86,7 +86,7 @@ def run_layouts(arguments):
     texts, values = [], []
     for gpus in arguments.gpus:
         check_gpus(gpus, planner.machine)
-        found = planner.layouts(gpus)
+        found = planner.layouts(gpus, balance=arguments.balance)
         texts.append(table(found[: arguments.top], planner.machine))
         values += [prediction.summary() for prediction in found]
     tell(arguments, "\n".join(texts), values)
@@ -108,14 +108,14 @@ def run_step(arguments):
             f"--expert-parallel {group}: expected at most {planner.model.experts} GPUs, whole nodes or a part of "
             f"one that divides it, and a divisor of {gpus}"
         )
-    prediction = planner.predict(Layout(gpus, group, arguments.all_to_all, arguments.overlap))
+    prediction = planner.predict(Layout(gpus, group, arguments.all_to_all, arguments.overlap, arguments.balance))
     tell(arguments, table([prediction], planner.machine), prediction.summary())
     if arguments.plot:
         plots.timeline(prediction, arguments.plot)
 
 
-def best(planner, gpus):
-    return planner.layouts(gpus)[0]
+def best(planner, gpus, balance):
+    return planner.layouts(gpus, balance=balance)[0]
 
 
 def run_scale(arguments):
@@ -133,7 +133,7 @@ def run_scale(arguments):
         by_machine[name] = []
         for gpus in arguments.gpus:
             check_gpus(gpus, described)
-            by_machine[name].append(best(planner, gpus))
+            by_machine[name].append(best(planner, gpus, arguments.balance))
         texts += [name, table(by_machine[name], described)]
     plots.scale(by_machine, arguments.output / "scale.png")
 
@@ -141,7 +141,8 @@ def run_scale(arguments):
     shares = []
     for latency in LATENCIES:
         row = [Planner(plots.slower(machine, b, latency), model, chosen, arguments.seed) for b in BANDWIDTHS]
-        shares.append([(lambda p: p.compute / p.step)(best(planner, gpus)) for planner in row])
+        found = [best(planner, gpus, arguments.balance) for planner in row]
+        shares.append([p.compute / p.step for p in found])
     plots.internet(BANDWIDTHS, LATENCIES, shares, gpus, arguments.output / "internet.png")
     plots.timeline(by_machine[machine.name][-1], arguments.output / "timeline.png")
     values = {
@@ -206,6 +207,7 @@ def parse(argv):
         load = sub.add_mutually_exclusive_group()
         load.add_argument("--skew", type=float, default=0.5, help="s of Zipf's law for the experts' popularity")
         load.add_argument("--trace", type=Path, help="metrics.jsonl of train_lm, whose last load counts")
+        sub.add_argument("--balance", default="off", help="what travels where load is skewed (MoEOptions::balance)")
         sub.add_argument("--seed", type=int, default=0)
 
     sub = command("layouts", run_layouts, "all layouts, the best first")

@@ -60,3 +60,9 @@ def traffic(chosen, experts, tokens, ranks, generator, deduplicate=True):
     else:
         rows = generator.poisson(tokens * numpy.broadcast_to(assigned, (ranks, ranks))).astype(float)
     return rows, assigned * tokens * ranks
+
+
+def counts(chosen, experts, tokens, ranks, generator):
+    """Assignments [ranks, experts] of `tokens` tokens on each rank, that choose as the sampled ones do."""
+    share = numpy.bincount(chosen.ravel(), minlength=experts) / SAMPLES
+    return generator.binomial(tokens, numpy.broadcast_to(share, (ranks, experts)))

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy
 
+import loans
 import routing
 from network import Fabric, take_turns
 
@@ -12,6 +13,10 @@ from network import Fabric, take_turns
 PLAN_PASSES = 10.0
 ROW_PASSES = 6.0
 GATHER_PASSES = 2.0
+# Of the weights of experts: in each product of their rows; as gradients, made and filled in memory that is fresh,
+# whether or not they have rows; of one that is lent, at its owner's and at each borrower's, on the way there or back.
+GRADIENT_PASSES = 3.0
+LENDING_PASSES = 8.0
 # Of a token's row and of its attention's, around the dense part: norms, residuals, rotation, projections.
 HIDDEN_PASSES = 13.0
 ATTENTION_PASSES = 7.0
@@ -25,6 +30,7 @@ class Layout:
     expert_parallel: int  # consecutive GPUs that share one set of experts; the rest is data parallel
     all_to_all: str = "flat"
     overlap: int = 1  # chunks of the experts whose rows travel beside others' products, taken to be equal
+    balance: str = "off"  # what travels where load is skewed (MoEOptions::balance)
 
 
 @dataclasses.dataclass
@@ -67,28 +73,74 @@ class Prediction:
         }
 
 
+@dataclasses.dataclass
+class Work:
+    """Tokens that go through experts, to their owners or to borrowers."""
+
+    rows: numpy.ndarray  # [from, to]
+    assignments: numpy.ndarray  # [ranks]
+    experts: numpy.ndarray  # [ranks] that have any of them
+    local: numpy.ndarray  # [ranks] all that are there
+    parts: int  # whose rows travel beside others' products
+
+
 class LayerTimeline:
     """Forward and backward of one layer. Two things a rank does at once: compute, and exchange."""
 
-    def __init__(self, machine, model, layout, chosen, generator):
-        """`chosen`: of routing.draw_tokens."""
+    def __init__(self, machine, model, layout, chosen, generator, counts=None):
+        """`chosen`: of routing.draw_tokens. `counts` [ranks, experts]: assignments of each rank's tokens, where they
+        are known, for what is lent."""
         self.machine, self.model, self.layout = machine, model, layout
         self.ranks = layout.expert_parallel
         self.fabric = Fabric(machine, self.ranks)
         self.rows, self.assignments = routing.traffic(chosen, model.experts, model.tokens, self.ranks, generator)
-        self.local_experts = numpy.bincount(routing.owners(model.experts, self.ranks), minlength=self.ranks)
+        owner = routing.owners(model.experts, self.ranks)
+        local = numpy.bincount(owner, minlength=self.ranks)
+        used = numpy.bincount(owner[numpy.unique(chosen)], minlength=self.ranks)
+        self.works = [Work(self.rows, self.assignments, used, local, layout.overlap)]
+        self.lent = self.borrowed = numpy.zeros(self.ranks)
+        self.borrowers = []
+        if layout.balance != "off":
+            if counts is None:
+                counts = routing.counts(chosen, model.experts, model.tokens, self.ranks, generator)
+            self._lend(loans.choose(layout.balance, counts, owner, model, machine))
         self.compute_free = numpy.zeros(self.ranks)
         self.exchange_free = numpy.zeros(self.ranks)
         self.busy = numpy.zeros(self.ranks)
         self.events = []
 
+    def _lend(self, loads):
+        """Splits the work into that of owners and that of borrowers, whose rows are of one assignment each."""
+        self.lent, self.borrowed = loads.lent(), loads.borrowed()
+        self.borrowers = [(loads.owner[expert], sorted(ranks)) for expert, ranks in enumerate(loads.borrowers) if ranks]
+        if not self.borrowers:
+            return
+        owned, (all_owned,) = numpy.zeros((self.ranks, self.ranks)), self.works
+        rows = owned.copy()
+        numpy.add.at(owned.T, loads.owner, loads.left.T)
+        for (source, _, borrower), assignments in loads.shares.items():
+            rows[source, borrower] += assignments
+        before = numpy.zeros_like(owned)
+        numpy.add.at(before.T, loads.owner, loads.counts.T)
+        left = all_owned.rows * owned / numpy.maximum(before, 1)
+        used = numpy.bincount(loads.owner, weights=loads.left.sum(axis=0) > 0, minlength=self.ranks)
+        self.works = [
+            dataclasses.replace(all_owned, rows=left, assignments=owned.sum(axis=0), experts=used),
+            Work(rows, rows.sum(axis=0), self.borrowed, self.borrowed, parts=1),
+        ]
+        self.rows, self.assignments = left + rows, loads.computed.astype(float)
+
     def run(self):
         """(seconds of forward, seconds of both)."""
         self._compute("dense and route", self._dense(1), self.compute_free)
-        counts = numpy.full((self.ranks, self.ranks), 8.0 * (3 + self.model.experts / self.ranks))
-        indices = 8.0 * PLAN_PASSES * (self.model.tokens * self.model.top_k + self.assignments)
-        fixed = self.machine.stage + indices / self.machine.copy
-        plan = self._exchange("plan", counts, self.compute_free, fixed, way="flat")
+        plan = self._plan("plan", self.compute_free)
+        if self.layout.balance != "off":
+            counts = numpy.full((self.ranks, self.ranks), 8.0 * self.model.experts)
+            plan = self._exchange("counts of all", counts, plan, self.machine.stage, way="flat")
+        if self.borrowers:
+            for name in ("plan of owners", "plan of borrowers"):
+                plan = self._plan(name, plan)
+            plan = self._weights("weights", plan, self.model.bytes)
         self._through_experts("", plan, 1)
         forward = max(self.compute_free.max(), self.exchange_free.max())
         self._wait_for(numpy.full(self.ranks, forward))
@@ -97,15 +149,42 @@ class LayerTimeline:
             self._through_experts(" again", again, 1)
             self._wait_for(numpy.maximum(self.compute_free, self.exchange_free))
         self._through_experts(" backward", self.compute_free, 2)
+        if self.borrowers:
+            ready = numpy.maximum(self.compute_free, self.exchange_free)
+            self._wait_for(self._weights("gradients", ready, loans.SUM_BYTES))
         self._compute("dense backward", self._dense(2), numpy.maximum(self.compute_free, self.exchange_free))
         return forward, self.compute_free.max()
 
     def _wait_for(self, times):
         self.compute_free = self.exchange_free = times
 
+    def _plan(self, name, ready):
+        counts = numpy.full((self.ranks, self.ranks), 8.0 * (3 + self.model.experts / self.ranks))
+        indices = 8.0 * PLAN_PASSES * (self.model.tokens * self.model.top_k + self.assignments)
+        return self._exchange(name, counts, ready, self.machine.stage + indices / self.machine.copy, way="flat")
+
+    def _weights(self, name, ready, element):
+        """Lent experts' parameters, in equal parts by way of each rank, to the borrowers; gradients the same way back."""
+        size = self.model.expert_parameters * element
+        copies = LENDING_PASSES * size * (self.lent + self.borrowed) / self.machine.weight_rate
+        parts, wholes = numpy.zeros((2, self.ranks, self.ranks))
+        for owner, borrowers in self.borrowers:
+            parts[owner] += size / self.ranks
+            wholes[:, borrowers] += size / self.ranks
+        hops = [parts, wholes] if name == "weights" else [wholes.T, parts.T]
+        for hop in hops:
+            numpy.fill_diagonal(hop, 0)
+            ready = self._exchange(name, hop, ready, self.machine.stage + self._with_turns(copies / 2))
+        return ready
+
     def _through_experts(self, suffix, ready, factor):
+        for work in self.works:
+            self._through(work, suffix, ready, factor)
+            ready = numpy.maximum(self.compute_free, self.exchange_free)
+
+    def _through(self, work, suffix, ready, factor):
         """Parts in turn: while one part's experts compute, the next is dispatched and the last combined."""
-        parts = self.layout.overlap
+        parts = work.parts
         there = self.model.dispatch_bytes or self.model.bytes
         arrived, computed = [], []
         order = [("dispatch", 0)]
@@ -115,13 +194,13 @@ class LayerTimeline:
             order.append(("combine", part))
         for stage, part in order:
             if stage == "dispatch":
-                size = self.rows / parts * self.model.hidden * (there if factor == 1 else self.model.bytes)
-                arrived.append(self._exchange(f"dispatch{suffix}", size, ready, self._move()))
+                size = work.rows / parts * self.model.hidden * (there if factor == 1 else self.model.bytes)
+                arrived.append(self._exchange(f"dispatch{suffix}", size, ready, self._move(work)))
             else:
-                work = self._experts(factor) / parts + self.machine.stage * (1 - 1 / parts)
-                computed.append(self._compute(f"experts{suffix}", work, arrived[part]))
-                size = self.rows.T / parts * self.model.hidden * self.model.bytes
-                self._exchange(f"combine{suffix}", size, computed[part], self._move())
+                seconds = self._experts(work, factor) / parts + self.machine.stage * (1 - 1 / parts)
+                computed.append(self._compute(f"experts{suffix}", seconds, arrived[part]))
+                size = work.rows.T / parts * self.model.hidden * self.model.bytes
+                self._exchange(f"combine{suffix}", size, computed[part], self._move(work))
 
     def _dense(self, factor):
         if not self.model.routed:
@@ -131,19 +210,21 @@ class LayerTimeline:
         seconds = model.dense_flops / self.machine.flops + passes * model.bytes / self.machine.copy
         return factor * model.tokens * seconds + self.machine.stage
 
-    def _experts(self, factor):
-        """GEMMs, and the rows that permutation and activation read and write."""
-        moved = ROW_PASSES * self.assignments * (self.model.hidden + self.model.expert_hidden) * self.model.bytes
-        flops = self.model.expert_flops(self.assignments)
-        seconds = flops / self.machine.flops + moved / self.machine.copy
-        return factor * (seconds + self.local_experts * self.machine.expert) + self.machine.stage
+    def _experts(self, work, factor):
+        """GEMMs, the rows that permutation and activation read and write, and the weights."""
+        moved = ROW_PASSES * work.assignments * (self.model.hidden + self.model.expert_hidden) * self.model.bytes
+        flops = self.model.expert_flops(work.assignments)
+        seconds = flops / self.machine.flops + moved / self.machine.copy + work.experts * self.machine.expert
+        weights = work.experts + (GRADIENT_PASSES * work.local if factor == 2 else 0)
+        weights = weights * self.model.expert_parameters * self.model.bytes / self.machine.weight_rate
+        return factor * seconds + weights + self.machine.stage
 
-    def _move(self):
+    def _move(self, work):
         """Gathering rows to send them, or summing those that have come."""
         if self.ranks == 1:
             return 0.0
-        moved = GATHER_PASSES * self.rows.sum(axis=1) * self.model.hidden * self.model.bytes
-        return self.machine.stage + moved / self.layout.overlap / self.machine.copy
+        moved = GATHER_PASSES * work.rows.sum(axis=1) * self.model.hidden * self.model.bytes
+        return self.machine.stage + moved / work.parts / self.machine.copy
 
     def _compute(self, name, seconds, ready):
         begin = numpy.maximum(ready, self.compute_free)
@@ -184,10 +265,10 @@ def memory_of(model, layout, received_rows, assignments):
 class Planner:
     """Steps of one model on one machine; a layout's layers are simulated once."""
 
-    def __init__(self, machine, model, chosen, seed=0):
+    def __init__(self, machine, model, chosen, seed=0, counts=None):
         """`chosen`: experts [tokens, top_k] of sampled tokens (routing.draw_tokens), of as many layers as are
-        simulated, for all the model has."""
-        self.machine, self.model, self.chosen, self.seed = machine, model, chosen, seed
+        simulated, for all the model has. `counts`: as LayerTimeline has them."""
+        self.machine, self.model, self.chosen, self.seed, self.counts = machine, model, chosen, seed, counts
         self._layers = {}
 
     def predict(self, layout):
@@ -215,18 +296,21 @@ class Planner:
             events=first.events,
         )
 
-    def layouts(self, gpus, overlaps=(1, 2, 4)):
+    def layouts(self, gpus, overlaps=(1, 2, 4), balance="off"):
         """Predictions of all layouts: those that fit into memory first, then by step time."""
-        found = [self.predict(layout) for layout in layouts_of(self.machine, self.model, gpus, overlaps)]
+        found = [
+            self.predict(dataclasses.replace(layout, balance=balance))
+            for layout in layouts_of(self.machine, self.model, gpus, overlaps)
+        ]
         return sorted(found, key=lambda prediction: (prediction.memory > self.machine.memory, prediction.step))
 
     def _simulate(self, layout):
-        key = (layout.expert_parallel, layout.all_to_all, layout.overlap)
+        key = (layout.expert_parallel, layout.all_to_all, layout.overlap, layout.balance)
         if key not in self._layers:
             generator = numpy.random.default_rng(self.seed)
             self._layers[key] = []
             for chosen in self.chosen:
-                timeline = LayerTimeline(self.machine, self.model, layout, chosen, generator)
+                timeline = LayerTimeline(self.machine, self.model, layout, chosen, generator, self.counts)
                 self._layers[key].append(_Layer(timeline, *timeline.run()))
         return self._layers[key]
 
