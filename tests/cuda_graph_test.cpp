@@ -143,6 +143,13 @@ TEST_F(CudaGraphTest, ReplaysEqualEager) {
   expect_replays_equal_eager(options_of(torch::kFloat16, true), false, 20);
 }
 
+// As many launches, whatever the rounds that the recorded step took.
+TEST_F(CudaGraphTest, ReplaysOfSinkhornEqualEager) {
+  auto options = options_of(torch::kBFloat16, false);
+  options.gate = Gate::kSinkhorn;
+  expect_replays_equal_eager(options, false, 20);
+}
+
 TEST_F(CudaGraphTest, ReplaysOfRoutingFromOutsideEqualEager) {
   expect_replays_equal_eager(options_of(torch::kBFloat16, true), true, 100);
 }

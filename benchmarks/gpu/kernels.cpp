@@ -225,6 +225,15 @@ void measure_rules(Bench& bench, int64_t tokens, int64_t experts, int64_t top_k)
     bench.run("choose_tokens of " + std::to_string(s) + " sequences", tokens, experts, 3 * bytes,
               [&](int set) { routing_kernels.choose_tokens(logits[set], {}, s, top_k); });
   }
+  // Of a rule that scales: how much each expert's logits are raised, and the choice by them. Where experts' loads are
+  // far apart it takes its last round.
+  const auto apart = 4 * (logits[0] + at::randn({experts}, kFloat));
+  bench.run("sinkhorn_bias", tokens, experts, bytes,
+            [&](int set) { routing_kernels.sinkhorn_bias(logits[set], {}); });
+  bench.run("sinkhorn_bias of loads far apart", tokens, experts, bytes,
+            [&](int) { routing_kernels.sinkhorn_bias(apart, {}); });
+  bench.run("route by biased logits", tokens, experts, 2 * bytes,
+            [&](int set) { routing_kernels.route(logits[set], plain, biased, BiasOf::kLogits); });
   bench.run("route of experts' choice", tokens, experts, 4 * bytes,
             [&](int set) { routing_kernels.route(logits[set], all, by_experts); });
   const auto chosen_by_experts = routing_kernels.route(logits[0], all, by_experts);

@@ -61,6 +61,9 @@ inline bool chooses_by_logits(const RoutingRule& rule, const torch::Tensor& expe
          (rule.expert_groups == 1 || rule.group_score == GroupScore::kTopShareLogitSum);
 }
 
+/// What RoutingConditions::expert_bias is added to.
+enum class BiasOf { kScores, kLogits };
+
 /// From logits [T, E], fp32 or fp64, to experts, weights and the sums of the losses.
 class RoutingKernels : public Kernels<RoutingKernels> {
  public:
@@ -70,7 +73,8 @@ class RoutingKernels : public Kernels<RoutingKernels> {
   /// `conditions` are contiguous and on the logits' device; of a choice that is given, ids of no expert
   /// are handed on and get the weight 0. On a GPU the fp32 logits of a plain rule may be sums, of [T, 3, E].
   virtual RouteResult route(const torch::Tensor& logits, const RoutingRule& rule,
-                            const RoutingConditions& conditions) const = 0;
+                            const RoutingConditions& conditions,
+                            BiasOf bias_of = BiasOf::kScores) const = 0;
   /// Of probabilities [T, E] and logsumexp [T].
   virtual RoutingSums routing_sums(const torch::Tensor& probabilities,
                                    const torch::Tensor& logsumexp) const = 0;
@@ -88,6 +92,12 @@ class RoutingKernels : public Kernels<RoutingKernels> {
   /// Of Routing::bias_histogram; `scores` [T, E] are what the biases are added to.
   virtual torch::Tensor bias_histogram(const torch::Tensor& scores, const RoutingRule& rule,
                                        const RoutingConditions& conditions) const = 0;
+  /// [E] what is to be added to logits [T, E] so that the softmax over the experts, every token once, gives each
+  /// expert as much as any other: log of the columns' factors in Sinkhorn's scaling of exp(logits) to equal sums of
+  /// rows and of columns, by rounds as kernels/sinkhorn.h has them; 0 on average. `left_out` [T] bool, may be undefined:
+  /// tokens that count for nothing, as do those with a logit that is not finite.
+  virtual torch::Tensor sinkhorn_bias(const torch::Tensor& logits,
+                                      const torch::Tensor& left_out) const = 0;
   /// Of each sequence of n tokens that are no padding the ⌈n · top_k / E⌉ with the largest scores [T, E] of each expert, of
   /// equal ones the first: [T, E] int64, the expert's number, or −1. NaN counts as padding, for its expert.
   virtual torch::Tensor choose_tokens(const torch::Tensor& scores,

@@ -32,10 +32,11 @@ torch::Tensor in_sequences(const torch::Tensor& of_tokens, int64_t sequences) {
 }
 
 struct RuleHolder : torch::CustomClassHolder {
-  RuleHolder(const RoutingRule& rule, const RoutingConditions& conditions)
-      : rule(rule), conditions(conditions) {}
+  RuleHolder(const RoutingRule& rule, const RoutingConditions& conditions, BiasOf bias_of)
+      : rule(rule), conditions(conditions), bias_of(bias_of) {}
   RoutingRule rule;
   RoutingConditions conditions;
+  BiasOf bias_of;
   std::shared_ptr<const Observer> observer = backward_observer();
 };
 
@@ -100,7 +101,7 @@ struct Route : torch::autograd::Function<Route> {
       logits = GateKernels::on(logits.device()).sum_parts(logits);
     }
     const RoutingKernels& kernels = RoutingKernels::on(logits.device());
-    const RouteResult routed = kernels.route(logits, rule, holder->conditions);
+    const RouteResult routed = kernels.route(logits, rule, holder->conditions, holder->bias_of);
     const RoutingSums sums = kernels.routing_sums(routed.probabilities, routed.logsumexp);
     const bool softmax = rule.router_score == RouterScore::kSoftmax;
     const int64_t sequences = holder->conditions.sequences;
@@ -216,13 +217,13 @@ void check_bias(const torch::Tensor& expert_bias, const torch::Tensor& logits) {
 
 Routing routed(const torch::Tensor& input, const torch::Tensor& gate_weight,
                const RoutingRule& rule, const RoutingConditions& conditions,
-               bool ids_are_valid = false) {
+               bool ids_are_valid = false, BiasOf bias_of = BiasOf::kScores) {
   RoutingConditions contiguous = conditions;
   for (auto* tensor : {&contiguous.expert_bias, &contiguous.expert_ids, &contiguous.padding_mask}) {
     if (tensor->defined()) *tensor = tensor->detach().contiguous();
   }
-  const auto found = unpack<Routed>(
-      Route::apply(input, given(gate_weight), c10::make_intrusive<RuleHolder>(rule, contiguous)));
+  const auto found = unpack<Routed>(Route::apply(
+      input, given(gate_weight), c10::make_intrusive<RuleHolder>(rule, contiguous, bias_of)));
   Routing routing;
   routing.expert_ids = found.expert_ids;
   routing.weights = found.weights;
@@ -261,6 +262,13 @@ Routing route_chosen(const torch::Tensor& logits, const RoutingRule& rule,
   check_rule(rule, logits.size(1), "route");
   check_conditions(conditions, logits.sizes(), logits.device(), rule);
   return routed(logits, {}, rule, conditions, /*ids_are_valid=*/true);
+}
+
+Routing route_by_biased_logits(const torch::Tensor& logits, const RoutingRule& rule,
+                               const RoutingConditions& conditions) {
+  check_rule(rule, logits.size(1), "route");
+  check_conditions(conditions, logits.sizes(), logits.device(), rule);
+  return routed(logits, {}, rule, conditions, /*ids_are_valid=*/false, BiasOf::kLogits);
 }
 
 Routing route(const torch::Tensor& logits, const RoutingRule& rule,

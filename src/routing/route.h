@@ -14,4 +14,8 @@ Routing route_rows(const torch::Tensor& x, const torch::Tensor& gate_weight,
 Routing route_chosen(const torch::Tensor& logits, const RoutingRule& rule,
                      const RoutingConditions& conditions);
 
+/// What `route` does, with the bias of the experts added to their logits, by which they are chosen.
+Routing route_by_biased_logits(const torch::Tensor& logits, const RoutingRule& rule,
+                               const RoutingConditions& conditions);
+
 }  // namespace anabranch

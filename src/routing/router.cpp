@@ -8,12 +8,12 @@
 #include <limits>
 #include <utility>
 
+#include "kernels/routing.h"
 #include "routing/expert_choice.h"
 #include "routing/gate.h"
 #include "routing/noisy_top_k.h"
 #include "routing/route.h"
 #include "routing/rule.h"
-#include "routing/sinkhorn.h"
 #include "routing/topology_gate.h"
 #include "support/check.h"
 #include "support/initialize.h"
@@ -73,14 +73,10 @@ Routing sinkhorn(const torch::Tensor& x, const torch::Tensor& weight, const MoEO
   const auto rule = routing_rule(options);
   if (!training || conditions.expert_ids.defined()) return route_rows(x, weight, rule, conditions);
   const auto logits = gate_logits(x, weight);
-  RoutingConditions of_choice;  // what it takes besides logits
-  of_choice.padding_mask = conditions.padding_mask;
-  const auto scaled = logits.detach() + sinkhorn_bias(logits.detach(), conditions.padding_mask);
-  const auto choice = route(scaled, {.top_k = options.top_k, .renormalize = false}, of_choice);
-  conditions.expert_ids = choice.expert_ids;
-  auto routing = route_chosen(logits, rule, conditions);
-  routing.may_skip = conditions.padding_mask.defined();
-  return routing;
+  conditions.expert_bias =
+      RoutingKernels::on(logits.device())
+          .sinkhorn_bias(logits.detach().contiguous(), conditions.padding_mask);
+  return route_by_biased_logits(logits, rule, conditions);
 }
 
 /// In training experts choose: [T, E] ids. A choice that is given has as many places for a token as it has.

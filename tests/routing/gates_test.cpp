@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "reference/router.h"
-#include "routing/sinkhorn.h"
+#include "kernels/sinkhorn.h"
 #include "routing/nonfinite_token.h"
 #include "support/devices.h"
 #include "support/random.h"
@@ -170,10 +170,12 @@ TEST_F(GatesTest, SameSeedSameRouting) {
 torch::Tensor scaled_by_sinkhorn(const torch::Tensor& logits) {
   const auto cost = logits.to(torch::kCPU, torch::kFloat64).exp();
   auto columns = torch::ones({cost.size(1)}, torch::kFloat64);
-  auto rows = torch::ones({cost.size(0)}, torch::kFloat64);
-  for (int64_t round = 0; round < kSinkhornRounds; ++round) {
-    rows = 1 / (cost.size(0) * (cost * columns).sum(1));
-    columns = 1 / (cost.size(1) * (cost * rows.unsqueeze(1)).sum(0));
+  auto rows = 1 / cost.sum(1);
+  for (int64_t round = 0; round < kSinkhornRounds && cost.size(0) > 0; ++round) {
+    const auto sums = columns * (cost * rows.unsqueeze(1)).sum(0);
+    if ((sums / sums.mean() - 1).abs().max().item<double>() <= kSinkhornTolerance) break;
+    columns = columns * sums.mean() / sums;
+    rows = 1 / (cost * columns).sum(1);
   }
   return cost * columns * rows.unsqueeze(1);
 }

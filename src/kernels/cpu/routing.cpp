@@ -10,6 +10,7 @@
 #include "kernels/cpu/rows_per_task.h"
 #include "kernels/gate.h"
 #include "kernels/routing.h"
+#include "kernels/sinkhorn.h"
 #include "kernels/score_sum.h"
 
 namespace anabranch {
@@ -82,10 +83,11 @@ void keep_minimum(std::atomic<int64_t>& minimum, int64_t value) {
 template <typename scalar_t>
 class TokenRouter {
  public:
-  TokenRouter(const RoutingRule& rule, const torch::Tensor& expert_bias, int64_t experts)
+  TokenRouter(const RoutingRule& rule, const torch::Tensor& expert_bias, BiasOf bias_of,
+              int64_t experts)
       : rule_(rule),
         bias_(expert_bias.defined() ? expert_bias.const_data_ptr<scalar_t>() : nullptr),
-        by_logits_(chooses_by_logits(rule, expert_bias)),
+        by_logits_(bias_of == BiasOf::kLogits || chooses_by_logits(rule, expert_bias)),
         experts_(experts),
         scores_(experts),
         choices_(experts),
@@ -192,7 +194,7 @@ const T* address_or_null(const torch::Tensor& tensor) {
 
 template <typename scalar_t>
 RouteResult route_tokens(const torch::Tensor& logits, const RoutingRule& rule,
-                         const RoutingConditions& conditions) {
+                         const RoutingConditions& conditions, BiasOf bias_of) {
   const int64_t tokens = logits.size(0);
   const int64_t experts = logits.size(1);
   const int64_t top_k = rule.top_k;
@@ -214,7 +216,7 @@ RouteResult route_tokens(const torch::Tensor& logits, const RoutingRule& rule,
   std::atomic<int64_t> first_nonfinite = tokens;
 
   at::parallel_for(0, tokens, rows_per_task(experts), [&](int64_t begin, int64_t end) {
-    TokenRouter<scalar_t> router(rule, conditions.expert_bias, experts);
+    TokenRouter<scalar_t> router(rule, conditions.expert_bias, bias_of, experts);
     for (int64_t t = begin; t < end; ++t) {
       if (padding != nullptr && padding[t]) {
         std::fill_n(ids + t * top_k, top_k, -1);
@@ -374,9 +376,9 @@ class TokenChooser {
 class CpuRoutingKernels final : public RoutingKernels {
  public:
   RouteResult route(const torch::Tensor& logits, const RoutingRule& rule,
-                    const RoutingConditions& conditions) const override {
+                    const RoutingConditions& conditions, BiasOf bias_of) const override {
     return AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "route", [&] {
-      return route_tokens<scalar_t>(logits, rule, conditions);
+      return route_tokens<scalar_t>(logits, rule, conditions, bias_of);
     });
   }
 
@@ -431,6 +433,23 @@ class CpuRoutingKernels final : public RoutingKernels {
       counted = counted.logical_and(conditions.padding_mask.logical_not());
     }
     return bins.index({counted}).flatten().bincount({}, experts * kBiasBins).view({experts, -1});
+  }
+
+  torch::Tensor sinkhorn_bias(const torch::Tensor& logits,
+                              const torch::Tensor& left_out) const override {
+    auto none = logits.isfinite().all(1).logical_not();
+    if (left_out.defined()) none = none.logical_or(left_out);
+    none = none.unsqueeze(1);  // [T, 1]
+    const auto known = logits.masked_fill(none, 0);
+    auto bias = at::zeros({logits.size(1)}, logits.options());
+    for (int64_t round = 0; round < kSinkhornRounds; ++round) {
+      const auto sums = at::softmax(known + bias, 1).masked_fill_(none, 0).sum(0);
+      const auto mean = sums.mean();
+      const auto farthest = (sums - mean).abs().max();
+      if (farthest.le(kSinkhornTolerance * mean).item<bool>()) break;
+      bias += (mean / sums.clamp_min(kLeastSinkhornSum)).log();
+    }
+    return bias - bias.mean();
   }
 
   torch::Tensor choose_tokens(const torch::Tensor& scores, const torch::Tensor& padding_mask,

@@ -199,10 +199,8 @@ class Token {
   }
   __device__ __forceinline__ bool is_softmax() const { return rule_.score == ScoreKind::kSoftmax; }
   __device__ __forceinline__ value_t choice_of(int expert, value_t logit, value_t score) const {
-    if (rule_.by_logits) {
-      return logit;
-    }
-    return score + (rule_.expert_bias != nullptr ? rule_.expert_bias[expert] : value_t{0});
+    return (rule_.by_logits ? logit : score) +
+           (rule_.expert_bias != nullptr ? rule_.expert_bias[expert] : value_t{0});
   }
   /// −Inf outside the groups that were kept.
   __device__ __forceinline__ value_t choice_at(int expert, int r) const {

@@ -95,8 +95,8 @@ class Column {
   key_t<value_t> held_[kHeld > 0 ? kHeld : 1];
 };
 
-/// A block for each sequence and expert: the least key that it takes, found bit by bit from the highest, and the last
-/// token with that key.
+/// A block for each sequence and expert: a key that as many have reached as it takes, found bit by bit from the highest; or
+/// where equal ones straddle that number the least key that it takes, and the last token with it.
 template <typename value_t, int kHeld>
 __global__ void __launch_bounds__(1024)
     token_thresholds_kernel(const value_t* __restrict__ columns, const bool* padding,
@@ -113,18 +113,19 @@ __global__ void __launch_bounds__(1024)
   Key least = taken == 0 ? ~Key{0} : Key{0};
   int last = 0;
   if (taken > 0) {
-    for (Key bit = Key{1} << (8 * sizeof(Key) - 1); bit != 0; bit >>= 1) {
+    bool exact = false;
+    for (Key bit = Key{1} << (8 * sizeof(Key) - 1); bit != 0 && !exact; bit >>= 1) {
       const Key next = least | bit;
-      if (sum(column.count([=](Key key, int) { return key >= next; })) >= taken) {
-        least = next;
-      }
+      const int reached = sum(column.count([=](Key key, int) { return key >= next; }));
+      least = reached >= taken ? next : least;
+      exact = reached == taken;
     }
-    const int above = sum(column.count([=](Key key, int) { return key > least; }));
-    const int equal = sum(column.count([=](Key key, int) { return key == least; }));
-    const int wanted = static_cast<int>(taken) - above;  // of the equal ones, 1 at least
-    if (equal == wanted) {
-      last = length - 1;
+    if (exact) {  // all above the key below
+      --least;
+      last = -1;
     } else {  // the largest number with fewer than wanted before it
+      const int above = sum(column.count([=](Key key, int) { return key > least; }));
+      const int wanted = static_cast<int>(taken) - above;  // of the equal ones, 1 at least
       for (int bit = 1 << (31 - __clz(length)); bit != 0; bit >>= 1) {
         const int next = last | bit;
         if (sum(column.count([=](Key key, int token) { return key == least && token < next; })) <

@@ -6,6 +6,7 @@
 
 #include "kernels/gate.h"
 #include "kernels/routing.h"
+#include "kernels/sinkhorn.h"
 #include "kernels/cuda/routing/routing.h"
 #include "kernels/cuda/tensors.h"
 #include "support/block.h"
@@ -59,7 +60,7 @@ const T* of_type_or_null(const torch::Tensor& tensor) {
 class CudaRoutingKernels final : public RoutingKernels {
  public:
   RouteResult route(const torch::Tensor& logits, const RoutingRule& rule,
-                    const RoutingConditions& conditions) const override {
+                    const RoutingConditions& conditions, BiasOf bias_of) const override {
     const OnDevice stream(logits);
     const int64_t tokens = logits.size(0);
     const int64_t experts = logits.size(-1);
@@ -96,15 +97,16 @@ class CudaRoutingKernels final : public RoutingKernels {
     if (is_plain(rule, conditions)) {
       cuda::launch_route(arguments, logits.const_data_ptr(), out, stream);
     } else {
-      const cuda::ChoiceArguments choice{score_kind(rule.router_score),
-                                         cuda::address_or_null(conditions.expert_bias),
-                                         of_type_or_null<int64_t>(conditions.expert_ids),
-                                         kOwnChoice,
-                                         of_type_or_null<bool>(conditions.padding_mask),
-                                         rule.expert_groups,
-                                         rule.top_groups,
-                                         summed_of_group(rule),
-                                         chooses_by_logits(rule, conditions.expert_bias)};
+      const cuda::ChoiceArguments choice{
+          score_kind(rule.router_score),
+          cuda::address_or_null(conditions.expert_bias),
+          of_type_or_null<int64_t>(conditions.expert_ids),
+          kOwnChoice,
+          of_type_or_null<bool>(conditions.padding_mask),
+          rule.expert_groups,
+          rule.top_groups,
+          summed_of_group(rule),
+          bias_of == BiasOf::kLogits || chooses_by_logits(rule, conditions.expert_bias)};
       cuda::launch_route_by_scores(arguments, choice, logits.const_data_ptr(), out, stream);
     }
     return result;
@@ -179,6 +181,25 @@ class CudaRoutingKernels final : public RoutingKernels {
     cuda::launch_bias_histogram(cuda::scalar_of(scores), scores.size(0), experts, rule.top_k, given,
                                 kBiasBins, histogram.data_ptr<int64_t>(), stream);
     return histogram;
+  }
+
+  torch::Tensor sinkhorn_bias(const torch::Tensor& logits,
+                              const torch::Tensor& left_out) const override {
+    const OnDevice stream(logits);
+    const int64_t tokens = logits.size(0);
+    const int64_t experts = logits.size(1);
+    if (tokens == 0) {
+      return at::zeros({experts}, logits.options());
+    }
+    auto bias = at::empty({experts}, logits.options());
+    const auto biases = at::empty({2, experts}, logits.options());
+    const auto sums = at::zeros({kSinkhornRounds, experts}, logits.options().dtype(torch::kInt64));
+    cuda::launch_sinkhorn_bias(
+        cuda::scalar_of(logits),
+        {tokens, experts, logits.const_data_ptr(), of_type_or_null<bool>(left_out),
+         sums.data_ptr<int64_t>(), biases.data_ptr(), bias.data_ptr()},
+        stream);
+    return bias;
   }
 
   torch::Tensor choose_tokens(const torch::Tensor& scores, const torch::Tensor& padding_mask,

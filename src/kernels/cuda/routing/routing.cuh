@@ -266,18 +266,24 @@ struct RouteGrid {
   size_t shared;
 };
 
+/// Of so many bytes that a launch names.
+template <typename Kernel>
+void allow_shared_memory(Kernel kernel, size_t bytes) {
+  constexpr size_t kWithoutAsking = 48 << 10;
+  if (bytes > kWithoutAsking) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(bytes)),
+               "cudaFuncSetAttribute");
+  }
+}
+
 /// As many blocks as run at once, and the shared memory of their histograms.
 template <typename Kernel>
 RouteGrid route_grid(const RouteArguments& arguments, int lanes, Kernel kernel) {
   const int64_t blocks =
       std::min(divide_up(arguments.tokens, kThreads / lanes), kRouteBlocks * multiprocessors());
   const size_t shared = arguments.experts * sizeof(unsigned);
-  constexpr size_t kWithoutAsking = 48 << 10;
-  if (shared > kWithoutAsking) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared)),
-               "cudaFuncSetAttribute");
-  }
+  allow_shared_memory(kernel, shared);
   return {grid_size(blocks), shared};
 }
 

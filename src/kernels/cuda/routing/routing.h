@@ -83,6 +83,21 @@ void launch_route_backward_of_scores(const RouteArguments& arguments, ScoreKind 
                                      const RouteInputs& inputs, const LogitGradient& gradient,
                                      cudaStream_t stream);
 
+// sinkhorn.cu
+
+/// See RoutingKernels::sinkhorn_bias; at least one token.
+struct SinkhornArguments {
+  int64_t tokens;
+  int64_t experts;
+  const void* logits;    ///< [T, E]
+  const bool* left_out;  ///< [T] or null
+  int64_t* sums;         ///< [kSinkhornRounds, E] of zeros
+  void* biases;          ///< [2, E], scratch
+  void* bias;            ///< [E]
+};
+
+void launch_sinkhorn_bias(Scalar scalar, const SinkhornArguments& arguments, cudaStream_t stream);
+
 // choice.cu
 
 /// What an expert takes of a sequence: scores above a key, and of those with it the tokens up to the last.
