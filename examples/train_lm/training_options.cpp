@@ -1,6 +1,7 @@
 #include "training_options.h"
 
 #include <CLI/CLI.hpp>
+#include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "add_unless.h"
@@ -18,7 +19,9 @@ void add_training_options(CLI::App& app, TrainingOptions& training) {
   app.add_option("--warmup", training.warmup, "steps until the peak; a cosine follows");
   app.add_option("--weight-decay", training.weight_decay, "AdamW's, on matrices only");
   app.add_option("--clip", training.clip, "largest gradient norm; 0: no clipping");
-  app.add_option("--balance-loss", training.balance_loss, "its coefficient, per layer");
+  app.add_option(
+      "--balance-loss", training.balance_loss,
+      "its coefficient, per layer; below 0 gates collapse, to try what skewed load does");
   app.add_option("--z-loss", training.z_loss, "its coefficient, per layer");
   app.add_option("--sequence-balance-loss", training.sequence_balance_loss,
                  "of the balance within each sequence (DeepSeek-V3), its coefficient");
@@ -54,7 +57,8 @@ void check_training(const TrainingOptions& training) {
   positive("--learning-rate", training.learning_rate);
   not_negative("--weight-decay", training.weight_decay);
   not_negative("--clip", training.clip);
-  not_negative("--balance-loss", training.balance_loss);
+  require(std::isfinite(training.balance_loss), "--balance-loss must be finite, got ",
+          training.balance_loss);
   not_negative("--z-loss", training.z_loss);
   not_negative("--sequence-balance-loss", training.sequence_balance_loss);
   not_negative("--global-balance-loss", training.global_balance_loss);

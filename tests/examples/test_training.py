@@ -43,12 +43,20 @@ def tiny_run(train):  # noqa: F811
     return read_metrics(directory)
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_preset_trains_the_same_at_any_number_of_ranks(train, tiny_run, ranks):  # noqa: F811
+    assert_same_curve(read_metrics(train(ranks, **TINY)), tiny_run, tolerance("float64", 6))
+
+
 LENT = {"balance": "replicas", "receive_rows_limit": 50}
 
 
-@pytest.mark.parametrize(("ranks", "changes"), [(2, {}), (4, {}), (3, LENT), (2, LENT | {"balance": "gather", "recompute": "block"})])
-def test_a_preset_trains_the_same_at_any_number_of_ranks(train, tiny_run, ranks, changes):  # noqa: F811
-    assert_same_curve(read_metrics(train(ranks, **TINY | changes)), tiny_run, tolerance("float64", 6))
+@pytest.mark.parametrize(("ranks", "changes"), [(3, LENT), (2, LENT | {"balance": "gather", "recompute": "block"})])
+def test_gates_that_collapse_train_the_same_whatever_travels(train, ranks, changes):  # noqa: F811
+    options = TINY | {"top_k": 1, "balance_loss": -30, "learning_rate": 0.1}
+    alone = read_metrics(train(0, "--no-save", **options))
+    assert max(map(max, alone[-1]["load"])) > 0.95 and max(map(max, alone[0]["load"])) < 0.5
+    assert_same_curve(read_metrics(train(ranks, "--no-save", **options | changes)), alone, tolerance("float64", 6))
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
