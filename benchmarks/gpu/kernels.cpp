@@ -37,7 +37,22 @@ class Bench {
   void run(const std::string& kernel, int64_t rows, int64_t width, double bytes,
            const std::function<void(int)>& call) {
     int set = 0;
-    const double ms = gpu_milliseconds([&] { call(set++ % kSets); });
+    note(kernel, rows, width, bytes, gpu_milliseconds([&] { call(set++ % kSets); }));
+  }
+
+  /// The same of what is over before a host has launched the next: recorded into a CUDA graph.
+  void run_recorded(const std::string& kernel, int64_t rows, int64_t width, double bytes,
+                    const std::function<void(int)>& call) {
+    Replayed all([&] {
+      for (int set = 0; set < kSets; ++set) call(set);
+    });
+    note(kernel, rows, width, bytes, gpu_milliseconds([&] { all(); }) / kSets);
+  }
+
+  Json results = Json::array();
+
+ private:
+  void note(const std::string& kernel, int64_t rows, int64_t width, double bytes, double ms) {
     const double bandwidth = bytes / ms / 1e6;
     if (kernel == "copy") {
       copy_ = bandwidth;
@@ -52,9 +67,7 @@ class Bench {
                            {"GB_per_s", bandwidth},
                            {"of_copy", bandwidth / copy_}});
   }
-  Json results = Json::array();
 
- private:
   double copy_ = 0;
 };
 
@@ -168,26 +181,86 @@ void measure_routing(Bench& bench, int64_t tokens, int64_t experts, int64_t top_
   });
 }
 
-/// Every other rule and condition, forward and backward.
-void measure_rules(Bench& bench, int64_t tokens, int64_t experts, int64_t top_k) {
-  const RoutingKernels& routing_kernels = RoutingKernels::cuda();
+std::vector<at::Tensor> logits_of(int64_t tokens, int64_t experts) {
   std::vector<at::Tensor> logits;
   for (int i = 0; i < kSets; ++i) {
     logits.push_back(at::randn({tokens, experts}, kFloat));
   }
+  return logits;
+}
+
+/// Rules by which a token's experts depend on all tokens.
+void measure_rules_of_all(Bench& bench, int64_t tokens, int64_t experts, int64_t top_k) {
+  const RoutingKernels& routing_kernels = RoutingKernels::cuda();
+  const auto logits = logits_of(tokens, experts);
+  const double bytes = 4.0 * static_cast<double>(tokens * experts);
+  const auto dweights = at::randn({tokens, top_k}, kFloat);
+  const auto dsum = at::randn({experts}, kFloat);
+  const auto dsquared = at::randn({}, kFloat);
+  RoutingRule plain;
+  plain.top_k = top_k;
+  // Of experts that choose: whom, and the weights of as many places as there are experts.
+  RoutingConditions by_experts;
+  by_experts.expert_ids =
+      routing_kernels.choose_tokens(logits[0].softmax(1), {}, kSequences, top_k);
+  RoutingRule all = plain;
+  all.top_k = experts;
+  all.renormalize = false;
+  for (const int64_t s : {int64_t{1}, kSequences}) {
+    bench.run_recorded("choose_tokens of " + std::to_string(s) + " sequences", tokens, experts,
+                       3 * bytes,
+                       [&](int set) { routing_kernels.choose_tokens(logits[set], {}, s, top_k); });
+  }
+  RoutingConditions biased;
+  biased.expert_bias = 0.1 * at::randn({experts}, kFloat);
+  // Of a rule that scales: how much each expert's logits are raised, and the choice by them. Where experts' loads are
+  // far apart it takes its last round.
+  const auto apart = 4 * (logits[0] + at::randn({experts}, kFloat));
+  bench.run_recorded("sinkhorn_bias", tokens, experts, bytes,
+                     [&](int set) { routing_kernels.sinkhorn_bias(logits[set], {}); });
+  bench.run_recorded("sinkhorn_bias of loads far apart", tokens, experts, bytes,
+                     [&](int) { routing_kernels.sinkhorn_bias(apart, {}); });
+  bench.run_recorded("route by biased logits", tokens, experts, 2 * bytes, [&](int set) {
+    routing_kernels.route(logits[set], plain, biased, BiasOf::kLogits);
+  });
+  bench.run_recorded("route of experts' choice", tokens, experts, 4 * bytes,
+                     [&](int set) { routing_kernels.route(logits[set], all, by_experts); });
+  const auto chosen_by_experts = routing_kernels.route(logits[0], all, by_experts);
+  const auto dall = at::randn({tokens, experts}, kFloat);
+  bench.run_recorded("route_backward of experts' choice", tokens, experts, 4 * bytes, [&](int) {
+    routing_kernels.route_backward(chosen_by_experts, all, dall, dsum, dsquared);
+  });
+  bench.run_recorded("both ways, experts' choice", tokens, experts, 8 * bytes, [&](int set) {
+    RoutingConditions own;
+    own.expert_ids = routing_kernels.choose_tokens(logits[set].softmax(1), {}, 1, top_k);
+    const auto routed = routing_kernels.route(logits[set], all, own);
+    routing_kernels.route_backward(routed, all, dall, dsum, dsquared);
+  });
+  bench.run_recorded("both ways, sinkhorn", tokens, experts, 4 * bytes, [&](int set) {
+    RoutingConditions own;
+    own.expert_bias = routing_kernels.sinkhorn_bias(logits[set], {});
+    const auto routed = routing_kernels.route(logits[set], plain, own, BiasOf::kLogits);
+    routing_kernels.route_backward(routed, plain, dweights, dsum, dsquared);
+  });
+}
+
+/// Every other rule and condition, forward and backward.
+void measure_rules(Bench& bench, int64_t tokens, int64_t experts, int64_t top_k) {
+  const RoutingKernels& routing_kernels = RoutingKernels::cuda();
+  const auto logits = logits_of(tokens, experts);
   const double bytes = 4.0 * static_cast<double>(tokens * experts);
   const auto dweights = at::randn({tokens, top_k}, kFloat);
   const auto dsum = at::randn({experts}, kFloat);
   const auto dsquared = at::randn({}, kFloat);
   const auto measure = [&](const std::string& name, const RoutingRule& rule,
                            const RoutingConditions& conditions, const at::Tensor& dsums) {
-    bench.run("route " + name, tokens, experts, 2 * bytes,
-              [&](int set) { routing_kernels.route(logits[set], rule, conditions); });
+    bench.run_recorded("route " + name, tokens, experts, 2 * bytes,
+                       [&](int set) { routing_kernels.route(logits[set], rule, conditions); });
     auto routed = routing_kernels.route(logits[0], rule, conditions);
     if (rule.router_score != RouterScore::kSoftmax) {
       routed.probabilities = logits[0];
     }
-    bench.run("route_backward " + name, tokens, experts, 2 * bytes, [&](int) {
+    bench.run_recorded("route_backward " + name, tokens, experts, 2 * bytes, [&](int) {
       routing_kernels.route_backward(routed, rule, dweights, dsums, dsquared);
     });
   };
@@ -215,40 +288,15 @@ void measure_rules(Bench& bench, int64_t tokens, int64_t experts, int64_t top_k)
   RoutingConditions sequences;
   sequences.sequences = kSequences;
   measure("backward of sequences", plain, {}, at::randn({kSequences, experts}, kFloat));
-  // Of experts that choose: whom, and the weights of as many places as there are experts.
-  RoutingConditions by_experts;
-  by_experts.expert_ids =
-      routing_kernels.choose_tokens(logits[0].softmax(1), {}, kSequences, top_k);
-  RoutingRule all = plain;
-  all.top_k = experts;
-  for (const int64_t s : {int64_t{1}, kSequences}) {
-    bench.run("choose_tokens of " + std::to_string(s) + " sequences", tokens, experts, 3 * bytes,
-              [&](int set) { routing_kernels.choose_tokens(logits[set], {}, s, top_k); });
-  }
-  // Of a rule that scales: how much each expert's logits are raised, and the choice by them. Where experts' loads are
-  // far apart it takes its last round.
-  const auto apart = 4 * (logits[0] + at::randn({experts}, kFloat));
-  bench.run("sinkhorn_bias", tokens, experts, bytes,
-            [&](int set) { routing_kernels.sinkhorn_bias(logits[set], {}); });
-  bench.run("sinkhorn_bias of loads far apart", tokens, experts, bytes,
-            [&](int) { routing_kernels.sinkhorn_bias(apart, {}); });
-  bench.run("route by biased logits", tokens, experts, 2 * bytes,
-            [&](int set) { routing_kernels.route(logits[set], plain, biased, BiasOf::kLogits); });
-  bench.run("route of experts' choice", tokens, experts, 4 * bytes,
-            [&](int set) { routing_kernels.route(logits[set], all, by_experts); });
-  const auto chosen_by_experts = routing_kernels.route(logits[0], all, by_experts);
-  const auto dall = at::randn({tokens, experts}, kFloat);
-  bench.run("route_backward of experts' choice", tokens, experts, 4 * bytes, [&](int) {
-    routing_kernels.route_backward(chosen_by_experts, all, dall, dsum, dsquared);
-  });
   std::vector<at::Tensor> scores;
   for (const auto& logit : logits) scores.push_back(logit.sigmoid());
-  bench.run("bias_histogram", tokens, experts, bytes,
-            [&](int set) { routing_kernels.bias_histogram(scores[set], sigmoid, biased); });
-  bench.run("route, whole, with sequences", tokens, experts, 2 * bytes,
-            [&](int set) { route(logits[set], plain, sequences); });
-  bench.run("route, whole", tokens, experts, 2 * bytes,
-            [&](int set) { route(logits[set], plain, RoutingConditions()); });
+  bench.run_recorded("bias_histogram", tokens, experts, bytes, [&](int set) {
+    routing_kernels.bias_histogram(scores[set], sigmoid, biased);
+  });
+  bench.run_recorded("route, whole, with sequences", tokens, experts, 2 * bytes,
+                     [&](int set) { route(logits[set], plain, sequences); });
+  bench.run_recorded("route, whole", tokens, experts, 2 * bytes,
+                     [&](int set) { route(logits[set], plain, RoutingConditions()); });
 }
 
 /// Whole routers with the gate's product, of rows of 16 bits: a gate costs what it takes more than top_k.
@@ -323,6 +371,7 @@ void run(const Arguments& arguments) {
   measure_routing(bench, 32768, 128, 8);
   measure_routing(bench, 65536, 8, 2);
   measure_rules(bench, 32768, 128, 8);
+  measure_rules_of_all(bench, 32768, 128, 8);
   measure_gates(bench, 32768, 128, 8);
   write_gpu_results(arguments, bench.results);
 }
