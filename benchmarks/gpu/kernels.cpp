@@ -201,15 +201,14 @@ void measure_rules_of_all(Bench& bench, int64_t tokens, int64_t experts, int64_t
   plain.top_k = top_k;
   // Of experts that choose: whom, and the weights of as many places as there are experts.
   RoutingConditions by_experts;
-  by_experts.expert_ids =
-      routing_kernels.choose_tokens(logits[0].softmax(1), {}, kSequences, top_k);
+  by_experts.expert_ids = routing_kernels.choose_tokens(logits[0], plain, {}, kSequences);
   RoutingRule all = plain;
   all.top_k = experts;
   all.renormalize = false;
   for (const int64_t s : {int64_t{1}, kSequences}) {
     bench.run_recorded("choose_tokens of " + std::to_string(s) + " sequences", tokens, experts,
                        3 * bytes,
-                       [&](int set) { routing_kernels.choose_tokens(logits[set], {}, s, top_k); });
+                       [&](int set) { routing_kernels.choose_tokens(logits[set], plain, {}, s); });
   }
   RoutingConditions biased;
   biased.expert_bias = 0.1 * at::randn({experts}, kFloat);
@@ -221,10 +220,11 @@ void measure_rules_of_all(Bench& bench, int64_t tokens, int64_t experts, int64_t
   bench.run_recorded("sinkhorn_bias of loads far apart", tokens, experts, bytes,
                      [&](int) { routing_kernels.sinkhorn_bias(apart, {}); });
   bench.run_recorded("route by biased logits", tokens, experts, 2 * bytes, [&](int set) {
-    routing_kernels.route(logits[set], plain, biased, BiasOf::kLogits);
+    routing_kernels.route(logits[set], plain, biased, Choice::kByBiasedLogits);
   });
-  bench.run_recorded("route of experts' choice", tokens, experts, 4 * bytes,
-                     [&](int set) { routing_kernels.route(logits[set], all, by_experts); });
+  bench.run_recorded("route of experts' choice", tokens, experts, 4 * bytes, [&](int set) {
+    routing_kernels.route(logits[set], all, by_experts, Choice::kMade);
+  });
   const auto chosen_by_experts = routing_kernels.route(logits[0], all, by_experts);
   const auto dall = at::randn({tokens, experts}, kFloat);
   bench.run_recorded("route_backward of experts' choice", tokens, experts, 4 * bytes, [&](int) {
@@ -232,14 +232,14 @@ void measure_rules_of_all(Bench& bench, int64_t tokens, int64_t experts, int64_t
   });
   bench.run_recorded("both ways, experts' choice", tokens, experts, 8 * bytes, [&](int set) {
     RoutingConditions own;
-    own.expert_ids = routing_kernels.choose_tokens(logits[set].softmax(1), {}, 1, top_k);
-    const auto routed = routing_kernels.route(logits[set], all, own);
+    own.expert_ids = routing_kernels.choose_tokens(logits[set], plain, {}, 1);
+    const auto routed = routing_kernels.route(logits[set], all, own, Choice::kMade);
     routing_kernels.route_backward(routed, all, dall, dsum, dsquared);
   });
   bench.run_recorded("both ways, sinkhorn", tokens, experts, 4 * bytes, [&](int set) {
     RoutingConditions own;
     own.expert_bias = routing_kernels.sinkhorn_bias(logits[set], {});
-    const auto routed = routing_kernels.route(logits[set], plain, own, BiasOf::kLogits);
+    const auto routed = routing_kernels.route(logits[set], plain, own, Choice::kByBiasedLogits);
     routing_kernels.route_backward(routed, plain, dweights, dsum, dsquared);
   });
 }
@@ -307,7 +307,7 @@ void measure_gates(Bench& bench, int64_t tokens, int64_t experts, int64_t top_k)
   plain.num_experts = experts;
   plain.top_k = top_k;
   plain.device = torch::kCUDA;
-  const auto x = at::randn({tokens, plain.hidden_size}, kBf16).requires_grad_();
+  auto x = at::randn({tokens, plain.hidden_size}, kBf16).requires_grad_();
   const auto dsum = at::randn({experts}, kFloat);
   const auto measure = [&](const std::string& name, const MoEOptions& options) {
     Router router(options);
@@ -351,6 +351,8 @@ void measure_gates(Bench& bench, int64_t tokens, int64_t experts, int64_t top_k)
   auto wide = plain;
   wide.router_fp64 = true;
   measure("top_k in fp64", wide);
+  x = x.detach().to(at::kHalf).requires_grad_();
+  measure("top_k of fp16", plain);
 }
 
 void run(const Arguments& arguments) {

@@ -61,8 +61,12 @@ inline bool chooses_by_logits(const RoutingRule& rule, const torch::Tensor& expe
          (rule.expert_groups == 1 || rule.group_score == GroupScore::kTopShareLogitSum);
 }
 
-/// What RoutingConditions::expert_bias is added to.
-enum class BiasOf { kScores, kLogits };
+/// What a gate has to say about the choice of experts.
+enum class Choice {
+  kByRule,
+  kByBiasedLogits,  ///< RoutingConditions::expert_bias is of the logits, not of the scores
+  kMade,  ///< RoutingConditions::expert_ids are valid for every token, and become the result's
+};
 
 /// From logits [T, E], fp32 or fp64, to experts, weights and the sums of the losses.
 class RoutingKernels : public Kernels<RoutingKernels> {
@@ -74,7 +78,7 @@ class RoutingKernels : public Kernels<RoutingKernels> {
   /// are handed on and get the weight 0. On a GPU the fp32 logits of a plain rule may be sums, of [T, 3, E].
   virtual RouteResult route(const torch::Tensor& logits, const RoutingRule& rule,
                             const RoutingConditions& conditions,
-                            BiasOf bias_of = BiasOf::kScores) const = 0;
+                            Choice choice = Choice::kByRule) const = 0;
   /// Of probabilities [T, E] and logsumexp [T].
   virtual RoutingSums routing_sums(const torch::Tensor& probabilities,
                                    const torch::Tensor& logsumexp) const = 0;
@@ -98,11 +102,12 @@ class RoutingKernels : public Kernels<RoutingKernels> {
   /// tokens that count for nothing, as do those with a logit that is not finite.
   virtual torch::Tensor sinkhorn_bias(const torch::Tensor& logits,
                                       const torch::Tensor& left_out) const = 0;
-  /// Of each sequence of n tokens that are no padding the ⌈n · top_k / E⌉ with the largest scores [T, E] of each expert, of
-  /// equal ones the first: [T, E] int64, the expert's number, or −1. NaN counts as padding, for its expert.
-  virtual torch::Tensor choose_tokens(const torch::Tensor& scores,
-                                      const torch::Tensor& padding_mask, int64_t sequences,
-                                      int64_t top_k) const = 0;
+  /// Of each sequence of n tokens, all of one length but for padding, the ⌈n · top_k / E⌉ that score highest with each
+  /// expert, of equal ones the first: [T, E] int64, e in column e where expert e takes the token, or −1. Scores are the
+  /// softmax of logits [T, E], or of other rules the logits, in whose order they are; NaN counts as padding, for its expert.
+  virtual torch::Tensor choose_tokens(const torch::Tensor& logits, const RoutingRule& rule,
+                                      const torch::Tensor& padding_mask,
+                                      int64_t sequences) const = 0;
   /// dlogits [T, E] from the gradients of the weights [T, k], of the probability sum [E], or of that of
   /// each of S sequences [S, E], and of the sum of squared logsumexp [], of which the sums' may be
   /// undefined: zero. Of `routed` ids, weights, logsumexp and padding are read, and `probabilities`, in

@@ -32,11 +32,11 @@ torch::Tensor in_sequences(const torch::Tensor& of_tokens, int64_t sequences) {
 }
 
 struct RuleHolder : torch::CustomClassHolder {
-  RuleHolder(const RoutingRule& rule, const RoutingConditions& conditions, BiasOf bias_of)
-      : rule(rule), conditions(conditions), bias_of(bias_of) {}
+  RuleHolder(const RoutingRule& rule, const RoutingConditions& conditions, Choice choice)
+      : rule(rule), conditions(conditions), choice(choice) {}
   RoutingRule rule;
   RoutingConditions conditions;
-  BiasOf bias_of;
+  Choice choice;
   std::shared_ptr<const Observer> observer = backward_observer();
 };
 
@@ -101,7 +101,7 @@ struct Route : torch::autograd::Function<Route> {
       logits = GateKernels::on(logits.device()).sum_parts(logits);
     }
     const RoutingKernels& kernels = RoutingKernels::on(logits.device());
-    const RouteResult routed = kernels.route(logits, rule, holder->conditions, holder->bias_of);
+    const RouteResult routed = kernels.route(logits, rule, holder->conditions, holder->choice);
     const RoutingSums sums = kernels.routing_sums(routed.probabilities, routed.logsumexp);
     const bool softmax = rule.router_score == RouterScore::kSoftmax;
     const int64_t sequences = holder->conditions.sequences;
@@ -217,13 +217,13 @@ void check_bias(const torch::Tensor& expert_bias, const torch::Tensor& logits) {
 
 Routing routed(const torch::Tensor& input, const torch::Tensor& gate_weight,
                const RoutingRule& rule, const RoutingConditions& conditions,
-               bool ids_are_valid = false, BiasOf bias_of = BiasOf::kScores) {
+               Choice choice = Choice::kByRule) {
   RoutingConditions contiguous = conditions;
   for (auto* tensor : {&contiguous.expert_bias, &contiguous.expert_ids, &contiguous.padding_mask}) {
     if (tensor->defined()) *tensor = tensor->detach().contiguous();
   }
   const auto found = unpack<Routed>(Route::apply(
-      input, given(gate_weight), c10::make_intrusive<RuleHolder>(rule, contiguous, bias_of)));
+      input, given(gate_weight), c10::make_intrusive<RuleHolder>(rule, contiguous, choice)));
   Routing routing;
   routing.expert_ids = found.expert_ids;
   routing.weights = found.weights;
@@ -231,7 +231,7 @@ Routing routed(const torch::Tensor& input, const torch::Tensor& gate_weight,
   routing.probability_sum = found.probability_sum;
   routing.squared_logsumexp_sum = found.squared_logsumexp_sum;
   // Ids from outside are checked by the exchange, as all else is.
-  if (!conditions.expert_ids.defined() || ids_are_valid) {
+  if (!conditions.expert_ids.defined() || choice == Choice::kMade) {
     routing.first_nonfinite_token = found.first_nonfinite_token;
   }
   routing.may_skip = conditions.padding_mask.defined() || conditions.expert_ids.defined();
@@ -261,14 +261,14 @@ Routing route_chosen(const torch::Tensor& logits, const RoutingRule& rule,
                      const RoutingConditions& conditions) {
   check_rule(rule, logits.size(1), "route");
   check_conditions(conditions, logits.sizes(), logits.device(), rule);
-  return routed(logits, {}, rule, conditions, /*ids_are_valid=*/true);
+  return routed(logits, {}, rule, conditions, Choice::kMade);
 }
 
 Routing route_by_biased_logits(const torch::Tensor& logits, const RoutingRule& rule,
                                const RoutingConditions& conditions) {
   check_rule(rule, logits.size(1), "route");
   check_conditions(conditions, logits.sizes(), logits.device(), rule);
-  return routed(logits, {}, rule, conditions, /*ids_are_valid=*/false, BiasOf::kLogits);
+  return routed(logits, {}, rule, conditions, Choice::kByBiasedLogits);
 }
 
 Routing route(const torch::Tensor& logits, const RoutingRule& rule,

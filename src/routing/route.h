@@ -10,7 +10,7 @@ Routing route_rows(const torch::Tensor& x, const torch::Tensor& gate_weight,
                    const RoutingRule& rule, const RoutingConditions& conditions = {});
 
 /// What `route` does with a choice, `conditions.expert_ids`, that a gate has made of the same logits: its ids are known to
-/// be valid, and nobody checks them.
+/// be valid, and nobody checks or copies them.
 Routing route_chosen(const torch::Tensor& logits, const RoutingRule& rule,
                      const RoutingConditions& conditions);
 

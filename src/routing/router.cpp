@@ -9,7 +9,6 @@
 #include <utility>
 
 #include "kernels/routing.h"
-#include "routing/expert_choice.h"
 #include "routing/gate.h"
 #include "routing/noisy_top_k.h"
 #include "routing/route.h"
@@ -25,6 +24,10 @@ namespace {
 /// fp32, or fp64 where the layer computes in fp64.
 torch::Dtype gate_type(torch::Dtype dtype) {
   return dtype == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
+}
+
+torch::Tensor contiguous_or_none(const torch::Tensor& tensor) {
+  return tensor.defined() ? tensor.contiguous() : tensor;
 }
 
 Routing noisy_top_k(const torch::Tensor& x, const RouterParameters& parameters,
@@ -75,7 +78,7 @@ Routing sinkhorn(const torch::Tensor& x, const torch::Tensor& weight, const MoEO
   const auto logits = gate_logits(x, weight);
   conditions.expert_bias =
       RoutingKernels::on(logits.device())
-          .sinkhorn_bias(logits.detach().contiguous(), conditions.padding_mask);
+          .sinkhorn_bias(logits.detach().contiguous(), contiguous_or_none(conditions.padding_mask));
   return route_by_biased_logits(logits, rule, conditions);
 }
 
@@ -94,7 +97,9 @@ Routing expert_choice(const torch::Tensor& x, const torch::Tensor& weight,
   }
   const auto logits = gate_logits(x, weight);
   const auto own = training
-                       ? choose_tokens(logits.detach(), rule, conditions.padding_mask, sequences)
+                       ? RoutingKernels::on(logits.device())
+                             .choose_tokens(logits.detach().contiguous(), rule,
+                                            contiguous_or_none(conditions.padding_mask), sequences)
                        : at::constant_pad_nd(std::get<1>(logits.detach().topk(rule.top_k, 1)),
                                              {0, experts - rule.top_k}, -1);
   rule.top_k = experts;

@@ -104,7 +104,7 @@ TEST_P(SinkhornTest, ABiasOfLogitsOnlyChooses) {
       RoutingConditions biased, chosen;
       biased.expert_bias = on_device(3 * random_.normal({experts}));
       chosen.expert_ids = std::get<1>((logits + biased.expert_bias).topk(3, 1)).contiguous();
-      const auto found = routing_.route(logits, rule, biased, BiasOf::kLogits);
+      const auto found = routing_.route(logits, rule, biased, Choice::kByBiasedLogits);
       const auto expected = routing_.route(logits, rule, chosen);
       EXPECT_TRUE(identical(found.expert_ids, expected.expert_ids));
       EXPECT_TRUE(close(found.weights, expected.weights, tolerance(torch::kFloat64, 8, 1)));

@@ -83,11 +83,11 @@ void keep_minimum(std::atomic<int64_t>& minimum, int64_t value) {
 template <typename scalar_t>
 class TokenRouter {
  public:
-  TokenRouter(const RoutingRule& rule, const torch::Tensor& expert_bias, BiasOf bias_of,
+  TokenRouter(const RoutingRule& rule, const torch::Tensor& expert_bias, Choice choice,
               int64_t experts)
       : rule_(rule),
         bias_(expert_bias.defined() ? expert_bias.const_data_ptr<scalar_t>() : nullptr),
-        by_logits_(bias_of == BiasOf::kLogits || chooses_by_logits(rule, expert_bias)),
+        by_logits_(choice == Choice::kByBiasedLogits || chooses_by_logits(rule, expert_bias)),
         experts_(experts),
         scores_(experts),
         choices_(experts),
@@ -118,7 +118,7 @@ class TokenRouter {
       return logsumexp;
     }
     if (chosen != nullptr) {
-      std::copy_n(chosen, rule_.top_k, ids);
+      if (chosen != ids) std::copy_n(chosen, rule_.top_k, ids);
     } else {
       select(choices, experts_, rule_.top_k, order_, ids);
     }
@@ -194,18 +194,19 @@ const T* address_or_null(const torch::Tensor& tensor) {
 
 template <typename scalar_t>
 RouteResult route_tokens(const torch::Tensor& logits, const RoutingRule& rule,
-                         const RoutingConditions& conditions, BiasOf bias_of) {
+                         const RoutingConditions& conditions, Choice choice) {
   const int64_t tokens = logits.size(0);
   const int64_t experts = logits.size(1);
   const int64_t top_k = rule.top_k;
   const auto index = logits.options().dtype(torch::kInt64);
-  RouteResult result{at::empty({tokens, top_k}, index),
-                     at::empty({tokens, top_k}, logits.options()),
-                     at::empty_like(logits),
-                     at::empty({tokens}, logits.options()),
-                     at::zeros({experts}, index),
-                     at::empty({}, index),
-                     conditions.padding_mask};
+  RouteResult result{
+      choice == Choice::kMade ? conditions.expert_ids : at::empty({tokens, top_k}, index),
+      at::empty({tokens, top_k}, logits.options()),
+      at::empty_like(logits),
+      at::empty({tokens}, logits.options()),
+      at::zeros({experts}, index),
+      at::empty({}, index),
+      conditions.padding_mask};
   const bool* padding = address_or_null<bool>(conditions.padding_mask);
   const int64_t* chosen = address_or_null<int64_t>(conditions.expert_ids);
   const scalar_t* logit = logits.const_data_ptr<scalar_t>();
@@ -216,7 +217,7 @@ RouteResult route_tokens(const torch::Tensor& logits, const RoutingRule& rule,
   std::atomic<int64_t> first_nonfinite = tokens;
 
   at::parallel_for(0, tokens, rows_per_task(experts), [&](int64_t begin, int64_t end) {
-    TokenRouter<scalar_t> router(rule, conditions.expert_bias, bias_of, experts);
+    TokenRouter<scalar_t> router(rule, conditions.expert_bias, choice, experts);
     for (int64_t t = begin; t < end; ++t) {
       if (padding != nullptr && padding[t]) {
         std::fill_n(ids + t * top_k, top_k, -1);
@@ -376,9 +377,9 @@ class TokenChooser {
 class CpuRoutingKernels final : public RoutingKernels {
  public:
   RouteResult route(const torch::Tensor& logits, const RoutingRule& rule,
-                    const RoutingConditions& conditions, BiasOf bias_of) const override {
+                    const RoutingConditions& conditions, Choice choice) const override {
     return AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "route", [&] {
-      return route_tokens<scalar_t>(logits, rule, conditions, bias_of);
+      return route_tokens<scalar_t>(logits, rule, conditions, choice);
     });
   }
 
@@ -452,8 +453,10 @@ class CpuRoutingKernels final : public RoutingKernels {
     return bias - bias.mean();
   }
 
-  torch::Tensor choose_tokens(const torch::Tensor& scores, const torch::Tensor& padding_mask,
-                              int64_t sequences, int64_t top_k) const override {
+  torch::Tensor choose_tokens(const torch::Tensor& logits, const RoutingRule& rule,
+                              const torch::Tensor& padding_mask, int64_t sequences) const override {
+    const auto scores =
+        rule.router_score == RouterScore::kSoftmax ? at::softmax(logits, 1) : logits;
     const int64_t experts = scores.size(1);
     const int64_t length = scores.size(0) / sequences;
     auto ids = at::full(scores.sizes(), -1, scores.options().dtype(torch::kInt64));
@@ -461,17 +464,17 @@ class CpuRoutingKernels final : public RoutingKernels {
     AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "choose_tokens", [&] {
       const scalar_t* score = scores.const_data_ptr<scalar_t>();
       int64_t* id = ids.data_ptr<int64_t>();
-      at::parallel_for(0, sequences * experts, rows_per_task(length),
-                       [&](int64_t begin, int64_t end) {
-                         TokenChooser<scalar_t> chooser;
-                         for (int64_t i = begin; i < end; ++i) {
-                           const int64_t first = i / experts * length;
-                           const int64_t expert = i % experts;
-                           chooser.choose(score + first * experts + expert,
-                                          padding == nullptr ? nullptr : padding + first, length,
-                                          experts, top_k, expert, id + first * experts + expert);
-                         }
-                       });
+      at::parallel_for(
+          0, sequences * experts, rows_per_task(length), [&](int64_t begin, int64_t end) {
+            TokenChooser<scalar_t> chooser;
+            for (int64_t i = begin; i < end; ++i) {
+              const int64_t first = i / experts * length;
+              const int64_t expert = i % experts;
+              chooser.choose(score + first * experts + expert,
+                             padding == nullptr ? nullptr : padding + first, length, experts,
+                             rule.top_k, expert, id + first * experts + expert);
+            }
+          });
     });
     return ids;
   }

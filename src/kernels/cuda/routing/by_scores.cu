@@ -160,7 +160,7 @@ class Token {
       const int64_t expert = chosen[slot];
       const bool is_one = is_expert(expert, rule_.experts);
       const value_t score = is_one ? score_of(row_[expert]) : value_t{0};
-      expert_ids[slot] = expert;
+      if (expert_ids != chosen) expert_ids[slot] = expert;
       weights[slot] = score;
       sum += score;
       if (is_one) atomicAdd(&histogram[expert], 1u);

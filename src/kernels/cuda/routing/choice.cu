@@ -140,11 +140,67 @@ __global__ void __launch_bounds__(1024)
   }
 }
 
+/// A token's scores, found by a warp together: the softmax of its logits, or these.
+template <typename value_t>
+class Scores {
+ public:
+  __device__ Scores(const value_t* logits, int experts, bool softmax)
+      : logits_(logits), softmax_(softmax) {
+    if (!softmax) {
+      return;
+    }
+    const int lane = threadIdx.x % kWarp;
+    for (int expert = lane; expert < experts; expert += kWarp) {
+      largest_ = max(largest_, logits[expert]);
+    }
+    int nobody = kNobody;
+    Lanes<value_t, kWarp>().best(largest_, nobody);
+    value_t sum = 0;
+    for (int expert = lane; expert < experts; expert += kWarp) {
+      sum += exp(logits[expert] - largest_);
+    }
+    factor_ = 1 / warp_sum(sum);
+  }
+
+  __device__ value_t operator[](int expert) const {
+    return softmax_ ? exp(logits_[expert] - largest_) * factor_ : logits_[expert];
+  }
+
+ private:
+  const value_t* logits_;
+  bool softmax_;
+  value_t largest_ = -kInfinity<value_t>;
+  value_t factor_ = 0;
+};
+
+/// A block for each 32 tokens, a warp for each of them: their scores, [E, T].
+template <typename value_t>
+__global__ void __launch_bounds__(kWarp* kWarp)
+    score_columns_kernel(const value_t* __restrict__ logits, int64_t tokens, int experts,
+                         bool softmax, value_t* __restrict__ columns) {
+  __shared__ value_t tile[kWarp][kWarp + 1];  // of tokens and experts
+  const int warp = threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarp;
+  const int64_t own = min(first + warp, tokens - 1);  // beyond the last: the last again
+  const Scores<value_t> scores(logits + own * experts, experts, softmax);
+  for (int base = 0; base < experts; base += kWarp) {
+    if (base + lane < experts) {
+      tile[warp][lane] = scores[base + lane];
+    }
+    __syncthreads();
+    if (base + warp < experts && first + lane < tokens) {
+      columns[(base + warp) * tokens + first + lane] = tile[lane][warp];
+    }
+    __syncthreads();
+  }
+}
+
 /// A warp for each token.
 template <typename value_t>
 __global__ void __launch_bounds__(kThreads)
-    chosen_experts_kernel(const value_t* __restrict__ scores, const bool* padding, int64_t tokens,
-                          int64_t length, int experts,
+    chosen_experts_kernel(const value_t* __restrict__ logits, const bool* padding, int64_t tokens,
+                          int64_t length, int experts, bool softmax,
                           const TokenThreshold* __restrict__ thresholds, int64_t* expert_ids) {
   const int64_t token = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
   if (token >= tokens) {
@@ -153,9 +209,10 @@ __global__ void __launch_bounds__(kThreads)
   const bool kept = padding == nullptr || !padding[token];
   const int64_t sequence = token / length;
   const auto place = static_cast<int>(token - sequence * length);
+  const Scores<value_t> scores(logits + token * experts, experts, softmax);
   for (int expert = threadIdx.x % kWarp; expert < experts; expert += kWarp) {
     const TokenThreshold threshold = thresholds[sequence * experts + expert];
-    const unsigned long long key = key_of(scores[token * experts + expert]);
+    const unsigned long long key = key_of(scores[expert]);
     const bool taken =
         kept && (key > threshold.key || (key == threshold.key && place <= threshold.last));
     expert_ids[token * experts + expert] = taken ? expert : -1;
@@ -232,44 +289,41 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-}  // namespace
-
-void launch_token_thresholds(Scalar scalar, const ChosenTokens& chosen, int64_t top_k,
-                             cudaStream_t stream) {
-  if (chosen.tokens == 0) {
-    return;
+template <typename value_t>
+void launch_token_thresholds(const TokenChoice& choice, cudaStream_t stream) {
+  const dim3 grid(grid_size(choice.tokens / choice.length), grid_size(choice.experts));
+  const auto length = static_cast<int>(choice.length);
+  const auto launch = [&]<int kHeld>(unsigned threads) {
+    token_thresholds_kernel<value_t, kHeld>
+        <<<grid, threads, 0, stream>>>(static_cast<const value_t*>(choice.columns), choice.padding,
+                                       choice.tokens, length, choice.top_k, choice.thresholds);
+  };
+  if (length <= 8 * 256) {
+    launch.template operator()<8>(256);
+  } else if (length <= 32 * 1024 && std::is_same_v<value_t, float>) {
+    launch.template operator()<32>(1024);
+  } else {
+    launch.template operator()<0>(1024);
   }
-  const dim3 grid(grid_size(chosen.tokens / chosen.length), grid_size(chosen.experts));
-  const auto length = static_cast<int>(chosen.length);
-  dispatch_value(scalar, [&](auto zero) {
-    using value_t = decltype(zero);
-    const auto launch = [&]<int kHeld>(unsigned threads) {
-      token_thresholds_kernel<value_t, kHeld><<<grid, threads, 0, stream>>>(
-          static_cast<const value_t*>(chosen.columns), chosen.padding, chosen.tokens, length, top_k,
-          chosen.thresholds);
-    };
-    if (length <= 8 * 256) {
-      launch.template operator()<8>(256);
-    } else if (length <= 32 * 1024 && std::is_same_v<value_t, float>) {
-      launch.template operator()<32>(1024);
-    } else {
-      launch.template operator()<0>(1024);
-    }
-    check_launch("token_thresholds");
-  });
+  check_launch("token_thresholds");
 }
 
-void launch_chosen_experts(Scalar scalar, const ChosenTokens& chosen, int64_t* expert_ids,
-                           cudaStream_t stream) {
-  if (chosen.tokens == 0) {
-    return;
-  }
+}  // namespace
+
+void launch_choose_tokens(Scalar scalar, const TokenChoice& choice, cudaStream_t stream) {
   dispatch_value(scalar, [&](auto zero) {
     using value_t = decltype(zero);
-    const unsigned blocks = grid_size(divide_up(chosen.tokens, kThreads / kWarp));
-    chosen_experts_kernel<value_t><<<blocks, kThreads, 0, stream>>>(
-        static_cast<const value_t*>(chosen.scores), chosen.padding, chosen.tokens, chosen.length,
-        static_cast<int>(chosen.experts), chosen.thresholds, expert_ids);
+    const auto* const logits = static_cast<const value_t*>(choice.logits);
+    const auto experts = static_cast<int>(choice.experts);
+    score_columns_kernel<value_t>
+        <<<grid_size(divide_up(choice.tokens, kWarp)), kWarp * kWarp, 0, stream>>>(
+            logits, choice.tokens, experts, choice.softmax, static_cast<value_t*>(choice.columns));
+    check_launch("score_columns");
+    launch_token_thresholds<value_t>(choice, stream);
+    chosen_experts_kernel<value_t>
+        <<<grid_size(divide_up(choice.tokens, kThreads / kWarp)), kThreads, 0, stream>>>(
+            logits, choice.padding, choice.tokens, choice.length, experts, choice.softmax,
+            choice.thresholds, choice.expert_ids);
     check_launch("chosen_experts");
   });
 }

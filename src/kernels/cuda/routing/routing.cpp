@@ -60,7 +60,7 @@ const T* of_type_or_null(const torch::Tensor& tensor) {
 class CudaRoutingKernels final : public RoutingKernels {
  public:
   RouteResult route(const torch::Tensor& logits, const RoutingRule& rule,
-                    const RoutingConditions& conditions, BiasOf bias_of) const override {
+                    const RoutingConditions& conditions, Choice choice) const override {
     const OnDevice stream(logits);
     const int64_t tokens = logits.size(0);
     const int64_t experts = logits.size(-1);
@@ -68,20 +68,22 @@ class CudaRoutingKernels final : public RoutingKernels {
     const int64_t chosen = tokens * rule.top_k;
     // Sigmoids' backward reads the logits: their probabilities are not kept as long as the rest.
     const bool kept = rule.router_score == RouterScore::kSoftmax;
+    const bool made = choice == Choice::kMade;
     Block block;
-    block.room(experts + 1, torch::kInt64).room(chosen, torch::kInt64);
+    block.room(experts + 1, torch::kInt64).room(made ? 0 : chosen, torch::kInt64);
     block.room(chosen, dtype).room(kept ? tokens * experts : 0, dtype).room(tokens, dtype);
     block.allocate(logits.device());
     // Counts, and behind them the token that has none.
     const auto found = block.take({experts + 1}, torch::kInt64);
-    RouteResult result{block.take({tokens, rule.top_k}, torch::kInt64),
-                       block.take({tokens, rule.top_k}, dtype),
-                       kept ? block.take({tokens, experts}, dtype)
-                            : at::empty({tokens, experts}, logits.options()),
-                       block.take({tokens}, dtype),
-                       part_of(found, 0, torch::kInt64, {experts}, {1}),
-                       part_of(found, 8 * experts, torch::kInt64, {}, {}),
-                       conditions.padding_mask};
+    RouteResult result{
+        made ? conditions.expert_ids : block.take({tokens, rule.top_k}, torch::kInt64),
+        block.take({tokens, rule.top_k}, dtype),
+        kept ? block.take({tokens, experts}, dtype)
+             : at::empty({tokens, experts}, logits.options()),
+        block.take({tokens}, dtype),
+        part_of(found, 0, torch::kInt64, {experts}, {1}),
+        part_of(found, 8 * experts, torch::kInt64, {}, {}),
+        conditions.padding_mask};
     check_cuda(cudaMemsetAsync(found.data_ptr(), 0xFF, found.nbytes(), stream), "cudaMemsetAsync");
     if (tokens == 0) {
       result.counts.zero_();
@@ -97,7 +99,7 @@ class CudaRoutingKernels final : public RoutingKernels {
     if (is_plain(rule, conditions)) {
       cuda::launch_route(arguments, logits.const_data_ptr(), out, stream);
     } else {
-      const cuda::ChoiceArguments choice{
+      const cuda::ChoiceArguments chosen_by{
           score_kind(rule.router_score),
           cuda::address_or_null(conditions.expert_bias),
           of_type_or_null<int64_t>(conditions.expert_ids),
@@ -106,8 +108,8 @@ class CudaRoutingKernels final : public RoutingKernels {
           rule.expert_groups,
           rule.top_groups,
           summed_of_group(rule),
-          bias_of == BiasOf::kLogits || chooses_by_logits(rule, conditions.expert_bias)};
-      cuda::launch_route_by_scores(arguments, choice, logits.const_data_ptr(), out, stream);
+          choice == Choice::kByBiasedLogits || chooses_by_logits(rule, conditions.expert_bias)};
+      cuda::launch_route_by_scores(arguments, chosen_by, logits.const_data_ptr(), out, stream);
     }
     return result;
   }
@@ -202,25 +204,26 @@ class CudaRoutingKernels final : public RoutingKernels {
     return bias;
   }
 
-  torch::Tensor choose_tokens(const torch::Tensor& scores, const torch::Tensor& padding_mask,
-                              int64_t sequences, int64_t top_k) const override {
-    const OnDevice stream(scores);
-    const int64_t tokens = scores.size(0);
-    const int64_t experts = scores.size(1);
-    auto ids = at::empty(scores.sizes(), scores.options().dtype(torch::kInt64));
-    const auto columns = scores.t().contiguous();
+  torch::Tensor choose_tokens(const torch::Tensor& logits, const RoutingRule& rule,
+                              const torch::Tensor& padding_mask, int64_t sequences) const override {
+    const OnDevice stream(logits);
+    const int64_t tokens = logits.size(0);
+    const int64_t experts = logits.size(1);
+    auto ids = at::empty(logits.sizes(), logits.options().dtype(torch::kInt64));
+    if (tokens == 0) {
+      return ids;
+    }
+    const auto columns = at::empty({experts, tokens}, logits.options());
     const auto thresholds =
         at::empty({sequences * experts, static_cast<int64_t>(sizeof(cuda::TokenThreshold))},
-                  scores.options().dtype(torch::kByte));
-    const cuda::ChosenTokens chosen{tokens,
-                                    experts,
-                                    tokens / sequences,
-                                    scores.const_data_ptr(),
-                                    columns.const_data_ptr(),
-                                    of_type_or_null<bool>(padding_mask),
-                                    static_cast<cuda::TokenThreshold*>(thresholds.data_ptr())};
-    cuda::launch_token_thresholds(cuda::scalar_of(scores), chosen, top_k, stream);
-    cuda::launch_chosen_experts(cuda::scalar_of(scores), chosen, ids.data_ptr<int64_t>(), stream);
+                  logits.options().dtype(torch::kByte));
+    cuda::launch_choose_tokens(
+        cuda::scalar_of(logits),
+        {tokens, experts, rule.top_k, tokens / sequences,
+         rule.router_score == RouterScore::kSoftmax, logits.const_data_ptr(),
+         of_type_or_null<bool>(padding_mask), columns.data_ptr(),
+         static_cast<cuda::TokenThreshold*>(thresholds.data_ptr()), ids.data_ptr<int64_t>()},
+        stream);
     return ids;
   }
 

@@ -106,23 +106,21 @@ struct TokenThreshold {
   int last;  ///< within the sequence
 };
 
-/// See RoutingKernels::choose_tokens.
-struct ChosenTokens {
+/// See RoutingKernels::choose_tokens; at least one token.
+struct TokenChoice {
   int64_t tokens;
   int64_t experts;
+  int64_t top_k;
   int64_t length;              ///< of a sequence
-  const void* scores;          ///< [T, E]
-  const void* columns;         ///< the same, [E, T]
+  bool softmax;                ///< else scores are the logits
+  const void* logits;          ///< [T, E]
   const bool* padding;         ///< [T] or null
-  TokenThreshold* thresholds;  ///< [S, E]
+  void* columns;               ///< [E, T], scratch: the scores
+  TokenThreshold* thresholds;  ///< [S, E], scratch
+  int64_t* expert_ids;         ///< [T, E]
 };
 
-/// Finds the thresholds.
-void launch_token_thresholds(Scalar scalar, const ChosenTokens& chosen, int64_t top_k,
-                             cudaStream_t stream);
-/// By them, `expert_ids` [T, E].
-void launch_chosen_experts(Scalar scalar, const ChosenTokens& chosen, int64_t* expert_ids,
-                           cudaStream_t stream);
+void launch_choose_tokens(Scalar scalar, const TokenChoice& choice, cudaStream_t stream);
 
 struct BiasScores {
   const void* scores;        ///< [T, E]
