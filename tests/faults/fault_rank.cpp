@@ -191,6 +191,8 @@ void other_shapes(Communicator& communicator) {
 void destroyed(Communicator& communicator) {
   std::shared_ptr<Communicator> group = communicator.split(0, communicator.rank());
   exchange_once(*group);
+  communicator.barrier();
+  began = Clock::now();
   if (communicator.rank() == culprit) {
     group.reset();
     std::this_thread::sleep_for(2 * deadline);

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <optional>
 
 #include "communicator/agreement.h"
 #include "communicator/host.h"
@@ -67,22 +68,43 @@ struct PeerExchange::Mailbox {
     return {handle.reserved, sizeof(handle.reserved)};
   }
 
-  /// Frees those that all others have unmapped, and keeps the rest for a later call. `mailbox` is the
-  /// newest of them, or null.
-  static void retire(std::shared_ptr<Mailbox> mailbox) {
-    static std::mutex mutex;
-    // Never destroyed: at exit CUDA may already be gone.
-    static auto* retired = new std::vector<std::shared_ptr<Mailbox>>;
-    const std::lock_guard lock(mutex);
-    if (mailbox != nullptr) {
-      retired->push_back(std::move(mailbox));
+  /// Unmaps what of others' is mapped, by owner.
+  void unmap(std::vector<std::pair<int, std::byte*>>& others) const {
+    const c10::cuda::CUDAGuard guard(device);
+    for (const auto& [owner, mapped] : others) {
+      check_cuda(cudaIpcCloseMemHandle(mapped), "cudaIpcCloseMemHandle");
+      goodbyes->unmap(owner);
     }
-    std::erase_if(*retired, [](const auto& one) { return one->goodbyes->all_have_left(); });
+    others.clear();
   }
 
   std::shared_ptr<const Goodbyes> goodbyes;
   c10::DeviceIndex device;
   std::byte* memory = nullptr;
+};
+
+/// A mailbox whose owner has left the group, and those that it had mapped. While others still exchange rows these stay:
+/// to unmap is to wait for their kernels, where they run on the same GPU.
+struct PeerExchange::Retired {
+  std::shared_ptr<Mailbox> own;
+  std::vector<std::pair<int, std::byte*>> mapped;
+
+  /// Whether nothing is left to do.
+  bool end() {
+    if (!own->goodbyes->all_have_left()) return false;
+    own->unmap(mapped);
+    return own->goodbyes->all_have_unmapped();
+  }
+
+  /// Unmaps and frees what can be, and keeps the rest for a later call. `newest`: one more, or nothing.
+  static void sweep(std::optional<Retired> newest) {
+    static std::mutex mutex;
+    // Never destroyed: at exit CUDA may already be gone.
+    static auto* retired = new std::vector<Retired>;
+    const std::lock_guard lock(mutex);
+    if (newest.has_value()) retired->push_back(*std::move(newest));
+    std::erase_if(*retired, [](Retired& one) { return one.end(); });
+  }
 };
 
 bool PeerExchange::suits(Communicator& bootstrap) {
@@ -97,7 +119,7 @@ bool PeerExchange::suits(Communicator& bootstrap) {
 }
 
 std::unique_ptr<PeerExchange> PeerExchange::make(Communicator& bootstrap, std::string& obstacle) {
-  Mailbox::retire(nullptr);
+  Retired::sweep(std::nullopt);
   std::unique_ptr<PeerExchange> exchange;
   std::shared_ptr<const Goodbyes> goodbyes;
   try {
@@ -160,7 +182,7 @@ std::string PeerExchange::map(Communicator& bootstrap) {
             c10::str("cannot map the memory of rank ", rank, ": ", cudaGetErrorString(status)));
       }
       arguments_.mailboxes[rank] = static_cast<std::byte*>(memory);
-      mapped_.push_back(rank);
+      mapped_.emplace_back(rank, arguments_.mailboxes[rank]);
     }
   }));
   return obstacle;
@@ -174,15 +196,13 @@ PeerExchange::~PeerExchange() {
     return;
   }
   try {
-    const c10::cuda::CUDAGuard guard(own_->device);
-    for (const int owner : mapped_) {
-      check_cuda(cudaIpcCloseMemHandle(arguments_.mailboxes[owner]), "cudaIpcCloseMemHandle");
-      own_->goodbyes->leave(owner);
+    if (!mapped_by_all_) {
+      own_->unmap(mapped_);  // nobody has exchanged rows
+    } else {
+      own_->goodbyes->leave();
+      Retired::sweep(Retired{std::move(own_), std::move(mapped_)});
     }
     check_cuda(cudaFreeHost(aborted_), "cudaFreeHost");
-    if (mapped_by_all_) {
-      Mailbox::retire(std::move(own_));
-    }
   } catch (const std::runtime_error&) {
     // The GPU has failed: its next user will be told.
   }

@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "communicator/peer_memory/rows.h"
@@ -35,12 +36,13 @@ class PeerExchange {
 
  private:
   struct Mailbox;
+  struct Retired;
   PeerExchange(const Communicator& bootstrap, std::shared_ptr<const Goodbyes> goodbyes);
   std::string map(Communicator& bootstrap);
 
   peer::Arguments arguments_ = {};
   std::shared_ptr<Mailbox> own_;
-  std::vector<int> mapped_;  ///< ranks whose mailboxes are mapped
+  std::vector<std::pair<int, std::byte*>> mapped_;  ///< others' mailboxes, by owner
   bool mapped_by_all_ = false;
   int* aborted_ = nullptr;  ///< in host memory that the GPU reads
   CudaEvent last_;          ///< the end of the last exchange

@@ -75,15 +75,23 @@ void Goodbyes::open(const std::string& name, bool creates) {
     errno = error;
     fail("mapping shared memory");
   }
-  mapping_.flags = static_cast<Flag*>(memory);  // zeros, so of the value 0
+  mapping_.flags = static_cast<Flag*>(memory);  // zeros: kUses
   mapping_.bytes = bytes;
 }
 
-void Goodbyes::leave(int owner) const noexcept { mapping_.flags[owner * size_ + rank_].store(1); }
+void Goodbyes::leave() const noexcept {
+  for (int owner = 0; owner < size_; ++owner) {
+    mapping_.flags[owner * size_ + rank_].store(kLeft);
+  }
+}
 
-bool Goodbyes::all_have_left() const noexcept {
+void Goodbyes::unmap(int owner) const noexcept {
+  mapping_.flags[owner * size_ + rank_].store(kUnmapped);
+}
+
+bool Goodbyes::all_have(State state) const noexcept {
   for (int other = 0; other < size_; ++other) {
-    if (other != rank_ && mapping_.flags[rank_ * size_ + other].load() == 0) {
+    if (other != rank_ && mapping_.flags[rank_ * size_ + other].load() < state) {
       return false;
     }
   }
