@@ -63,16 +63,18 @@ def other_sizes(tokens, hidden, inner):
     ]
 
 
-def run(arguments, launcher, experts, options):
-    """The records of every skew and way."""
+def run(arguments, launcher, experts, options, idleness):
+    """The records of every skew and way, with how much others took of the machine meanwhile."""
     tokens, hidden, inner, top_k = arguments.size
     size = (tokens, hidden, inner, experts, top_k)
     records, counts = {}, {}
     cases = [(skew, way) for _ in range(arguments.turns) for skew in SKEWS for way in arguments.ways]
     for skew, way in tqdm(cases, desc=f"E {experts}", leave=False):
+        before = idleness.slowdown()
         (record,) = calibrate.measure(
             planner.PROGRAM, launcher, arguments.ranks, [size], arguments.rounds, skew, balance=way, **options
         )
+        record["slowdown"] = max(before, idleness.slowdown())
         counts[f"{skew:g}"] = record.pop("counts")  # the same in all ways and turns
         records.setdefault(f"{skew:g} {way}", []).append(record)
     return {
@@ -150,6 +152,12 @@ def write(settings, calibration, provenance, file):
     within = sum(abs(ratio - 1) <= 0.2 for ratio in all_ratios)
     text += f"Predicted by the planner: {within} of {len(all_ratios)} within 20 %, from {min(all_ratios):.2f} to {max(all_ratios):.2f}"
     text += f", calibrated by what {about['calibration']} has measured.\n\n" if "calibration" in about else ".\n\n"
+    slowdowns = [
+        record["slowdown"] for one in settings for records in one["records"].values() for record in records if "slowdown" in record
+    ]
+    if slowdowns:
+        text += f"Beside them a fixed piece of work took {statistics.median(slowdowns):.2f} times as long as at its best (median), "
+        text += f"at most {max(slowdowns):.2f}.\n\n"
     text += f"Medians of {len(settings[0]['records']['0 off'])} turns. {about['processor']}, {about['cores']} cores, "
     text += f"commit {about['commit'][:10]}, {about['date']}: `{about['command']}`\n"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -182,14 +190,14 @@ def main():
         return
     arguments.size = arguments.size or SIZES[arguments.device]
     options = {"device": arguments.device} | ({"dtype": "bf16"} if arguments.device == "cuda" else {})
-    settings, calibration = [], []
+    settings, calibration, idleness = [], [], planner.Idleness()
     with launcher_of(arguments) as launcher:
         for size in tqdm(other_sizes(*arguments.size[:3]), desc="calibration", leave=False):
             (record,) = calibrate.measure(planner.PROGRAM, launcher, arguments.ranks, [size], arguments.rounds, **options)
             record.pop("counts")
             calibration.append(record)
         for experts in arguments.experts:
-            settings.append(run(arguments, launcher, experts, options))
+            settings.append(run(arguments, launcher, experts, options, idleness))
             write(settings, calibration, provenance, arguments.output / name)  # what there is, should the rest fail
 
 
