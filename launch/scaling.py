@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Weak and strong scaling of one MoE layer over ranks, experts, top-k and skew, through any launcher.
+"""Weak and strong scaling of one MoE layer over ranks, experts, top-k, skew and balance, through any launcher.
 
     launch/scaling.py --ranks 1,2,4 --experts 2,8 --top-k 1,2 --skew 0,1 --output runs/scaling
     launch/scaling.py --launcher "srun --mpi=pmix --cpu-bind=none -n {ranks}" ...
@@ -48,27 +48,29 @@ class Point:
     hidden: int
     expert_hidden: int
     all_to_all: str
+    balance: str
     device: str
     dtype: str
 
     @property
     def name(self):
+        balance = "" if self.balance == "off" else f"-{self.balance}"
         return (
             f"{self.scaling}-r{self.ranks}-e{self.experts}-k{self.top_k}-s{self.skew:g}-t{self.tokens}"
-            f"-h{self.hidden}-n{self.expert_hidden}-{self.all_to_all}-{self.device}-{self.dtype}"
+            f"-h{self.hidden}-n{self.expert_hidden}-{self.all_to_all}{balance}-{self.device}-{self.dtype}"
         )
 
     def options(self):
         given = dataclasses.asdict(self)
-        names = ("tokens", "hidden", "expert_hidden", "experts", "top_k", "skew", "all_to_all", "device", "dtype")
+        names = ("tokens", "hidden", "expert_hidden", "experts", "top_k", "skew", "all_to_all", "balance", "device", "dtype")
         return [word for name in names for word in ("--" + name.replace("_", "-"), str(given[name]))]
 
 
 def points_of(arguments):
     """The grid; a top-k above the number of experts is no point."""
     most = arguments.largest or max(arguments.ranks)
-    for scaling, ranks, experts, top_k, skew in itertools.product(
-        arguments.scaling, arguments.ranks, arguments.experts, arguments.top_k, arguments.skew
+    for scaling, ranks, experts, top_k, skew, balance in itertools.product(
+        arguments.scaling, arguments.ranks, arguments.experts, arguments.top_k, arguments.skew, arguments.balance
     ):
         weak = scaling == "weak"
         tokens = arguments.tokens if weak else max(1, arguments.tokens * most // ranks)
@@ -84,6 +86,7 @@ def points_of(arguments):
                 arguments.hidden,
                 arguments.expert_hidden,
                 arguments.all_to_all,
+                balance,
                 arguments.device,
                 arguments.dtype,
             )
@@ -165,8 +168,10 @@ def measure(arguments):
 
 
 def read(folder):
-    """The points there are, in a fixed order."""
+    """The points there are, in a fixed order. In those of older studies tokens have travelled."""
     records = [json.loads(file.read_text()) for file in sorted((folder / "points").glob("*.json"))]
+    for record in records:
+        record["point"].setdefault("balance", "off")
     return sorted(records, key=lambda r: (r["point"]["scaling"], *scaling_report.series_key(r), r["ranks"]))
 
 
@@ -212,6 +217,12 @@ def parse(argv):
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--expert-hidden", type=int, default=512)
     parser.add_argument("--all-to-all", default="flat", choices=["flat", "hierarchical", "auto"])
+    parser.add_argument(
+        "--balance",
+        type=lambda text: text.split(","),
+        default=["off"],
+        help="what travels where load is skewed (MoEOptions::balance): off, shadow, replicas, gather, auto, or several of them",
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: a GPU for each rank, by NCCL")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of a point")

@@ -64,10 +64,15 @@ def flat(record):
 
 
 def series_key(record):
-    """What points that are compared have in common: experts, top-k and skew. In weak scaling the experts of a rank,
-    in strong scaling those of all, so that an expert has the same work at any number of ranks."""
+    """What points that are compared have in common: experts, top-k, skew and balance. In weak scaling the experts of a
+    rank, in strong scaling those of all, so that an expert has the same work at any number of ranks."""
     ranks = record["ranks"] if record["point"]["scaling"] == "weak" else 1
-    return Fraction(record["experts"], ranks), record["top_k"], record["skew"]
+    return Fraction(record["experts"], ranks), *load_of(record)
+
+
+def load_of(record):
+    """Top-k, skew, and what travels."""
+    return record["top_k"], record["skew"], record["point"]["balance"]
 
 
 def series_of(records, scaling):
@@ -80,8 +85,9 @@ def series_of(records, scaling):
 
 
 def label(key, scaling="strong"):
-    experts, top_k, skew = key
-    return f"E {experts}{' a rank' if scaling == 'weak' else ''}, k {top_k}, skew {skew:g}"
+    experts, top_k, skew, balance = key
+    text = f"E {experts}{' a rank' if scaling == 'weak' else ''}, k {top_k}, skew {skew:g}"
+    return text if balance == "off" else f"{text}, {balance}"
 
 
 def efficiency(points):
@@ -177,7 +183,7 @@ def plot_links(records, path):
     for axes, record in zip(all_axes[0], chosen):
         values = [[count / MIB for count in row] for row in record["link_bytes"]]
         image = axes.imshow(values, vmin=0, vmax=max(top, 1e-9), cmap="viridis")
-        axes.set_title(label((record["experts"], record["top_k"], record["skew"])))
+        axes.set_title(label((record["experts"], *load_of(record))))
         axes.set_xlabel("to rank")
         axes.set_ylabel("from rank")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -212,18 +218,18 @@ def plot_imbalance(records, path):
 
 
 def table(records):
-    header = "| scaling | ranks | E | k | skew | assignments an expert | step, ms | thousand tokens/s | efficiency |"
+    header = "| scaling | ranks | E | k | skew | balance | assignments an expert | step, ms | thousand tokens/s | efficiency |"
     header += " exchange, share of stages | between nodes, MiB | rank imbalance |"
-    lines = [header, "|" + "---|" * 12]
+    lines = [header, "|" + "---|" * 13]
     for scaling in ("weak", "strong"):
-        for (_, top_k, skew), points in series_of(records, scaling).items():
+        for (_, top_k, skew, balance), points in series_of(records, scaling).items():
             for point, share in zip(points, efficiency(points)):
                 mean = point["tokens_per_rank"] * point["ranks"] * top_k / point["experts"]
                 share = "–" if share is None else f"{share:.2f}"
                 stages = point["stage_ms"]
                 exchange = sum(value for name, value in stages.items() if name.startswith(("dispatch", "combine", "plan")))
                 lines.append(
-                    f"| {scaling} | {point['ranks']} | {point['experts']} | {top_k} | {skew:g} | {mean:.0f} "
+                    f"| {scaling} | {point['ranks']} | {point['experts']} | {top_k} | {skew:g} | {balance} | {mean:.0f} "
                     f"| {point['step_ms']:.1f} | {tokens_per_second(point) / 1e3:.2f} | {share} | {exchange / sum(stages.values()):.0%} "
                     f"| {link_bytes(point)[1] / MIB:.2f} | {rank_imbalance(point):.2f} |"
                 )
@@ -259,7 +265,8 @@ expert hidden {first['expert_hidden']}, {first['threads']} thread(s) a rank, med
 A step is timed as a whole; the stages in a second pass, each from a common start, by the slowest rank.
 Weak scaling keeps the tokens and the experts of a rank, strong scaling those of all ranks together: in both an expert
 has the same work at any number of ranks. Efficiency, throughput of a rank over that at the fewest ranks, compares
-only such points ("–": there is no other to compare with).
+only such points ("–": there is no other to compare with). Stages, links and imbalance are those of tokens that travel,
+whatever the balance of the step.
 
 {table(records)}
 

@@ -84,7 +84,7 @@ def check_tables_and_report(study):
     assert all(len(record["provenance"]["commit"]) in (0, 40) for record in records)
     assert all("step" in record["provenance"]["command"] for record in records)
     report = (study.output / "report.md").read_text()
-    assert "| weak | 4 | 16 | 1 | 0 | 25 | 17.5 | 22.86 | 0.57 | 62% |" in report
+    assert "| weak | 4 | 16 | 1 | 0 | off | 25 | 17.5 | 22.86 | 0.57 | 62% |" in report
     for name in ("weak", "weak_stages", "strong", "strong_stages", "links", "imbalance"):
         assert f"({name}.png)" in report
         assert (study.output / f"{name}.png").stat().st_size > 5000
@@ -112,6 +112,20 @@ def test_points_without_another_to_compare_with_have_no_efficiency(study):
         study("--ranks", ranks, "--experts", experts, "--top-k", "1", "--skew", "0", "--tokens", "100", "--scaling", "weak")
     report = (study.output / "report.md").read_text()
     assert report.count("| weak |") == 3 and report.count("| – |") == 3
+
+
+def test_tokens_that_travel_beside_weights_that_do(study):
+    options = ["--ranks", "1,2", "--experts", "4", "--top-k", "1", "--skew", "1", "--scaling", "weak"]
+    study(*options, "--balance", "off,auto")
+    rows = list(csv.DictReader(open(study.output / "results.csv")))
+    assert sorted((row["ranks"], row["balance"]) for row in rows) == [(r, b) for r in "12" for b in ("auto", "off")]
+    assert efficiencies(study, "weak") == ["1.00", "0.80"] * 2
+    (old,) = study.output.glob("points/weak-r1-*-flat-cpu-*.json")
+    record = json.loads(old.read_text())
+    del record["point"]["balance"]
+    old.write_text(json.dumps(record))
+    study(*options)  # all there already, one of them from before there was a choice
+    assert len(study.calls()) == 4
 
 
 def test_a_study_on_gpus(study):
