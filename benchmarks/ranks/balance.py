@@ -8,7 +8,8 @@
 On CPUs virtual hosts of one rank each, one for each core, whose links a token bucket slows. Experts' popularity follows
 Zipf's law, or one of them takes all tokens. All ways take turns, several times, and medians count, so that what others
 do on the machine falls on all of them. Each time is also given as a multiple of that of balanced load whose tokens
-travel, and beside the planner's prediction, which knows the machine from other sizes, and the load. Writes
+travel, and beside the planner's prediction, which knows the machine from other sizes, and the load; where every rank has
+a core or a GPU, as the planner knows nothing of cores that hosts share. Writes
 benchmarks/results/balance.json and balance.md, or balance_gpu.json and .md, or those of another --name.
 """
 
@@ -106,17 +107,18 @@ class Table:
         return {case: self.predicted(*case) / self.milliseconds(*case) for case in cases}
 
     def text(self, ratios):
-        """A line a skew: its imbalance over ranks, and of every way a step's time, its multiple of the balanced one's, and
-        the predicted one's."""
+        """A line a skew: its imbalance over ranks, and of every way a step's time, its multiple of the balanced one's, and,
+        where there are `ratios`, the predicted one's."""
         ways, balanced = self.setting["ways"], self.milliseconds(0.0, "off")
-        heads = " | ".join(f"{way}, ms | / balanced | predicted / measured" for way in ways)
-        text = f"| load | fullest rank / mean | {heads} |\n|---|---|{'---|---|---|' * len(ways)}\n"
+        columns = ["ms", "/ balanced", "predicted / measured"][: 3 if ratios else 2]
+        heads = " | ".join(f"{way}, {' | '.join(columns)}" for way in ways)
+        text = f"| load | fullest rank / mean | {heads} |\n|---|---|{'---|' * len(columns) * len(ways)}\n"
         for skew, name in SKEWS.items():
             load = self.records[f"{skew:g} off"][0]["assignments"]
             text += f"| {name} | {max(load) * len(load) / sum(load):.2f} |"
             for way in ways:
                 step = self.milliseconds(skew, way)
-                text += f" {step:.1f} | {step / balanced:.2f} | {ratios[skew, way]:.2f} |"
+                text += f" {step:.1f} | {step / balanced:.2f} |" + (f" {ratios[skew, way]:.2f} |" if ratios else "")
             text += "\n"
         return text + "\nIn the last step of the last turn:\n\n" + "".join(self.explanations())
 
@@ -135,23 +137,25 @@ class Table:
 
 def write(settings, calibration, provenance, file):
     about, text, all_ratios = provenance, "# Skewed load, measured\n\n", []
-    first = calibration[0]
-    cores = 0.0 if first["device"] == "cuda" else about["cores"] / len(set(first["nodes"]))
-    described = calibrate.fit(calibration, "balance.py", cores)
-    machine = machine_from(described, "balance.py")
+    described = machine = None
+    if calibration:
+        described = calibrate.fit(calibration, "balance.py", 0.0 if calibration[0]["device"] == "cuda" else 1.0)
+        machine = machine_from(described, "balance.py")
     for setting in settings:
         first = setting["records"]["0 off"][0]
         links = f", links of {setting['megabits']} Mb/s" if first["device"] == "cpu" else ""
         text += f"{first['ranks']} ranks on {first['device']}, {first['dtype']}{links}: T {first['tokens_per_rank']} a rank, "
         text += f"h {first['hidden']}, n {first['expert_hidden']}, E {setting['experts']}, k {first['top_k']}\n\n"
         of_setting = Table(setting, machine)
-        ratios = of_setting.ratios()
+        ratios = of_setting.ratios() if machine else {}
         setting["predicted_over_measured"] = {f"{skew:g} {way}": ratio for (skew, way), ratio in ratios.items()}
         all_ratios += ratios.values()
         text += of_setting.text(ratios) + "\n"
-    within = sum(abs(ratio - 1) <= 0.2 for ratio in all_ratios)
-    text += f"Predicted by the planner: {within} of {len(all_ratios)} within 20 %, from {min(all_ratios):.2f} to {max(all_ratios):.2f}"
-    text += f", calibrated by what {about['calibration']} has measured.\n\n" if "calibration" in about else ".\n\n"
+    if all_ratios:
+        within = sum(abs(ratio - 1) <= 0.2 for ratio in all_ratios)
+        text += f"Predicted by the planner: {within} of {len(all_ratios)} within 20 %, "
+        text += f"from {min(all_ratios):.2f} to {max(all_ratios):.2f}"
+        text += f", calibrated by what {about['calibration']} has measured.\n\n" if "calibration" in about else ".\n\n"
     slowdowns = [
         record["slowdown"] for one in settings for records in one["records"].values() for record in records if "slowdown" in record
     ]
@@ -192,7 +196,8 @@ def main():
     options = {"device": arguments.device} | ({"dtype": "bf16"} if arguments.device == "cuda" else {})
     settings, calibration, idleness = [], [], planner.Idleness()
     with launcher_of(arguments) as launcher:
-        for size in tqdm(other_sizes(*arguments.size[:3]), desc="calibration", leave=False):
+        sizes = other_sizes(*arguments.size[:3]) if arguments.device == "cuda" or arguments.ranks <= planner.cores() else []
+        for size in tqdm(sizes, desc="calibration", leave=False):
             (record,) = calibrate.measure(planner.PROGRAM, launcher, arguments.ranks, [size], arguments.rounds, **options)
             record.pop("counts")
             calibration.append(record)
