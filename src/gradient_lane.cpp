@@ -2,7 +2,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
@@ -60,8 +59,7 @@ void GradientLane::begin(size_t messages, bool beside) {
   slots_ = std::vector<Slot>(messages);
   averaged_.clear();
   summed_ = 0;
-  beside_ = beside && messages > 0;
-  if (beside_) {
+  if (beside && messages > 0) {
     working_ = std::async(std::launch::async, [this] {
       use_one_thread();
       work();
@@ -95,17 +93,9 @@ void GradientLane::work() {
   }
 }
 
-/// A sum that waits on a GPU for a rank which has yet to come keeps whatever needs the GPU idle from this one, as
-/// allocating memory and loading a kernel may. If the other waits in this way, too, neither ever comes.
-void GradientLane::meet() const {
-  auto token = at::zeros({1}, at::kByte);
-  communicator_->all_reduce(token);
-}
-
 void GradientLane::average(Slot& slot) {
   const auto device = slot.gradients.front().device();
   if (!device.is_cpu()) {
-    if (beside_) meet();
     if (!stream_) {
       // High: a sum that other ranks wait for does not stand behind what this rank computes.
       stream_ = c10::impl::VirtualGuardImpl(device.type())

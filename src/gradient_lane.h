@@ -28,8 +28,8 @@ class NotedStreams {
   std::vector<std::pair<c10::Stream, c10::Event>> noted_;
 };
 
-/// Averages a step's messages over one communicator, each when it is complete, on a GPU on every rank, and all before
-/// it are done: on a GPU on a stream of its own; beside the caller on a thread, otherwise in `end`. Its calls are made by one
+/// Averages a step's messages over one communicator, each when it is complete and all before it are done: on a
+/// GPU on a stream of its own; beside the caller on a thread, otherwise in `end`. Its calls are made by one
 /// thread at a time.
 class GradientLane {
  public:
@@ -63,7 +63,6 @@ class GradientLane {
     bool is_complete = false;
   };
   void work();
-  void meet() const;
   void average(Slot& slot);
 
   std::shared_ptr<Communicator> communicator_;
@@ -75,7 +74,6 @@ class GradientLane {
   std::condition_variable changed_;
   bool given_up_ = false;
   std::atomic<int64_t> summed_ = 0;
-  bool beside_ = false;  ///< on a thread
   std::future<void> working_;
 };
 
