@@ -30,7 +30,8 @@ MoEOptions options_of(torch::Dtype dtype, bool bias) {
   options.activation = Activation::kSilu;
   options.dtype = dtype;
   options.device = device();
-  options.engine = "hopper";  // in eager steps, too, which may else find another one quicker for their routing
+  // In eager steps, too, which may else find another one quicker for their routing.
+  options.engine = "hopper";
   return options;
 }
 
