@@ -126,7 +126,7 @@ class MoELayerTest : public ::testing::Test {
 };
 
 TEST_F(MoELayerTest, EqualsTheDenseReference) {
-  for (const auto& layer_case : layer_cases(random_, world_->size(), effort(60))) {
+  for (const auto& layer_case : layer_cases(random_, world_->size(), effort(50))) {
     SCOPED_TRACE(layer_case.describe());
     const auto expected = run_reference(layer_case, world_->size());
     auto layer = make_layer(layer_case, world_);

@@ -204,12 +204,14 @@ MoEOptions small_options() {
   return options;
 }
 
-constexpr int64_t kTokens = 200;
+/// Of all ranks: enough for rows to weigh more than an expert that goes to each of them.
+int64_t all_tokens() { return 100 * world()->size(); }
 
 LayerCase one_takes_all(Random& random) {
   MoEOptions options = small_options();
   options.balance = "off";
-  return draw_layer_case(random, world()->size(), options, kTokens, Skew::kOneExpert, Split::kEven,
+  return draw_layer_case(random, world()->size(), options, all_tokens(), Skew::kOneExpert,
+                         Split::kEven,
                          /*routing_from_outside=*/true);
 }
 
@@ -256,8 +258,9 @@ TEST(Loans, OfAllExpertsLeaveNoRowToTravel) {
   Random random(test_seed());
   MoEOptions options = small_options();
   options.balance = "gather";
-  const auto layer_case = draw_layer_case(random, world()->size(), options, kTokens, Skew::kUniform,
-                                          Split::kUneven, /*routing_from_outside=*/false);
+  const auto layer_case =
+      draw_layer_case(random, world()->size(), options, all_tokens(), Skew::kUniform,
+                      Split::kUneven, /*routing_from_outside=*/false);
   auto layer = make_layer(layer_case, world());
   run_step(layer, layer_case, layer_case.counts, world()->rank());
   const auto text = layer->explain();
@@ -330,7 +333,7 @@ TEST(Loans, AddTheirGradientsToMainGradients) {
   };
   const WeightSums without = run("off");
   const auto limit = [&](const torch::Tensor& sum) {
-    return tolerance_of_stages(torch::kFloat32, 4 * kTokens, 1 + max_abs(sum), 16);
+    return tolerance_of_stages(torch::kFloat32, 4 * all_tokens(), 1 + max_abs(sum), 16);
   };
   for (const char* balance : {"shadow", "replicas"}) {
     const WeightSums with = run(balance);
