@@ -311,6 +311,28 @@ count.
 """
 
 
+def gpu_routing(measured):
+    """Of the same program's rows those of rules."""
+    rules = ("route ", "route, ", "route_backward ", "choose_tokens ", "sinkhorn_bias", "bias_histogram", "both ways, ")
+    size = {"rows": 32768, "width": 128}
+    of_size = [case for case in measured["results"] if size.items() <= case.items()]
+    routers = "router, both ways, "
+    kernels = [case for case in of_size if case["kernel"].startswith(rules) and " k 8" not in case["kernel"]]
+    whole = [case for case in of_size if case["kernel"].startswith(routers)]
+    return f"""## Routing rules on a GPU
+
+32,768 tokens to 128 experts, top 8, from CUDA graphs. What of a rule follows one another, without the gate's product:
+
+{table(("kernel", "µs"), [(case["kernel"], f"{case['us']:.1f}") for case in kernels])}
+
+Whole routers with it, h 2048, forward and backward by autograd: a rule costs what it takes more than top_k.
+
+{table(("router", "µs"), [(case["kernel"].removeprefix(routers), f"{case['us']:.0f}") for case in whole])}
+
+{gpu_provenance(measured, 'benchmark_gpu_kernels --quick')}
+"""
+
+
 def gpu_exchange(*measured):
     """Of one file for each number of ranks."""
     rows = [
@@ -525,6 +547,7 @@ SECTIONS = {
     "gpu_layer_python.json": gpu_layer_python,
     "gpu_grouped_gemm.json": gpu_grouped_gemm,
     "gpu_kernels.json": gpu_kernels,
+    "gpu_routing.json": gpu_routing,
     "gpu_exchange_*.json": gpu_exchange,
     "gpu_expert_parallel_*.json": gpu_expert_parallel,
     "gpu_training.json": gpu_training,

@@ -161,11 +161,14 @@ class Token {
       const bool is_one = is_expert(expert, rule_.experts);
       const value_t score = is_one ? score_of(row_[expert]) : value_t{0};
       if (expert_ids != chosen) expert_ids[slot] = expert;
-      weights[slot] = score;
+      weights[slot] = rule_.renormalize ? score : score * rule_.scale;
       sum += score;
       if (is_one) atomicAdd(&histogram[expert], 1u);
     }
-    sum = rule_.renormalize ? lanes_.sum(sum) + static_cast<value_t>(kLeastScoreSum) : value_t{1};
+    if (!rule_.renormalize) {
+      return;
+    }
+    sum = lanes_.sum(sum) + static_cast<value_t>(kLeastScoreSum);
     for (int slot = lanes_.lane; slot < rule_.top_k; slot += kLanes) {
       weights[slot] = weights[slot] / sum * rule_.scale;  // what this lane has written
     }

@@ -298,8 +298,8 @@ void launch_token_thresholds(const TokenChoice& choice, cudaStream_t stream) {
         <<<grid, threads, 0, stream>>>(static_cast<const value_t*>(choice.columns), choice.padding,
                                        choice.tokens, length, choice.top_k, choice.thresholds);
   };
-  if (length <= 8 * 256) {
-    launch.template operator()<8>(256);
+  if (length <= 16 * 1024) {
+    launch.template operator()<16>(grid_size(divide_up(length, 16 * kWarp) * kWarp));
   } else if (length <= 32 * 1024 && std::is_same_v<value_t, float>) {
     launch.template operator()<32>(1024);
   } else {
