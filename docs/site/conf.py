@@ -14,7 +14,7 @@ release = re.search(r"anabranch\s+VERSION ([0-9.]+)", (ROOT / "CMakeLists.txt").
 # Where pages lie in the repository, there they lie here: links between them hold in both.
 root_doc = "docs/site/index"
 include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md", "docs/*.md", "docs/site/*.md"]
-include_patterns += ["benchmarks/results/planner.md", "benchmarks/results/overlap.md", "benchmarks/results/balance.md", "benchmarks/results/scaling/cpu/report.md"]
+include_patterns += ["benchmarks/results/*.md", "benchmarks/results/scaling/cpu/report.md"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "breathe"]
 myst_heading_anchors = 3
 suppress_warnings = [
