@@ -95,9 +95,22 @@ std::shared_ptr<Communicator> share(Communicator& communicator) {
   return {std::shared_ptr<void>(), &communicator};
 }
 
-void killed_in_a_training_step(Communicator& communicator, const std::string& overlap) {
+/// How a step's rows or weights travel.
+struct Way {
+  std::string overlap = "off";
+  std::string balance = "off";
+  bool sliced = false;  ///< two experts, and rows in rounds
+};
+
+void killed_in_a_training_step(Communicator& communicator, const Way& way) {
   anabranch::MoEOptions options = layer_options();
-  options.overlap = overlap;
+  options.overlap = way.overlap;
+  options.balance = way.balance;
+  if (way.sliced) {
+    options.placement = "sliced";
+    options.num_experts = 2;
+    options.receive_rows_limit = 50;
+  }
   anabranch::MoELayer layer(options, share(communicator));
   const auto step = [&] {
     const auto x = torch::randn({200, 64}, device).requires_grad_();
@@ -307,8 +320,13 @@ const std::map<std::string, std::function<void(Communicator&)>> scenarios = {
     {"absent", [](Communicator& communicator) { communicator.barrier(); }},
     {"absent_from_nccl", [](Communicator& communicator) { communicator.barrier(); }},
     {"killed", killed},
-    {"killed_in_a_training_step", [](Communicator& c) { killed_in_a_training_step(c, "off"); }},
-    {"killed_in_a_step_in_chunks", [](Communicator& c) { killed_in_a_training_step(c, "2"); }},
+    {"killed_in_a_training_step", [](Communicator& c) { killed_in_a_training_step(c, {}); }},
+    {"killed_in_a_step_in_chunks",
+     [](Communicator& c) { killed_in_a_training_step(c, {.overlap = "2"}); }},
+    {"killed_while_weights_travel",
+     [](Communicator& c) { killed_in_a_training_step(c, {.balance = "gather"}); }},
+    {"killed_in_rounds_of_slices",
+     [](Communicator& c) { killed_in_a_training_step(c, {.sliced = true}); }},
     {"killed_while_gradients_are_summed", killed_while_gradients_are_summed},
     {"stalled", stalled},
     {"late", late},
