@@ -181,22 +181,29 @@ void measure_routing(Bench& bench, int64_t tokens, int64_t experts, int64_t top_
   });
 }
 
-std::vector<at::Tensor> logits_of(int64_t tokens, int64_t experts) {
-  std::vector<at::Tensor> logits;
+/// Of a rule, forward and backward.
+struct RoutingInputs {
+  std::vector<at::Tensor> logits;  ///< [T, E], kSets times
+  double bytes = 0;                ///< of one
+  at::Tensor dweights, dsum, dsquared;
+};
+
+RoutingInputs inputs_of(int64_t tokens, int64_t experts, int64_t top_k) {
+  RoutingInputs inputs;
   for (int i = 0; i < kSets; ++i) {
-    logits.push_back(at::randn({tokens, experts}, kFloat));
+    inputs.logits.push_back(at::randn({tokens, experts}, kFloat));
   }
-  return logits;
+  inputs.bytes = static_cast<double>(inputs.logits[0].nbytes());
+  inputs.dweights = at::randn({tokens, top_k}, kFloat);
+  inputs.dsum = at::randn({experts}, kFloat);
+  inputs.dsquared = at::randn({}, kFloat);
+  return inputs;
 }
 
 /// Rules by which a token's experts depend on all tokens.
 void measure_rules_of_all(Bench& bench, int64_t tokens, int64_t experts, int64_t top_k) {
   const RoutingKernels& routing_kernels = RoutingKernels::cuda();
-  const auto logits = logits_of(tokens, experts);
-  const double bytes = 4.0 * static_cast<double>(tokens * experts);
-  const auto dweights = at::randn({tokens, top_k}, kFloat);
-  const auto dsum = at::randn({experts}, kFloat);
-  const auto dsquared = at::randn({}, kFloat);
+  const auto [logits, bytes, dweights, dsum, dsquared] = inputs_of(tokens, experts, top_k);
   RoutingRule plain;
   plain.top_k = top_k;
   // Of experts that choose: whom, and the weights of as many places as there are experts.
@@ -247,11 +254,7 @@ void measure_rules_of_all(Bench& bench, int64_t tokens, int64_t experts, int64_t
 /// Every other rule and condition, forward and backward.
 void measure_rules(Bench& bench, int64_t tokens, int64_t experts, int64_t top_k) {
   const RoutingKernels& routing_kernels = RoutingKernels::cuda();
-  const auto logits = logits_of(tokens, experts);
-  const double bytes = 4.0 * static_cast<double>(tokens * experts);
-  const auto dweights = at::randn({tokens, top_k}, kFloat);
-  const auto dsum = at::randn({experts}, kFloat);
-  const auto dsquared = at::randn({}, kFloat);
+  const auto [logits, bytes, dweights, dsum, dsquared] = inputs_of(tokens, experts, top_k);
   const auto measure = [&](const std::string& name, const RoutingRule& rule,
                            const RoutingConditions& conditions, const at::Tensor& dsums) {
     bench.run_recorded("route " + name, tokens, experts, 2 * bytes,

@@ -257,18 +257,11 @@ Routing route_rows(const torch::Tensor& x, const torch::Tensor& gate_weight,
   return routed(x, gate_weight, rule, conditions);
 }
 
-Routing route_chosen(const torch::Tensor& logits, const RoutingRule& rule,
-                     const RoutingConditions& conditions) {
+Routing route_by(Choice choice, const torch::Tensor& logits, const RoutingRule& rule,
+                 const RoutingConditions& conditions) {
   check_rule(rule, logits.size(1), "route");
   check_conditions(conditions, logits.sizes(), logits.device(), rule);
-  return routed(logits, {}, rule, conditions, Choice::kMade);
-}
-
-Routing route_by_biased_logits(const torch::Tensor& logits, const RoutingRule& rule,
-                               const RoutingConditions& conditions) {
-  check_rule(rule, logits.size(1), "route");
-  check_conditions(conditions, logits.sizes(), logits.device(), rule);
-  return routed(logits, {}, rule, conditions, Choice::kByBiasedLogits);
+  return routed(logits, {}, rule, conditions, choice);
 }
 
 Routing route(const torch::Tensor& logits, const RoutingRule& rule,

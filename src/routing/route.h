@@ -2,6 +2,8 @@
 
 #include <anabranch/routing.h>
 
+#include "kernels/routing.h"
+
 namespace anabranch {
 
 /// What `route` does with the logits of a gate, gate_logits(x, gate_weight): in one step of autograd, with
@@ -9,13 +11,9 @@ namespace anabranch {
 Routing route_rows(const torch::Tensor& x, const torch::Tensor& gate_weight,
                    const RoutingRule& rule, const RoutingConditions& conditions = {});
 
-/// What `route` does with a choice, `conditions.expert_ids`, that a gate has made of the same logits: its ids are known to
-/// be valid, and nobody checks or copies them.
-Routing route_chosen(const torch::Tensor& logits, const RoutingRule& rule,
-                     const RoutingConditions& conditions);
-
-/// What `route` does, with the bias of the experts added to their logits, by which they are chosen.
-Routing route_by_biased_logits(const torch::Tensor& logits, const RoutingRule& rule,
-                               const RoutingConditions& conditions);
+/// What `route` does where a gate has a say in the choice. One that is made is known to be valid: nobody checks or copies
+/// its ids.
+Routing route_by(Choice choice, const torch::Tensor& logits, const RoutingRule& rule,
+                 const RoutingConditions& conditions);
 
 }  // namespace anabranch

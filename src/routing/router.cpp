@@ -79,7 +79,7 @@ Routing sinkhorn(const torch::Tensor& x, const torch::Tensor& weight, const MoEO
   conditions.expert_bias =
       RoutingKernels::on(logits.device())
           .sinkhorn_bias(logits.detach().contiguous(), contiguous_or_none(conditions.padding_mask));
-  return route_by_biased_logits(logits, rule, conditions);
+  return route_by(Choice::kByBiasedLogits, logits, rule, conditions);
 }
 
 /// In training experts choose: [T, E] ids. A choice that is given has as many places for a token as it has.
@@ -108,7 +108,7 @@ Routing expert_choice(const torch::Tensor& x, const torch::Tensor& weight,
     return route(logits, rule, conditions);
   }
   conditions.expert_ids = own;
-  return route_chosen(logits, rule, conditions);
+  return route_by(Choice::kMade, logits, rule, conditions);
 }
 
 /// [T, top_k] the experts that nobody has chosen by their scores.

@@ -90,9 +90,13 @@ struct PeerExchange::Retired {
   std::vector<std::pair<int, std::byte*>> mapped;
 
   /// Whether nothing is left to do.
-  bool end() {
+  bool end() noexcept {
     if (!own->goodbyes->all_have_left()) return false;
-    own->unmap(mapped);
+    try {
+      own->unmap(mapped);
+    } catch (const std::runtime_error&) {
+      return false;  // the GPU has failed: its next user will be told
+    }
     return own->goodbyes->all_have_unmapped();
   }
 
