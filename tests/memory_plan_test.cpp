@@ -36,18 +36,35 @@ MoEOptions options_of(torch::Dtype dtype) {
   return options;
 }
 
+/// Tokens [T, h], fp32, that choose every expert as often as the others, each token its own at random: of E tokens
+/// one after another the t-th is the sum of the router's vectors of experts t + d mod E, for top_k offsets d. Of
+/// random tokens a part's experts would now and then have a fifth more rows than the plan can know of.
+torch::Tensor evenly_choosing(Random& random, const torch::Tensor& router, int64_t tokens,
+                              int64_t top_k) {
+  const int64_t num_experts = router.size(0);
+  const auto directions = router / router.norm(2, 1, true);
+  std::vector<torch::Tensor> blocks;
+  for (int64_t first = 0; first < tokens; first += num_experts) {
+    const auto t = torch::arange(first, std::min(first + num_experts, tokens));
+    const auto offsets = random.permutation(num_experts).narrow(0, 0, top_k);
+    const auto ids = (t.unsqueeze(1) + offsets).remainder(num_experts);  // [<= E, top_k]
+    blocks.push_back(directions.index_select(0, ids.flatten()).view({t.size(0), top_k, -1}).sum(1));
+  }
+  return torch::cat(blocks);
+}
+
 /// Of the second step of a layer: in the first, kernels and libraries find what they keep.
 Measured measure(const MoEOptions& options, int64_t tokens, Random& random) {
   Measured found;
   MemoryMeter meter(options.device);
   MoELayer layer(options, world());
   found.parameters = meter.alive();
-  const auto draw = [&] {
-    return random.normal({tokens, options.hidden_size}, torch::kFloat32)
-        .to(options.device, options.dtype);
+  const auto router = layer->named_parameters()["router.weight"].detach().cpu().to(torch::kFloat32);
+  const auto to_device = [&](const torch::Tensor& values) {
+    return values.to(options.device, options.dtype);
   };
-  const auto x = draw().requires_grad_();
-  const auto dy = draw();
+  const auto x = to_device(evenly_choosing(random, router, tokens, options.top_k)).requires_grad_();
+  const auto dy = to_device(random.normal({tokens, options.hidden_size}, torch::kFloat32));
   layer->forward(x).output.backward(dy);
   layer->zero_grad();
   x.mutable_grad() = torch::Tensor();
