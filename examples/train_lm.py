@@ -3,6 +3,7 @@
 
 Alone, or data parallel with the experts spread over the ranks:
 
+    anabranch train -n 2 --data FILE      # of the installed package; without -n on one rank
     python examples/train_lm.py --data FILE
     torchrun --nproc-per-node 2 examples/train_lm.py --data FILE --fsdp
     mpirun -n 2 python examples/train_lm.py --data FILE
@@ -15,6 +16,7 @@ them. DIR also holds TensorBoard's files. (Checkpoints and a sample of text: the
 import argparse
 import json
 import math
+import os
 import sys
 import time
 
@@ -198,7 +200,8 @@ def train(options, world):
 
 
 def options_of(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    name = os.environ.get("ANABRANCH_PROGRAM")  # of this program, where another starts it
+    parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="token files, any other file, or synthetic:V")
     parser.add_argument("--preset", choices=PRESETS, help="a published model; other options change it")
     parser.add_argument("--compile", default="none", metavar="BACKEND", help="torch.compile of the dense part: inductor")

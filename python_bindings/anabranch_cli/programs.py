@@ -30,7 +30,7 @@ def script_of(name: str) -> Path:
 
 
 def run(name: str, arguments: list[str]) -> int:
-    """In a process of its own, whose exit code is returned."""
+    """In a process of its own, which is told the name it goes by, and whose exit code is returned."""
     missing = [package for package in SCRIPTS[name][1] if importlib.util.find_spec(package) is None]
     if missing:
         raise Problem(f"anabranch {name} needs {', '.join(missing)}: pip install 'anabranch[programs]'")
@@ -42,4 +42,5 @@ def run(name: str, arguments: list[str]) -> int:
         arguments = arguments[2:]
     path = os.pathsep.join(part for part in sys.path if part)  # a package that was found through PYTHONPATH, also
     command = [*launcher, str(script_of(name)), *arguments]
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
+    environment = {**os.environ, "PYTHONPATH": path, "ANABRANCH_PROGRAM": f"anabranch {name}"}
+    return subprocess.run(command, env=environment, check=False).returncode

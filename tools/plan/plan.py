@@ -14,6 +14,7 @@ what is not, and how far its predictions were off. Machines and models: tools/pl
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ import routing
 from machine import Refused, machine_from, read_machine, read_model
 from timeline import Layout, Planner
 
+NAME = os.environ.get("ANABRANCH_PROGRAM", "anabranch-plan")
 HERE = Path(__file__).resolve().parent
 STDOUT = object()
 ROOT = HERE.parents[1]
@@ -188,9 +190,7 @@ def numbers(text):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="anabranch-plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name, run, text, machine=HERE / "machines/h100_infiniband.json"):
@@ -244,7 +244,7 @@ def main(argv=None):
     try:
         arguments.run(arguments)
     except Refused as problem:
-        print(f"anabranch-plan: {problem}", file=sys.stderr)
+        print(f"{NAME}: {problem}", file=sys.stderr)
         return 2
     return 0
 

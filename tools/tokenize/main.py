@@ -26,6 +26,7 @@ from text import Refused, parts_of, pieces_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+NAME = os.environ.get("ANABRANCH_PROGRAM", "anabranch-tokenize")
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 
@@ -165,7 +166,7 @@ def tokenize(options):
 
 def main():
     kind = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("anabranch-tokenize", description=__doc__, formatter_class=kind)
+    parser = argparse.ArgumentParser(NAME, description=__doc__, formatter_class=kind)
     add = parser.add_argument
     add("files", nargs="+", type=Path, metavar="FILE", help="text, or .jsonl; either may be compressed (.gz)")
     add("--output", required=True, type=Path, metavar="DIR", help="for all that is written")
@@ -189,9 +190,9 @@ def main():
     try:
         tokenize(options)
     except (Refused, OSError) as error:
-        sys.exit(f"anabranch-tokenize: {error}")
+        sys.exit(f"{NAME}: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nanabranch-tokenize: interrupted; the same command goes on from here")
+        sys.exit(f"\n{NAME}: interrupted; the same command goes on from here")
 
 
 if __name__ == "__main__":

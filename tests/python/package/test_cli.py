@@ -208,8 +208,9 @@ def test_bench(shown, what):
 def test_programs_get_their_options_and_their_exit_code_comes_back():
     start = [sys.executable, "-m", "anabranch_cli"]
     for command, code, words in (
-        (["plan", "layouts", "--gpus", "7,x"], 2, "is no list of numbers"),
-        (["tokenize", "--help"], 0, "--vocabulary"),
+        (["plan", "layouts", "--gpus", "7,x"], 2, "anabranch plan layouts: error: argument --gpus: '7,x' is no list of numbers"),
+        (["tokenize", "--help"], 0, "usage: anabranch tokenize "),
+        (["train"], 2, "usage: anabranch train "),
         (["train", "-n", "none"], 2, "number of ranks"),
     ):
         result = subprocess.run([*start, *command], capture_output=True, text=True, check=False)
