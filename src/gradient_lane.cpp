@@ -55,11 +55,14 @@ GradientLane::~GradientLane() {
   if (working_.valid()) working_.wait();
 }
 
-void GradientLane::begin(size_t messages, bool beside) {
+void GradientLane::begin(size_t messages, Calls calls) {
+  if (!averaged_.empty()) join();  // of a step that has failed: what it reads is free then
+  calls_ = calls;
   slots_ = std::vector<Slot>(messages);
   averaged_.clear();
   summed_ = 0;
-  if (beside && messages > 0) {
+  failure_ = nullptr;
+  if (calls == Calls::kByAThread && messages > 0) {
     working_ = std::async(std::launch::async, [this] {
       use_one_thread();
       work();
@@ -78,10 +81,10 @@ void GradientLane::send(size_t message, std::vector<torch::Tensor> gradients) {
     slot.is_complete = true;
   }
   changed_.notify_all();
+  if (calls_ == Calls::kInOrder) average_complete();
 }
 
 void GradientLane::work() {
-  const at::NoGradGuard no_grad;
   for (auto& slot : slots_) {
     {
       std::unique_lock lock(mutex_);
@@ -89,11 +92,23 @@ void GradientLane::work() {
       if (!slot.is_complete) return;
     }
     average(slot);
-    ++summed_;
+  }
+}
+
+/// Those whose turn it is. What fails is `end`'s to throw: the backward that completes a message goes on.
+void GradientLane::average_complete() {
+  try {
+    while (failure_ == nullptr && averaged_.size() < slots_.size() &&
+           slots_[averaged_.size()].is_complete) {
+      average(slots_[averaged_.size()]);
+    }
+  } catch (const std::exception&) {
+    failure_ = std::current_exception();
   }
 }
 
 void GradientLane::average(Slot& slot) {
+  const at::NoGradGuard no_grad;
   const auto device = slot.gradients.front().device();
   if (!device.is_cpu()) {
     if (!stream_) {
@@ -106,22 +121,28 @@ void GradientLane::average(Slot& slot) {
   const c10::OptionalStreamGuard guard(stream_);
   averaged_.emplace_back(std::move(slot.gradients));
   averaged_.back().average(*communicator_, divisor_);
+  ++summed_;
 }
 
 void GradientLane::end() {
   if (working_.valid()) {
     working_.get();
   } else {
-    work();
+    average_complete();
+    if (failure_ != nullptr) std::rethrow_exception(failure_);
   }
-  if (stream_) {
-    NotedStreams done;
-    {
-      const c10::StreamGuard guard(*stream_);
-      done.note(stream_->device());
-    }
-    done.block(current_stream(stream_->device()));
+  join();
+}
+
+/// Orders the current stream behind the lane's.
+void GradientLane::join() {
+  if (!stream_) return;
+  NotedStreams done;
+  {
+    const c10::StreamGuard guard(*stream_);
+    done.note(stream_->device());
   }
+  done.block(current_stream(stream_->device()));
 }
 
 void GradientLane::bring_back() {

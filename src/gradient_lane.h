@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <future>
 #include <memory>
 #include <mutex>
@@ -28,11 +29,22 @@ class NotedStreams {
   std::vector<std::pair<c10::Stream, c10::Event>> noted_;
 };
 
-/// Averages a step's messages over one communicator, each when it is complete and all before it are done: on a
-/// GPU on a stream of its own; beside the caller on a thread, otherwise in `end`. Its calls are made by one
-/// thread at a time.
+/// Averages a step's messages over one communicator, each when it is complete and all before it are done, on a GPU
+/// on a stream of its own. Its calls are made by one thread at a time.
 class GradientLane {
  public:
+  /// Who makes the communicator's calls, and when.
+  enum class Calls {
+    kInEnd,
+    /// Where the host waits in them.
+    kByAThread,
+    /// By whoever completes a message: as a GPU's calls only launch. They come in one order with the other calls of a
+    /// backward then, which is every rank's. By a thread they might not, and CUDA promises no progress to kernels
+    /// that wait for one another in two orders: streams may share a queue, and loading a kernel or allocating
+    /// memory may wait for those that run.
+    kInOrder
+  };
+
   /// The communicator is used by nobody else.
   GradientLane(std::shared_ptr<Communicator> communicator, int64_t divisor);
   /// Gives up messages that are not complete, and waits for what is under way.
@@ -43,13 +55,13 @@ class GradientLane {
   int size() const { return communicator_->size(); }
 
   /// A step of so many messages.
-  void begin(size_t messages, bool beside);
+  void begin(size_t messages, Calls calls);
   /// The `message`th will hold a gradient that is final in the current stream's order.
   void note(size_t message, c10::Device device);
   /// The `message`th is complete: these gradients, which stay as they are until `end`.
   void send(size_t message, std::vector<torch::Tensor> gradients);
-  /// Waits on the host until all messages have been averaged or are on their stream, and orders the current stream behind them. Throws what has
-  /// failed.
+  /// All messages are complete. Waits on the host until they have been averaged or are on their stream, and orders
+  /// the current stream behind them. Throws what has failed.
   void end();
   /// Gradients become what has been averaged. After `end`.
   void bring_back();
@@ -63,14 +75,18 @@ class GradientLane {
     bool is_complete = false;
   };
   void work();
+  void average_complete();
   void average(Slot& slot);
+  void join();
 
   std::shared_ptr<Communicator> communicator_;
   int64_t divisor_;
   std::optional<c10::Stream> stream_;  ///< once a message is on a GPU
+  Calls calls_ = Calls::kInEnd;
   std::vector<Slot> slots_;
   std::vector<MeanMessage> averaged_;
-  std::mutex mutex_;  ///< guards is_complete and given_up_
+  std::exception_ptr failure_;  ///< of a call in order
+  std::mutex mutex_;            ///< guards is_complete and given_up_
   std::condition_variable changed_;
   bool given_up_ = false;
   std::atomic<int64_t> summed_ = 0;

@@ -42,10 +42,10 @@ struct Way {
   Way(std::shared_ptr<Communicator> communicator, int64_t divisor, std::vector<Bucket> messages)
       : lane(std::move(communicator), divisor), messages(std::move(messages)) {}
 
-  void begin(bool beside) {
+  void begin(GradientLane::Calls calls) {
     missing.clear();
     for (const auto& members : messages) missing.push_back(members.size());
-    lane.begin(messages.size(), beside);
+    lane.begin(messages.size(), calls);
   }
 
   GradientLane lane;
@@ -84,7 +84,7 @@ class GradientReducer::Step {
   };
 
   std::unique_ptr<Way> way(bool of_experts, Communicator& group, int64_t bucket_bytes);
-  bool sums_beside_backward() const;
+  GradientLane::Calls calls() const;
   void add_hooks();
   void remove_hooks();
   void after_accumulation(size_t member);
@@ -97,7 +97,6 @@ class GradientReducer::Step {
 
   int64_t ranks_;
   bool has_independent_lanes_;
-  int64_t steps_ = 0;  ///< finished
   std::vector<Member> members_;
   std::unique_ptr<Way> world_;     ///< none: a rank alone
   std::unique_ptr<Way> replicas_;  ///< none: each expert is held once
@@ -165,13 +164,12 @@ void GradientReducer::Step::remove_hooks() {
   }
 }
 
-/// On a GPU not in the first step: CUDA loads a kernel when it is first used, for which it waits for those that
-/// run; sums that wait for ranks which wait in this way, too, would never end.
-bool GradientReducer::Step::sums_beside_backward() const {
-  const bool on_gpu = std::any_of(members_.begin(), members_.end(), [](const auto& member) {
-    return !member.parameter.tensor.is_cpu();
+GradientLane::Calls GradientReducer::Step::calls() const {
+  if (!has_independent_lanes_) return GradientLane::Calls::kInEnd;
+  const bool on_cpu = std::all_of(members_.begin(), members_.end(), [](const auto& member) {
+    return member.parameter.tensor.is_cpu();
   });
-  return has_independent_lanes_ && (steps_ > 0 || !on_gpu);
+  return on_cpu ? GradientLane::Calls::kByAThread : GradientLane::Calls::kInOrder;
 }
 
 void GradientReducer::Step::start() {
@@ -188,7 +186,7 @@ void GradientReducer::Step::start() {
   }
   for (auto& member : members_) member.gradient.reset();
   for (auto* way : {world_.get(), replicas_.get()}) {
-    if (way != nullptr) way->begin(sums_beside_backward());
+    if (way != nullptr) way->begin(calls());
   }
   started_ = true;
 }
@@ -292,7 +290,6 @@ torch::Tensor GradientReducer::Step::finish(const std::vector<torch::Tensor>& be
   tell(not_finite, experts, replicated);
   mark_finished(experts);
   for (auto& member : members_) member.gradient.reset();
-  ++steps_;
   return not_finite;
 }
 

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "gradient_lane.h"
 #include "support/devices.h"
 #include "support/random.h"
 #include "support/thrown.h"
@@ -159,13 +160,6 @@ TEST(GradientReducer, SumsBesideBackward) {
     const auto& groups = parallel_groups(size);
     Model model(groups, torch::kFloat32);
     GradientReducer reducer(model, groups, /*bucket_bytes=*/1);
-    if (device().is_cuda()) {  // whose first step loads kernels
-      reducer.start();
-      backward(model, 0, 1, torch::kFloat32);
-      reducer.finish();
-      EXPECT_GE(reducer.summed(), 2);
-      model.zero_grad();
-    }
     reducer.start();
     // Weight and bias of the last projection, and what of the layer has no tokens to wait for.
     int64_t summed = 0;
@@ -179,6 +173,40 @@ TEST(GradientReducer, SumsBesideBackward) {
     reducer.finish();
     EXPECT_GE(summed, 2);
   }
+}
+
+// As on a GPU, whichever message is complete first.
+TEST(GradientLane, CallsInOrder) {
+  GradientLane lane(world()->split(0, world()->rank()), /*divisor=*/world()->size());
+  std::vector<torch::Tensor> gradients;
+  for (int message = 0; message < 3; ++message) {
+    gradients.push_back(on_device(torch::full({2}, 10.0 * message + world()->rank())));
+  }
+  for (int step = 0; step < 2; ++step) {
+    lane.begin(gradients.size(), GradientLane::Calls::kInOrder);
+    lane.send(1, {gradients[1]});
+    EXPECT_EQ(lane.summed(), 0);
+    lane.send(0, {gradients[0]});
+    EXPECT_EQ(lane.summed(), 2);
+    lane.send(2, {gradients[2]});
+    EXPECT_EQ(lane.summed(), 3);
+    lane.end();
+    lane.bring_back();
+    for (int message = 0; message < 3; ++message) {
+      const double mean = 10.0 * message + 0.5 * (world()->size() - 1);
+      EXPECT_TRUE((gradients[message] == mean).all().item<bool>()) << gradients[message];
+    }
+  }
+}
+
+// A backward that completes a message is not the one to fail.
+TEST(GradientLane, TellsInEndWhatHasFailed) {
+  GradientLane lane(world()->split(0, world()->rank()), /*divisor=*/1);
+  lane.begin(2, GradientLane::Calls::kInOrder);
+  lane.send(0, {on_device(torch::ones({2}, torch::kBool))});  // which no communicator sums
+  lane.send(1, {on_device(torch::ones({2}))});
+  EXPECT_EQ(lane.summed(), 0);
+  EXPECT_INPUT_ERROR(lane.end(), "cannot sum");
 }
 
 TEST(GradientReducer, TakesMainGradients) {

@@ -26,8 +26,7 @@ class GradientReducer:
 
     Gradients become those of `finish_gradients`, bit for bit. Messages go in one order on all ranks, from the last
     parameters of the model to the first; what a rank's backward does not reach, and what is behind it, goes in `finish`.
-    On a GPU all goes in `finish` in the first step, in which CUDA loads kernels; over groups that move a GPU's memory by
-    torch's NCCL, whose calls come in one order, in every step.
+    So does all over groups that move a GPU's memory by torch's NCCL, whose calls come in one order.
 
     Args:
         model: as `finish_gradients` takes it, but for experts that are DTensors. Its parameters that require gradients
