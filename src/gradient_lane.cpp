@@ -55,14 +55,14 @@ GradientLane::~GradientLane() {
   if (working_.valid()) working_.wait();
 }
 
-void GradientLane::begin(size_t messages, Calls calls) {
+void GradientLane::begin(size_t messages, Caller caller) {
   if (!averaged_.empty()) join();  // of a step that has failed: what it reads is free then
-  calls_ = calls;
+  caller_ = caller;
   slots_ = std::vector<Slot>(messages);
   averaged_.clear();
   summed_ = 0;
   failure_ = nullptr;
-  if (calls == Calls::kByAThread && messages > 0) {
+  if (caller == Caller::kThread && messages > 0) {
     working_ = std::async(std::launch::async, [this] {
       use_one_thread();
       work();
@@ -81,7 +81,7 @@ void GradientLane::send(size_t message, std::vector<torch::Tensor> gradients) {
     slot.is_complete = true;
   }
   changed_.notify_all();
-  if (calls_ == Calls::kInOrder) average_complete();
+  if (caller_ == Caller::kSend) average_complete();
 }
 
 void GradientLane::work() {

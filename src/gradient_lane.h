@@ -33,16 +33,11 @@ class NotedStreams {
 /// on a stream of its own. Its calls are made by one thread at a time.
 class GradientLane {
  public:
-  /// Who makes the communicator's calls, and when.
-  enum class Calls {
-    kInEnd,
-    /// Where the host waits in them.
-    kByAThread,
-    /// By whoever completes a message: as a GPU's calls only launch. They come in one order with the other calls of a
-    /// backward then, which is every rank's. By a thread they might not, and CUDA promises no progress to kernels
-    /// that wait for one another in two orders: streams may share a queue, and loading a kernel or allocating
-    /// memory may wait for those that run.
-    kInOrder
+  /// Who makes the communicator's calls.
+  enum class Caller {
+    kEnd,
+    kThread,  ///< beside who completes the messages
+    kSend,    ///< in its order with their other calls
   };
 
   /// The communicator is used by nobody else.
@@ -55,7 +50,7 @@ class GradientLane {
   int size() const { return communicator_->size(); }
 
   /// A step of so many messages.
-  void begin(size_t messages, Calls calls);
+  void begin(size_t messages, Caller caller);
   /// The `message`th will hold a gradient that is final in the current stream's order.
   void note(size_t message, c10::Device device);
   /// The `message`th is complete: these gradients, which stay as they are until `end`.
@@ -82,10 +77,10 @@ class GradientLane {
   std::shared_ptr<Communicator> communicator_;
   int64_t divisor_;
   std::optional<c10::Stream> stream_;  ///< once a message is on a GPU
-  Calls calls_ = Calls::kInEnd;
+  Caller caller_ = Caller::kEnd;
   std::vector<Slot> slots_;
   std::vector<MeanMessage> averaged_;
-  std::exception_ptr failure_;  ///< of a call in order
+  std::exception_ptr failure_;  ///< of a call in `send`
   std::mutex mutex_;            ///< guards is_complete and given_up_
   std::condition_variable changed_;
   bool given_up_ = false;

@@ -42,10 +42,10 @@ struct Way {
   Way(std::shared_ptr<Communicator> communicator, int64_t divisor, std::vector<Bucket> messages)
       : lane(std::move(communicator), divisor), messages(std::move(messages)) {}
 
-  void begin(GradientLane::Calls calls) {
+  void begin(GradientLane::Caller caller) {
     missing.clear();
     for (const auto& members : messages) missing.push_back(members.size());
-    lane.begin(messages.size(), calls);
+    lane.begin(messages.size(), caller);
   }
 
   GradientLane lane;
@@ -57,6 +57,24 @@ struct Place {
   Way* way = nullptr;  ///< none: nothing is summed
   size_t message = 0;
 };
+
+/// Of sums over a group split from `world`, beside a backward that calls `world` and other groups of its.
+GradientLane::Caller caller_beside(const std::vector<ParallelParameter>& parameters,
+                                   const Communicator& world) {
+  auto order = SplitOrder::kAny;
+  for (const auto& parameter : parameters) {
+    order = std::max(order, world.split_order(parameter.tensor.device()));
+  }
+  switch (order) {
+    case SplitOrder::kAny:
+      return GradientLane::Caller::kThread;
+    case SplitOrder::kBestOne:
+      return GradientLane::Caller::kSend;
+    case SplitOrder::kOne:
+      break;  // ranks may differ in which gradients backward reaches
+  }
+  return GradientLane::Caller::kEnd;
+}
 
 }  // namespace
 
@@ -84,7 +102,6 @@ class GradientReducer::Step {
   };
 
   std::unique_ptr<Way> way(bool of_experts, Communicator& group, int64_t bucket_bytes);
-  GradientLane::Calls calls() const;
   void add_hooks();
   void remove_hooks();
   void after_accumulation(size_t member);
@@ -96,7 +113,7 @@ class GradientReducer::Step {
   void bring_back(const std::vector<torch::Tensor>& experts);
 
   int64_t ranks_;
-  bool has_independent_lanes_;
+  GradientLane::Caller caller_;
   std::vector<Member> members_;
   std::unique_ptr<Way> world_;     ///< none: a rank alone
   std::unique_ptr<Way> replicas_;  ///< none: each expert is held once
@@ -106,11 +123,7 @@ class GradientReducer::Step {
 
 GradientReducer::Step::Step(std::vector<ParallelParameter> parameters, Communicator& world,
                             Communicator& expert_replicas, int64_t bucket_bytes)
-    : ranks_(world.size()),
-      has_independent_lanes_(
-          std::all_of(parameters.begin(), parameters.end(), [&](const auto& parameter) {
-            return world.splits_are_independent(parameter.tensor.device());
-          })) {
+    : ranks_(world.size()), caller_(caller_beside(parameters, world)) {
   check_input(bucket_bytes > 0, "bucket_bytes must be positive, got ", bucket_bytes);
   for (auto& parameter : parameters) {
     check_input(parameter.tensor.is_leaf() && parameter.tensor.requires_grad(),
@@ -164,14 +177,6 @@ void GradientReducer::Step::remove_hooks() {
   }
 }
 
-GradientLane::Calls GradientReducer::Step::calls() const {
-  if (!has_independent_lanes_) return GradientLane::Calls::kInEnd;
-  const bool on_cpu = std::all_of(members_.begin(), members_.end(), [](const auto& member) {
-    return member.parameter.tensor.is_cpu();
-  });
-  return on_cpu ? GradientLane::Calls::kByAThread : GradientLane::Calls::kInOrder;
-}
-
 void GradientReducer::Step::start() {
   check_input(!started_,
               "GradientReducer: start again before finish, which goes between, also after "
@@ -186,7 +191,7 @@ void GradientReducer::Step::start() {
   }
   for (auto& member : members_) member.gradient.reset();
   for (auto* way : {world_.get(), replicas_.get()}) {
-    if (way != nullptr) way->begin(calls());
+    if (way != nullptr) way->begin(caller_);
   }
   started_ = true;
 }

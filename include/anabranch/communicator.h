@@ -98,6 +98,15 @@ class Pending {
   virtual void run_in_background() {}
 };
 
+/// In which order ranks may call a group and others that were split from it, each group's own calls being in one.
+enum class SplitOrder {
+  kAny,  ///< by several threads, in another order on each rank
+  /// Best in the same: calls launch kernels, and of two that wait for other ranks' in two orders CUDA promises no
+  /// progress. Streams may share a queue, and loading a kernel or allocating memory may wait for those that run.
+  kBestOne,
+  kOne,  ///< in the same: they are calls of one group underneath
+};
+
 /// A group of ranks that can exchange tensors.
 ///
 /// Every rank of the group calls every collective, in the same order, whatever it holds. The public
@@ -140,9 +149,8 @@ class Communicator {
   /// stream. To be called when the host has waited for that stream, before it uses what came.
   virtual void check() {}
 
-  /// Whether a group split from this one may be used by another thread while this one is, with tensors on
-  /// `device`, their calls in another order on each rank.
-  virtual bool splits_are_independent(torch::Device /*device*/) const { return true; }
+  /// In which order the ranks call this group and those split from it, with tensors on `device`.
+  virtual SplitOrder split_order(torch::Device /*device*/) const { return SplitOrder::kAny; }
 
   const Traffic& traffic() const noexcept { return traffic_; }
   void reset_traffic() noexcept { traffic_ = {}; }

@@ -8,8 +8,8 @@
 namespace anabranch {
 
 /// finish_gradients, of which the sums run beside the backward that makes the gradients: each message goes
-/// as soon as its gradients are there, by a thread of its own or, on a GPU, launched by backward's on a stream of
-/// its own. Once for a model, then in every step:
+/// as soon as its gradients are there, by a thread of its own or, where its calls launch kernels, by backward's on a
+/// stream of its own. Once for a model, then in every step:
 ///
 ///     loss.backward();   // of all micro-batches but the last
 ///     reducer.start();
@@ -19,7 +19,7 @@ namespace anabranch {
 /// Gradients become, bit for bit, those of finish_gradients with the same `bucket_bytes`. All ranks send
 /// messages in one order, from the last registered parameters to the first; one whose parameter this rank's
 /// backward does not reach, and those behind it, go in `finish`. So do all over process groups whose backend for
-/// GPUs is NCCL, which has one order of calls (Communicator::splits_are_independent).
+/// GPUs is NCCL, which has one order of calls (Communicator::split_order).
 class GradientReducer {
  public:
   /// Of the parameters that require gradients now. Collective over the world, of which it makes groups of its

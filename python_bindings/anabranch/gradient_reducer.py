@@ -26,7 +26,7 @@ class GradientReducer:
 
     Gradients become those of `finish_gradients`, bit for bit. Messages go in one order on all ranks, from the last
     parameters of the model to the first; what a rank's backward does not reach, and what is behind it, goes in `finish`.
-    So does all over groups that move a GPU's memory by torch's NCCL, whose calls come in one order.
+    So does all over groups that move a GPU's memory by torch's NCCL, which has one order of calls.
 
     Args:
         model: as `finish_gradients` takes it, but for experts that are DTensors. Its parameters that require gradients

@@ -40,9 +40,7 @@ class HierarchicalCommunicator final : public Communicator {
 
   std::string name() const override { return flat_->name(); }
   void check() override { flat_->check(); }
-  bool splits_are_independent(torch::Device device) const override {
-    return flat_->splits_are_independent(device);
-  }
+  SplitOrder split_order(torch::Device device) const override { return flat_->split_order(device); }
   const std::vector<AllToAllChoice>& choices() const { return choices_; }
 
  protected:

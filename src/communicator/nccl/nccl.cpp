@@ -74,6 +74,9 @@ class NcclCommunicator final : public Communicator {
   bool reads_counts_on(torch::Device device) const override {
     return device.is_cpu() || peers_ != nullptr;
   }
+  SplitOrder split_order(torch::Device device) const override {
+    return device.is_cpu() ? SplitOrder::kAny : SplitOrder::kBestOne;
+  }
   bool uses_peer_memory() const { return peers_ != nullptr; }
 
  protected:

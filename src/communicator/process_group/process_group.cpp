@@ -95,9 +95,9 @@ class ProcessGroupCommunicator final : public Communicator {
 
   std::string name() const override { return "process_group"; }
   void check() override;
-  /// NCCL's calls have no tags: those of one group come in one order.
-  bool splits_are_independent(torch::Device device) const override {
-    return group_->carrier(device).is_cpu();
+  /// NCCL's calls have no tags.
+  SplitOrder split_order(torch::Device device) const override {
+    return group_->carrier(device).is_cpu() ? SplitOrder::kAny : SplitOrder::kOne;
   }
 
  protected:
