@@ -9,6 +9,7 @@
 #include "support/devices.h"
 #include "support/layer_case.h"
 #include "support/placements.h"
+#include "support/step_limits.h"
 #include "support/thrown.h"
 #include "support/tolerance.h"
 #include "support/world.h"
@@ -16,64 +17,10 @@
 namespace anabranch::test {
 namespace {
 
-// What one step may err by, from the sizes of a case; see tolerance.h. Longest chain: gate (h), up
-// (h), down (n), the token's experts, and back; weight gradients also sum over the tokens. Rounded on
-// the way: hidden, with bias, activation, expert's result, with bias, partial sums, their sum, the
-// shared expert's share; backward rounds the gradients at the result, the activation, the hidden
-// values, the rows and their sums as well.
-class Limits {
- public:
-  Limits(const LayerCase& layer_case, Scale scale, int ranks)
-      : case_(layer_case), scale_(std::move(scale)) {
-    const auto& options = case_.options;
-    length_ = 4 * (2 * options.hidden_size + 2 * options.expert_hidden_size +
-                   options.shared_expert_hidden_size + options.num_experts + ranks) +
-              32;
-  }
-
-  double output(const torch::Tensor& expected) const {
-    return tolerance_of_stages(case_.options.dtype, length_, scale_.output + max_abs(expected), 8);
-  }
-  double dx(const torch::Tensor& expected) const {
-    return backward(scale_.dx + max_abs(expected) +
-                    max_abs(case_.parameters.at("router.weight")) * dlogits(1));
-  }
-  double dweights(const torch::Tensor& expected) const {
-    return backward(scale_.dweights + max_abs(expected));
-  }
-  double gradient(const std::string& name, const torch::Tensor& expected) const {
-    // What reaches the gate is a difference: its terms are larger than the result.
-    const double terms = name == "router.weight"
-                             ? dlogits(case_.tokens) * (1 + max_abs(case_.x.to(torch::kFloat64)))
-                             : 0.0;
-    return backward(scale_.gradients.at(name) + max_abs(expected) + terms);
-  }
-  double loss(const torch::Tensor& expected) const {
-    return tolerance(accumulation_type(case_.options.dtype), length_ + case_.tokens,
-                     1 + max_abs(expected));
-  }
-
- private:
-  double backward(double root_sum_square) const {
-    return tolerance_of_stages(case_.options.dtype, 2 * length_ + case_.tokens, root_sum_square,
-                               16);
-  }
-  // Independent errors of that many tokens' logits add up as their root. Auxiliary losses add terms
-  // of the order of 1.
-  double dlogits(int64_t tokens) const {
-    return (2 * scale_.dweights * case_.options.routing_scale + 1) *
-           std::sqrt(static_cast<double>(tokens));
-  }
-
-  const LayerCase& case_;
-  Scale scale_;  // its own: callers hand in what they have just computed
-  int64_t length_;
-};
-
 void expect_equals_reference(const LayerCase& layer_case, const Step& step,
                              const NamedTensors& gradients, const Expected& expected,
                              const std::vector<int64_t>& counts, int rank, int ranks) {
-  const Limits limits(layer_case, expected.scale, ranks);
+  const StepLimits limits(layer_case, expected.scale, ranks);
   const auto& result = expected.result;
   EXPECT_EQ(step.output.output.scalar_type(), layer_case.options.dtype);
   EXPECT_TRUE(
@@ -186,7 +133,7 @@ TEST_F(MoELayerTest, FinishedGradientsAreThoseOfTheMeanLoss) {
   auto layer = make_layer(layer_case, world_);
   run_step(layer, layer_case, layer_case.counts, rank_);
   finish_gradients(*layer, parallel_groups());
-  const Limits limits(layer_case, expected.scale, world_->size());
+  const StepLimits limits(layer_case, expected.scale, world_->size());
   for (const auto& parameter : layer->named_parameters()) {
     auto exact = expected.gradients.at(parameter.key()) / world_->size();
     if (parameter.key().rfind("experts.", 0) == 0) {
@@ -245,7 +192,7 @@ TEST_F(MoELayerTest, SkippedAssignmentsCostNothingAndChangeNothing) {
     const auto output = layer->forward(x, routing);
     (output.output * mine(layer_case.doutput)).sum().backward();
 
-    const Limits limits(layer_case, expected.scale, world_->size());
+    const StepLimits limits(layer_case, expected.scale, world_->size());
     EXPECT_TRUE(
         close(output.output, mine(expected.result.output), limits.output(expected.result.output)));
     EXPECT_TRUE(close(x.grad(), mine(expected.dx), limits.dx(expected.dx)));
@@ -285,7 +232,8 @@ TEST_F(MoELayerTest, GShardSendsSecondChoicesByChance) {
       {first, torch::where(second < 0, (first + 1).remainder(options.num_experts), second)}, 1);
   const auto expected = make_reference(layer_case.parameters, options)
                             .forward(x.cpu(), ids, routing.weights.detach().cpu());
-  const Limits limits(layer_case, run_reference(layer_case, world_->size()).scale, world_->size());
+  const StepLimits limits(layer_case, run_reference(layer_case, world_->size()).scale,
+                          world_->size());
   EXPECT_TRUE(close(output.output, expected.output, limits.output(expected.output)));
   const auto everywhere = [&](const torch::Tensor& sum) {
     return sum_over_ranks(*world_, sum.cpu().to(torch::kFloat64));
@@ -366,7 +314,7 @@ TEST_F(MoELayerTest, InputMayHaveAnyLeadingShapeAndStrides) {
   const auto flat = layer->forward(tokens).output.detach();
   // The same tokens in another order or number: a product of matrices may round otherwise.
   const auto scale = run_reference(layer_case, 1).scale;
-  const Limits limits(layer_case, scale, world_->size());
+  const StepLimits limits(layer_case, scale, world_->size());
   const auto expect_same = [&](const torch::Tensor& x, const torch::Tensor& expected) {
     auto leaf = x.detach().requires_grad_();
     const auto output = layer->forward(leaf).output;
@@ -413,7 +361,7 @@ TEST_F(MoELayerTest, InputNeedsNoGradient) {
   const auto output = layer->forward(x);
   loss_of(layer_case, output, shard(layer_case.doutput, layer_case.counts, rank_)).backward();
   EXPECT_FALSE(x.grad().defined());
-  const Limits limits(layer_case, expected.scale, world_->size());
+  const StepLimits limits(layer_case, expected.scale, world_->size());
   for (const auto& [name, gradient] : gather_gradients(layer, *world_)) {
     const auto& exact = expected.gradients.at(name);
     EXPECT_TRUE(close(gradient, exact, limits.gradient(name, exact))) << name;
@@ -426,7 +374,7 @@ TEST_F(MoELayerTest, FrozenParametersAndInputsMayDifferBetweenRanks) {
   options.dtype = torch::kFloat64;
   auto layer_case = small_case(options);
   const auto expected = run_reference(layer_case, world_->size());
-  const Limits limits(layer_case, expected.scale, world_->size());
+  const StepLimits limits(layer_case, expected.scale, world_->size());
   for (const std::string frozen : {"router", "experts.up_weight", "experts.down", "shared_expert",
                                    ""}) {  // "": all parameters
     SCOPED_TRACE("frozen: " + frozen);

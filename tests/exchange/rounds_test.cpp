@@ -10,6 +10,7 @@
 
 #include "support/devices.h"
 #include "support/layer_case.h"
+#include "support/memory_meter.h"
 #include "support/random_routing.h"
 #include "support/tolerance.h"
 #include "support/routing_case.h"
@@ -94,6 +95,71 @@ TEST(Rounds, GiveTheResultsOfOneInMoreCalls) {
     if (world()->size() > 1) {
       EXPECT_GT(more_calls, calls);
     }
+  }
+}
+
+/// Bytes of memory at most, in forward and backward of a step in which all tokens go to one rank's expert.
+struct Peaks {
+  int64_t forward = 0;
+  int64_t backward = 0;
+};
+
+/// Of the second step of a layer, in which `tokens` of each rank choose the last rank's expert.
+Peaks peaks_of(const MoEOptions& options, int64_t tokens) {
+  MoELayer layer(options, world());
+  const auto of_tokens = [&](int64_t width) { return torch::ones({tokens, width}); };
+  Peaks found;
+  for (int step = 0; step < 2; ++step) {
+    layer->zero_grad();
+    const auto x = of_tokens(options.hidden_size).requires_grad_();
+    const auto dy = of_tokens(options.hidden_size);
+    Routing routing;
+    routing.weights = of_tokens(1).requires_grad_();
+    routing.expert_ids = torch::full({tokens, 1}, options.num_experts - 1, torch::kLong);
+    MemoryMeter meter(options.device);
+    auto out = layer->forward(x, routing).output;
+    found.forward = meter.take_most();
+    out.backward(dy);
+    found.backward = meter.take_most();
+  }
+  return found;
+}
+
+/// What the last rank may have: of each row that is received at once what passes through an expert's products, of each
+/// assignment that is received in all indices alone, of each of its own tokens what comes back.
+TEST(Rounds, BoundTheMemoryOfTheRankThatAllTokensGoTo) {
+  ANABRANCH_NEEDS_RANKS(2);
+  if (device().is_cuda()) GTEST_SKIP() << "counted in the host's memory";
+  const int ranks = world()->size();
+  const bool receives = world()->rank() == ranks - 1;
+  MoEOptions options;
+  options.hidden_size = 128;
+  options.expert_hidden_size = 96;
+  options.num_experts = ranks;
+  options.top_k = 1;
+  options.renormalize = false;
+  options.engine = "deterministic";
+  constexpr int64_t kTokens = 320;
+  const int64_t limit = 16 * ranks;  // a twentieth of what comes
+  for (const bool has_tokens : {false, true}) {
+    const int64_t own = has_tokens || !receives ? kTokens : 0;
+    const int64_t received = kTokens * (ranks - 1) + own;
+    // Numbers of 4 bytes, of a row: x, dy, their copies by expert, results and sums; hidden, activation and both their
+    // gradients. Of a token: what comes back, its sum, and a gradient.
+    const int64_t row = 6 * options.hidden_size + 4 * options.expert_hidden_size;
+    const int64_t token = 4 * options.hidden_size;
+    const int64_t weights = 2 * options.hidden_size * options.expert_hidden_size;
+    constexpr int64_t kIndices = 2 * 24;  // of 8 bytes, of an assignment: less than half of a row
+    const auto allowed = 4 * (limit * row + own * token + received * kIndices + 2 * weights);
+    options.receive_rows_limit = limit;
+    const Peaks limited = peaks_of(options, own);
+    options.receive_rows_limit = 0;
+    const Peaks unlimited = peaks_of(options, own);
+    if (!receives) continue;
+    EXPECT_LE(limited.forward, allowed);
+    EXPECT_LE(limited.backward, allowed);
+    EXPECT_GT(unlimited.forward, allowed);
+    EXPECT_GT(unlimited.backward, allowed);
   }
 }
 
