@@ -1,29 +1,18 @@
 #include "gradient_lane.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "support/beside.h"
 
 namespace anabranch {
 namespace {
 
 c10::Stream current_stream(c10::Device device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
-}
-
-/// LibTorch's calls on this thread take no other: those that the program computes with have a team already.
-void use_one_thread() {
-  at::get_num_threads();  // the first call sets what is set here
-#ifdef _OPENMP
-  omp_set_num_threads(1);
-#endif
 }
 
 }  // namespace
@@ -63,10 +52,7 @@ void GradientLane::begin(size_t messages, Caller caller) {
   summed_ = 0;
   failure_ = nullptr;
   if (caller == Caller::kThread && messages > 0) {
-    working_ = std::async(std::launch::async, [this] {
-      use_one_thread();
-      work();
-    });
+    working_ = anabranch::beside([this] { work(); });
   }
 }
 

@@ -248,11 +248,11 @@ struct Lent {
 };
 
 /// Decides what travels. Where weights do, `plan` becomes that of the tokens that go to owners, and the others
-/// are returned. Collective.
+/// are returned. `beside`: weights travel while other things are done, where they can. Collective.
 std::optional<Lent> let_weights_travel(Balancer& balancer, const Exchange& exchange,
                                        const MoEParameters& parameters, const FeedForward& expert,
                                        const Routing& routing, const torch::Tensor& rows,
-                                       PendingPlan& plan) {
+                                       PendingPlan& plan, bool beside) {
   if (!balancer.is_on()) {
     return std::nullopt;
   }
@@ -263,10 +263,12 @@ std::optional<Lent> let_weights_travel(Balancer& balancer, const Exchange& excha
   if (loans.empty()) {
     return std::nullopt;
   }
+  auto lane = beside ? balancer.lane(communicator, rows.device()) : nullptr;
+  auto borrowed = borrow(parameters.experts, parameters.main_grad, loans, exchange, rows,
+                         routing.weights, std::move(lane));
   auto split = split_routing(routing, loans, exchange);
   plan = exchange.begin_plan(split.owned, rows);
-  return Lent{std::move(split), borrow(parameters.experts, parameters.main_grad, loans, exchange,
-                                       rows, routing.weights)};
+  return Lent{std::move(split), std::move(borrowed)};
 }
 
 /// As ThroughExperts, to the borrowers. `noted`: the rounds of the other tokens, which become the most of both.
@@ -438,8 +440,8 @@ MoEOutput MoEFunction::through_layer(const MoEParameters& parameters, const torc
     none.expert_load = source_counts;
     return none;
   });
-  const auto lent =
-      let_weights_travel(*balancer_, exchange_, parameters, expert, routing, rows, plan);
+  auto lent = let_weights_travel(*balancer_, exchange_, parameters, expert, routing, rows, plan,
+                                 /*beside=*/degree > 0);
   // Rows in one piece that nothing is left to compute beside set out while the plan is made.
   const bool with_plan =
       options_.receive_rows_limit == 0 && (degree == 0 || (degree == 1 && (!shared || ahead)));
@@ -470,10 +472,16 @@ MoEOutput MoEFunction::through_layer(const MoEParameters& parameters, const torc
     }
     y = ThroughExperts::apply(rows, weights, up.weight, down.weight, given(up.bias),
                               given(down.bias), step);
-    overlap_->note(way, /*backward=*/false, std::move(begin), tokens.device());
   }
-  if (lent.has_value() && lent->split.exchange.has_value()) {
-    y = y + through_borrowers(rows, *lent, expert, options_, overlap_, rounds);
+  const bool at_once = rounds == 1;
+  if (lent.has_value()) {
+    y = await_borrowed(y, lent->borrowed);
+    if (lent->split.exchange.has_value()) {
+      y = y + through_borrowers(rows, *lent, expert, options_, overlap_, rounds);
+    }
+  }
+  if (at_once) {
+    overlap_->note(way, /*backward=*/false, std::move(begin), tokens.device());
   }
   balancer_->note_rounds(rounds);
   if (latent) {

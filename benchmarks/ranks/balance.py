@@ -4,12 +4,14 @@
     benchmarks/ranks/balance.py                         # as root, on an idle machine; minutes
     benchmarks/ranks/balance.py --device cuda --ranks 2 # on the GPUs of this host
     benchmarks/ranks/balance.py --name gather --ways off gather auto --experts 2 --size 8192 256 128 1
+    benchmarks/ranks/balance.py --name weights_beside --ways off off/1 replicas replicas/1 --experts 8
 
 On CPUs virtual hosts of one rank each, one for each core, whose links a token bucket slows. Experts' popularity follows
 Zipf's law, or one of them takes all tokens. All ways take turns, several times, and medians count, so that what others
 do on the machine falls on all of them. Each time is also given as a multiple of that of balanced load whose tokens
 travel, and beside the planner's prediction, which knows the machine from other sizes, and the load; where every rank has
-a core or a GPU, as the planner knows nothing of cores that hosts share. Writes
+a core or a GPU, as the planner knows nothing of cores that hosts share. A way like "replicas/1" is one with
+MoEOptions::overlap: rows, and on CPUs weights too, travel beside products. The planner does not know of the latter. Writes
 benchmarks/results/balance.json and balance.md, or balance_gpu.json and .md, or those of another --name.
 """
 
@@ -72,8 +74,10 @@ def run(arguments, launcher, experts, options, idleness):
     cases = [(skew, way) for _ in range(arguments.turns) for skew in SKEWS for way in arguments.ways]
     for skew, way in tqdm(cases, desc=f"E {experts}", leave=False):
         before = idleness.slowdown()
+        balance, _, overlap = way.partition("/")
+        travel = {"balance": balance, "overlap": overlap or "off"}
         (record,) = calibrate.measure(
-            planner.PROGRAM, launcher, arguments.ranks, [size], arguments.rounds, skew, balance=way, **options
+            planner.PROGRAM, launcher, arguments.ranks, [size], arguments.rounds, skew, **travel, **options
         )
         record["slowdown"] = max(before, idleness.slowdown())
         counts[f"{skew:g}"] = record.pop("counts")  # the same in all ways and turns
@@ -130,9 +134,12 @@ class Table:
                 if record.get("lending_ms", 0) > 0:
                     plain = self.records[f"{skew:g} off"][-1]["bytes_sent"]
                     lending = self.milliseconds(skew, way, "lending_ms")
-                    lent = f"; of the step {lending:.1f} ms ({lending / self.milliseconds(skew, way):.0%}) are weights' and "
-                    lent += f"gradients' way; {record['bytes_sent'] / 1e6:.1f} MB are sent, and {plain / 1e6:.1f} where tokens travel"
-                yield f"- {name}: {record['explain']}{lent}\n"
+                    lent = f"; of the step {lending:.1f} ms ({lending / self.milliseconds(skew, way):.0%}) are "
+                    if record["overlap"] != "off":  # of other calls the bytes
+                        yield f"- {name}, {way}: {record['explain']}{lent}waiting for weights and gradients, and copying them\n"
+                        continue
+                    lent += f"weights' and gradients' way; {record['bytes_sent'] / 1e6:.1f} MB are sent, and {plain / 1e6:.1f} where tokens travel"
+                yield f"- {name}, {way}: {record['explain']}{lent}\n"
 
 
 def write(settings, calibration, provenance, file):
@@ -178,7 +185,7 @@ def main():
     parser.add_argument("--megabits", type=int, default=1000, help="of a virtual host's link, on CPUs")
     parser.add_argument("--experts", type=int, nargs="+", default=EXPERTS)
     parser.add_argument("--size", type=int, nargs=4, help="tokens of a rank, hidden, expert hidden, top-k")
-    parser.add_argument("--ways", nargs="+", default=WAYS, help="off, and others of MoEOptions::balance")
+    parser.add_argument("--ways", nargs="+", default=WAYS, help="off, and others of MoEOptions::balance, maybe with /N: overlap")
     parser.add_argument("--name", help="of the files")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each turn")
     parser.add_argument("--turns", type=int, default=3)

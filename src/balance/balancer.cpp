@@ -70,6 +70,12 @@ const LoanChoice& Balancer::choose(const torch::Tensor& counts, const FeedForwar
   return *choice_;
 }
 
+std::shared_ptr<Lane> Balancer::lane(Communicator& communicator, torch::Device device) {
+  if (!device.is_cpu() || communicator.split_order(device) != SplitOrder::kAny) return nullptr;
+  if (!lane_) lane_ = std::make_shared<Lane>(communicator);
+  return lane_;
+}
+
 namespace {
 
 /// "3 to ranks 0, 1; 7 to ranks 2"

@@ -1,9 +1,11 @@
 #pragma once
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 
+#include "balance/lane.h"
 #include "balance/loan_choice.h"
 #include "balance/rates.h"
 
@@ -35,6 +37,9 @@ class Balancer {
   /// For `counts` as Loads has them. Collective at the first step, which measures.
   const LoanChoice& choose(const torch::Tensor& counts, const FeedForward& expert,
                            const ExpertProjections& experts, Communicator& communicator);
+  /// By which weights travel beside what is computed, over ranks of `communicator`; null where they do not: on a GPU,
+  /// and where nothing may be under way beside its other calls. Collective at the first call, which makes it.
+  std::shared_ptr<Lane> lane(Communicator& communicator, torch::Device device);
   /// In how many rounds what travels did so.
   void note_rounds(int64_t rounds) { rounds_ = rounds; }
 
@@ -47,6 +52,7 @@ class Balancer {
   std::optional<Rates> rates_;
   std::optional<LoanChoice> choice_;
   int64_t rounds_ = 0;
+  std::shared_ptr<Lane> lane_;
 };
 
 }  // namespace anabranch

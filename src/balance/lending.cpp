@@ -11,6 +11,8 @@
 #include <c10/util/accumulate.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <functional>
+#include <future>
 #include <utility>
 
 #include "experts/feed_forward.h"
@@ -141,24 +143,29 @@ torch::Tensor side_by_side(ExpertProjections experts, const torch::Tensor& place
   return at::cat(flat, 1);
 }
 
-/// Of experts that are shaped as `like`.
-ExpertProjections apart(const torch::Tensor& flat, ExpertProjections like) {
-  ExpertProjections experts;
+/// Of `count` experts that are shaped as `like`.
+ExpertProjections empty_like(ExpertProjections like, int64_t count, torch::TensorOptions options) {
+  const auto empty = [&](torch::Tensor& of) {
+    if (!of.defined()) return;
+    auto sizes = of.sizes().vec();
+    sizes[0] = count;
+    of = at::empty(sizes, options);
+  };
+  std::apply([&](auto&... parameter) { (empty(parameter), ...); }, tensors_of(like));
+  return like;
+}
+
+/// The reverse of side_by_side.
+void take_apart(const torch::Tensor& flat, ExpertProjections into) {
   int64_t next = 0;
-  const auto take = [&](torch::Tensor& into, const torch::Tensor& shape) {
-    if (!shape.defined()) return;
-    auto sizes = shape.sizes().vec();
-    sizes[0] = flat.size(0);
+  const auto take = [&](const torch::Tensor& parameter) {
+    if (!parameter.defined()) return;
+    const auto sizes = parameter.sizes();
     const int64_t count = c10::multiply_integers(sizes.begin() + 1, sizes.end());
-    into = at::empty(sizes, flat.options());  // not a view: autograd takes it
-    into.view({flat.size(0), count}).copy_(flat.narrow(1, next, count));
+    parameter.view({flat.size(0), count}).copy_(flat.narrow(1, next, count));
     next += count;
   };
-  take(experts.up.weight, like.up.weight);
-  take(experts.up.bias, like.up.bias);
-  take(experts.down.weight, like.down.weight);
-  take(experts.down.bias, like.down.bias);
-  return experts;
+  std::apply([&](const auto&... parameter) { (take(parameter), ...); }, tensors_of(into));
 }
 
 /// As a function's arguments and results have them: the biases last, and where there are none neither.
@@ -175,12 +182,32 @@ ExpertProjections projections_of(const torch::Tensor* list, bool biases) {
           {list[1], biases ? list[3] : torch::Tensor()}};
 }
 
-/// What forward leaves for backward.
+/// A step's lent weights on their way, and what forward leaves for backward.
 struct Borrowing : torch::CustomClassHolder {
-  Borrowing(Exchange exchange, const std::vector<Loan>& loans, WeightSums main_grad)
+  Borrowing(Exchange exchange, const std::vector<Loan>& loans, WeightSums main_grad,
+            std::shared_ptr<Lane> lane)
       : exchange(std::move(exchange)),
-        lending(loans, this->exchange.placement(), this->exchange.communicator()),
+        lane(std::move(lane)),
+        lending(loans, this->exchange.placement(),
+                this->lane ? this->lane->communicator() : this->exchange.communicator()),
         main_grad(std::move(main_grad)) {}
+  ~Borrowing() override {
+    if (under_way.valid()) under_way.wait();  // it writes here
+  }
+  Borrowing(const Borrowing&) = delete;
+  Borrowing& operator=(const Borrowing&) = delete;
+
+  /// `way` to the end, or its begin.
+  void travel(std::function<void()> way) {
+    if (lane) {
+      under_way = lane->run(std::move(way));
+    } else {
+      way();
+    }
+  }
+  void wait() {
+    if (under_way.valid()) std::exchange(under_way, {}).get();
+  }
 
   /// The gradients of what was borrowed, unrounded. `biases`: those that autograd has, undefined where it has none.
   ExpertProjections terms(const torch::Tensor* biases) const {
@@ -197,10 +224,22 @@ struct Borrowing : torch::CustomClassHolder {
   }
 
   Exchange exchange;  // whose communicator lives as long
+  std::shared_ptr<Lane> lane;
   Lending lending;
   WeightSums main_grad;
   WeightSums sums;
+  torch::Tensor collected;  ///< [own, n] gradients that have come back, side by side
+  std::shared_future<void> under_way;
 };
+
+/// Which another thread may fill while autograd takes the tensors themselves.
+ExpertProjections detached(ExpertProjections experts) {
+  const auto detach = [](torch::Tensor& parameter) {
+    if (parameter.defined()) parameter = parameter.detach();
+  };
+  std::apply([&](auto&... parameter) { (detach(parameter), ...); }, tensors_of(experts));
+  return experts;
+}
 
 /// Own experts → the same, and those that are borrowed. What passes through here comes back here, so that backward
 /// adds to its gradients where they are. `rows` and `weights`, of which it reads nothing, have every rank take part that
@@ -214,8 +253,11 @@ struct Borrow : torch::autograd::Function<Borrow> {
                                const c10::intrusive_ptr<Borrowing>& borrowing) {
     const Stage named("anabranch.loans");
     const ExpertProjections own{projection(up_weight, up_bias), projection(down_weight, down_bias)};
-    const auto places = borrowing->lending.own(up_weight.device());
-    const auto brought = apart(borrowing->lending.lend(side_by_side(own, places)), own);
+    const auto& lending = borrowing->lending;
+    const auto lent = side_by_side(own, lending.own(up_weight.device()));
+    const auto brought = empty_like(own, lending.borrowed(), lent.options());
+    borrowing->travel(
+        [&lending, lent, into = detached(brought)] { take_apart(lending.lend(lent), into); });
     variable_list result = listed(own);
     context->save_for_backward(result);
     context->saved_data["borrowing"] = torch::IValue::make_capsule(borrowing);
@@ -233,12 +275,12 @@ struct Borrow : torch::autograd::Function<Borrow> {
         c10::static_intrusive_pointer_cast<Borrowing>(context->saved_data["borrowing"].toCapsule());
     const size_t count = parameters.size();
     const bool biases = count == 4;
-    const auto terms = borrowing->terms(biases ? &gradients[count + 2] : nullptr);
-    const auto all = at::arange(borrowing->lending.borrowed(),
-                                torch::dtype(at::kLong).device(parameters[0].device()));
-    const auto own = listed(apart(borrowing->lending.collect(side_by_side(terms, all)), terms));
-    borrowing->sums.up.zero_();  // for another backward of the same graph
-    borrowing->sums.down.zero_();
+    borrowing->wait();
+    const auto sums = std::exchange(borrowing->collected, {});
+    const auto like = projections_of(parameters.data(), biases);
+    const auto arrived = empty_like(like, sums.size(0), sums.options());
+    take_apart(sums, arrived);
+    const auto own = listed(arrived);
     const auto places = borrowing->lending.own(parameters[0].device());
     const variable_list main_grads = {borrowing->main_grad.up, borrowing->main_grad.down, {}, {}};
     variable_list result(7);
@@ -255,16 +297,53 @@ struct Borrow : torch::autograd::Function<Borrow> {
   }
 };
 
+/// What owners have computed, and borrowed experts → the same; and the way back of these experts' gradients.
+struct GiveBack : torch::autograd::Function<GiveBack> {
+  static variable_list forward(AutogradContext* context, const torch::Tensor& owned,
+                               const torch::Tensor& up_weight, const torch::Tensor& down_weight,
+                               const std::optional<torch::Tensor>& up_bias,
+                               const std::optional<torch::Tensor>& down_bias,
+                               const c10::intrusive_ptr<Borrowing>& borrowing) {
+    context->saved_data["borrowing"] = torch::IValue::make_capsule(borrowing);
+    context->set_materialize_grads(false);
+    variable_list result = {owned.detach()};  // of which who gets it may change the numbers
+    for (const auto& parameter :
+         listed({projection(up_weight, up_bias), projection(down_weight, down_bias)})) {
+      result.push_back(parameter);
+    }
+    return result;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    refuse_double_backward("MoELayer");
+    const torch::NoGradGuard no_grad;
+    const Stage named("anabranch.loans.backward");
+    const auto borrowing =
+        c10::static_intrusive_pointer_cast<Borrowing>(context->saved_data["borrowing"].toCapsule());
+    const auto terms = borrowing->terms(gradients.size() == 5 ? &gradients[3] : nullptr);
+    const auto all = at::arange(borrowing->lending.borrowed(),
+                                torch::dtype(at::kLong).device(borrowing->sums.up.device()));
+    borrowing->travel([to = borrowing.get(), found = side_by_side(terms, all)] {
+      to->collected = to->lending.collect(found);
+    });
+    borrowing->sums.up.zero_();  // for another backward of the same graph
+    borrowing->sums.down.zero_();
+    return {gradients[0], {}, {}, {}, {}, {}};
+  }
+};
+
 }  // namespace
 
 Borrowed borrow(const ExpertProjections& own, const WeightSums& main_grad,
                 const std::vector<Loan>& loans, const Exchange& exchange, const torch::Tensor& rows,
-                const torch::Tensor& weights) {
-  const auto borrowing = c10::make_intrusive<Borrowing>(exchange, loans, main_grad);
+                const torch::Tensor& weights, std::shared_ptr<Lane> lane) {
+  const auto borrowing =
+      c10::make_intrusive<Borrowing>(exchange, loans, main_grad, std::move(lane));
   const auto experts = Borrow::apply(own.up.weight, own.down.weight, given(own.up.bias),
                                      given(own.down.bias), rows, weights, borrowing);
   const bool biases = own.up.bias.defined();
   Borrowed borrowed;
+  borrowed.travel = borrowing;
   borrowed.own = projections_of(experts.data(), biases);
   // Of what is not trained a gradient is found, too, and comes to nothing: it is in no sum.
   const auto trained_sum = [](const torch::Tensor& weight, const torch::Tensor& sum) {
@@ -282,6 +361,16 @@ Borrowed borrow(const ExpertProjections& own, const WeightSums& main_grad,
     borrowing->sums = borrowed.sums = {sum_of(up.weight), sum_of(down.weight)};
   }
   return borrowed;
+}
+
+torch::Tensor await_borrowed(const torch::Tensor& owned, Borrowed& borrowed) {
+  const auto borrowing = c10::static_intrusive_pointer_cast<Borrowing>(borrowed.travel);
+  stage("anabranch.loans", [&] { borrowing->wait(); });
+  const auto& [up, down] = borrowed.experts;
+  const auto passed =
+      GiveBack::apply(owned, up.weight, down.weight, given(up.bias), given(down.bias), borrowing);
+  borrowed.experts = projections_of(&passed[1], up.bias.defined());
+  return passed[0];
 }
 
 }  // namespace anabranch

@@ -7,12 +7,16 @@
 
 #include <algorithm>
 #include <cmath>
+#include <future>
 #include <set>
+#include <stdexcept>
 #include <utility>
 
+#include "balance/lane.h"
 #include "balance/split_routing.h"
 #include "balance/loan_choice.h"
 #include "communicator/agreement.h"
+#include "support/collectives.h"
 #include "support/devices.h"
 #include "support/layer_case.h"
 #include "support/thrown.h"
@@ -250,6 +254,39 @@ TEST(Loans, OfShadowsSpareTheRowsTheirWay) {
     return bytes.item<int64_t>();
   };
   EXPECT_LT(bytes_of("shadow"), bytes_of("off") / 2);
+}
+
+/// By another group's calls than those of the rows, which do not wait for them.
+TEST(Loans, TravelBesideOtherCalls) {
+  ANABRANCH_NEEDS_RANKS(2);
+  if (!device().is_cpu() || world()->split_order(device()) != SplitOrder::kAny) {
+    GTEST_SKIP() << "they travel in turn";
+  }
+  Lane lane(*world());
+  std::promise<void> called;
+  auto sum = torch::ones({1});
+  const auto travel = lane.run([&, when = called.get_future().share()] {
+    when.wait();
+    lane.communicator().all_reduce(sum);
+  });
+  world()->barrier();
+  called.set_value();
+  travel.get();
+  EXPECT_EQ(sum.item<int64_t>(), world()->size());
+  EXPECT_THROW(lane.run([] { throw std::runtime_error("a peer"); }).get(), std::runtime_error);
+
+  Random random(test_seed());
+  auto layer_case = one_takes_all(random);
+  layer_case.options.balance = "replicas";
+  const auto bytes_of = [&](const std::string& overlap) {
+    layer_case.options.overlap = overlap;
+    auto layer = make_layer(layer_case, world());
+    world()->reset_traffic();
+    run_step(layer, layer_case, layer_case.counts, world()->rank());
+    return sum_over_ranks(*world(), static_cast<double>(world()->traffic().bytes_sent));
+  };
+  const double expert = 4 * (3 * 4 * 4 + 2 * 4 + 4);  // that goes once there and back, at least
+  EXPECT_GE(bytes_of("off") - bytes_of("1"), expert);
 }
 
 /// With all experts gathered no row travels, and with balanced load neither is anything computed elsewhere.
