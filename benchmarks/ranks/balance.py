@@ -205,7 +205,8 @@ def main():
     with launcher_of(arguments) as launcher:
         sizes = other_sizes(*arguments.size[:3]) if arguments.device == "cuda" or arguments.ranks <= planner.cores() else []
         for size in tqdm(sizes, desc="calibration", leave=False):
-            (record,) = calibrate.measure(planner.PROGRAM, launcher, arguments.ranks, [size], arguments.rounds, **options)
+            # Whose times a fit takes one by one: a size that others' work fell on would spoil all predictions.
+            (record,) = planner.measure_idle(idleness, launcher, arguments.ranks, [size], arguments.rounds, **options)
             record.pop("counts")
             calibration.append(record)
         for experts in arguments.experts:

@@ -78,15 +78,15 @@ def unsteady(record):
     return record["slowdown"] > BUSY or record["step_ms"] > UNEVEN * record["step_ms_least"]
 
 
-def measure_idle(idleness, launcher, ranks, sizes, rounds, skew=0.0, pause=5):
-    """calibrate.measure for each of `sizes`, again while the machine is busy."""
+def measure_idle(idleness, launcher, ranks, sizes, rounds, skew=0.0, pause=5, **more):
+    """calibrate.measure for each of `sizes`, with `more` options, again while the machine is busy."""
     found = []
     for size in sizes:
         attempts = []
         while not attempts or (unsteady(attempts[-1]) and len(attempts) < ATTEMPTS):
             time.sleep(pause if attempts else 0)
             before = idleness.slowdown()
-            (record,) = calibrate.measure(PROGRAM, launcher, ranks, [size], rounds, skew)
+            (record,) = calibrate.measure(PROGRAM, launcher, ranks, [size], rounds, skew, **more)
             attempts.append({**record, "slowdown": max(before, idleness.slowdown())})
         found.append(least_of(attempts))
     return found

@@ -17,6 +17,8 @@ GATHER_PASSES = 2.0
 # whether or not they have rows; of one that is lent, at its owner's and at each borrower's, on the way there or back.
 GRADIENT_PASSES = 3.0
 LENDING_PASSES = 8.0
+# Of the tokens' rows where owners and borrowers compute: zeros for tokens that one of both has none of, and their sum.
+JOIN_PASSES = 4.0
 # Of a token's row and of its attention's, around the dense part: norms, residuals, rotation, projections.
 HIDDEN_PASSES = 13.0
 ATTENTION_PASSES = 7.0
@@ -82,6 +84,7 @@ class Work:
     experts: numpy.ndarray  # [ranks] that have any of them
     local: numpy.ndarray  # [ranks] all that are there
     parts: int  # whose rows travel beside others' products
+    alone: bool = False  # all ranks compute their own tokens: rows are handed on as they are
 
 
 class LayerTimeline:
@@ -126,7 +129,7 @@ class LayerTimeline:
         used = numpy.bincount(loads.owner, weights=loads.left.sum(axis=0) > 0, minlength=self.ranks)
         self.works = [
             dataclasses.replace(all_owned, rows=left, assignments=owned.sum(axis=0), experts=used),
-            Work(rows, rows.sum(axis=0), self.borrowed, self.borrowed, parts=1),
+            Work(rows, rows.sum(axis=0), self.borrowed, self.borrowed, parts=1, alone=not (rows - numpy.diag(rows.diagonal())).any()),
         ]
         self.rows, self.assignments = left + rows, loads.computed.astype(float)
 
@@ -181,6 +184,9 @@ class LayerTimeline:
         for work in self.works:
             self._through(work, suffix, ready, factor)
             ready = numpy.maximum(self.compute_free, self.exchange_free)
+        if self.borrowers:
+            rows = JOIN_PASSES * self.model.tokens * self.model.hidden * self.model.bytes
+            self._compute(f"owners' and borrowers' rows{suffix}", rows / self.machine.copy, ready)
 
     def _through(self, work, suffix, ready, factor):
         """Parts in turn: while one part's experts compute, the next is dispatched and the last combined."""
@@ -221,7 +227,7 @@ class LayerTimeline:
 
     def _move(self, work):
         """Gathering rows to send them, or summing those that have come."""
-        if self.ranks == 1:
+        if self.ranks == 1 or work.alone:
             return 0.0
         moved = GATHER_PASSES * work.rows.sum(axis=1) * self.model.hidden * self.model.bytes
         return self.machine.stage + moved / work.parts / self.machine.copy
