@@ -26,9 +26,6 @@ using Choice = EngineChoices::Choice;
 /// To be raised whenever an engine comes, goes or becomes faster: older choices are then forgotten.
 constexpr int kEngines = 4;
 
-/// For the lock, which is held for milliseconds: longer, and its holder is gone or its server.
-constexpr std::chrono::seconds kPatience{2};
-
 std::filesystem::path cache_folder() {
   if (const char* named = std::getenv("ANABRANCH_CACHE_DIR")) {
     return named;
@@ -79,7 +76,10 @@ std::string engine_choices_file(torch::Device device) {
   return cache_folder() / c10::str("grouped_gemm-", kEngines, "-", machine_of(device), ".json");
 }
 
-EngineChoices::EngineChoices(std::string file) : file_(std::move(file)) { choices_ = read(); }
+EngineChoices::EngineChoices(std::string file, std::chrono::seconds patience)
+    : file_(std::move(file)), patience_(patience) {
+  choices_ = read();
+}
 
 std::optional<Choice> EngineChoices::find(const Product& product, const Able& able) const {
   const std::lock_guard lock(mutex_);
@@ -130,7 +130,7 @@ Choice EngineChoices::keep(const Product& product, const Choice& choice, const A
   if (choice.complete && !file_.empty()) {
     std::error_code error;
     std::filesystem::create_directories(std::filesystem::path(file_).parent_path(), error);
-    const FileLock file_lock(file_ + ".lock", kPatience);
+    const FileLock file_lock(file_ + ".lock", patience_);
     if (file_lock.held()) {
       Choices all = read();
       const auto there = all.find(product);

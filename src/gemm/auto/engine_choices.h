@@ -2,6 +2,7 @@
 
 #include <torch/types.h>
 
+#include <chrono>
 #include <functional>
 #include <map>
 #include <mutex>
@@ -21,7 +22,9 @@ class EngineChoices {
  public:
   /// Of this process alone.
   EngineChoices() = default;
-  explicit EngineChoices(std::string file);
+  /// `patience`: for the file's lock, which is held for milliseconds: longer, and its holder is gone or its
+  /// server.
+  explicit EngineChoices(std::string file, std::chrono::seconds patience = std::chrono::seconds{2});
 
   /// Milliseconds of each engine.
   using Times = std::map<std::string, double>;
@@ -60,6 +63,7 @@ class EngineChoices {
   void write(const Choices& choices) const;
 
   std::string file_;
+  std::chrono::seconds patience_{0};
   mutable std::mutex mutex_;
   Choices choices_;
 };
