@@ -117,13 +117,19 @@ class PlacedGradients : public ::testing::Test {
     }
   }
 
-  /// Those of the dense reference, a rank's own parts of them, and their norm.
-  void expect_mean_of_reference(const MoELayer& layer, const LayerCase& layer_case,
-                                const ParallelGroups& groups) const {
+  /// Output, dx and gradients of the dense reference, a rank's own parts of them, and their norm.
+  void expect_mean_of_reference(const Found& found, const MoELayer& layer,
+                                const LayerCase& layer_case, const ParallelGroups& groups) const {
     const double ranks = world_->size();
     const auto expected = run_reference(layer_case, world_->size());
     const StepLimits limits(layer_case, expected.scale, world_->size());
     const auto& options = layer_case.options;
+    const auto mine = [&](const torch::Tensor& all) {
+      return shard(all, layer_case.counts, rank_);
+    };
+    EXPECT_TRUE(close(found.tensors[0], mine(expected.result.output),
+                      limits.output(expected.result.output)));
+    EXPECT_TRUE(close(found.tensors[1], mine(expected.dx), limits.dx(expected.dx)));
     double squares = 0;
     double error = 0;  // of the norm, squared: at most that of the gradient
     for (const auto& parameter : parallel_parameters(*layer, groups)) {
@@ -177,7 +183,7 @@ class PlacedGradients : public ::testing::Test {
     const Found first = step(layer, layer_case, groups);
     lent_ += layer->explain().find("weights of experts travel") != std::string::npos ? 1 : 0;
     rounds_ += layer->explain().find(" rounds, as") != std::string::npos ? 1 : 0;
-    expect_mean_of_reference(layer, layer_case, groups);
+    expect_mean_of_reference(first, layer, layer_case, groups);
     expect_clipped(layer, groups);
     auto reduced = make_placed_layer(layer_case, groups);
     GradientReducer reducer(*reduced, groups, random_.pick<int64_t>({1, 300, kBucketBytes}));

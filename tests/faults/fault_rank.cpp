@@ -325,6 +325,10 @@ const std::map<std::string, std::function<void(Communicator&)>> scenarios = {
      [](Communicator& c) { killed_in_a_training_step(c, {.overlap = "2"}); }},
     {"killed_while_weights_travel",
      [](Communicator& c) { killed_in_a_training_step(c, {.balance = "gather"}); }},
+    {"killed_while_weights_travel_beside",
+     [](Communicator& c) {
+       killed_in_a_training_step(c, {.overlap = "1", .balance = "gather:2"});
+     }},
     {"killed_in_rounds_of_slices",
      [](Communicator& c) { killed_in_a_training_step(c, {.sliced = true}); }},
     {"killed_while_gradients_are_summed", killed_while_gradients_are_summed},

@@ -204,7 +204,10 @@ def test_killed_in_the_middle_of_a_collective(start, transport):
 STEPS = ["killed_in_a_training_step", "killed_in_a_step_in_chunks", "killed_while_gradients_are_summed"]
 
 
-@pytest.mark.parametrize("scenario", [*STEPS, "killed_while_weights_travel", "killed_in_rounds_of_slices"])
+WEIGHTS = ["killed_while_weights_travel", "killed_while_weights_travel_beside"]
+
+
+@pytest.mark.parametrize("scenario", [*STEPS, *WEIGHTS, "killed_in_rounds_of_slices"])
 def test_killed_in_a_training_step(start, scenario):
     outcome = start(scenario).outcome(DEADLINE + MARGIN)
     check_survivors(outcome)
