@@ -35,7 +35,7 @@ def held(num_experts: int, group: Group) -> Tensor:
     return torch.tensor([first, first + local, num_experts], dtype=torch.int64, device="cpu")
 
 
-def check_held(saved: Tensor, expected: Tensor) -> None:
+def check_held(saved: Tensor, expected: Tensor, remedy: str = _REMEDY) -> None:
     """ValueError where a state holds other experts than this rank's."""
     if saved.dim() == 2 or expected.dim() == 2:  # placed
         if not torch.equal(saved.cpu(), expected):
@@ -49,7 +49,7 @@ def check_held(saved: Tensor, expected: Tensor) -> None:
     if (begin, end, all_of_them) != (first, last, num_experts):
         raise ValueError(
             f"the state holds experts [{begin}, {end}) of {all_of_them}, this rank has [{first}, {last}) of "
-            f"{num_experts}: it was saved by another rank or at another number of ranks; {_REMEDY}"
+            f"{num_experts}: it was saved by another rank or at another number of ranks; {remedy}"
         )
 
 

@@ -39,7 +39,7 @@ def from_pretrained(
     ranks = as_group(group)
     if not issubclass(chosen, transformers.PreTrainedModel):
         chosen, options = _class_of(chosen, folder, options)
-    mesh = mesh_of(group, ranks, torch.device("meta")) if ranks.size > 1 else None
+    mesh = mesh_of(group, ranks, torch.device("meta"), "from_pretrained") if ranks.size > 1 else None
     reading: Any = type(chosen.__name__, (chosen,), {"__module__": chosen.__module__, "_load_pretrained_model": _reader(chosen, ranks, mesh)})
     model, report = reading.from_pretrained(folder, output_loading_info=True, **options)
     model.__class__ = chosen

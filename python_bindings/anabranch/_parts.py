@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._spread import local_part
+from .groups import Group
 
 Through = Callable[[Tensor, dict[str, Tensor]], Any]
 
@@ -32,6 +33,12 @@ class Part(nn.Module):
 class Experts(Part):
     """Those of the experts. What the layer does with its parts it does within this one's forward: so the parameters
     are there, gathered or adapted by what wraps this module, until the output is, and again for its backward."""
+
+    def __init__(self, num_experts: int, group: Group) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        """Of the layer, whose `group` they lie over."""
+        self.group = group
 
     def forward(self, x: Tensor, through: Through) -> Any:  # type: ignore[override]
         return through(x, self.tensors())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +39,8 @@ class CollectiveSaving:
     def __call__(
         self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **options: Any
     ) -> None:
-        """As transformers' own. Collective over the layers' group: every rank makes the call, and rank 0 writes. It has
+        """As transformers' own. Collective over the layers' group: every rank makes the call, and rank 0 writes, unless
+        `is_main_process` is False there, as with replicas of the experts, of which one suffices. It has
         one expert at a time in host memory, besides what is replicated; all return when the files are there;
         RuntimeError on all if it failed."""
         if self.deferred:
@@ -50,11 +53,17 @@ class CollectiveSaving:
         given = model.state_dict() if state_dict is None else state_dict
         parts = [_Part(model, name, module, given, options) for name, module in _converted(model)]
         group = parts[0].group
+        if group.size > 1 and sys._getframe(1).f_globals.get("__name__") == "transformers.trainer":
+            raise RuntimeError(
+                "transformers' Trainer saves on one rank alone, where this model, which has experts on all of them, would wait "
+                "for the others. While it trains, MoECallback has all ranks save; after that call model.save_pretrained(folder) "
+                "on every rank, not trainer.save_model()"
+            )
         own = {key for part in parts for key in part.keys}
         rest = {name: value for name, value in given.items() if name not in own}
         error: Exception | None = None
         files: Shards | None = None
-        if group.rank == 0:
+        if group.rank == 0 and is_main_process:
             try:
                 files = _files(model, Path(save_directory), rest, parts, options)
             except Exception as raised:  # the other ranks are waiting to hear of it
@@ -165,13 +174,16 @@ def _files(
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as opened:
         beside = Path(opened.enter_context(tempfile.TemporaryDirectory(dir=folder)))
-        type(model).save_pretrained(model, beside, True, rest, **options)
+        with _written_here(model):
+            type(model).save_pretrained(model, beside, True, rest, **options)
         replicated: dict[str, Any] = {}
         for path in weight_files(beside):
             if path.suffix == ".safetensors":
                 file = opened.enter_context(safe_open(path, "pt"))
                 replicated |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             path.unlink()
+        if rest and not replicated:
+            raise RuntimeError(f"transformers' save_pretrained has written none of the {len(rest)} tensors beside the experts")
         for path in beside.iterdir():
             os.replace(path, folder / path.name)
         tensors = {
@@ -188,6 +200,16 @@ def _files(
             files.discard()
             raise
     return files
+
+
+@contextlib.contextmanager
+def _written_here(model: Any) -> Iterator[None]:
+    """transformers writes on rank 0 of all processes alone, which need not be rank 0 of the layers' group."""
+    model.__dict__["should_save_on_this_rank"] = lambda is_main_process: is_main_process
+    try:
+        yield
+    finally:
+        del model.__dict__["should_save_on_this_rank"]
 
 
 def _write_experts(parts: list[_Part], files: Shards | None) -> Exception | None:

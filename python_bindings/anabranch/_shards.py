@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ class Shards:
         from huggingface_hub import split_torch_state_dict_into_shards
 
         self._folder = folder
-        self._split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+        in_order = {name: tensors[name] for name in sorted(tensors)}  # so every process lays them out alike
+        self._split = split_torch_state_dict_into_shards(in_order, max_shard_size=max_shard_size)
         self._offsets: dict[str, tuple[Any, int]] = {}
         self._files = {name: open(self._partial(name), "wb") for name in self._split.filename_to_tensors}
         names = {dtype: name for name, dtype in dtypes().items()}
@@ -56,7 +58,8 @@ class Shards:
                 self._offsets[name] = (self._files[file], 8 + len(text) + header[name]["data_offsets"][0])
 
     def _partial(self, name: str) -> Path:
-        return self._folder / f".{name}.partial"
+        """A name of this process's: replicas of the experts may write the same files at the same time."""
+        return self._folder / f".{name}.{os.getpid()}@{socket.gethostname()}.partial"
 
     def write(self, name: str, values: Tensor, skip: int = 0) -> None:
         """`values` as that tensor's, behind its first `skip` bytes."""
@@ -68,13 +71,19 @@ class Shards:
         """In the place of what files the folder has."""
         for file in self._files.values():
             file.close()
-        for old in weight_files(self._folder):
-            old.unlink()
+        if self._split.is_sharded:
+            (self._folder / INDEX).unlink(missing_ok=True)  # while it would lead to files of both
         for name in self._files:
             os.replace(self._partial(name), self._folder / name)
+        ours = set(self._files)
         if self._split.is_sharded:
             index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
-            (self._folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            self._partial(INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            os.replace(self._partial(INDEX), self._folder / INDEX)
+            ours.add(INDEX)
+        for old in weight_files(self._folder):
+            if old.name not in ours:
+                old.unlink(missing_ok=True)
 
     def discard(self) -> None:
         for name, file in self._files.items():

@@ -21,8 +21,8 @@ def rows_of(tensor: Tensor) -> Tensor:
     return local_part(tensor)
 
 
-def mesh_of(source: object, group: Group, device: torch.device) -> DeviceMesh:
-    """Of one dimension, over the ranks of `group`, which was made from `source`."""
+def mesh_of(source: object, group: Group, device: torch.device, asked: str = "dtensor=True") -> DeviceMesh:
+    """Of one dimension, over the ranks of `group`, which was made from `source`. `asked`: what needs it."""
     if isinstance(source, DeviceMesh):
         return source
     made_from: object = group
@@ -30,7 +30,7 @@ def mesh_of(source: object, group: Group, device: torch.device) -> DeviceMesh:
         made_from = made_from.source
     if not isinstance(made_from, dist.ProcessGroup) or made_from.size() != group.size:
         raise ValueError(
-            f"dtensor=True with group = {group}, expected a DeviceMesh of one dimension or a torch.distributed process "
+            f"{asked} with group = {group}, expected a DeviceMesh of one dimension or a torch.distributed process "
             "group, over which DTensors can lie"
         )
     kind = device.type if device.type != "meta" else "cuda" if torch.cuda.is_available() else "cpu"

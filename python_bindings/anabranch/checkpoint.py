@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ._factors import by_expert
 from ._held import first_expert, held_experts
 from ._spread import rows_of
 from ._wrappers import managed_by_fsdp1
@@ -101,19 +102,27 @@ class _Contents:
         self.names: dict[int, str] = {}
         """Of parameters, by their ids."""
         self._places: dict[int, Place] = {}
+        self._views: dict[int, Callable[[Tensor], Tensor]] = {}
+        """Of parameters whose rows are not experts: tensors of their shape as if they were."""
         self._all: list[tuple[str, Tensor, int, int, str]] = []
 
     def add(self, name: str, tensor: Tensor, place: Place = REPLICATED) -> None:
         self._all.append((name, rows_of(tensor.detach()), *place))
 
-    def add_parameter(self, name: str, parameter: nn.Parameter, place: Place) -> None:
+    def add_parameter(self, name: str, parameter: nn.Parameter, place: Place, view: Callable[[Tensor], Tensor] | None) -> None:
         self.names[id(parameter)] = name
         self._places[id(parameter)] = place
-        self.add(name, parameter, place)
+        if view is not None:
+            self._views[id(parameter)] = view
+        self._add_of(parameter, name, parameter, place)
+
+    def _add_of(self, parameter: nn.Parameter, name: str, tensor: Tensor, place: Place) -> None:
+        view = self._views.get(id(parameter)) if place[1] else None
+        self.add(name, view(tensor.detach()) if view else tensor, place)
 
     def add_slot(self, parameter: nn.Parameter, slot: str, tensor: Tensor) -> None:
         place = REPLICATED if slot == "step" else self._places[id(parameter)]
-        self.add(f"optimizer.{slot}.{self.names[id(parameter)]}", tensor, place)
+        self._add_of(parameter, f"optimizer.{slot}.{self.names[id(parameter)]}", tensor, place)
 
     def refuse_names_of_optimizers(self) -> None:
         for name, *_ in self._all:
@@ -152,16 +161,18 @@ def _place_of(layer: MoE) -> Place:
 def _contents_of(model: nn.Module, groups: ParallelGroups) -> _Contents:
     contents = _Contents()
     places: dict[int, Place] = {}
+    views: dict[int, Callable[[Tensor], Tensor]] = {}
     for module in model.modules():
         if isinstance(module, MoE):
-            place = _place_of(module)
-            places |= {id(p): place for p in module.get_submodule("experts").parameters()}
+            place, experts = _place_of(module), module.get_submodule("experts")
+            places |= {id(p): place for p in experts.parameters()}
+            views |= by_expert(experts)
     flat = managed_by_fsdp1(model)
     for name, p in model.named_parameters():
         dtensor = isinstance(p, DTensor) and (id(p) not in places or p.device_mesh.size() != groups.expert_parallel.size)
         if dtensor or id(p) in flat:
             raise ValueError(f"{name} is sharded by FSDP: save_checkpoint and load_checkpoint take plain parameters")
-        contents.add_parameter(name, p, places.get(id(p), REPLICATED))
+        contents.add_parameter(name, p, places.get(id(p), REPLICATED), views.get(id(p)))
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -12,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from . import functional as F
+from ._factors import Factors, like_linear
 from ._parts import Experts
 from ._through import MoEOutput, Through
 from .activations import ACTIVATIONS
@@ -21,20 +25,62 @@ from .moe import MoE
 def lora_config(**options: Any) -> peft.LoraConfig:
     """peft's LoraConfig, under which experts among `target_modules`, such as "moe.experts", have adapters of their own:
     A [E / W, r, in] and B [E / W, out, r] for both projections. For layers that are given their routing, as those of
-    `convert` are. Adapters are each rank's own, as its experts are: `save_checkpoint` keeps them, and
+    `convert` are. Adapters are each rank's own, as its experts are: `save_adapters` and `save_checkpoint` keep them, and
     `merge_and_unload()` makes a model whose save_pretrained holds them."""
-    config = peft.LoraConfig(**options)
+    return _with_experts(peft.LoraConfig(**options))
+
+
+def _with_experts(config: Any) -> Any:
     config._register_custom_module({Experts: LoraExperts})
     return config
 
 
-class Factors(nn.Module):
-    """One side of the adapters of both projections, by the name of the weight."""
+def has_adapted_experts(model: nn.Module) -> bool:
+    """Whether experts of `model` have adapters as of `lora_config`."""
+    return isinstance(model, peft.PeftModel) and any(isinstance(module, LoraExperts) for module in model.modules())
 
-    def __init__(self, up: Tensor, down: Tensor) -> None:
-        super().__init__()
-        self.up_weight = nn.Parameter(up)
-        self.down_weight = nn.Parameter(down)
+
+def save_adapters(model: peft.PeftModel, folder: str | os.PathLike[str], is_main_process: bool = True) -> None:
+    """The files of peft's own save_pretrained with all ranks' adapters in them, which `load_adapters` reads at any number of
+    ranks. Collective over the layers' group: its rank 0 writes, unless `is_main_process` is False there. All return
+    when the files are there; RuntimeError on all if it failed."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Factors)}
+    if not found:
+        raise ValueError("the model has no adapters on experts as `lora_config` makes them: model.save_pretrained(folder) saves it")
+    group = next(iter(found.values())).group
+    state = model.state_dict()
+    for name, factors in found.items():
+        factors.gather_into(state, f"{name}.")
+    error: Exception | None = None
+    if group.rank == 0 and is_main_process:
+        try:
+            _write(model, Path(folder), state)
+        except Exception as raised:  # the other ranks are waiting to hear of it
+            error = raised
+    failed = torch.tensor([float(error is not None)])
+    group.all_reduce(failed)
+    if error is not None:
+        raise error
+    if failed.item() > 0:
+        raise RuntimeError(f"rank 0 could not save the adapters in {os.fspath(folder)}")
+
+
+def _write(model: peft.PeftModel, folder: Path, state: dict[str, Any]) -> None:
+    """Each file is replaced as a whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as beside:
+        model.save_pretrained(beside, state_dict=state)
+        for path in [path for path in Path(beside).rglob("*") if path.is_file()]:
+            place = folder / path.relative_to(beside)
+            place.parent.mkdir(exist_ok=True)
+            os.replace(path, place)
+
+
+def load_adapters(model: Any, folder: str | os.PathLike[str], **options: Any) -> peft.PeftModel:
+    """`model`, from `convert` or `from_pretrained`, with the adapters that `save_adapters` has written: each rank takes its
+    own experts'. `options` are those of peft's PeftModel.from_pretrained, as is_trainable=True."""
+    config = _with_experts(peft.PeftConfig.from_pretrained(os.fspath(folder)))
+    return peft.PeftModel.from_pretrained(model, os.fspath(folder), config=config, **options)
 
 
 class LoraExperts(nn.Module, LoraLayer):
@@ -64,8 +110,8 @@ class LoraExperts(nn.Module, LoraLayer):
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
-        self.lora_A[adapter_name] = Factors(*(_like_linear(weight, r) for weight in (up, down)))
-        self.lora_B[adapter_name] = Factors(*(weight.new_zeros(*weight.shape[:2], r) for weight in (up, down)))
+        self.lora_A[adapter_name] = Factors(base, *(like_linear(weight, r, base) for weight in (up, down)))
+        self.lora_B[adapter_name] = Factors(base, *(weight.new_zeros(*weight.shape[:2], r) for weight in (up, down)))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, through: Through) -> Any:
@@ -105,14 +151,6 @@ class LoraExperts(nn.Module, LoraLayer):
     def _add(self, products: dict[str, Tensor], sign: int) -> None:
         for name, values in products.items():
             getattr(self.base_layer, name).add_(values, alpha=sign)
-
-
-def _like_linear(weight: Tensor, r: int) -> Tensor:
-    """A of each expert as nn.Linear begins with it, which is peft's way."""
-    factors = weight.new_empty(weight.shape[0], r, weight.shape[2])
-    for each in factors:
-        nn.init.kaiming_uniform_(each, a=math.sqrt(5))
-    return factors
 
 
 class _Adapted:

@@ -263,6 +263,7 @@ class MoE(nn.Module):
         The same on all ranks: else each says that they differ. With a `receive_capacity` they are summed in any mode."""
         self.has_router = router
         self.seed = int(torch.randint(_SEEDS, ())) if seed is None else seed
+        self._seed_was_given = seed is not None
         self.group = as_group(group)
         self._options = _to_json(options)
         self._other_options = _to_json({name: value for name, value in options.items() if name != "top_k"})
@@ -298,7 +299,7 @@ class MoE(nn.Module):
         options = _to_json({**self.options, "seed": self.seed})
         names = operators.parameter_names(options)
         values = operators.initial_parameters(options, self.group.rank, self.group.size, dtype, device)
-        operators.agree(options, dtype, device, self.group.name)
+        self._agree(options, dtype, device)
         self._places: list[tuple[str, str]] = []
         for each, value in zip(names, values):
             path, _, name = each.rpartition(".")
@@ -321,10 +322,22 @@ class MoE(nn.Module):
         self._join_device()
         self._join_watched()
 
+    def _agree(self, options: str, dtype: torch.dtype, device: torch.device) -> None:
+        try:
+            torch.ops.anabranch.agree(options, dtype, device, self.group.name)
+        except RuntimeError as error:
+            if self._seed_was_given or " has seed = " not in str(error):
+                raise
+            raise RuntimeError(
+                f"{error}: it was not given, and each rank has drawn its own. Give seed=…, or call torch.manual_seed with "
+                "one number on all ranks before"
+            ) from None
+
     def _new_part(self, path: str) -> Part:
         if path != "experts":
             return Part()
-        return SpreadExperts() if self.group.size > 1 and not self.dtensor else Experts()
+        kind = SpreadExperts if self.group.size > 1 and not self.dtensor else Experts
+        return kind(self.options["num_experts"], self.group)
 
     def reset_parameters(self) -> None:
         """Fills the parameters as at first: what `to_empty` leaves empty, or training has changed."""
@@ -469,7 +482,9 @@ class MoE(nn.Module):
         key = f"{prefix}_extra_state"
         if key in missing:
             missing.remove(key)
-        if key not in state_dict and self.group.size > 1 and not self.dtensor and any(k.startswith(f"{prefix}experts.") for k in state_dict):
+        of_experts = [name for name in state_dict if name.startswith(f"{prefix}experts.")]
+        says = key in state_dict or any(name.endswith("._extra_state") for name in of_experts)  # which they are
+        if of_experts and not says and self.group.size > 1 and not self.dtensor:
             warn_of_unnamed(self.group, prefix.rstrip(".") or "the layer")
 
     def _join_device(self) -> None:

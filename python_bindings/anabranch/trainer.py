@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ class MoECallback(transformers.TrainerCallback):
     Finishes the gradients before each step and clips them by `max_grad_norm`, by one norm of all ranks, in the Trainer's
     place; what is logged as grad_norm is that norm. Trainer saves on rank 0 alone: its call of the model's save_pretrained
     is made on all ranks instead, once it is back, and model and optimizer are kept beside it, from where
-    `train(resume_from_checkpoint=…)` and `load_best_model_at_end` have them. After training,
-    `model.save_pretrained(folder)` on every rank; not `trainer.save_model()`.
+    `train(resume_from_checkpoint=…)` and `load_best_model_at_end` have them; adapters on experts (`anabranch.lora`) are all
+    ranks' in the checkpoint too. After training, `model.save_pretrained(folder)` or `save_adapters(model, folder)` on every
+    rank; `trainer.save_model()`, rank 0's alone, is refused.
 
     Args:
         resume_from: the checkpoint that `resume_from_checkpoint` says, where it is not in `output_dir`.
@@ -75,7 +77,11 @@ class MoECallback(transformers.TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         with _saving(model):
             if isinstance(model.save_pretrained, CollectiveSaving):
-                model.save_pretrained(folder)
+                model.save_pretrained(folder, is_main_process=args.process_index == 0)
+        if _has_adapted_experts(model):
+            from .lora import save_adapters
+
+            save_adapters(model, folder, is_main_process=args.process_index == 0)
         save_checkpoint(folder / FOLDER, model, optimizer, groups=self._groups)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
@@ -83,6 +89,11 @@ class MoECallback(transformers.TrainerCallback):
         _defer_saving(model, False)
         if args.load_best_model_at_end and state.best_model_checkpoint:
             load_checkpoint(Path(state.best_model_checkpoint) / FOLDER, model, groups=self._groups)
+
+
+def _has_adapted_experts(model: Any) -> bool:
+    lora = sys.modules.get("anabranch.lora")  # peft need not be there
+    return lora is not None and lora.has_adapted_experts(model)
 
 
 def _defer_saving(model: Any, deferred: bool) -> None:

@@ -100,9 +100,10 @@ MORE = {
 """By the prefix of their classes: further families whose experts convert swaps."""
 
 
-def make_more(family: str, seed: int) -> transformers.PreTrainedModel:
+def make_more(family: str, seed: int, experts: int = 6) -> transformers.PreTrainedModel:
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{family}Config")(**{**_COMMON, **MORE[family]})
+    numbers = {name: experts for name in MORE[family] if name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")}
+    config = getattr(transformers, f"{family}Config")(**{**_COMMON, **MORE[family], **numbers})
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 

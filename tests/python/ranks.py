@@ -11,16 +11,24 @@ from collections.abc import Callable
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "torch",
-        "anabranch",
-        "torch.distributed.fsdp",
-        "torch.distributed.checkpoint.state_dict",
-        "transformers.modeling_utils",
-    ]
-)
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else whoever has asked for GPUs cannot be forked from
+_preloaded = [
+    "torch",
+    "anabranch",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.state_dict",
+    "transformers.modeling_utils",
+]
+_context.set_forkserver_preload(_preloaded)
 _TIMEOUT = 120
+BY_PROGRAM = "by program"
+"""In a backend's place: the function makes the process group."""
+
+
+def preload(*names: str) -> None:
+    """Has the server that ranks are forked from import these as well: called where a file of tests is read."""
+    _preloaded.extend(names)
+    _context.set_forkserver_preload(_preloaded)
 
 
 def _rank(
@@ -33,17 +41,37 @@ def _rank(
     try:
         if "nccl" in backend:
             torch.cuda.set_device(rank)
-        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
+        if backend != BY_PROGRAM:
+            dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
         value = function(rank, size, *arguments)
-        if together:
+        if together and dist.is_initialized():
             dist.barrier()
         results.put((rank, value, None))
         import anabranch
 
         anabranch.groups.release_groups()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
+
+
+def as_torchrun(rank: int, size: int, port: int, function: Callable[..., Any], arguments: tuple) -> Any:
+    """With the variables that torchrun sets, of an agent whose store is at `port`."""
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    agent = {"MASTER_ADDR": "127.0.0.1", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"}
+    agent |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    os.environ |= agent | {name: str(value) for name, value in own.items()}
+    return function(rank, size, *arguments)
+
+
+def run_as_torchrun(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """As run_ranks, but it is `function` that makes the process group, as under torchrun: without the time in which each rank
+    imports torch."""
+    import torch.distributed as dist
+
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return run_ranks(size, as_torchrun, agent.port, function, arguments, together=False, backend=BY_PROGRAM)
 
 
 def _next(results: Any, processes: list[Any]) -> tuple[int, Any, str | None]:

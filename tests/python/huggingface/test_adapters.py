@@ -6,6 +6,8 @@ import pytest
 import torch
 import transformers
 from models import assert_close, make_batch, make_model
+from ranks import run_ranks
+from test_lora import own_experts
 
 transformers.logging.set_verbosity_error()
 
@@ -57,6 +59,56 @@ def test_converted_models_learn_as_plain_ones(targets, of_plain, seed):
     assert not frozen
     merged = converted.merge_and_unload()
     assert_close(merged(batch).logits, results[0], batch, "merged")
+
+
+def over_ranks(rank, size, seed, folder):
+    targets = ["mlp.gate.weight", "moe.experts.up_weight", "moe.experts.down_weight"]
+    whole = adapted(anabranch.convert(make_model("olmoe", seed), anabranch.groups.alone()), targets, seed, target_modules=["q_proj"])
+    model = adapted(anabranch.convert(make_model("olmoe", seed)), targets, seed, target_modules=["q_proj"])
+    of_whole, own = dict(whole.named_parameters()), own_experts(rank, size)
+
+    def part(name, values):
+        """Of a tensor of all experts': A [6 · r, in], B [out, r · 6]."""
+        if ".experts." not in name:
+            return values
+        if "lora_A" in name:
+            return values.unflatten(0, (6, 2))[own].flatten(0, 1)
+        return values.unflatten(1, (2, 6))[..., own].flatten(1)
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(part(name, of_whole[name]))
+    batch = make_batch(whole, seed)
+    expected = whole(batch, labels=batch)
+    expected.loss.backward()
+    mine = slice(rank * 4 // size, (rank + 1) * 4 // size)
+    out = model(batch[mine], labels=batch[mine])
+    assert_close(out.logits, expected.logits[mine], batch, "logits")
+    out.loss.backward()
+    anabranch.finish_gradients(model)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert_close(parameter.grad, part(name, of_whole[name].grad), batch, name)
+    optimizer.step()
+    anabranch.save_checkpoint(folder, model, optimizer)
+    return model(batch).logits.tolist(), batch.tolist()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_over_ranks(size, seed, tmp_path):
+    """What they save one process loads, with the optimizer's state."""
+    logits, batch = run_ranks(size, over_ranks, seed, str(tmp_path))[0]
+    targets = ["mlp.gate.weight", "moe.experts.up_weight", "moe.experts.down_weight"]
+    model = adapted(anabranch.convert(make_model("olmoe", seed)), targets, seed + 1, target_modules=["q_proj"])
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    anabranch.load_checkpoint(tmp_path, model, optimizer)
+    batch = torch.tensor(batch)
+    assert_close(model(batch).logits, torch.tensor(logits), batch, "logits")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape and optimizer.state[parameter]["exp_avg"].abs().max() > 0, name
 
 
 def test_a_layer_by_itself(device, seed):

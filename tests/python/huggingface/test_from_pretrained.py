@@ -1,17 +1,20 @@
 """anabranch.from_pretrained: each rank reads its own experts; save_pretrained has one expert at a time on rank 0."""
 
+import pathlib
 import threading
 import time
 
 import anabranch
 import pytest
 import torch
+import torch.distributed.device_mesh
 import transformers
 from models import FAMILIES, MORE, make_batch, make_model, make_more, make_settled_batch
 from ranks import run_ranks
 from test_convert import assert_same_weights, layers_of
 
 transformers.logging.set_verbosity_error()
+EXPERTS = 8  # as many on each of 4 ranks
 
 
 class Counted:
@@ -70,17 +73,38 @@ def reads(rank, size, folder, seed, families):
                 assert torch.equal(ours, theirs), f"{family}: {name}"
             with torch.no_grad():
                 assert torch.equal(model(batch).logits, other(batch).logits), family
-            own = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.state_dict().values() if b.numel() == 6)
+            own = sum(p.nbytes for p in model.parameters())
+            own += sum(b.nbytes for b in model.state_dict().values() if b.numel() == EXPERTS)
             assert read <= own, f"{family}: {read} bytes read for {own}"
             model.save_pretrained(f"{folder}/{family} again", max_shard_size=4000)
             assert_same_weights(transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/{family}"), f"{folder}/{family} again")
+    if size == 4:
+        replicas_write(f"{folder}/{families[0]}")
 
 
-@pytest.mark.parametrize("size", [1, 2])
+def replicas_write(folder):
+    """Two copies of all experts, on two ranks each: both write the same files, or one does."""
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "experts"))
+    model = anabranch.from_pretrained(folder, mesh["experts"])
+    for _ in range(3):
+        model.save_pretrained(f"{folder} by both", max_shard_size=4000)
+        torch.distributed.barrier()
+        assert_same_weights(plain, f"{folder} by both")
+        assert not list(pathlib.Path(f"{folder} by both").glob(".*"))
+        torch.distributed.barrier()
+    copy = "first" if torch.distributed.get_rank() < 2 else "second"
+    model.save_pretrained(f"{folder} by the {copy}", is_main_process=torch.distributed.get_rank() == 0)
+    torch.distributed.barrier()
+    assert_same_weights(plain, f"{folder} by the first")
+    assert not pathlib.Path(f"{folder} by the second").exists()
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_rank_reads_its_own_share(size, tmp_path, seed):
     families = ["mixtral", "deepseek_v3", "AriaText", "GraniteMoe"]  # files with a tensor for each expert, and for all of them
     for family in families:
-        model = make_more(family, seed) if family in MORE else make_model(family, seed)
+        model = make_more(family, seed, EXPERTS) if family in MORE else make_model(family, seed, EXPERTS)
         model.save_pretrained(tmp_path / family, max_shard_size=3000)
     run_ranks(size, reads, str(tmp_path), seed, families)
 
@@ -148,6 +172,8 @@ def refused(rank, size, folder):
         anabranch.from_pretrained(f"{folder}/dense")
     with pytest.raises(ValueError, match="5 experts over 4 ranks"):
         anabranch.from_pretrained(f"{folder}/five")
+    with pytest.raises(ValueError, match="from_pretrained with group = .* expected a DeviceMesh"):
+        anabranch.from_pretrained(f"{folder}/five", anabranch.make_parallel_groups(2).expert_parallel)
 
 
 def test_what_cannot_be_read(tmp_path, seed):

@@ -5,7 +5,7 @@ import peft
 import pytest
 import torch
 import transformers
-from models import assert_close, make_batch, make_model
+from models import assert_close, make_batch, make_model, make_more
 from ranks import run_ranks
 from test_convert import layers_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -74,7 +74,7 @@ def test_they_learn_as_merged_weights_would(family, seed, tmp_path):
     # Adapters by peft's own files.
     model.save_pretrained(tmp_path / "adapters")
     state = peft.utils.save_and_load.load_peft_weights(tmp_path / "adapters")
-    assert sum("experts" in name for name in state) == 2 * 4
+    assert sum("experts" in name and "_extra" not in name for name in state) == 2 * 4
     other = adapted(anabranch.convert(make_model(family, seed)), seed + 1)
     peft.set_peft_model_state_dict(other, state)
     assert torch.equal(other(batch).logits, model(batch).logits)
@@ -111,12 +111,36 @@ def test_frozen_weights_cost_no_gradient(seed):
     assert len(products.of_weights) == 2 * 4
 
 
+def everywhere(model, seed, r=3):
+    """On attention, router, shared and routed experts, as peft begins."""
+    from anabranch.lora import lora_config
+
+    torch.manual_seed(seed)
+    shared = [f"shared_expert.{name}_proj" for name in ("gate", "up", "down")]
+    config = lora_config(
+        r=r, lora_alpha=6, target_modules=["q_proj", "shared_expert_gate", *shared, "moe.experts"], target_parameters=["mlp.gate.weight"]
+    )
+    return peft.get_peft_model(model, config)
+
+
+def own_experts(rank, size, experts=6):
+    """The first ranks have one more."""
+    counts = [experts // size + (other < experts % size) for other in range(size)]
+    return slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+
+
 def over_ranks(rank, size, seed, folder):
-    batch = make_batch(make_model("olmoe", seed), seed)
-    whole = adapted(anabranch.convert(make_model("olmoe", seed), anabranch.groups.alone()), seed)
-    model = adapted(anabranch.convert(make_model("olmoe", seed)), seed)
-    of_whole = dict(whole.named_parameters())
-    own = slice(rank * 6 // size, (rank + 1) * 6 // size)
+    alone = anabranch.groups.alone()
+    whole = everywhere(anabranch.convert(make_more("Qwen2Moe", seed), alone), seed)
+    model = everywhere(anabranch.convert(make_more("Qwen2Moe", seed)), seed)
+    of_whole, own = dict(whole.named_parameters()), own_experts(rank, size)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:  # as it begins, at any number of ranks
+            assert torch.equal(parameter, of_whole[name][own] if ".experts." in name else of_whole[name]), name
+    for name, parameter in whole.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    batch = make_batch(whole, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -133,21 +157,44 @@ def over_ranks(rank, size, seed, folder):
             gradient = of_whole[name].grad
             assert_close(parameter.grad, gradient[own] if ".experts." in name else gradient, batch, name)
     anabranch.save_checkpoint(folder, model)
-    other = adapted(anabranch.convert(make_model("olmoe", seed)), seed + 1)
+    other = everywhere(anabranch.convert(make_more("Qwen2Moe", seed)), seed + 1)
     anabranch.load_checkpoint(folder, other)
     assert torch.equal(other(batch[mine]).logits, out.logits)
+    peft_files(rank, model, seed, folder, batch[mine], out.logits)
     merged = model.merge_and_unload()
     merged.save_pretrained(f"{folder}/merged")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/merged")
     assert_close(loaded(batch).logits, expected.logits, batch, "merged and loaded")
 
 
-def test_over_ranks(seed, tmp_path):
-    run_ranks(2, over_ranks, seed, str(tmp_path))
+def peft_files(rank, model, seed, folder, batch, logits):
+    """Of all ranks' adapters, which each rank takes its own from, and a rank alone all; of rank 0's alone, which others refuse."""
+    from anabranch.lora import load_adapters, save_adapters
+
+    save_adapters(model, f"{folder}/adapters")
+    again = load_adapters(anabranch.convert(make_more("Qwen2Moe", seed)), f"{folder}/adapters")
+    for (name, value), other in zip(again.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(value, other), name
+    alone = load_adapters(anabranch.convert(make_more("Qwen2Moe", seed), anabranch.groups.alone()), f"{folder}/adapters")
+    assert_close(alone(batch).logits, logits, batch, "alone")
+    if rank == 0:
+        model.save_pretrained(f"{folder}/of rank 0")
+    torch.distributed.barrier()
+    model = anabranch.convert(make_more("Qwen2Moe", seed))
+    if rank == 0:
+        load_adapters(model, f"{folder}/of rank 0")
+    else:
+        with pytest.raises(ValueError, match=r"of 6, this rank has .* anabranch\.lora\.save_adapters"):
+            load_adapters(model, f"{folder}/of rank 0")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_over_ranks(size, seed, tmp_path):
+    run_ranks(size, over_ranks, seed, str(tmp_path))
 
 
 def test_what_is_refused(seed):
-    from anabranch.lora import lora_config
+    from anabranch.lora import lora_config, save_adapters
 
     with pytest.raises(ValueError, match="lora_dropout = 0.1"):
         adapted(anabranch.convert(make_model("olmoe", seed)), seed, lora_dropout=0.1)
@@ -155,6 +202,8 @@ def test_what_is_refused(seed):
     model = peft.inject_adapter_in_model(lora_config(r=2, target_modules=["experts"]), layer)
     with pytest.raises(ValueError, match="has its own router"):
         model(torch.randn(3, 8))
+    with pytest.raises(ValueError, match=r"model\.save_pretrained\(folder\) saves it"):
+        save_adapters(peft.get_peft_model(make_model("olmoe", seed), peft.LoraConfig(r=2, target_modules=["q_proj"])), "")
 
 
 def test_biases_and_autocast(seed):

@@ -1,17 +1,16 @@
-"""transformers' Trainer over converted models: one process, and DDP with experts spread over ranks under torchrun."""
-
-import json
-import sys
+"""transformers' Trainer over converted models: one process, and DDP with experts spread over ranks as torchrun starts them."""
 
 import anabranch
 import pytest
 import torch
 import transformers
-from jobs import ENVIRONMENT, SAME_PATH, TORCHRUN, run_job
 from models import VOCABULARY, make_model
+from ranks import preload, run_as_torchrun
+
+preload("transformers.trainer", "peft")
 
 
-def make_trainer(model, folder, ranks, seed, **options):
+def make_trainer(model, folder, ranks, seed, resume_from=None, **options):
     from anabranch.trainer import MoECallback
 
     generator = torch.Generator().manual_seed(seed)
@@ -21,29 +20,54 @@ def make_trainer(model, folder, ranks, seed, **options):
         lr_scheduler_type="constant", logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, **options,
     )  # fmt: skip
     rows = [{"input_ids": text, "labels": text} for text in texts]
-    return transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:8], callbacks=[MoECallback()])
+    return transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:8], callbacks=[MoECallback(resume_from)])
 
 
-def run(rank, size, folder, seed):
+def make(kind, seed):
+    """All of a model is trained, or LoRA on its attention and experts."""
+    model = anabranch.convert(make_model("olmoe", seed, experts=8))
+    if kind == "whole":
+        return model
+    import peft
+    from anabranch.lora import lora_config
+
+    torch.manual_seed(seed)
+    return peft.get_peft_model(model, lora_config(r=2, lora_alpha=8, target_modules=["q_proj", "moe.experts"]))
+
+
+def losses_of(trainer, since=0):
+    return [log["loss"] for log in trainer.state.log_history if log.get("step", 0) > since and "loss" in log]
+
+
+def resumed(kind, folder, size, seed, checkpoint):
+    """The losses behind a checkpoint, of a model that begins otherwise."""
+    again = make(kind, seed + 1)
+    if kind == "lora":  # whose frozen weights the checkpoint of peft's does not replace
+        again.get_base_model().load_state_dict(make(kind, seed).get_base_model().state_dict())
+    trainer = make_trainer(again, folder, size, seed, f"{checkpoint}/checkpoint-3", max_steps=6, save_strategy="no")
+    trainer.train(resume_from_checkpoint=f"{checkpoint}/checkpoint-3")
+    return losses_of(trainer, since=3)
+
+
+def run(kind, size, folder, seed):
     """Six steps, saved after three; then from there on again."""
-    model = anabranch.convert(make_model("olmoe", seed))
+    model = make(kind, seed)
     trainer = make_trainer(
-        model, f"{folder}/{size}", size, seed, max_steps=6, save_steps=3, eval_strategy="steps", eval_steps=3,
-        load_best_model_at_end=True,
+        model, folder, size, seed, max_steps=6, save_steps=3, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True,
     )  # fmt: skip
     trainer.train()
-    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     norms = [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
     best = trainer.state.best_model_checkpoint
-    assert_same_weights_of(model, best)
-    model.save_pretrained(f"{folder}/{size}/end")
-    assert_same_weights_of(model, f"{folder}/{size}/end")
-
-    again = anabranch.convert(make_model("olmoe", seed + 1))
-    resumed = make_trainer(again, f"{folder}/{size}", size, seed, max_steps=6, save_strategy="no")
-    resumed.train(resume_from_checkpoint=f"{folder}/{size}/checkpoint-3")
-    of_resumed = [log["loss"] for log in resumed.state.log_history if log.get("step", 0) > 3 and "loss" in log]
-    return losses, norms, of_resumed
+    if kind == "whole":
+        assert_same_weights_of(model, best)
+        model.save_pretrained(f"{folder}/end")
+        assert_same_weights_of(model, f"{folder}/end")
+        if size > 1 and torch.distributed.get_rank() == 0:  # where the others are not
+            with pytest.raises(RuntimeError, match=r"call model\.save_pretrained\(folder\) on every rank"):
+                trainer.save_model()
+    else:
+        assert_same_adapters_of(model, best, seed)
+    return losses_of(trainer), norms, resumed(kind, folder, size, seed, folder)
 
 
 def assert_same_weights_of(model, folder):
@@ -53,16 +77,40 @@ def assert_same_weights_of(model, folder):
         assert torch.equal(value, other), name
 
 
+def assert_same_adapters_of(model, folder, seed):
+    from anabranch.lora import load_adapters
+
+    loaded = load_adapters(anabranch.convert(make_model("olmoe", seed, experts=8)), folder)
+    for (name, value), other in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def on_ranks(rank, size, folder, seed, kinds):
+    """Of each kind what `run` returns, and the losses behind the checkpoint of one process."""
+    transformers.logging.set_verbosity_error()
+    torch.distributed.init_process_group("gloo")
+    found = []
+    for kind in kinds:
+        mine = f"{folder}/{kind} {size}"
+        found.append((*run(kind, size, mine, seed), resumed(kind, f"{mine} more", size, seed, f"{folder}/{kind} 1")))
+    return found
+
+
 def test_ddp_with_spread_experts_trains_as_one_process(tmp_path, seed):
-    run_job(*TORCHRUN, __file__, tmp_path, seed, timeout=300, environment=ENVIRONMENT | SAME_PATH)
-    alone = run(0, 1, tmp_path, seed)
-    for rank in range(2):
-        losses, norms, of_resumed = json.loads((tmp_path / f"{rank}.json").read_text())
-        # Adam divides by gradients' roots, which magnifies rounding.
-        assert losses == pytest.approx(alone[0], rel=1e-3)
-        assert norms == pytest.approx(alone[1], rel=1e-2)
-        assert of_resumed == pytest.approx(losses[3:], rel=1e-4)
-    assert alone[2] == pytest.approx(alone[0][3:], rel=1e-4)
+    """From one process's checkpoint, and one process from the ranks', they go on too."""
+    alone = {kind: run(kind, 1, f"{tmp_path}/{kind} 1", seed) for kind in ("whole", "lora")}
+    for size, kinds in ((2, ["whole"]), (4, ["whole", "lora"])):
+        for of_rank in run_as_torchrun(size, on_ranks, str(tmp_path), seed, kinds):
+            for kind, (losses, norms, own, from_alone) in zip(kinds, of_rank, strict=True):
+                # Adam divides by gradients' roots, which magnifies rounding.
+                assert losses == pytest.approx(alone[kind][0], rel=1e-3), (kind, size)
+                assert norms == pytest.approx(alone[kind][1], rel=1e-2), (kind, size)
+                assert own == pytest.approx(losses[3:], rel=1e-4), (kind, size)
+                assert from_alone == pytest.approx(alone[kind][0][3:], rel=1e-3), (kind, size)
+    for kind, (losses, _, own) in alone.items():
+        assert own == pytest.approx(losses[3:], rel=1e-4), kind
+        more = resumed(kind, f"{tmp_path}/{kind} more", 1, seed, f"{tmp_path}/{kind} 4")
+        assert more == pytest.approx(losses[3:], rel=1e-3), kind
 
 
 def test_deepspeed_is_refused(tmp_path, seed):
@@ -79,12 +127,3 @@ def test_deepspeed_is_refused(tmp_path, seed):
     DeepSpeedEngine.__module__ = "deepspeed.runtime.engine"
     with pytest.raises(TypeError, match="DeepSpeedEngine of DeepSpeed"):
         anabranch.finish_gradients(DeepSpeedEngine())
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    rank = torch.distributed.get_rank()
-    found = run(rank, 2, sys.argv[1], int(sys.argv[2]))
-    with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
-        json.dump(found, file)

@@ -3,11 +3,12 @@
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import preload, run_ranks
 
 pytest.importorskip(
     "megatron.core.transformer.moe.moe_layer", reason="no Megatron-Core: pip install megatron-core==0.16.1", exc_type=ImportError
 )
+preload("megatron.core.transformer.moe.moe_layer")
 EXPERTS, HIDDEN, INNER, TOP_K = 4, 16, 12, 2
 KINDS = {
     "swiglu": dict(gated_linear_unit=True, activation_func=torch.nn.functional.silu),
@@ -129,7 +130,8 @@ def over_ranks(rank, size, seed, expected):
 
 def test_it_is_theirs(seed):
     (expected,) = run_ranks(1, beside_theirs, seed)
-    run_ranks(2, over_ranks, seed, expected)
+    for size in (2, 4):
+        run_ranks(size, over_ranks, seed, expected)
 
 
 def refused(rank, size):

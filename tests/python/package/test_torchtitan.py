@@ -3,11 +3,12 @@
 import anabranch
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import preload, run_ranks
 
 moe = pytest.importorskip(
     "torchtitan.models.common.moe", reason="no torchtitan: pip install torchtitan==0.3.0", exc_type=ImportError
 )
+preload("torchtitan.models.common.moe")
 EXPERTS, HIDDEN, INNER, TOP_K = 4, 16, 16, 2
 
 
@@ -81,7 +82,7 @@ def swapped(rank, size, seed, dtensor):
     model[0].init_states()  # walks over what is not torchtitan's
 
 
-@pytest.mark.parametrize("size, dtensor", [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("size, dtensor", [(1, False), (2, False), (4, True), (4, False)])
 def test_swapped_experts(size, dtensor, seed):
     run_ranks(size, swapped, seed, dtensor)
 

@@ -37,8 +37,9 @@ def test_ddp_over_experts_is_refused(compiled, seed):
 
 def inner_of_ddp(rank, size, seed, compiled):
     inner = Small(seed)
-    model = nn.parallel.DistributedDataParallel(anabranch.ignore_expert_parameters(inner))
-    model = torch.compile(model, backend="aot_eager") if compiled else model
+    model = torch.compile(inner, backend="aot_eager", fullgraph=True) if compiled == "within" else inner
+    model = nn.parallel.DistributedDataParallel(anabranch.ignore_expert_parameters(model))
+    model = torch.compile(model, backend="aot_eager") if compiled == "around" else model
     for step in range(2):
         inner.zero_grad()
         backward(model, seed + step, rank, size)
@@ -47,7 +48,7 @@ def inner_of_ddp(rank, size, seed, compiled):
         assert_gradients(inner, expected, rank, size)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", ["nothing", "around", "within"])
 def test_the_inner_model_of_ddp(compiled, seed):
     run_ranks(2, inner_of_ddp, seed, compiled)
 

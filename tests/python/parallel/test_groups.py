@@ -285,6 +285,9 @@ def differing(rank, size):
         with pytest.raises((RuntimeError, ValueError)) as raised:
             anabranch.MoE(**{**OPTIONS, **options})
         errors.append(str(raised.value))
+    torch.manual_seed(rank)
+    with pytest.raises(RuntimeError, match=r"has seed = .*torch\.manual_seed with one number on all ranks"):
+        anabranch.MoE(**{**OPTIONS, "seed": None})
     layer = anabranch.MoE(**OPTIONS)
     x = torch.randn(3, 8)
     if rank == 1:
@@ -299,7 +302,7 @@ def differing(rank, size):
 def test_ranks_that_differ_are_named():
     for rank, errors in enumerate(run_ranks(2, differing)):
         assert "top_k = 3" in errors[0] and "rank 1" in errors[0]
-        assert "seed = 8" in errors[1]
+        assert "seed = 8" in errors[1] and "manual_seed" not in errors[1]
         assert "token 2" in errors[2] and ("rank 1" in errors[2] or rank == 1)
 
 
