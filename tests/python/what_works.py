@@ -32,7 +32,7 @@ ROWS = {
     "checkpoints of one's own at another number of ranks": "test_checkpoint::",
     "GradScaler": "test_gradients_scaled::",
     "torch.compile, export": "test_operators::compile|export",
-    "torch.compile of DistributedDataParallel, and within it with fullgraph": "test_gradients_wrapped::inner_model_of_ddp.(?:around|within)",
+    "torch.compile of DistributedDataParallel, and within it with fullgraph": "test_gradients_wrapped::inner_model_of_ddp.around|inner_model_of_ddp.within",
     "torch.compile, fullgraph, of checkpointed layers": "test_recompute::compiled_checkpoint",
     "activation checkpointing": "test_module::checkpoint|test_recompute::",
     "activation offload, hooks on saved tensors": "test_saved_tensors::",
