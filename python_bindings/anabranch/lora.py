@@ -47,7 +47,8 @@ def save_adapters(model: peft.PeftModel, folder: str | os.PathLike[str], is_main
     found = {name: module for name, module in model.named_modules() if isinstance(module, Factors)}
     if not found:
         raise ValueError("the model has no adapters on experts as `lora_config` makes them: model.save_pretrained(folder) saves it")
-    group = next(iter(found.values())).group
+    first = next(iter(found.values()))
+    group = first.group
     state = model.state_dict()
     for name, factors in found.items():
         factors.gather_into(state, f"{name}.")
@@ -57,7 +58,7 @@ def save_adapters(model: peft.PeftModel, folder: str | os.PathLike[str], is_main
             _write(model, Path(folder), state)
         except Exception as raised:  # the other ranks are waiting to hear of it
             error = raised
-    failed = torch.tensor([float(error is not None)])
+    failed = torch.tensor([float(error is not None)], device=first.up_weight.device)
     group.all_reduce(failed)
     if error is not None:
         raise error
