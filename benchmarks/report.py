@@ -507,23 +507,25 @@ steps, losses in nats, imbalance the fullest expert over the mean; loads over th
 def decode_of_one_file(measured):
     about, cases = measured["provenance"], measured["microseconds"]
     ways = [name for name in cases[0] if name != "tokens"]
+    where = about.get("device", f"{about['processor']}, {about['threads']} threads")
+    places = 3 if "device" in about else 1
     rows = []
     for case in cases:
         ours = case["anabranch"]
-        others = (f"{case[way] / 1e3:.1f} ({case[way] / ours:.2f})" if way in case else "–" for way in ways[1:])
-        rows.append((str(case["tokens"]), f"{ours / 1e3:.1f}", *others))
-    of_type = "" if measured["dtype"] == "float32" else f" --dtype {measured['dtype']}"
+        others = (f"{case[way] / 1e3:.{places}f} ({case[way] / ours:.2f})" if way in case else "–" for way in ways[1:])
+        rows.append((str(case["tokens"]), f"{ours / 1e3:.{places}f}", *others))
     return f"""{measured['dtype']}, hidden {measured['hidden']}, expert hidden {measured['inner']}, E {measured['experts']}, k {measured['top_k']}:
 
 {table(("tokens", *ways), rows)}
 
-{about['processor']}, {about['threads']} threads, PyTorch {about['torch']}, transformers {about['transformers']}, load of the
-machine before {about['load']}, commit {about['commit'][:10]}, {about['date']}: `benchmarks/cpu/decode.py --rounds 5 --calls 2{of_type}`
+{where}, PyTorch {about['torch']}, transformers {about['transformers']}, load of the
+machine before {about['load']}, commit {about['commit'][:10]}, {about['date']}: `{about['command'].split(" --json")[0]}`
 """
 
 
 def decode(*files):
-    return """## A converted block at as few tokens as a model decodes, on the CPU
+    place = "a GPU" if "device" in files[0]["provenance"] else "the CPU"
+    return f"""## A converted block at as few tokens as a model decodes, on {place}
 
 No gradients: ms a call beside transformers' own ways to run the same block, and theirs over ours. batched_mm copies the weights of
 every assignment, and is left out where that takes more than 4 GiB.
@@ -544,6 +546,7 @@ SECTIONS = {
     "cpu_decode*.json": decode,
     "cpu_grouped_gemm.json": grouped_gemm,
     "gpu_layer.json": gpu_layer,
+    "gpu_decode*.json": decode,
     "gpu_layer_python.json": gpu_layer_python,
     "gpu_grouped_gemm.json": gpu_grouped_gemm,
     "gpu_kernels.json": gpu_kernels,

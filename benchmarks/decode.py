@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """One MoE block of a converted model beside the same block in transformers, at as few tokens as a model decodes: in eval
-mode without gradients, on the CPU. Prints microseconds a call, medians of rounds in turn, and transformers' over ours.
+mode without gradients. Prints microseconds a call, medians of rounds in turn, and transformers' over ours.
 
-    PYTHONPATH=build/release/python benchmarks/cpu/decode.py [--hidden 2048] [--inner 1024] [--experts 64] [--top-k 8]
-        [--json FILE --commit NAME]
+    PYTHONPATH=build/release/python benchmarks/decode.py [--hidden 2048] [--inner 1024] [--experts 64] [--top-k 8]
+        [--device cuda] [--dtype bfloat16] [--json FILE --commit NAME]
 
 With small sizes (--hidden 64 --inner 32) little is arithmetic: what remains is the host's time for a call.
 """
@@ -22,7 +22,7 @@ import transformers
 
 import anabranch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import train_runs  # noqa: E402
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
@@ -38,7 +38,7 @@ def blocks_of(arguments):
         vocab_size=8, hidden_size=arguments.hidden, intermediate_size=arguments.inner, num_hidden_layers=1,
         num_attention_heads=1, num_experts=arguments.experts, num_experts_per_tok=arguments.top_k, norm_topk_prob=True,
     )  # fmt: skip
-    model = transformers.OlmoeForCausalLM(config).to(getattr(torch, arguments.dtype)).eval()
+    model = transformers.OlmoeForCausalLM(config).to(arguments.device, getattr(torch, arguments.dtype)).eval()
     blocks = {}
     for way in TRANSFORMERS:
         other = copy.deepcopy(model)
@@ -62,24 +62,33 @@ def check(blocks, x):
         assert (block(x).float() - expected).abs().max() <= error, name
 
 
+def wait_for(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def medians(blocks, x, rounds, calls):
-    """Microseconds a call, by block."""
+    """Microseconds a call, by block; on a GPU of calls one behind another, until the last has ended."""
     times = {name: [] for name in blocks}
     for _ in range(rounds):
         for name, block in blocks.items():
+            wait_for(x.device)
             begin = time.perf_counter()
             for _ in range(calls):
                 block(x)
+            wait_for(x.device)
             times[name].append((time.perf_counter() - begin) / calls * 1e6)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def provenance(commit):
+def provenance(commit, device):
     own = {
         "threads": torch.get_num_threads(),
         "transformers": transformers.__version__,
         "load": round(os.getloadavg()[0], 1),
     }
+    if device == "cuda":
+        own["device"] = torch.cuda.get_device_name()
     return {**train_runs.provenance(commit), **own}
 
 
@@ -95,17 +104,19 @@ def main():
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", type=pathlib.Path, help="file for the results")
     parser.add_argument("--commit", default="unknown", help="of the measured sources")
     arguments = parser.parse_args()
     blocks = blocks_of(arguments)
-    about, results = provenance(arguments.commit), []
-    print(f"{torch.get_num_threads()} threads, {arguments.dtype}; us a call, and transformers' over ours")
+    about, results = provenance(arguments.commit, arguments.device), []
+    where = about.get("device", f"{about['threads']} threads")
+    print(f"{where}, {arguments.dtype}; us a call, and transformers' over ours")
     print(f"{'tokens':>6}" + "".join(f"{name:>20}" for name in blocks))
     with torch.no_grad():
         for tokens in arguments.tokens:
-            x = torch.randn(1, tokens, arguments.hidden, dtype=getattr(torch, arguments.dtype))
+            x = torch.randn(1, tokens, arguments.hidden).to(arguments.device, getattr(torch, arguments.dtype))
             ways = ways_at(tokens, blocks, arguments)
             check(ways, x)
             found = medians(ways, x, arguments.rounds, arguments.calls)
