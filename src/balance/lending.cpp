@@ -208,6 +208,23 @@ struct Borrowing : torch::CustomClassHolder {
   void wait() {
     if (under_way.valid()) std::exchange(under_way, {}).get();
   }
+  /// What this rank has found of others' experts: at once where it travels beside what follows, otherwise when it is taken
+  /// back, as owners would wait here for those who compute their experts' other tokens meanwhile.
+  void give_back(torch::Tensor terms) {
+    found = std::move(terms);
+    if (lane) travel([this] { collect(); });
+  }
+  /// [own, n] what has been found of the own, side by side.
+  torch::Tensor take_back() {
+    if (lane) {
+      wait();
+    } else {
+      collect();
+    }
+    return std::exchange(collected, {});
+  }
+
+  void collect() { collected = lending.collect(std::exchange(found, {})); }
 
   /// The gradients of what was borrowed, unrounded. `biases`: those that autograd has, undefined where it has none.
   ExpertProjections terms(const torch::Tensor* biases) const {
@@ -228,7 +245,7 @@ struct Borrowing : torch::CustomClassHolder {
   Lending lending;
   WeightSums main_grad;
   WeightSums sums;
-  torch::Tensor collected;  ///< [own, n] gradients that have come back, side by side
+  torch::Tensor found, collected;  ///< gradients on their way back
   std::shared_future<void> under_way;
 };
 
@@ -275,8 +292,7 @@ struct Borrow : torch::autograd::Function<Borrow> {
         c10::static_intrusive_pointer_cast<Borrowing>(context->saved_data["borrowing"].toCapsule());
     const size_t count = parameters.size();
     const bool biases = count == 4;
-    borrowing->wait();
-    const auto sums = std::exchange(borrowing->collected, {});
+    const auto sums = borrowing->take_back();
     const auto like = projections_of(parameters.data(), biases);
     const auto arrived = empty_like(like, sums.size(0), sums.options());
     take_apart(sums, arrived);
@@ -323,9 +339,7 @@ struct GiveBack : torch::autograd::Function<GiveBack> {
     const auto terms = borrowing->terms(gradients.size() == 5 ? &gradients[3] : nullptr);
     const auto all = at::arange(borrowing->lending.borrowed(),
                                 torch::dtype(at::kLong).device(borrowing->sums.up.device()));
-    borrowing->travel([to = borrowing.get(), found = side_by_side(terms, all)] {
-      to->collected = to->lending.collect(found);
-    });
+    borrowing->give_back(side_by_side(terms, all));
     borrowing->sums.up.zero_();  // for another backward of the same graph
     borrowing->sums.down.zero_();
     return {gradients[0], {}, {}, {}, {}, {}};
