@@ -74,12 +74,7 @@ class CollectiveSaving:
                 files.discard() if error else files.finish()
             except Exception as raised:
                 error = raised
-        failed = torch.tensor([float(error is not None)], device=model.device)
-        group.all_reduce(failed)
-        if error is not None:
-            raise error
-        if failed.item() > 0:
-            raise RuntimeError(f"rank 0 could not save the model in {save_directory}")
+        group.raise_together(error, model.device, f"rank 0 could not save the model in {save_directory}")
 
 
 def _converted(model: Any) -> list[tuple[str, ConvertedExperts]]:

@@ -59,6 +59,16 @@ class Group:
         """Replaces `tensor` with the sum over ranks, 16-bit types summed in fp32. Collective; no gradient."""
         torch.ops.anabranch.all_reduce(tensor, self.on(tensor.device).name)
 
+    def raise_together(self, error: Exception | None, device: torch.device, message: str) -> None:
+        """Raises `error` where a rank has one, and then RuntimeError of `message` on those that have none. Collective, of a
+        number that travels from `device`."""
+        failed = torch.tensor([float(error is not None)], device=device)
+        self.all_reduce(failed)
+        if error is not None:
+            raise error
+        if failed.item() > 0:
+            raise RuntimeError(message)
+
 
 def _by_nccl(source: object) -> bool:
     """Whether ranks of that source move GPU memory by NCCL: a process group, only where it does so too."""

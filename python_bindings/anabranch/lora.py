@@ -58,12 +58,7 @@ def save_adapters(model: peft.PeftModel, folder: str | os.PathLike[str], is_main
             _write(model, Path(folder), state)
         except Exception as raised:  # the other ranks are waiting to hear of it
             error = raised
-    failed = torch.tensor([float(error is not None)], device=first.up_weight.device)
-    group.all_reduce(failed)
-    if error is not None:
-        raise error
-    if failed.item() > 0:
-        raise RuntimeError(f"rank 0 could not save the adapters in {os.fspath(folder)}")
+    group.raise_together(error, first.up_weight.device, f"rank 0 could not save the adapters in {os.fspath(folder)}")
 
 
 def _write(model: peft.PeftModel, folder: Path, state: dict[str, Any]) -> None:

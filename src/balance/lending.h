@@ -31,7 +31,8 @@ Borrowed borrow(const ExpertProjections& own, const WeightSums& main_grad,
                 const torch::Tensor& weights, std::shared_ptr<Lane> lane);
 
 /// Waits for `borrowed.experts`, once. `owned` is what owners have computed of the step's tokens, and comes back. So in
-/// backward what borrowers have found sets out before the owners' tokens have their turn, and is there behind it.
+/// backward, by a lane, what borrowers have found sets out before the owners' tokens have their turn, and is there behind
+/// it; without one it travels then.
 torch::Tensor await_borrowed(const torch::Tensor& owned, Borrowed& borrowed);
 
 }  // namespace anabranch
