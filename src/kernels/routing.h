@@ -23,6 +23,7 @@ struct RouteResult {
 struct RoutingSums {
   torch::Tensor probabilities;      ///< [E]
   torch::Tensor squared_logsumexp;  ///< []
+  torch::Tensor of_sequences;       ///< [S, E]: the probabilities', in each sequence
 };
 
 /// Of a batch, and their gradients in its sums.
@@ -79,9 +80,13 @@ class RoutingKernels : public Kernels<RoutingKernels> {
   virtual RouteResult route(const torch::Tensor& logits, const RoutingRule& rule,
                             const RoutingConditions& conditions,
                             Choice choice = Choice::kByRule) const = 0;
-  /// Of probabilities [T, E] and logsumexp [T].
+  /// Of probabilities [T, E] and logsumexp [T], and of S sequences of equal length, none with 0.
   virtual RoutingSums routing_sums(const torch::Tensor& probabilities,
-                                   const torch::Tensor& logsumexp) const = 0;
+                                   const torch::Tensor& logsumexp, int64_t sequences = 0) const = 0;
+  /// [S, E] of type `dtype`, fp32 or fp64: how often each expert is among the ids [T, k] of each of S ≥ 1 sequences of
+  /// equal length. What is no expert's id counts for nothing.
+  virtual torch::Tensor sequence_counts(const torch::Tensor& expert_ids, int64_t sequences,
+                                        int64_t experts, torch::Dtype dtype) const = 0;
   /// [2E + 2] fp64: counts [E] int64, tokens, and the two sums.
   virtual torch::Tensor batch_sums(const torch::Tensor& counts, int64_t tokens,
                                    const RoutingSums& sums) const = 0;

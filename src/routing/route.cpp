@@ -85,12 +85,6 @@ torch::Tensor gradient_of_sums(const torch::Tensor& of_all, const torch::Tensor&
 
 /// logits [T, E] → Routed; with `gate_weight` [E, h], rows x [T, h] → their logits → Routed.
 struct Route : torch::autograd::Function<Route> {
-  /// [S, E]; of no elements for no sequences.
-  static torch::Tensor sequence_sums(const torch::Tensor& probabilities, int64_t sequences) {
-    return sequences == 0 ? at::empty({0}, probabilities.options())
-                          : in_sequences(probabilities, sequences).sum(1);
-  }
-
   static variable_list forward(AutogradContext* context, const torch::Tensor& input,
                                const std::optional<torch::Tensor>& gate_weight,
                                const c10::intrusive_ptr<RuleHolder>& holder) {
@@ -102,9 +96,9 @@ struct Route : torch::autograd::Function<Route> {
     }
     const RoutingKernels& kernels = RoutingKernels::on(logits.device());
     const RouteResult routed = kernels.route(logits, rule, holder->conditions, holder->choice);
-    const RoutingSums sums = kernels.routing_sums(routed.probabilities, routed.logsumexp);
+    const RoutingSums sums =
+        kernels.routing_sums(routed.probabilities, routed.logsumexp, holder->conditions.sequences);
     const bool softmax = rule.router_score == RouterScore::kSoftmax;
-    const int64_t sequences = holder->conditions.sequences;
     const auto histogram =
         holder->conditions.bias_histogram
             ? kernels.bias_histogram(softmax ? routed.probabilities : logits.sigmoid(), rule,
@@ -119,8 +113,8 @@ struct Route : torch::autograd::Function<Route> {
     context->mark_non_differentiable(
         {routed.expert_ids, routed.counts, routed.first_nonfinite_token, histogram});
     return pack(Routed{routed.weights, sums.probabilities, sums.squared_logsumexp,
-                       sequence_sums(routed.probabilities, sequences), routed.expert_ids,
-                       routed.counts, routed.first_nonfinite_token, histogram});
+                       sums.of_sequences, routed.expert_ids, routed.counts,
+                       routed.first_nonfinite_token, histogram});
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
@@ -159,25 +153,16 @@ struct Route : torch::autograd::Function<Route> {
   }
 };
 
-/// [S, E] assignments of the experts in each sequence; `ids` of no expert are none.
-torch::Tensor counts_of_sequences(const torch::Tensor& expert_ids, int64_t sequences,
-                                  const torch::Tensor& like) {
-  const int64_t experts = like.size(1);
-  const auto valid = expert_ids.ge(0).logical_and_(expert_ids.lt(experts));
-  const auto places = expert_ids.where(valid, experts);  // a column of those that are none
-  return at::zeros({sequences, experts + 1}, like.options())
-      .scatter_add_(1, places.view({sequences, -1}),
-                    at::ones_like(places, like.options()).view({sequences, -1}))
-      .narrow(1, 0, experts);
-}
-
 SequenceSums sums_of_sequences(const torch::Tensor& probability_sum,
                                const torch::Tensor& expert_ids,
                                const RoutingConditions& conditions) {
   const int64_t sequences = conditions.sequences;
   const int64_t length = expert_ids.size(0) / sequences;
   const auto options = probability_sum.options().requires_grad(false);
-  return {probability_sum, counts_of_sequences(expert_ids, sequences, probability_sum.detach()),
+  return {probability_sum,
+          RoutingKernels::on(expert_ids.device())
+              .sequence_counts(expert_ids, sequences, probability_sum.size(1),
+                               probability_sum.scalar_type()),
           conditions.padding_mask.defined()
               ? in_sequences(conditions.padding_mask.logical_not(), sequences).sum(1).to(options)
               : at::full({sequences}, static_cast<double>(length), options)};

@@ -383,9 +383,25 @@ class CpuRoutingKernels final : public RoutingKernels {
     });
   }
 
-  RoutingSums routing_sums(const torch::Tensor& probabilities,
-                           const torch::Tensor& logsumexp) const override {
-    return {probabilities.sum(0), logsumexp.square().sum()};
+  RoutingSums routing_sums(const torch::Tensor& probabilities, const torch::Tensor& logsumexp,
+                           int64_t sequences) const override {
+    const int64_t experts = probabilities.size(1);
+    return {
+        probabilities.sum(0), logsumexp.square().sum(),
+        sequences == 0
+            ? at::empty({0, experts}, probabilities.options())
+            : probabilities.view({sequences, probabilities.size(0) / sequences, experts}).sum(1)};
+  }
+
+  torch::Tensor sequence_counts(const torch::Tensor& expert_ids, int64_t sequences, int64_t experts,
+                                torch::Dtype dtype) const override {
+    const auto valid = expert_ids.ge(0).logical_and_(expert_ids.lt(experts));
+    const auto places = expert_ids.where(valid, experts);  // a column of those that are none
+    const auto options = expert_ids.options().dtype(dtype);
+    return at::zeros({sequences, experts + 1}, options)
+        .scatter_add_(1, places.view({sequences, -1}),
+                      at::ones_like(places, options).view({sequences, -1}))
+        .narrow(1, 0, experts);
   }
 
   torch::Tensor batch_sums(const torch::Tensor& counts, int64_t tokens,

@@ -166,6 +166,9 @@ __device__ __forceinline__ int64_t owner_of(const int64_t* offsets, int64_t expe
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+/// Of a grid's second dimension.
+constexpr int64_t kMostGridRows = 65535;
+
 /// A grid dimension, checked against what a launch can take.
 inline unsigned grid_size(int64_t blocks, int64_t most = std::numeric_limits<int32_t>::max()) {
   if (blocks > most) {

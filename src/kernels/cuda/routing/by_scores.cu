@@ -1,4 +1,4 @@
-#include "kernels/cuda/routing/routing.cuh"
+#include "kernels/cuda/routing/best_experts.cuh"
 
 // Routing by any scores, as kernels/cpu/routing.cpp says: one pass over the logits up to 1024 experts.
 
@@ -67,15 +67,18 @@ class Token {
       largest = max(largest, logit);
       finite = finite && isfinite(logit);
     });
-    int nobody = kNobody;
-    lanes_.best(largest, nobody);
-    largest_ = largest;
+    largest_ = lanes_.largest(largest);
+    value_t held[kPerLane > 0 ? kPerLane : 1] = {};  // scores; of softmax, times the sum
+    const auto unscaled = [&](value_t logit) {
+      return is_softmax() ? exp(logit - largest_) : own_score(rule_.score, logit);
+    };
     value_t sum = 0;
     value_t scores = 0;
     for_each_expert([&](int expert, int r) {
       const value_t logit = logit_of(expert, r);
-      sum += exp(logit - largest_);
-      scores += is_softmax() ? value_t{0} : own_score(rule_.score, logit);
+      held[r] = unscaled(logit);
+      sum += is_softmax() ? held[r] : exp(logit - largest_);
+      scores += held[r];
     });
     sum = lanes_.sum(sum);
     factor_ = 1 / sum;
@@ -83,7 +86,8 @@ class Token {
         is_softmax() ? value_t{1} : 1 / (lanes_.sum(scores) + static_cast<value_t>(kLeastScoreSum));
     for_each_expert([&](int expert, int r) {
       const value_t logit = logit_of(expert, r);
-      const value_t score = score_of(logit);
+      const value_t score =
+          (kPerLane > 0 ? held[r] : unscaled(logit)) * (is_softmax() ? factor_ : value_t{1});
       probabilities[expert] = score * share;
       const value_t choice = choice_of(expert, logit, score);
       finite = finite && isfinite(choice);
@@ -97,21 +101,10 @@ class Token {
   /// Leaves the experts of all but the best groups out.
   __device__ void keep_best_groups() {
     const int size = rule_.experts / rule_.groups;
-    value_t own = -kInfinity<value_t>;  // the score of the group of this lane's number
-    for (int group = 0; group < rule_.groups; ++group) {
-      value_t best = kInfinity<value_t>;
-      int expert = -1;
-      next(best, expert, group * size, (group + 1) * size);
-      value_t score = best;
-      for (int i = 1; i < min(rule_.summed, size); ++i) {
-        next(best, expert, group * size, (group + 1) * size);
-        score += best;
-      }
-      own = lanes_.lane == group ? score : own;
-    }
+    const value_t own = group_score(size);
     unsigned kept = 0;
     for (int i = 0; i < rule_.top_groups; ++i) {
-      value_t best = kept >> lanes_.lane & 1 ? -kInfinity<value_t> : own;
+      Key best = kept >> lanes_.lane & 1 ? key_of(-kInfinity<value_t>) : key_of(own);
       int group = lanes_.lane;
       lanes_.best(best, group);
       kept |= 1u << group;
@@ -127,14 +120,14 @@ class Token {
   /// The experts in order, best first, and their weights. A lane keeps one of as many slots as there
   /// are lanes.
   __device__ void select(int64_t* expert_ids, value_t* weights, unsigned* histogram) const {
+    const auto choice_of_lane = [this](int expert, int r) { return choice_at(expert, r); };
+    auto best = best_experts<kPerLane>(lanes_, rule_.experts, choice_of_lane);
     value_t selected_sum = static_cast<value_t>(kLeastScoreSum);
-    value_t last = kInfinity<value_t>;
-    int expert = -1;
     for (int base = 0; base < rule_.top_k; base += kLanes) {
       const int slots = min(rule_.top_k - base, kLanes);
       int own_expert = 0;
       for (int slot = 0; slot < slots; ++slot) {
-        next(last, expert, 0, rule_.experts);
+        const int expert = best.take();
         own_expert = lanes_.lane == slot ? expert : own_expert;
       }
       value_t score = 0;
@@ -177,21 +170,59 @@ class Token {
   __device__ const Lanes<value_t, kLanes>& lanes() const { return lanes_; }
 
  private:
-  /// Calls `body(expert, r)` for each of this lane, its r-th, in ascending order.
+  using Key = key_t<value_t>;
+
   template <typename Body>
   __device__ __forceinline__ void for_each_expert(const Body& body) const {
-    if constexpr (kPerLane > 0) {
-#pragma unroll
-      for (int r = 0; r < kPerLane; ++r) {
-        if (lanes_.lane + r * kLanes < rule_.experts) {
-          body(lanes_.lane + r * kLanes, r);
-        }
-      }
-    } else {
-      for (int expert = lanes_.lane; expert < rule_.experts; expert += kLanes) {
-        body(expert, 0);
+    lanes_.template for_each_expert<kPerLane>(rule_.experts, body);
+  }
+
+  /// The score of the group of this lane's number; −Inf on lanes behind the last group's.
+  __device__ value_t group_score(int size) const {
+    if constexpr (kPerLane > 0 && kLanes == kWarp) {
+      if (kWarp % size == 0) {
+        return score_of_neighbours(size);
       }
     }
+    value_t own = -kInfinity<value_t>;
+    const auto key_at = [this](int expert, int r) { return key_of(choice_at(expert, r)); };
+    for (int group = 0; group < rule_.groups; ++group) {
+      Key best = ~Key{0};
+      int expert = -1;
+      value_t score = 0;
+      for (int i = 0; i < min(rule_.summed, size); ++i) {
+        lanes_.template next<kPerLane>(best, expert, group * size, (group + 1) * size, key_at);
+        score += value_of(best);
+      }
+      own = lanes_.lane == group ? score : own;
+    }
+    return own;
+  }
+
+  /// The same where `size` neighbouring lanes have a group: those of all groups at once.
+  __device__ value_t score_of_neighbours(int size) const {
+    const int lane = lanes_.lane;
+    const unsigned neighbours = (size == kWarp ? kFullMask : (1u << size) - 1)
+                                << (lane & ~(size - 1));
+    value_t own = -kInfinity<value_t>;
+    const int first = lane * size;  // of this lane's group
+#pragma unroll
+    for (int r = 0; r < kPerLane; ++r) {
+      Key key = lane + r * kLanes < rule_.experts ? key_of(values_[r]) : Key{0};
+      value_t score = 0;
+      for (int i = 0; i < min(rule_.summed, size); ++i) {
+        Key best = key;
+        for (int offset = size / 2; offset > 0; offset /= 2) {
+          best = max(best, __shfl_xor_sync(kFullMask, best, offset));
+        }
+        score += value_of(best);
+        const unsigned equal = __ballot_sync(kFullMask, key == best) & neighbours;
+        key = __ffs(equal) - 1 == lane ? Key{0} : key;
+      }
+      score = __shfl_sync(kFullMask, score, first % kWarp);
+      own = lane < rule_.groups && first / kWarp == r ? score : own;
+    }
+    return own;
   }
 
   __device__ __forceinline__ value_t logit_of(int expert, int r) const {
@@ -216,23 +247,6 @@ class Token {
     }
   }
 
-  /// The best choice of experts begin .. end−1 that comes after (value, expert), ties to the lowest.
-  __device__ __forceinline__ void next(value_t& value, int& expert, int begin, int end) const {
-    value_t best = -kInfinity<value_t>;
-    int best_expert = kNobody;
-    for_each_expert([&](int candidate, int r) {
-      const value_t choice = choice_at(candidate, r);
-      const bool after = choice < value || (choice == value && candidate > expert);
-      if (after && choice > best && candidate >= begin && candidate < end) {
-        best = choice;
-        best_expert = candidate;
-      }
-    });
-    lanes_.best(best, best_expert);
-    value = best;
-    expert = best_expert;
-  }
-
   const Rule<value_t>& rule_;
   const value_t* row_;
   Lanes<value_t, kLanes> lanes_;
@@ -243,7 +257,7 @@ class Token {
 };
 
 template <typename value_t, int kLanes, int kPerLane>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kRouteBlocks<value_t, kPerLane>)
     route_by_scores_kernel(const value_t* __restrict__ logits, int64_t tokens, Rule<value_t> rule,
                            RouteOutput<value_t> out) {
   extern __shared__ unsigned histogram[];  // [experts]
@@ -279,8 +293,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 /// With s the scores, s' their derivatives, q = s / (Σ s + ε) and ds = dL/ds through the weights:
-/// dlogit = s' (ds + (dq − ⟨q, dq⟩) / (Σ s + ε)) + softmax · dL/dlogsumexp.
-template <typename value_t, int kLanes>
+/// dlogit = s' (ds + (dq − ⟨q, dq⟩) / (Σ s + ε)) + softmax · dL/dlogsumexp. A lane has its share of the scores in
+/// registers, or for more experts than those hold (kPerLane 0) computes them again.
+template <typename value_t, int kLanes, int kPerLane>
 __global__ void __launch_bounds__(kThreads)
     route_backward_of_scores_kernel(RouteState<value_t> state, ScoreKind kind, int64_t tokens,
                                     int experts, int top_k, bool renormalize, value_t scale,
@@ -308,31 +323,33 @@ __global__ void __launch_bounds__(kThreads)
     inner = lanes.sum(inner);
     chosen_sum = lanes.sum(chosen) + static_cast<value_t>(kLeastScoreSum);
   }
+  value_t held[kPerLane > 0 ? kPerLane : 1] = {};
   value_t sum = 0;
   value_t mean = 0;
-  for (int expert = lanes.lane; expert < experts; expert += kLanes) {
-    const value_t score = own_score(kind, logits[expert]);
-    sum += score;
-    mean += score * state.dprobability(expert);
-  }
+  lanes.template for_each_expert<kPerLane>(experts, [&](int expert, int r) {
+    held[r] = own_score(kind, logits[expert]);
+    sum += held[r];
+    mean += held[r] * state.dprobability(expert);
+  });
   sum = lanes.sum(sum) + static_cast<value_t>(kLeastScoreSum);
   mean = lanes.sum(mean) / sum;
   const value_t logsumexp = state.logsumexp[token];
   const value_t dlogsumexp = 2 * logsumexp * state.dsquared_logsumexp();
   const TokenGradient<value_t> target(gradient, token, experts);
-  const auto dlogit = [&](int64_t expert, value_t through_weight) {
-    const value_t score = own_score(kind, logits[expert]);
+  const auto dlogit = [&](int64_t expert, value_t score, value_t through_weight) {
     const value_t dscore = through_weight + (state.dprobability(expert) - mean) / sum;
     return score_slope(kind, logits[expert], score) * dscore +
            exp(logits[expert] - logsumexp) * dlogsumexp;
   };
-  for (int expert = lanes.lane; expert < experts; expert += kLanes) {
-    target.store(expert, dlogit(expert, 0));
-  }
+  lanes.template for_each_expert<kPerLane>(experts, [&](int expert, int r) {
+    const value_t score = kPerLane > 0 ? held[r] : own_score(kind, logits[expert]);
+    target.store(expert, dlogit(expert, score, 0));
+  });
   __syncwarp(lanes.mask);  // the chosen experts' are written again, by other lanes
   for (int slot = lanes.lane; slot < top_k; slot += kLanes) {
     if (is_expert(ids[slot], experts)) {
-      target.store(ids[slot], dlogit(ids[slot], (scale * dweights[slot] - inner) / chosen_sum));
+      target.store(ids[slot], dlogit(ids[slot], own_score(kind, logits[ids[slot]]),
+                                     (scale * dweights[slot] - inner) / chosen_sum));
     }
   }
 }
@@ -361,8 +378,9 @@ void launch_route_by_scores(const RouteArguments& arguments, const ChoiceArgumen
                              choice.by_logits};
     dispatch_experts(arguments.experts, [&](auto lanes, auto per_lane) {
       constexpr int kLanes = decltype(lanes)::value;
-      const auto kernel = route_by_scores_kernel<value_t, kLanes, decltype(per_lane)::value>;
-      const RouteGrid grid = route_grid(arguments, kLanes, kernel);
+      constexpr int kPerLane = decltype(per_lane)::value;
+      const auto kernel = route_by_scores_kernel<value_t, kLanes, kPerLane>;
+      const RouteGrid grid = route_grid(arguments, kLanes, kRouteBlocks<value_t, kPerLane>, kernel);
       kernel<<<grid.blocks, kThreads, grid.shared, stream>>>(static_cast<const value_t*>(logits),
                                                              arguments.tokens, rule,
                                                              RouteOutput<value_t>(results));
@@ -379,13 +397,14 @@ void launch_route_backward_of_scores(const RouteArguments& arguments, ScoreKind 
   }
   dispatch_value(arguments.scalar, [&](auto zero) {
     using value_t = decltype(zero);
-    dispatch_lanes(arguments.experts, [&](auto lanes) {
+    dispatch_experts(arguments.experts, [&](auto lanes, auto per_lane) {
       constexpr int kLanes = decltype(lanes)::value;
       const unsigned blocks = grid_size(divide_up(arguments.tokens, kThreads / kLanes));
-      route_backward_of_scores_kernel<value_t, kLanes><<<blocks, kThreads, 0, stream>>>(
-          RouteState<value_t>(inputs), score, arguments.tokens, static_cast<int>(arguments.experts),
-          static_cast<int>(arguments.top_k), arguments.renormalize,
-          static_cast<value_t>(arguments.scale), gradient);
+      route_backward_of_scores_kernel<value_t, kLanes, decltype(per_lane)::value>
+          <<<blocks, kThreads, 0, stream>>>(
+              RouteState<value_t>(inputs), score, arguments.tokens,
+              static_cast<int>(arguments.experts), static_cast<int>(arguments.top_k),
+              arguments.renormalize, static_cast<value_t>(arguments.scale), gradient);
       check_launch("route_backward_of_scores");
     });
   });

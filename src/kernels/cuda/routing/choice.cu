@@ -1,23 +1,9 @@
-#include "kernels/cuda/routing/routing.cuh"
+#include "kernels/cuda/routing/best_experts.cuh"
 
 // What balances by order statistics: experts that choose tokens, and the histograms of biases that would have balanced.
 
 namespace anabranch::cuda {
 namespace {
-
-// Numbers in the order of the scores: 0 is nobody's but NaN's.
-
-__device__ unsigned key_of(float score) {
-  const unsigned bits = __float_as_uint(score + 0.0f);  // −0 is 0
-  return isnan(score) ? 0 : bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-}
-__device__ unsigned long long key_of(double score) {
-  const auto bits = static_cast<unsigned long long>(__double_as_longlong(score + 0.0));
-  return isnan(score) ? 0 : bits ^ (bits >> 63 ? ~0ull : 1ull << 63);
-}
-
-template <typename value_t>
-using key_t = decltype(key_of(value_t{}));
 
 /// Σ over the threads of a block, which all of them get. Three totals take turns, so that one is cleared while nobody
 /// adds to it or reads it.
@@ -153,8 +139,7 @@ class Scores {
     for (int expert = lane; expert < experts; expert += kWarp) {
       largest_ = max(largest_, logits[expert]);
     }
-    int nobody = kNobody;
-    Lanes<value_t, kWarp>().best(largest_, nobody);
+    largest_ = Lanes<value_t, kWarp>().largest(largest_);
     value_t sum = 0;
     for (int expert = lane; expert < experts; expert += kWarp) {
       sum += exp(logits[expert] - largest_);
@@ -219,74 +204,78 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+/// A few lanes for each token: its (top_k + 1)-th best choice, which an expert has to reach; NaN of a token that does not
+/// count.
+template <typename value_t, int kLanes, int kPerLane>
+__global__ void __launch_bounds__(kThreads)
+    choice_cutoffs_kernel(const value_t* __restrict__ scores, const value_t* __restrict__ bias,
+                          const bool* padding, int64_t tokens, int experts, int top_k,
+                          value_t* __restrict__ cutoffs) {
+  const int64_t token = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
+  if (token >= tokens) {
+    return;
+  }
+  const Lanes<value_t, kLanes> lanes;
+  const value_t* row = scores + token * experts;
+  const auto choice_at = [&](int expert, int) { return row[expert] + bias[expert]; };
+  bool finite = padding == nullptr || !padding[token];
+  lanes.template for_each_expert<kPerLane>(
+      experts, [&](int expert, int r) { finite = finite && isfinite(choice_at(expert, r)); });
+  value_t cutoff = NAN;
+  if (lanes.all(finite)) {
+    auto best = best_experts<kPerLane>(lanes, experts, choice_at);
+    for (int i = 0; i <= top_k; ++i) {
+      best.take();
+    }
+    cutoff = best.choice();
+  }
+  if (lanes.lane == 0) {
+    cutoffs[token] = cutoff;
+  }
+}
+
+/// Experts of a block: neighbours, of which a token's scores come in one access.
+constexpr int kBinnedExperts = 8;
+
 template <typename value_t>
 struct BiasBins {
-  const value_t* bias;
   const value_t* least_bias;
   const value_t* largest_bias;
   int count;
   unsigned long long* histogram;  // [E, count]
 };
 
-/// A few lanes for each token: what each expert's bias would have had to be for it, counted.
-template <typename value_t, int kLanes, int kPerLane>
+/// A block for some of the tokens and experts: what the biases would have had to be, counted in shared memory first.
+template <typename value_t>
 __global__ void __launch_bounds__(kThreads)
-    bias_histogram_kernel(const value_t* __restrict__ scores, const bool* padding, int64_t tokens,
-                          int experts, int top_k, BiasBins<value_t> bins) {
-  constexpr int kTokens = kThreads / kLanes;
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokens + threadIdx.x / kLanes;
-  if (token >= tokens || (padding != nullptr && padding[token])) {
-    return;
-  }
-  const Lanes<value_t, kLanes> lanes;
-  const value_t* row = scores + token * experts;
-  value_t choices[kPerLane > 0 ? kPerLane : 1];
-  const auto for_each_expert = [&](const auto& body) {
-    if constexpr (kPerLane > 0) {
-#pragma unroll
-      for (int r = 0; r < kPerLane; ++r) {
-        const int expert = lanes.lane + r * kLanes;
-        if (expert < experts) {
-          body(expert, choices[r]);
-        }
-      }
-    } else {
-      for (int expert = lanes.lane; expert < experts; expert += kLanes) {
-        body(expert, choices[0] = row[expert] + bins.bias[expert]);
-      }
-    }
-  };
-  bool finite = true;
-  for_each_expert([&](int expert, value_t& choice) {
-    choice = row[expert] + bins.bias[expert];
-    finite = finite && isfinite(choice);
-  });
-  if (!lanes.all(finite)) {
-    return;
-  }
-  value_t cutoff = kInfinity<value_t>;  // the (top_k + 1)-th best choice
-  int cut = -1;
-  for (int i = 0; i <= top_k; ++i) {
-    value_t best = -kInfinity<value_t>;
-    int best_expert = kNobody;
-    for_each_expert([&](int expert, value_t choice) {
-      const bool after = choice < cutoff || (choice == cutoff && expert > cut);
-      if (after && choice > best) {
-        best = choice;
-        best_expert = expert;
-      }
-    });
-    lanes.best(best, best_expert);
-    cutoff = best;
-    cut = best_expert;
-  }
+    bias_histogram_kernel(const value_t* __restrict__ scores, const value_t* __restrict__ cutoffs,
+                          int64_t tokens, int experts, BiasBins<value_t> bins) {
+  extern __shared__ unsigned histogram[];  // [kBinnedExperts, bins.count]
+  clear_histogram(histogram, kBinnedExperts * bins.count);
+  constexpr int kTokens = kThreads / kBinnedExperts;
+  const int first = static_cast<int>(blockIdx.y) * kBinnedExperts;
+  const int own = threadIdx.x % kBinnedExperts;
   const value_t least = *bins.least_bias - 1;
   const value_t scale = bins.count / (*bins.largest_bias + 1 - least);
-  for_each_expert([&](int expert, value_t) {
-    const auto bin = static_cast<int>((cutoff - row[expert] - least) * scale);
-    const int place = max(0, min(bin, bins.count - 1));
-    atomicAdd(&bins.histogram[static_cast<int64_t>(expert) * bins.count + place], 1ull);
-  });
+  for (int64_t token = static_cast<int64_t>(blockIdx.x) * kTokens + threadIdx.x / kBinnedExperts;
+       token < tokens && first + own < experts;
+       token += static_cast<int64_t>(gridDim.x) * kTokens) {
+    const value_t cutoff = cutoffs[token];
+    if (isnan(cutoff)) {
+      continue;
+    }
+    const auto bin =
+        static_cast<int>((cutoff - scores[token * experts + first + own] - least) * scale);
+    atomicAdd(&histogram[own * bins.count + max(0, min(bin, bins.count - 1))], 1u);
+  }
+  __syncthreads();
+  const int counted = min(kBinnedExperts, experts - first) * bins.count;
+  for (int place = threadIdx.x; place < counted; place += kThreads) {
+    if (const unsigned more = histogram[place]; more != 0) {
+      atomicAdd(&bins.histogram[static_cast<int64_t>(first) * bins.count + place],
+                static_cast<unsigned long long>(more));
+    }
+  }
 }
 
 template <typename value_t>
@@ -336,19 +325,31 @@ void launch_bias_histogram(Scalar scalar, int64_t tokens, int64_t experts, int64
   }
   dispatch_value(scalar, [&](auto zero) {
     using value_t = decltype(zero);
-    const BiasBins<value_t> of_type{
-        static_cast<const value_t*>(given.bias), static_cast<const value_t*>(given.least_bias),
-        static_cast<const value_t*>(given.largest_bias), static_cast<int>(bins),
-        reinterpret_cast<unsigned long long*>(histogram)};
+    const auto* const scores = static_cast<const value_t*>(given.scores);
+    auto* const cutoffs = static_cast<value_t*>(given.cutoffs);
     dispatch_experts(experts, [&](auto lanes, auto per_lane) {
       constexpr int kLanes = decltype(lanes)::value;
       const unsigned blocks = grid_size(divide_up(tokens, kThreads / kLanes));
-      bias_histogram_kernel<value_t, kLanes, decltype(per_lane)::value>
-          <<<blocks, kThreads, 0, stream>>>(static_cast<const value_t*>(given.scores),
+      choice_cutoffs_kernel<value_t, kLanes, decltype(per_lane)::value>
+          <<<blocks, kThreads, 0, stream>>>(scores, static_cast<const value_t*>(given.bias),
                                             given.padding, tokens, static_cast<int>(experts),
-                                            static_cast<int>(top_k), of_type);
-      check_launch("bias_histogram");
+                                            static_cast<int>(top_k), cutoffs);
+      check_launch("choice_cutoffs");
     });
+    const BiasBins<value_t> of_type{static_cast<const value_t*>(given.least_bias),
+                                    static_cast<const value_t*>(given.largest_bias),
+                                    static_cast<int>(bins),
+                                    reinterpret_cast<unsigned long long*>(histogram)};
+    constexpr int64_t kBlocks = 2;  // of a multiprocessor
+    const int64_t groups = divide_up(experts, kBinnedExperts);
+    const int64_t slices = std::min(divide_up(tokens, kThreads / kBinnedExperts),
+                                    divide_up(kBlocks * multiprocessors(), groups));
+    const size_t shared = kBinnedExperts * bins * sizeof(unsigned);
+    allow_shared_memory(bias_histogram_kernel<value_t>, shared);
+    bias_histogram_kernel<value_t>
+        <<<dim3(grid_size(slices), grid_size(groups, kMostGridRows)), kThreads, shared, stream>>>(
+            scores, cutoffs, tokens, static_cast<int>(experts), of_type);
+    check_launch("bias_histogram");
   });
 }
 

@@ -114,23 +114,35 @@ class CudaRoutingKernels final : public RoutingKernels {
     return result;
   }
 
-  RoutingSums routing_sums(const torch::Tensor& probabilities,
-                           const torch::Tensor& logsumexp) const override {
+  RoutingSums routing_sums(const torch::Tensor& probabilities, const torch::Tensor& logsumexp,
+                           int64_t sequences) const override {
     const OnDevice stream(probabilities);
     const int64_t tokens = probabilities.size(0);
     const int64_t experts = probabilities.size(1);
     const auto dtype = probabilities.scalar_type();
-    const int64_t for_parts = cuda::routing_sums_scratch(tokens, experts);
+    const int64_t for_parts = cuda::routing_sums_scratch(tokens, experts, sequences);
     Block block;
     block.room(experts, dtype).room(1, dtype).room(for_parts, dtype);
     block.allocate(probabilities.device());
-    RoutingSums result{block.take({experts}, dtype), block.take({}, dtype)};
+    RoutingSums result{block.take({experts}, dtype), block.take({}, dtype),
+                       at::empty({sequences, experts}, probabilities.options())};
     const auto scratch = block.take({for_parts}, dtype);
-    const cuda::RoutingSums sums{probabilities.const_data_ptr(), logsumexp.const_data_ptr(),
-                                 scratch.data_ptr(), result.probabilities.data_ptr(),
-                                 result.squared_logsumexp.data_ptr()};
+    const cuda::RoutingSums sums{
+        probabilities.const_data_ptr(),  logsumexp.const_data_ptr(),          scratch.data_ptr(),
+        result.probabilities.data_ptr(), result.squared_logsumexp.data_ptr(), sequences,
+        result.of_sequences.data_ptr()};
     cuda::launch_routing_sums(cuda::scalar_of(probabilities), tokens, experts, sums, stream);
     return result;
+  }
+
+  torch::Tensor sequence_counts(const torch::Tensor& expert_ids, int64_t sequences, int64_t experts,
+                                torch::Dtype dtype) const override {
+    const OnDevice stream(expert_ids);
+    auto counts = at::zeros({sequences, experts}, expert_ids.options().dtype(dtype));
+    cuda::launch_sequence_counts(cuda::scalar_of(counts), expert_ids.const_data_ptr<int64_t>(),
+                                 sequences, expert_ids.numel() / sequences, experts,
+                                 counts.data_ptr(), stream);
+    return counts;
   }
 
   torch::Tensor batch_sums(const torch::Tensor& counts, int64_t tokens,
@@ -177,9 +189,13 @@ class CudaRoutingKernels final : public RoutingKernels {
       return histogram;
     }
     const auto [least, largest] = at::aminmax(conditions.expert_bias);
-    const cuda::BiasScores given{
-        scores.const_data_ptr(), of_type_or_null<bool>(conditions.padding_mask),
-        conditions.expert_bias.const_data_ptr(), least.const_data_ptr(), largest.const_data_ptr()};
+    const auto cutoffs = at::empty({scores.size(0)}, scores.options());
+    const cuda::BiasScores given{scores.const_data_ptr(),
+                                 of_type_or_null<bool>(conditions.padding_mask),
+                                 conditions.expert_bias.const_data_ptr(),
+                                 least.const_data_ptr(),
+                                 largest.const_data_ptr(),
+                                 cutoffs.data_ptr()};
     cuda::launch_bias_histogram(cuda::scalar_of(scores), scores.size(0), experts, rule.top_k, given,
                                 kBiasBins, histogram.data_ptr<int64_t>(), stream);
     return histogram;

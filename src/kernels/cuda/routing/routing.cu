@@ -1,4 +1,4 @@
-#include "kernels/cuda/routing/routing.cuh"
+#include "kernels/cuda/routing/best_experts.cuh"
 
 namespace anabranch::cuda {
 namespace {
@@ -15,96 +15,23 @@ struct LogitsRow {
   }
 };
 
-/// One lane's share of a token's logits, and which of them are left to choose from: in registers.
-template <typename value_t, int kLanes, int kPerLane>
-struct Logits {
-  value_t values[kPerLane];
-  int experts;
-  int lane;
-
-  __device__ Logits(const LogitsRow<value_t>& row, int num_experts, int own_lane)
-      : experts(num_experts), lane(own_lane) {
-#pragma unroll
-    for (int r = 0; r < kPerLane; ++r) {
-      values[r] = lane + r * kLanes < experts ? row[lane + r * kLanes] : -kInfinity<value_t>;
-    }
-  }
-
-  /// Calls `body(expert, value, r)` for each of this lane, its r-th, that is left, in ascending
-  /// order.
-  template <typename Body>
-  __device__ __forceinline__ void for_each(const Body& body) const {
-#pragma unroll
-    for (int r = 0; r < kPerLane; ++r) {
-      if (lane + r * kLanes < experts) {
-        body(lane + r * kLanes, values[r], r);
-      }
-    }
-  }
-
-  /// Leaves `expert` out from here on; each is the best of those left.
-  __device__ __forceinline__ void take(int expert, value_t) {
-#pragma unroll
-    for (int r = 0; r < kPerLane; ++r) {
-      values[r] = lane + r * kLanes == expert ? -kInfinity<value_t> : values[r];
-    }
-  }
-};
-
-/// The same for more experts than registers: read again each time.
-template <typename value_t, int kLanes>
-struct Logits<value_t, kLanes, 0> {
-  LogitsRow<value_t> row;
-  int experts;
-  int lane;
-  value_t last = kInfinity<value_t>;  // what is left comes after the last that was taken
-  int last_expert = -1;
-
-  __device__ Logits(const LogitsRow<value_t>& values, int num_experts, int own_lane)
-      : row(values), experts(num_experts), lane(own_lane) {}
-
-  template <typename Body>
-  __device__ __forceinline__ void for_each(const Body& body) const {
-    for (int expert = lane; expert < experts; expert += kLanes) {
-      const value_t value = row[expert];
-      if (last_expert < 0 || value < last || (value == last && expert > last_expert)) {
-        body(expert, value, 0);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void take(int expert, value_t value) {
-    last = value;
-    last_expert = expert;
-  }
-};
-
 /// The `top_k` largest logits in order, ties to the lowest expert. Their probabilities go to
 /// `weights`, divided by their sum if wanted. A lane keeps one of as many slots as there are lanes,
 /// and completes it together with the others.
-template <typename value_t, int kLanes, int kPerLane>
-__device__ void select(Logits<value_t, kLanes, kPerLane>& logits,
-                       const Lanes<value_t, kLanes>& lanes, value_t largest, value_t scale,
-                       int top_k, bool renormalize, int64_t* expert_ids, value_t* weights,
-                       unsigned* histogram) {
+template <int kPerLane, typename value_t, int kLanes, typename LogitAt>
+__device__ void select(const LogitAt& logit_at, int experts, const Lanes<value_t, kLanes>& lanes,
+                       value_t largest, value_t scale, int top_k, bool renormalize,
+                       int64_t* expert_ids, value_t* weights, unsigned* histogram) {
+  auto best = best_experts<kPerLane>(lanes, experts, logit_at);
   value_t selected_sum = 0;
   for (int base = 0; base < top_k; base += kLanes) {
     const int slots = min(top_k - base, kLanes);
     value_t own_value = 0;
     int own_expert = 0;
     for (int slot = 0; slot < slots; ++slot) {
-      value_t value = -kInfinity<value_t>;
-      int expert = kNobody;
-      logits.for_each([&](int candidate, value_t logit, int) {
-        if (logit > value) {
-          value = logit;
-          expert = candidate;
-        }
-      });
-      lanes.best(value, expert);
-      logits.take(expert, value);
+      const int expert = best.take();
       if (lanes.lane == slot) {
-        own_value = value;
+        own_value = best.choice();
         own_expert = expert;
       }
     }
@@ -122,55 +49,55 @@ __device__ void select(Logits<value_t, kLanes, kPerLane>& logits,
   }
 }
 
+/// A lane has its share of the logits and of their exponentials in registers, or for more experts than those hold
+/// (kPerLane 0) reads and computes them again.
 template <typename value_t, int kLanes, int kPerLane>
-__device__ void route_token(int64_t token, const LogitsRow<value_t>& logits_row, int experts,
-                            int top_k, bool renormalize, const RouteOutput<value_t>& out,
+__device__ void route_token(int64_t token, const LogitsRow<value_t>& row, int experts, int top_k,
+                            bool renormalize, const RouteOutput<value_t>& out,
                             unsigned* histogram) {
   const Lanes<value_t, kLanes> lanes;
-  Logits<value_t, kLanes, kPerLane> logits(logits_row, experts, lanes.lane);
+  const auto for_each_expert = [&](const auto& body) {
+    lanes.template for_each_expert<kPerLane>(experts, body);
+  };
+  constexpr int kHeld = kPerLane > 0 ? kPerLane : 1;
+  value_t logits[kHeld] = {};
+  value_t exponentials[kHeld];
+  const auto logit_at = [&](int expert, int r) { return kPerLane > 0 ? logits[r] : row[expert]; };
   value_t largest = -kInfinity<value_t>;
   bool finite = true;
-  logits.for_each([&](int, value_t logit, int) {
+  for_each_expert([&](int expert, int r) {
+    const value_t logit = row[expert];
+    logits[r] = logit;
     largest = max(largest, logit);
     finite = finite && isfinite(logit);
   });
-  int nobody = kNobody;
-  lanes.best(largest, nobody);
+  largest = lanes.largest(largest);
   value_t sum = 0;
-  value_t exponentials[kPerLane == 0 ? 1 : kPerLane];
-  logits.for_each([&](int, value_t logit, int r) {
-    const value_t exponential = exp(logit - largest);
-    sum += exponential;
-    if constexpr (kPerLane > 0) {
-      exponentials[r] = exponential;
-    }
+  for_each_expert([&](int expert, int r) {
+    exponentials[r] = exp(logit_at(expert, r) - largest);
+    sum += exponentials[r];
   });
   sum = lanes.sum(sum);
   const value_t scale = 1 / sum;
-  logits.for_each([&](int expert, value_t logit, int r) {
-    value_t exponential;
-    if constexpr (kPerLane > 0) {
-      exponential = exponentials[r];
-    } else {
-      exponential = exp(logit - largest);
-    }
-    out.probabilities[token * experts + expert] = exponential * scale;
+  value_t* const probabilities = out.probabilities + token * experts;
+  for_each_expert([&](int expert, int r) {
+    const value_t exponential = kPerLane > 0 ? exponentials[r] : exp(logit_at(expert, r) - largest);
+    probabilities[expert] = exponential * scale;
   });
   const value_t logsumexp = lanes.all(finite) ? largest + log(sum) : value_t(NAN);
   if (lanes.lane == 0) {
     out.logsumexp[token] = logsumexp;
   }
-  int64_t* expert_ids = out.expert_ids + token * top_k;
-  value_t* weights = out.weights + token * top_k;
   if (isfinite(logsumexp)) {
-    select(logits, lanes, largest, scale, top_k, renormalize, expert_ids, weights, histogram);
-    return;
+    select<kPerLane>(logit_at, experts, lanes, largest, scale, top_k, renormalize,
+                     out.expert_ids + token * top_k, out.weights + token * top_k, histogram);
+  } else {
+    out.refuse(token, top_k, lanes, histogram);
   }
-  out.refuse(token, top_k, lanes, histogram);
 }
 
 template <typename value_t, int kLanes, int kPerLane>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kRouteBlocks<value_t, kPerLane>)
     route_kernel(const value_t* __restrict__ logits, int parts, int64_t tokens, int experts,
                  int top_k, bool renormalize, RouteOutput<value_t> out) {
   extern __shared__ unsigned histogram[];  // [experts]
@@ -251,8 +178,9 @@ void launch_route(const RouteArguments& arguments, const void* logits, const Rou
     using value_t = decltype(zero);
     dispatch_experts(arguments.experts, [&](auto lanes, auto per_lane) {
       constexpr int kLanes = decltype(lanes)::value;
-      const auto kernel = route_kernel<value_t, kLanes, decltype(per_lane)::value>;
-      const RouteGrid grid = route_grid(arguments, kLanes, kernel);
+      constexpr int kPerLane = decltype(per_lane)::value;
+      const auto kernel = route_kernel<value_t, kLanes, kPerLane>;
+      const RouteGrid grid = route_grid(arguments, kLanes, kRouteBlocks<value_t, kPerLane>, kernel);
       kernel<<<grid.blocks, kThreads, grid.shared, stream>>>(
           static_cast<const value_t*>(logits), static_cast<int>(arguments.logit_parts),
           arguments.tokens, static_cast<int>(arguments.experts), static_cast<int>(arguments.top_k),

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/cuda/routing/gate.cuh"
+#include "kernels/cuda/routing/keys.cuh"
 #include "kernels/cuda/routing/routing.h"
 #include "kernels/score_sum.h"
 
@@ -9,14 +10,21 @@
 namespace anabranch::cuda {
 
 constexpr int kThreads = 256;
-/// Blocks of a multiprocessor: they walk over all tokens, to add counts up in shared memory first.
-constexpr int kRouteBlocks = 8;
+/// Blocks of a multiprocessor, all of which run at once: they walk over all tokens, to add counts up in shared memory
+/// first.
+template <typename value_t, int kPerLane>
+constexpr int kRouteBlocks = (kPerLane <= 4   ? 5
+                              : kPerLane <= 8 ? 4
+                                              : 2) *
+                             sizeof(float) / sizeof(value_t);
 template <typename value_t>
 constexpr value_t kInfinity = std::numeric_limits<value_t>::infinity();
 constexpr int kNobody = std::numeric_limits<int>::max();
 
 template <typename value_t, int kLanes>
 struct Lanes {
+  using Key = key_t<value_t>;
+
   int lane = threadIdx.x % kLanes;
   /// The lanes of this token: tokens of one warp may go separate ways.
   unsigned mask =
@@ -32,27 +40,76 @@ struct Lanes {
 
   __device__ bool all(bool condition) const { return __all_sync(mask, condition); }
 
-  /// The largest value of all lanes, and the lowest expert that has it.
-  __device__ void best(value_t& value, int& expert) const {
-    if constexpr (std::is_same_v<value_t, float> && kLanes == kWarp) {
-      // Unsigned numbers in the order of the floats, for which there is one instruction.
-      const unsigned bits = __float_as_uint(value + 0.0f);  // −0 is 0
-      const unsigned key = bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-      const unsigned most = __reduce_max_sync(mask, key);
-      expert = __reduce_min_sync(mask, key == most ? expert : kNobody);
-      value = __uint_as_float(most ^ (most >> 31 ? 0x80000000u : 0xffffffffu));
+  /// Calls `body(expert, r)` for each of this lane, its r-th, in ascending order: kPerLane at most, or with 0 any number.
+  template <int kPerLane, typename Body>
+  __device__ __forceinline__ void for_each_expert(int experts, const Body& body) const {
+    if constexpr (kPerLane > 0) {
+#pragma unroll
+      for (int r = 0; r < kPerLane; ++r) {
+        if (lane + r * kLanes < experts) {
+          body(lane + r * kLanes, r);
+        }
+      }
+    } else {
+      for (int expert = lane; expert < experts; expert += kLanes) {
+        body(expert, 0);
+      }
+    }
+  }
+
+  /// The largest value of all lanes.
+  __device__ value_t largest(value_t value) const {
+    if constexpr (kReducesKeys) {
+      return value_of(__reduce_max_sync(mask, key_of(value)));
     } else {
 #pragma unroll
       for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-        const value_t other = __shfl_xor_sync(mask, value, offset);
+        value = max(value, __shfl_xor_sync(mask, value, offset));
+      }
+      return value;
+    }
+  }
+
+  /// The largest key of all lanes, and the lowest expert that has it.
+  __device__ void best(Key& key, int& expert) const {
+    if constexpr (kReducesKeys) {
+      const Key most = __reduce_max_sync(mask, key);
+      expert = __reduce_min_sync(mask, key == most ? expert : kNobody);
+      key = most;
+    } else {
+#pragma unroll
+      for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+        const Key other = __shfl_xor_sync(mask, key, offset);
         const int other_expert = __shfl_xor_sync(mask, expert, offset);
-        if (other > value || (other == value && other_expert < expert)) {
-          value = other;
+        if (other > key || (other == key && other_expert < expert)) {
+          key = other;
           expert = other_expert;
         }
       }
     }
   }
+
+  /// Of experts begin .. end − 1 the best that comes after (key, expert), by the keys `key_at(expert, r)`.
+  template <int kPerLane, typename KeyAt>
+  __device__ __forceinline__ void next(Key& key, int& expert, int begin, int end,
+                                       const KeyAt& key_at) const {
+    Key best_key = 0;
+    int best_expert = kNobody;
+    for_each_expert<kPerLane>(end, [&](int candidate, int r) {
+      const Key own = key_at(candidate, r);
+      const bool after = own < key || (own == key && candidate > expert);
+      if (after && own > best_key && candidate >= begin) {
+        best_key = own;
+        best_expert = candidate;
+      }
+    });
+    best(best_key, best_expert);
+    key = best_key;
+    expert = best_expert;
+  }
+
+ private:
+  static constexpr bool kReducesKeys = sizeof(Key) == 4 && kLanes == kWarp;  // one instruction's
 };
 
 template <typename value_t>
@@ -277,11 +334,11 @@ void allow_shared_memory(Kernel kernel, size_t bytes) {
   }
 }
 
-/// As many blocks as run at once, and the shared memory of their histograms.
+/// As many blocks as run at once, `most` of a multiprocessor, and the shared memory of their histograms.
 template <typename Kernel>
-RouteGrid route_grid(const RouteArguments& arguments, int lanes, Kernel kernel) {
+RouteGrid route_grid(const RouteArguments& arguments, int lanes, int64_t most, Kernel kernel) {
   const int64_t blocks =
-      std::min(divide_up(arguments.tokens, kThreads / lanes), kRouteBlocks * multiprocessors());
+      std::min(divide_up(arguments.tokens, kThreads / lanes), most * multiprocessors());
   const size_t shared = arguments.experts * sizeof(unsigned);
   allow_shared_memory(kernel, shared);
   return {grid_size(blocks), shared};

@@ -128,6 +128,7 @@ struct BiasScores {
   const void* bias;          ///< [E]
   const void* least_bias;    ///< []
   const void* largest_bias;  ///< []
+  void* cutoffs;             ///< [T], scratch
 };
 
 /// Adds to `histogram` [E, bins], see RoutingKernels::bias_histogram; top_k < E.
@@ -144,13 +145,19 @@ struct RoutingSums {
   void* scratch;
   void* probability_sum;
   void* squared_logsumexp_sum;
+  int64_t sequences;
+  void* sequence_sums;  ///< [S, E]
 };
 
-int64_t routing_sums_scratch(int64_t tokens, int64_t experts);
+int64_t routing_sums_scratch(int64_t tokens, int64_t experts, int64_t sequences);
 
 /// `scalar` is kFloat or kDouble.
 void launch_routing_sums(Scalar scalar, int64_t tokens, int64_t experts, const RoutingSums& sums,
                          cudaStream_t stream);
+
+/// Adds to `counts` [S, E], see RoutingKernels::sequence_counts, of the ids [T, k] of sequences of `length` ids each.
+void launch_sequence_counts(Scalar scalar, const int64_t* expert_ids, int64_t sequences,
+                            int64_t length, int64_t experts, void* counts, cudaStream_t stream);
 
 /// See RoutingKernels::batch_sums: `out` [2E + 2].
 void launch_batch_sums(Scalar scalar, const int64_t* counts, int64_t tokens, int64_t experts,

@@ -93,11 +93,9 @@ class Row {
       sum = fma(exponent, value_t{0}, sum);
       values_[r] = exponent;
     });
-    int nobody = kNobody;
-    lanes_.best(largest, nobody);
-    largest_ = largest;
+    largest_ = lanes_.largest(largest);
     for_each_expert([&](int expert, int r) {
-      values_[r] = exp2(exponent_at(expert, r) - largest);
+      values_[r] = exp2(exponent_at(expert, r) - largest_);
       sum += values_[r];
     });
     sum = lanes_.sum(sum);
@@ -116,18 +114,7 @@ class Row {
 
   template <typename Body>
   __device__ __forceinline__ void for_each_expert(const Body& body) const {
-    if constexpr (kPerLane > 0) {
-#pragma unroll
-      for (int r = 0; r < kPerLane; ++r) {
-        if (lanes_.lane + r * kLanes < experts_) {
-          body(lanes_.lane + r * kLanes, r);
-        }
-      }
-    } else {
-      for (int expert = lanes_.lane; expert < experts_; expert += kLanes) {
-        body(expert, 0);
-      }
-    }
+    lanes_.template for_each_expert<kPerLane>(experts_, body);
   }
 
   static constexpr auto kLog2E = static_cast<value_t>(1.4426950408889634);

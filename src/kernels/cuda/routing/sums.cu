@@ -1,19 +1,17 @@
 #include <algorithm>
 
-#include "kernels/cuda/device.cuh"
-#include "kernels/cuda/routing/routing.h"
+#include "kernels/cuda/routing/routing.cuh"
 
 namespace anabranch::cuda {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int64_t kMostBlocks = 256;
 constexpr int64_t kElementsOfThread = 16;  // at least
 
-/// Blocks that sum some of the tokens each.
-int64_t blocks_for(int64_t tokens, int64_t experts) {
-  return std::clamp<int64_t>(tokens * (experts + 1) / (kThreads * kElementsOfThread), 1,
-                             kMostBlocks);
+/// Blocks that sum some of the tokens each, in each sequence.
+int64_t blocks_for(int64_t tokens, int64_t experts, int64_t sequences) {
+  return std::clamp<int64_t>(tokens * (experts + 1) / (kThreads * kElementsOfThread * sequences), 1,
+                             std::max<int64_t>(kMostBlocks / sequences, 1));
 }
 
 /// The sum of a block's values, in a fixed order; on thread 0.
@@ -30,17 +28,18 @@ __device__ value_t block_sum(value_t value) {
   return total;
 }
 
-/// A block: partial [experts + 1] of its tokens. As many whole rows of `probabilities` at a time as
+/// A block: partial [experts + 1] of its tokens, one of blockIdx.y's sequence's. As many whole rows of `probabilities` at a time as
 /// there are threads for, so that neighbours read neighbours.
 template <typename value_t>
 __global__ void __launch_bounds__(kThreads)
     partial_sums_kernel(const value_t* __restrict__ probabilities,
-                        const value_t* __restrict__ logsumexp, int64_t tokens, int experts,
+                        const value_t* __restrict__ logsumexp, int64_t length, int experts,
                         value_t* __restrict__ partial) {
   __shared__ value_t sums[kThreads];
-  const int64_t begin = tokens * blockIdx.x / gridDim.x;
-  const int64_t end = tokens * (blockIdx.x + 1) / gridDim.x;
-  partial += static_cast<int64_t>(blockIdx.x) * (experts + 1);
+  const int64_t before = blockIdx.y * length;
+  const int64_t begin = before + length * blockIdx.x / gridDim.x;
+  const int64_t end = before + length * (blockIdx.x + 1) / gridDim.x;
+  partial += (static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * (experts + 1);
   const int thread = threadIdx.x;
   const int rows = max(kThreads / experts, 1);
   const int width = min(experts, kThreads);
@@ -72,7 +71,8 @@ __global__ void __launch_bounds__(kThreads)
   if (thread == 0) partial[experts] = squares;
 }
 
-/// A warp's lane for each column, the warps of a block for every eighth of the parts.
+/// A warp's lane for each column, the warps of a block for every eighth of the parts. Of blockIdx.y's parts and row
+/// [experts] of `probability_sum`; the sum of squares only where it has an address.
 template <typename value_t>
 __global__ void __launch_bounds__(kThreads)
     sum_partial_kernel(const value_t* __restrict__ partial, int parts, int experts,
@@ -83,6 +83,7 @@ __global__ void __launch_bounds__(kThreads)
   const int warp = threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
   const int column = blockIdx.x * kWarp + lane;
+  partial += static_cast<int64_t>(blockIdx.y) * parts * (experts + 1);
   value_t sum = 0;
   if (column <= experts) {
 #pragma unroll 8
@@ -96,7 +97,11 @@ __global__ void __launch_bounds__(kThreads)
     for (int other = 1; other < kWarps; ++other) {
       sum += sums[other][lane];
     }
-    *(column < experts ? probability_sum + column : squared_logsumexp_sum) = sum;
+    if (column < experts) {
+      probability_sum[static_cast<int64_t>(blockIdx.y) * experts + column] = sum;
+    } else if (squared_logsumexp_sum != nullptr) {
+      *squared_logsumexp_sum = sum;
+    }
   }
 }
 
@@ -167,34 +172,82 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+/// A block counts some of a sequence's ids in shared memory, [experts]; what is no expert's id it leaves out.
+template <typename value_t>
+__global__ void __launch_bounds__(kThreads)
+    sequence_counts_kernel(const int64_t* __restrict__ expert_ids, int64_t length, int experts,
+                           value_t* __restrict__ counts) {
+  extern __shared__ unsigned histogram[];
+  clear_histogram(histogram, experts);
+  const int64_t* const ids = expert_ids + blockIdx.y * length;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < length;
+       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    if (is_expert(ids[i], experts)) {
+      atomicAdd(&histogram[ids[i]], 1u);
+    }
+  }
+  __syncthreads();
+  for (int expert = threadIdx.x; expert < experts; expert += kThreads) {
+    if (const unsigned more = histogram[expert]; more != 0) {
+      atomicAdd(&counts[static_cast<int64_t>(blockIdx.y) * experts + expert],
+                static_cast<value_t>(more));
+    }
+  }
+}
+
 template <typename value_t>
 void launch(int64_t tokens, int64_t experts, const RoutingSums& sums, cudaStream_t stream) {
-  const unsigned blocks = grid_size(blocks_for(tokens, experts));
+  const int64_t sequences = std::max<int64_t>(sums.sequences, 1);
+  const int64_t blocks = blocks_for(tokens, experts, sequences);
+  const unsigned rows = grid_size(sequences, kMostGridRows);
+  const unsigned columns = grid_size(divide_up(experts + 1, kWarp));
   auto* const partial = static_cast<value_t*>(sums.scratch);
-  partial_sums_kernel<<<blocks, kThreads, 0, stream>>>(
+  partial_sums_kernel<<<dim3(grid_size(blocks), rows), kThreads, 0, stream>>>(
       static_cast<const value_t*>(sums.probabilities), static_cast<const value_t*>(sums.logsumexp),
-      tokens, static_cast<int>(experts), partial);
+      tokens / sequences, static_cast<int>(experts), partial);
   check_launch("partial_sums");
-  sum_partial_kernel<<<grid_size(divide_up(experts + 1, kWarp)), kThreads, 0, stream>>>(
-      partial, static_cast<int>(blocks), static_cast<int>(experts),
+  sum_partial_kernel<<<columns, kThreads, 0, stream>>>(
+      partial, static_cast<int>(blocks * sequences), static_cast<int>(experts),
       static_cast<value_t*>(sums.probability_sum),
       static_cast<value_t*>(sums.squared_logsumexp_sum));
   check_launch("sum_partial");
+  if (sums.sequences > 0) {
+    sum_partial_kernel<value_t><<<dim3(columns, rows), kThreads, 0, stream>>>(
+        partial, static_cast<int>(blocks), static_cast<int>(experts),
+        static_cast<value_t*>(sums.sequence_sums), nullptr);
+    check_launch("sum_partial of sequences");
+  }
 }
 
 }  // namespace
 
-int64_t routing_sums_scratch(int64_t tokens, int64_t experts) {
-  return blocks_for(tokens, experts) * (experts + 1);
+int64_t routing_sums_scratch(int64_t tokens, int64_t experts, int64_t sequences) {
+  sequences = std::max<int64_t>(sequences, 1);
+  return blocks_for(tokens, experts, sequences) * sequences * (experts + 1);
 }
 
 void launch_routing_sums(Scalar scalar, int64_t tokens, int64_t experts, const RoutingSums& sums,
                          cudaStream_t stream) {
-  if (scalar == Scalar::kDouble) {
-    launch<double>(tokens, experts, sums, stream);
-  } else {
-    launch<float>(tokens, experts, sums, stream);
+  dispatch_value(scalar, [&](auto zero) { launch<decltype(zero)>(tokens, experts, sums, stream); });
+}
+
+void launch_sequence_counts(Scalar scalar, const int64_t* expert_ids, int64_t sequences,
+                            int64_t length, int64_t experts, void* counts, cudaStream_t stream) {
+  if (sequences == 0 || length == 0) {
+    return;
   }
+  dispatch_value(scalar, [&](auto zero) {
+    using value_t = decltype(zero);
+    const auto kernel = sequence_counts_kernel<value_t>;
+    const size_t shared = experts * sizeof(unsigned);
+    allow_shared_memory(kernel, shared);
+    const int64_t blocks = std::min(divide_up(length, kThreads * kElementsOfThread),
+                                    divide_up(kMostBlocks, sequences));
+    kernel<<<dim3(grid_size(blocks), grid_size(sequences, kMostGridRows)), kThreads, shared,
+             stream>>>(expert_ids, length, static_cast<int>(experts),
+                       static_cast<value_t*>(counts));
+    check_launch("sequence_counts");
+  });
 }
 
 void launch_batch_sums(Scalar scalar, const int64_t* counts, int64_t tokens, int64_t experts,
