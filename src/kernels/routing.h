@@ -23,7 +23,7 @@ struct RouteResult {
 struct RoutingSums {
   torch::Tensor probabilities;      ///< [E]
   torch::Tensor squared_logsumexp;  ///< []
-  torch::Tensor of_sequences;       ///< [S, E]: the probabilities', in each sequence
+  torch::Tensor of_sequences = {};  ///< [S, E]: the probabilities', in each sequence
 };
 
 /// Of a batch, and their gradients in its sums.

@@ -127,6 +127,34 @@ TEST_F(CudaKernelsTest, RoutingSumsAreOfAllTokens) {
   }
 }
 
+TEST_F(CudaKernelsTest, SequencesAreSummedAndCountedApart) {
+  for (const int64_t experts : {1, 3, 8, 64, 128, 257, 1100}) {
+    for (const auto dtype : {torch::kFloat32, torch::kFloat64}) {
+      const auto sequences = random_.pick<int64_t>({1, 2, 7, 300});
+      const auto length = random_.pick<int64_t>({0, 1, 33, 500});
+      const auto top_k = random_.integer(1, 9);
+      SCOPED_TRACE(
+          c10::str("S ", sequences, " of ", length, " E ", experts, " ", to_string(dtype)));
+      const auto probabilities = random_.uniform({sequences * length, experts}).to(dtype);
+      const auto logsumexp = random_.normal({sequences * length}, dtype);
+      const auto result =
+          cuda_routing_.routing_sums(on_gpu(probabilities), on_gpu(logsumexp), sequences);
+      const auto exact = probabilities.to(torch::kFloat64).view({sequences, length, experts});
+      EXPECT_TRUE(close(result.of_sequences, exact.sum(1), tolerance(dtype, length, exact.sum(1))));
+      EXPECT_TRUE(close(result.probabilities, exact.sum(0).sum(0),
+                        tolerance(dtype, sequences * length, exact.sum(0).sum(0))));
+      // Ids on both sides of an expert's.
+      const auto ids = torch::randint(-1, experts + 1, {sequences * length, top_k}, torch::kInt64);
+      const auto counts = cuda_routing_.sequence_counts(on_gpu(ids), sequences, experts, dtype);
+      for (int64_t s = 0; s < sequences; ++s) {
+        const auto own = ids.narrow(0, s * length, length).flatten() + 1;
+        const auto expected = own.bincount({}, experts + 2).narrow(0, 1, experts).to(dtype);
+        EXPECT_TRUE(identical(counts[s], expected));
+      }
+    }
+  }
+}
+
 TEST_F(CudaKernelsTest, RouteBackwardEqualsTheCpu) {
   for (const int64_t experts : {1, 3, 8, 20, 64, 128, 500, 1024, 2000}) {
     for (const auto dtype : {torch::kFloat32, torch::kFloat64}) {
