@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import collections
 import datetime
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -88,13 +89,21 @@ _times: collections.Counter[str] = collections.Counter()
 @atexit.register
 def release_groups() -> None:
     """Leaves all groups: at exit, while what they are made of is still there."""
+    _let_go()
     for group in reversed(list(_groups.values())):
         torch.ops.anabranch.release_group(group.name)
     _groups.clear()
 
 
+def _let_go() -> None:
+    """A graph of autograd holds its layer's group, an exception's traceback the frames with it, in a cycle: on a rank that has
+    had one the group would live on, and the others wait for it where they end theirs."""
+    gc.collect()
+
+
 def _release(group: Group) -> None:
     """Leaves that group, and first those made of it: layers over them say so."""
+    _let_go()
     for made in [each for each in _groups.values() if each.source is group]:
         _release(made)
     torch.ops.anabranch.release_group(group.name)

@@ -1,8 +1,11 @@
 """Groups of ranks: what they may be made from, and that the ranks' number changes no answer."""
 
+import contextlib
 import copy
 import datetime
+import gc
 import time
+import weakref
 
 import anabranch
 import pytest
@@ -259,6 +262,31 @@ def test_gpu_groups_follow_the_process_group_they_were_made_of(monkeypatch):
     with pytest.raises((RuntimeError, ValueError), match="no group"):
         torch.ops.anabranch.describe_group(found[0].name)
     anabranch.groups.release_groups()
+
+
+def test_an_exception_does_not_keep_a_group_that_is_left():
+    """What ranks wait for where they leave a group over GPUs: one of them may have had an error that holds its frames."""
+
+    class Kept(Exception):
+        pass
+
+    def step():
+        layer = anabranch.MoE(**OPTIONS)
+        output = layer(torch.randn(3, 8, requires_grad=True)).output
+        kept.append(weakref.ref(output))  # and with it the graph
+        error = Kept()
+        raise error  # which this frame has, and it this frame
+
+    kept = []
+    gc.disable()
+    try:
+        with contextlib.suppress(Kept):
+            step()
+        assert kept[0]() is not None
+        anabranch.groups.release_groups()
+        assert kept[0]() is None
+    finally:
+        gc.enable()
 
 
 def on_gpus(rank, size):
