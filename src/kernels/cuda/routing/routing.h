@@ -58,7 +58,7 @@ struct LogitGradient {
 void launch_route_backward(const RouteArguments& arguments, const RouteInputs& inputs,
                            const LogitGradient& gradient, cudaStream_t stream);
 
-// routing_by_scores.cu
+// by_scores.cu
 
 enum class ScoreKind { kSoftmax, kSigmoid, kSqrtSoftplus };
 
@@ -136,7 +136,7 @@ void launch_bias_histogram(Scalar scalar, int64_t tokens, int64_t experts, int64
                            const BiasScores& given, int64_t bins, int64_t* histogram,
                            cudaStream_t stream);
 
-// routing_sums.cu
+// sums.cu
 
 /// See RoutingKernels::routing_sums; `scratch` has routing_sums_scratch elements.
 struct RoutingSums {
