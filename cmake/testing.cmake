@@ -8,6 +8,8 @@
 #     gpu, which is skipped where there is no GPU. COMMUNICATORS: others than the usual one to run on
 #     3 ranks as well; mpi, nccl alone, and those of them but store, on 2 with tensors in GPU memory.
 #
+#   TIMEOUT, by default 600 s and of scripts 1800 s, is for what hangs: a shared machine can be a third as fast as an idle one.
+#
 #   anabranch_script_test(NAME COMMAND argument... [LABELS label...] [TIMEOUT seconds] [COST seconds]
 #                         [ENVIRONMENT variable=value...])
 #     Runs a command from the project's folder. COST: about how long, where that is more than 20 s on two cores. In a
@@ -107,7 +109,7 @@ function(anabranch_test name)
     set(arg_RANKS "")
   endif()
   if(NOT arg_TIMEOUT)
-    set(arg_TIMEOUT 300)
+    set(arg_TIMEOUT 600)
   endif()
 
   add_executable(${name} ${arg_SOURCES})
@@ -130,7 +132,7 @@ function(anabranch_test name)
   if(arg_CPU_ONLY OR NOT ANABRANCH_WITH_CUDA)
     return()
   endif()
-  math(EXPR timeout "3 * ${arg_TIMEOUT}") # ranks that share a GPU wait for their turns
+  math(EXPR timeout "2 * ${arg_TIMEOUT}") # ranks that share a GPU wait for their turns
   set(common LABELS gpu ${arg_LABELS} TIMEOUT ${timeout} ENVIRONMENT ${cuda_environment}
       RESOURCE_LOCK gpu)
   foreach(ranks IN LISTS arg_CUDA_RANKS)
@@ -152,7 +154,7 @@ function(anabranch_script_test name)
                         "${arg_UNPARSED_ARGUMENTS}")
   endif()
   if(NOT arg_TIMEOUT)
-    set(arg_TIMEOUT 600)
+    set(arg_TIMEOUT 1800)
   endif()
   if(NOT arg_COST)
     set(arg_COST 0)
