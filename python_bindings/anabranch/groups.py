@@ -103,7 +103,6 @@ def _let_go() -> None:
 
 def _release(group: Group) -> None:
     """Leaves that group, and first those made of it: layers over them say so."""
-    _let_go()
     for made in [each for each in _groups.values() if each.source is group]:
         _release(made)
     torch.ops.anabranch.release_group(group.name)
@@ -150,6 +149,7 @@ def _named(what: str, source: object, make: Callable[[str], str], kind: Callable
     if known is not None:
         if known.source is source:
             return known
+        _let_go()
         _release(known)
     _times[what] += 1
     name = what if _times[what] == 1 else f"{what}#{_times[what]}"
