@@ -204,9 +204,10 @@ pip_setting() {
   "$venv/bin/python" -m pip config list 2>/dev/null | sed -n "s/^.*\.$1='\(.*\)'\$/\1/p" | tail -n 1
 }
 
-# uv reads neither: it is told the same, unless it has been told something itself.
+# uv reads neither: it is told the same, unless it has been told something itself. It compiles what it installs, as pip
+# does by itself, so that no rank does it as it starts (torch: seconds, and again each time where none may write it).
 tell_uv_what_pip_knows() {
-  uv_flags=()
+  uv_flags=(--compile-bytecode)
   local variable name value
   while read -r variable name; do
     value=$(pip_setting "$name")

@@ -202,7 +202,7 @@ def test_uv_hears_what_pip_has_been_told(whole):
 def test_libraries_of_tests_are_installed_once_and_without_what_they_ask_for(whole):
     folder, commands = whole
     run(folder, path=commands)
-    assert "--no-deps" not in (folder / "uv").read_text()
+    assert "--compile-bytecode" in (folder / "uv").read_text() and "--no-deps" not in (folder / "uv").read_text()
     run(folder, "--tests", path=commands)
     assert "--no-deps" in (folder / "uv").read_text() and "launch/requirements_peers.txt" in (folder / "uv").read_text()
     (folder / "uv").unlink()
