@@ -70,7 +70,8 @@ FuzzTarget datagrams() {
     bytes.append(reinterpret_cast<const char*>(&signature), sizeof(signature));
     const auto decoded = decode(bytes, kKey, kRanks);
     if (!decoded.has_value()) return false;
-    expect(is_rank(decoded->rank) && decoded->started >= 0, "a field is out of bounds");
+    expect(is_rank(decoded->rank) && decoded->ended >= 0 && decoded->ended <= decoded->started,
+           "a field is out of bounds");
     expect(encode(*decoded, kKey) == bytes, "it says something else than its bytes");
     if (decoded->failure.has_value()) {
       const auto& [text, culprits] = *decoded->failure;
@@ -82,8 +83,8 @@ FuzzTarget datagrams() {
     return true;
   };
   return {"datagram",
-          {unsigned_part({8, 7, 3}), unsigned_part({0, 1, 0, NcclFailure{"no more", {1, 2}}}),
-           unsigned_part({3, ~uint64_t{0}, int64_t{1} << 40,
+          {unsigned_part({8, 7, 3, 2}), unsigned_part({0, 1, 0, 0, NcclFailure{"no more", {1, 2}}}),
+           unsigned_part({3, ~uint64_t{0}, int64_t{1} << 40, int64_t{1} << 39,
                           NcclFailure{std::string(300, 'x'), std::vector<int>(64, 8)}})},
           {std::string(1, '\0'), "\x7f", "\x80", "\xff", std::string("\xff\xff\xff\xff", 4),
            std::string("\x40\0", 2), std::string("\0\x03", 2)},

@@ -44,7 +44,7 @@ class Joining {
     std::this_thread::sleep_for(kPause);
     const auto now = Clock::now();
     if (now >= next_sign_) {
-      heartbeats_.publish(0);
+      heartbeats_.publish(0, 0);
       next_sign_ = now + heartbeat_;
     }
     heartbeats_.listen();

@@ -6,7 +6,7 @@
 namespace anabranch {
 namespace {
 
-constexpr uint32_t kMagic = 0x31484241;  // "ABH1": other programs' datagrams end here
+constexpr uint32_t kMagic = 0x32484241;  // "ABH2": other programs' datagrams end here
 
 template <typename number_t>
 void append(std::string& bytes, number_t value) {
@@ -54,6 +54,7 @@ std::string encode(const HeartbeatDatagram& datagram, const SipHashKey& key) {
   append(bytes, static_cast<int32_t>(datagram.rank));
   append(bytes, datagram.number);
   append(bytes, datagram.started);
+  append(bytes, datagram.ended);
   if (datagram.failure.has_value()) {
     const auto& [text, culprits] = *datagram.failure;
     const size_t named = std::min(culprits.size(), HeartbeatDatagram::kMostCulprits);
@@ -86,7 +87,9 @@ std::optional<HeartbeatDatagram> decode(const std::string& bytes, const SipHashK
   datagram.rank = reader.number<int32_t>();
   datagram.number = reader.number<uint64_t>();
   datagram.started = reader.number<int64_t>();
-  bool sound = known && is_rank(datagram.rank) && datagram.started >= 0;
+  datagram.ended = reader.number<int64_t>();
+  bool sound =
+      known && is_rank(datagram.rank) && datagram.ended >= 0 && datagram.ended <= datagram.started;
   if (sound && !reader.is_done()) {
     const size_t named = reader.number<uint16_t>();
     const size_t told = reader.number<uint16_t>();

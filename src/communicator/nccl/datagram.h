@@ -25,6 +25,7 @@ struct HeartbeatDatagram {
   int rank = 0;
   uint64_t number = 0;  ///< of those that the rank has sent: it only grows, so old ones are known
   int64_t started = 0;  ///< collectives that it has begun
+  int64_t ended = 0;    ///< of these, those that it has seen end
   std::optional<NcclFailure> failure = {};
 };
 

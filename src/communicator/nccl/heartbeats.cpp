@@ -20,6 +20,8 @@ namespace {
 
 constexpr int kRepeats = 3;  // of a greeting and of a failure, as a datagram may be lost
 constexpr std::chrono::milliseconds kGreetings{500};
+/// Own signs of life without one of another rank's, after which it is taken for gone.
+constexpr int64_t kSilence = 5;
 /// Datagrams taken in at once; whoever floods the socket holds the thread no longer.
 constexpr int kMostAtOnce = 1024;
 
@@ -132,7 +134,7 @@ void NcclHeartbeats::open_socket(const std::string& host) {
 /// Every rank tells every other that it lives, and then all tell who has not been heard.
 std::string NcclHeartbeats::greet(Communicator& bootstrap) {
   for (int i = 0; i < kRepeats; ++i) {
-    publish(0);
+    publish(0, 0);
   }
   bootstrap.barrier();
   std::vector<int> unheard;
@@ -170,10 +172,12 @@ void NcclHeartbeats::send_to_all(HeartbeatDatagram datagram) {
   }
 }
 
-void NcclHeartbeats::publish(int64_t started) {
+void NcclHeartbeats::publish(int64_t started, int64_t ended) {
   HeartbeatDatagram datagram;
   datagram.started = started;
+  datagram.ended = ended;
   send_to_all(std::move(datagram));
+  ++signs_;
 }
 
 void NcclHeartbeats::listen() {
@@ -197,6 +201,8 @@ void NcclHeartbeats::listen() {
     State& state = states_[datagram->rank];
     state.number = datagram->number;
     state.started = std::max(state.started, datagram->started);
+    state.ended = std::max(state.ended, datagram->ended);
+    state.heard = signs_;
     if (datagram->failure.has_value() && !announced_.has_value()) {
       announced_ = std::move(datagram->failure);
     }
@@ -210,7 +216,7 @@ std::vector<int> NcclHeartbeats::missing(int64_t sequence, std::chrono::millisec
   listen();
   const std::vector<State> before = states_;
   for (int i = 0; i < 6; ++i) {
-    publish(sequence);  // this rank is alive
+    publish(sequence, 0);  // this rank is alive
     std::this_thread::sleep_for(heartbeat / 2);
     listen();
   }
@@ -224,6 +230,16 @@ std::vector<int> NcclHeartbeats::missing(int64_t sequence, std::chrono::millisec
     }
   }
   return silent.empty() ? behind : silent;
+}
+
+bool NcclHeartbeats::all_have_ended(int64_t sequence) const {
+  for (int rank = 0; rank < static_cast<int>(states_.size()); ++rank) {
+    const State& state = states_[rank];
+    if (rank != rank_ && state.ended < sequence && signs_ - state.heard < kSilence) {
+      return false;
+    }
+  }
+  return true;
 }
 
 void NcclHeartbeats::announce(const NcclFailure& failure) {

@@ -29,14 +29,18 @@ class NcclHeartbeats {
   /// Where this rank's come from, and the others' go to.
   const SocketAddress& address() const { return addresses_.at(rank_); }
 
-  /// Tells the others that this rank is alive and has begun its `started`th collective.
-  void publish(int64_t started);
+  /// Tells the others that this rank is alive, has begun its `started`th collective and seen the end of the
+  /// `ended`th. To be called once a heartbeat.
+  void publish(int64_t started, int64_t ended);
   /// Takes in what the others have told, at most so much as leaves the thread free.
   void listen();
   /// Ranks that are dead or stalled, or else, where all live, those that have not come to the
   /// `sequence`th collective: beside a dead rank these may be waiting for it, too. Takes three
   /// `heartbeat`s: who does not publish in that time is dead or stalled.
   std::vector<int> missing(int64_t sequence, std::chrono::milliseconds heartbeat);
+  /// Whether every other rank has seen the end of the `sequence`th collective, or has been silent while this one
+  /// has published several times: it is dead, or has left.
+  bool all_have_ended(int64_t sequence) const;
   /// Tells all ranks why this one has given up.
   void announce(const NcclFailure& failure);
   /// What another rank has announced, the first of them.
@@ -53,6 +57,8 @@ class NcclHeartbeats {
   struct State {
     uint64_t number = 0;  ///< of the last datagram that has come
     int64_t started = 0;
+    int64_t ended = 0;
+    int64_t heard = 0;  ///< when it came, in own signs
   };
   std::string meet(Communicator& bootstrap);
   std::string greet(Communicator& bootstrap);
@@ -63,6 +69,7 @@ class NcclHeartbeats {
   Socket socket_;  ///< none: nothing is told
   SipHashKey key_ = {};
   uint64_t sent_ = 0;
+  int64_t signs_ = 0;  ///< published
   std::vector<SocketAddress> addresses_;
   std::vector<State> states_;
   std::optional<NcclFailure> announced_;

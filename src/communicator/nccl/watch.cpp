@@ -67,6 +67,8 @@ void NcclWatch::run(const char* name, cudaStream_t stream,
   check();
   if (is_recorded(stream)) {  // nobody can ask how far it is: a replay is not in the watch's sight
     group_.launch(calls);
+    const std::lock_guard lock(mutex_);
+    recorded_ = true;
     return;
   }
   CudaEvent begin = recorded(stream);
@@ -98,10 +100,17 @@ void NcclWatch::run(const char* name, cudaStream_t stream,
 void NcclWatch::finish() {
   std::unique_lock lock(mutex_);
   changed_.wait(lock, [&] { return running_.empty() || failure_.has_value(); });
+  // NCCL's own way of leaving has no limit: it waits for a rank that keeps its group, or is dead. It is taken where
+  // nobody can tell how far the others are.
+  const bool by_nccl = recorded_ || !heartbeats_.obstacle().empty();
+  if (!by_nccl) {
+    leaving_ = true;
+    changed_.wait(lock, [&] { return all_ended_ || failure_.has_value(); });
+  }
   lock.unlock();
   check();
   const std::lock_guard group_lock(group_mutex_);
-  group_.finalize();
+  by_nccl ? group_.finalize() : group_.abort();
 }
 
 bool NcclWatch::pause() {
@@ -165,12 +174,20 @@ void NcclWatch::watch() {
 void NcclWatch::exchange_signs() {
   std::unique_lock lock(mutex_);
   const int64_t started = started_;
+  const int64_t ended = started - std::ssize(running_) - (launching_.has_value() ? 1 : 0);
+  const bool leaving = leaving_;
   lock.unlock();
-  if (lived_.now() >= next_sign_) {
-    heartbeats_.publish(started);
+  if (lived_.now() >= next_sign_ || (leaving && told_ < ended)) {  // the others wait for who leaves
+    heartbeats_.publish(started, ended);
     next_sign_ = lived_.now() + heartbeat_;
+    told_ = ended;
   }
   heartbeats_.listen();
+  if (leaving && heartbeats_.all_have_ended(ended)) {
+    lock.lock();
+    all_ended_ = true;
+    changed_.notify_all();
+  }
 }
 
 /// Of this group's on other ranks, and of this rank's in other groups.

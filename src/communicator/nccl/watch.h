@@ -39,7 +39,8 @@ class NcclWatch {
   /// Launches `calls` on `stream` as the group's next collective. Throws like `check`. What is recorded into a
   /// graph is not watched when it is replayed: what comes behind it on the stream is.
   void run(const char* name, cudaStream_t stream, const std::function<void(ncclComm_t)>& calls);
-  /// Waits until all collectives have ended, then lets the group go. Throws like `check`.
+  /// Waits until all collectives have ended, here and on every other rank that lives, then lets the group go; the
+  /// others may keep theirs. Throws like `check`.
   void finish();
 
  private:
@@ -83,13 +84,17 @@ class NcclWatch {
   std::chrono::milliseconds heartbeat_;
   std::function<void()> on_failure_;
   LivedClock lived_;              ///< advanced by the watcher
-  LivedClock::Time next_sign_{};  ///< of the watcher alone
+  LivedClock::Time next_sign_{};  ///< of the watcher alone, as is:
+  int64_t told_ = 0;              ///< how many have ended, by the last sign
   std::timed_mutex group_mutex_;  ///< held by whoever calls the group
   std::mutex mutex_;              ///< guards what follows
   std::condition_variable changed_;
   std::deque<Collective> running_;
   int64_t started_ = 0;
   std::optional<Launch> launching_;
+  bool recorded_ = false;   ///< some into a graph, of whose replays nobody knows how far they are
+  bool leaving_ = false;    ///< `finish` waits for the other ranks
+  bool all_ended_ = false;  ///< on all of them, while leaving
   LivedClock::Time looked_{};  ///< when CUDA last answered
   std::optional<Trouble> trouble_;
   std::optional<NcclFailure> failure_;

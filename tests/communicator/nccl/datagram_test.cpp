@@ -36,6 +36,7 @@ class DatagramTest : public ::testing::Test {
     datagram.rank = static_cast<int>(random_.integer(0, kRanks - 1));
     datagram.number = random_.next();
     datagram.started = random_.integer(0, int64_t{1} << 40);
+    datagram.ended = random_.integer(0, datagram.started);
     if (random_.chance(0.7)) {
       NcclFailure& failure = datagram.failure.emplace();
       for (int64_t i = random_.integer(0, HeartbeatDatagram::kMostCulprits); i > 0; --i) {
@@ -64,6 +65,7 @@ class DatagramTest : public ::testing::Test {
     EXPECT_EQ(left.rank, right.rank);
     EXPECT_EQ(left.number, right.number);
     EXPECT_EQ(left.started, right.started);
+    EXPECT_EQ(left.ended, right.ended);
     ASSERT_EQ(left.failure.has_value(), right.failure.has_value());
     if (left.failure.has_value()) {
       EXPECT_EQ(left.failure->text, right.failure->text);
@@ -110,11 +112,12 @@ TEST_F(DatagramTest, NoByteCanBeChangedWithoutTheKey) {
 
 TEST_F(DatagramTest, RefusesAnyFieldOutOfBounds) {
   HeartbeatDatagram datagram;
+  datagram.started = 7;
   datagram.failure = NcclFailure{"no more", {1, 2}};
   const std::string good = unsigned_part(encode(datagram, key_));
   ASSERT_TRUE(decode(signed_anew(good), key_, kRanks).has_value());
-  // Where the fields are: magic 0, rank 4, number 8, started 16, culprits' and text's lengths 24, 26,
-  // culprits from 28.
+  // Where the fields are: magic 0, rank 4, number 8, started 16, ended 24, culprits' and text's lengths
+  // 32, 34, culprits from 36.
   const auto with = [&](size_t place, auto value) {
     std::string bytes = good;
     std::memcpy(bytes.data() + place, &value, sizeof(value));
@@ -123,12 +126,15 @@ TEST_F(DatagramTest, RefusesAnyFieldOutOfBounds) {
   EXPECT_FALSE(decode(with(0, uint32_t{0}), key_, kRanks).has_value());
   for (const int32_t rank : {-1, kRanks, std::numeric_limits<int32_t>::min()}) {
     EXPECT_FALSE(decode(with(4, rank), key_, kRanks).has_value()) << rank;
-    EXPECT_FALSE(decode(with(32, rank), key_, kRanks).has_value()) << rank;
+    EXPECT_FALSE(decode(with(40, rank), key_, kRanks).has_value()) << rank;
   }
   EXPECT_FALSE(decode(with(16, int64_t{-1}), key_, kRanks).has_value());
+  for (const int64_t ended : {int64_t{-1}, datagram.started + 1}) {
+    EXPECT_FALSE(decode(with(24, ended), key_, kRanks).has_value()) << ended;
+  }
   for (const uint16_t count : {uint16_t{3}, uint16_t{65}, uint16_t{0xffff}}) {
-    EXPECT_FALSE(decode(with(24, count), key_, kRanks).has_value()) << count;
-    EXPECT_FALSE(decode(with(26, static_cast<uint16_t>(count + 7)), key_, kRanks).has_value());
+    EXPECT_FALSE(decode(with(32, count), key_, kRanks).has_value()) << count;
+    EXPECT_FALSE(decode(with(34, static_cast<uint16_t>(count + 7)), key_, kRanks).has_value());
   }
   EXPECT_FALSE(decode(signed_anew(good + 'x'), key_, kRanks).has_value());
 }

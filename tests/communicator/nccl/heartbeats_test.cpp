@@ -30,7 +30,7 @@ using std::chrono::milliseconds;
 void live_on(NcclHeartbeats& heartbeats, int64_t started, milliseconds time) {
   const auto end = std::chrono::steady_clock::now() + time;
   while (std::chrono::steady_clock::now() < end) {
-    heartbeats.publish(started);
+    heartbeats.publish(started, 0);
     std::this_thread::sleep_for(milliseconds(5));
   }
 }
@@ -89,6 +89,45 @@ TEST_F(HeartbeatsTest, WhereAllHaveComeNobodyIsMissing) {
   if (world_->rank() == 0) {
     EXPECT_TRUE(missing.empty());
   }
+}
+
+TEST_F(HeartbeatsTest, WhoLeavesLearnsThatAllHaveEnded) {
+  ANABRANCH_NEEDS_RANKS(2);
+  NcclHeartbeats heartbeats(*world_);
+  ASSERT_EQ(heartbeats.obstacle(), "");
+  const bool last = world_->rank() == world_->size() - 1;
+  const auto all_have_ended = [&](int64_t wanted) {
+    for (int i = 0; i < 400 && !heartbeats.all_have_ended(wanted); ++i) {
+      heartbeats.listen();
+      std::this_thread::sleep_for(milliseconds(5));
+    }
+    return heartbeats.all_have_ended(wanted);
+  };
+  heartbeats.publish(7, last ? 6 : 7);
+  EXPECT_TRUE(all_have_ended(6));
+  EXPECT_EQ(heartbeats.all_have_ended(7), last);
+  world_->barrier();
+  if (last) {
+    heartbeats.publish(7, 7);
+  }
+  EXPECT_TRUE(all_have_ended(7));
+  EXPECT_FALSE(heartbeats.all_have_ended(8));
+  world_->barrier();
+}
+
+TEST_F(HeartbeatsTest, WhoLeavesDoesNotWaitForASilentRank) {
+  ANABRANCH_NEEDS_RANKS(2);
+  NcclHeartbeats heartbeats(*world_);
+  ASSERT_EQ(heartbeats.obstacle(), "");
+  if (world_->rank() == 0) {
+    heartbeats.publish(7, 7);
+    EXPECT_FALSE(heartbeats.all_have_ended(7));
+    for (int i = 0; i < 20; ++i) {
+      heartbeats.publish(7, 7);
+    }
+    EXPECT_TRUE(heartbeats.all_have_ended(7));
+  }
+  world_->barrier();
 }
 
 TEST_F(HeartbeatsTest, AnAnnouncedFailureReachesAll) {
@@ -258,7 +297,7 @@ TEST_F(HeartbeatsTest, WhereDatagramsDoNotComeThroughNobodyIsNamed) {
     EXPECT_NE(heartbeats.obstacle().find(obstacle), std::string::npos) << heartbeats.obstacle();
     EXPECT_EQ(all_gather_strings(*world_, heartbeats.obstacle()),
               std::vector<std::string>(world_->size(), heartbeats.obstacle()));
-    heartbeats.publish(1);
+    heartbeats.publish(1, 0);
     heartbeats.listen();
     EXPECT_TRUE(heartbeats.missing(7, kHeartbeat).empty());
     EXPECT_NE(blame({}, heartbeats).find("cannot be named"), std::string::npos);

@@ -57,6 +57,23 @@ TEST(Nccl, StartsFromAnIdAlone) {
   expect_works(*make_nccl_communicator(id, world()->rank(), world()->size(), device(), kOptions));
 }
 
+// Nor does anybody for a rank that is dead: HeartbeatsTest.
+TEST(Nccl, NobodyWaitsForARankThatKeepsItsGroup) {
+  auto nccl = make_nccl_communicator(world(), device(), kOptions);
+  auto ones = torch::ones({3}, device());
+  nccl->all_reduce(ones);
+  const bool keeps = world()->rank() == world()->size() - 1;
+  if (!keeps) {
+    nccl.reset();
+  }
+  world()->barrier();  // of the ranks that have left with the one that has not
+  EXPECT_TRUE(ones.eq(world()->size()).all().item<bool>());
+  expect_works(*make_nccl_communicator(world(), device(), kOptions));
+  if (keeps) {
+    nccl->check();
+  }
+}
+
 TEST(Nccl, NamesTheRankThatCannotStartOnEveryRank) {
   const int culprit = world()->size() - 1;
   const torch::Device nowhere(torch::kCUDA, 99);

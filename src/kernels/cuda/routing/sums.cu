@@ -28,7 +28,7 @@ __device__ value_t block_sum(value_t value) {
   return total;
 }
 
-/// A block: partial [experts + 1] of its tokens, one of blockIdx.y's sequence's. As many whole rows of `probabilities` at a time as
+/// A block: partial [experts + 1] of its tokens, one of blockIdx.x's sequence's. As many whole rows of `probabilities` at a time as
 /// there are threads for, so that neighbours read neighbours.
 template <typename value_t>
 __global__ void __launch_bounds__(kThreads)
@@ -36,10 +36,10 @@ __global__ void __launch_bounds__(kThreads)
                         const value_t* __restrict__ logsumexp, int64_t length, int experts,
                         value_t* __restrict__ partial) {
   __shared__ value_t sums[kThreads];
-  const int64_t before = blockIdx.y * length;
-  const int64_t begin = before + length * blockIdx.x / gridDim.x;
-  const int64_t end = before + length * (blockIdx.x + 1) / gridDim.x;
-  partial += (static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * (experts + 1);
+  const int64_t before = blockIdx.x * length;
+  const int64_t begin = before + length * blockIdx.y / gridDim.y;
+  const int64_t end = before + length * (blockIdx.y + 1) / gridDim.y;
+  partial += (static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y) * (experts + 1);
   const int thread = threadIdx.x;
   const int rows = max(kThreads / experts, 1);
   const int width = min(experts, kThreads);
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads)
   if (thread == 0) partial[experts] = squares;
 }
 
-/// A warp's lane for each column, the warps of a block for every eighth of the parts. Of blockIdx.y's parts and row
+/// A warp's lane for each column, the warps of a block for every eighth of the parts. Of blockIdx.x's parts and row
 /// [experts] of `probability_sum`; the sum of squares only where it has an address.
 template <typename value_t>
 __global__ void __launch_bounds__(kThreads)
@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ value_t sums[kWarps][kWarp];
   const int warp = threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
-  const int column = blockIdx.x * kWarp + lane;
-  partial += static_cast<int64_t>(blockIdx.y) * parts * (experts + 1);
+  const int column = blockIdx.y * kWarp + lane;
+  partial += static_cast<int64_t>(blockIdx.x) * parts * (experts + 1);
   value_t sum = 0;
   if (column <= experts) {
 #pragma unroll 8
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads)
       sum += sums[other][lane];
     }
     if (column < experts) {
-      probability_sum[static_cast<int64_t>(blockIdx.y) * experts + column] = sum;
+      probability_sum[static_cast<int64_t>(blockIdx.x) * experts + column] = sum;
     } else if (squared_logsumexp_sum != nullptr) {
       *squared_logsumexp_sum = sum;
     }
@@ -179,9 +179,9 @@ __global__ void __launch_bounds__(kThreads)
                            value_t* __restrict__ counts) {
   extern __shared__ unsigned histogram[];
   clear_histogram(histogram, experts);
-  const int64_t* const ids = expert_ids + blockIdx.y * length;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < length;
-       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+  const int64_t* const ids = expert_ids + blockIdx.x * length;
+  for (int64_t i = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x; i < length;
+       i += static_cast<int64_t>(gridDim.y) * kThreads) {
     if (is_expert(ids[i], experts)) {
       atomicAdd(&histogram[ids[i]], 1u);
     }
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   for (int expert = threadIdx.x; expert < experts; expert += kThreads) {
     if (const unsigned more = histogram[expert]; more != 0) {
-      atomicAdd(&counts[static_cast<int64_t>(blockIdx.y) * experts + expert],
+      atomicAdd(&counts[static_cast<int64_t>(blockIdx.x) * experts + expert],
                 static_cast<value_t>(more));
     }
   }
@@ -199,20 +199,21 @@ template <typename value_t>
 void launch(int64_t tokens, int64_t experts, const RoutingSums& sums, cudaStream_t stream) {
   const int64_t sequences = std::max<int64_t>(sums.sequences, 1);
   const int64_t blocks = blocks_for(tokens, experts, sequences);
-  const unsigned rows = grid_size(sequences, kMostGridRows);
-  const unsigned columns = grid_size(divide_up(experts + 1, kWarp));
+  // Sequences on x, of which a grid may have more than 65,535.
+  const unsigned rows = grid_size(sequences);
+  const unsigned columns = grid_size(divide_up(experts + 1, kWarp), kMostGridRows);
   auto* const partial = static_cast<value_t*>(sums.scratch);
-  partial_sums_kernel<<<dim3(grid_size(blocks), rows), kThreads, 0, stream>>>(
+  partial_sums_kernel<<<dim3(rows, grid_size(blocks)), kThreads, 0, stream>>>(
       static_cast<const value_t*>(sums.probabilities), static_cast<const value_t*>(sums.logsumexp),
       tokens / sequences, static_cast<int>(experts), partial);
   check_launch("partial_sums");
-  sum_partial_kernel<<<columns, kThreads, 0, stream>>>(
+  sum_partial_kernel<<<dim3(1, columns), kThreads, 0, stream>>>(
       partial, static_cast<int>(blocks * sequences), static_cast<int>(experts),
       static_cast<value_t*>(sums.probability_sum),
       static_cast<value_t*>(sums.squared_logsumexp_sum));
   check_launch("sum_partial");
   if (sums.sequences > 0) {
-    sum_partial_kernel<value_t><<<dim3(columns, rows), kThreads, 0, stream>>>(
+    sum_partial_kernel<value_t><<<dim3(rows, columns), kThreads, 0, stream>>>(
         partial, static_cast<int>(blocks), static_cast<int>(experts),
         static_cast<value_t*>(sums.sequence_sums), nullptr);
     check_launch("sum_partial of sequences");
@@ -243,9 +244,8 @@ void launch_sequence_counts(Scalar scalar, const int64_t* expert_ids, int64_t se
     allow_shared_memory(kernel, shared);
     const int64_t blocks = std::min(divide_up(length, kThreads * kElementsOfThread),
                                     divide_up(kMostBlocks, sequences));
-    kernel<<<dim3(grid_size(blocks), grid_size(sequences, kMostGridRows)), kThreads, shared,
-             stream>>>(expert_ids, length, static_cast<int>(experts),
-                       static_cast<value_t*>(counts));
+    kernel<<<dim3(grid_size(sequences), grid_size(blocks)), kThreads, shared, stream>>>(
+        expert_ids, length, static_cast<int>(experts), static_cast<value_t*>(counts));
     check_launch("sequence_counts");
   });
 }
