@@ -101,7 +101,7 @@ void backward(Model& model, int step, int micro, torch::Dtype dtype) {
 
 void expect_identical(const Model& model, const Model& expected) {
   for (const auto& item : model.named_parameters()) {
-    const auto& wanted = expected.named_parameters()[item.key()].grad();
+    const auto wanted = expected.named_parameters()[item.key()].grad();
     ASSERT_TRUE(item.value().grad().defined()) << item.key();
     EXPECT_TRUE(identical(item.value().grad(), wanted)) << item.key();
   }
