@@ -18,10 +18,7 @@
 namespace anabranch {
 namespace {
 
-constexpr int kRepeats = 3;  // of a greeting and of a failure, as a datagram may be lost
 constexpr std::chrono::milliseconds kGreetings{500};
-/// Own signs of life without one of another rank's, after which it is taken for gone.
-constexpr int64_t kSilence = 5;
 /// Datagrams taken in at once; whoever floods the socket holds the thread no longer.
 constexpr int kMostAtOnce = 1024;
 
@@ -232,10 +229,10 @@ std::vector<int> NcclHeartbeats::missing(int64_t sequence, std::chrono::millisec
   return silent.empty() ? behind : silent;
 }
 
-bool NcclHeartbeats::all_have_ended(int64_t sequence) const {
+bool NcclHeartbeats::all_have_ended(int64_t sequence, int64_t silence) const {
   for (int rank = 0; rank < static_cast<int>(states_.size()); ++rank) {
     const State& state = states_[rank];
-    if (rank != rank_ && state.ended < sequence && signs_ - state.heard < kSilence) {
+    if (rank != rank_ && state.ended < sequence && signs_ - state.heard < silence) {
       return false;
     }
   }

@@ -19,6 +19,8 @@ namespace anabranch {
 /// bootstrap, and count only from the address that their sender has named. Used by one thread at a time.
 class NcclHeartbeats {
  public:
+  static constexpr int kRepeats = 3;  ///< of what nothing follows, as a datagram may be lost
+
   /// Collective over `bootstrap`, whose ranks are the group's. Where datagrams do not come through,
   /// rank 0 warns, once in a process, that nobody can be named.
   explicit NcclHeartbeats(Communicator& bootstrap);
@@ -39,8 +41,8 @@ class NcclHeartbeats {
   /// `heartbeat`s: who does not publish in that time is dead or stalled.
   std::vector<int> missing(int64_t sequence, std::chrono::milliseconds heartbeat);
   /// Whether every other rank has seen the end of the `sequence`th collective, or has been silent while this one
-  /// has published several times: it is dead, or has left.
-  bool all_have_ended(int64_t sequence) const;
+  /// has published `silence` times: it is dead, or has left.
+  bool all_have_ended(int64_t sequence, int64_t silence) const;
   /// Tells all ranks why this one has given up.
   void announce(const NcclFailure& failure);
   /// What another rank has announced, the first of them.

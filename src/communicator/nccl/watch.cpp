@@ -4,6 +4,7 @@
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
+#include <utility>
 
 namespace anabranch {
 namespace {
@@ -177,13 +178,15 @@ void NcclWatch::exchange_signs() {
   const int64_t ended = started - std::ssize(running_) - (launching_.has_value() ? 1 : 0);
   const bool leaving = leaving_;
   lock.unlock();
-  if (lived_.now() >= next_sign_ || (leaving && told_ < ended)) {  // the others wait for who leaves
-    heartbeats_.publish(started, ended);
+  const bool says_good_bye = leaving && !std::exchange(said_good_bye_, true);
+  if (lived_.now() >= next_sign_ || says_good_bye) {
+    for (int i = 0; i < (says_good_bye ? NcclHeartbeats::kRepeats : 1); ++i) {
+      heartbeats_.publish(started, ended);
+    }
     next_sign_ = lived_.now() + heartbeat_;
-    told_ = ended;
   }
   heartbeats_.listen();
-  if (leaving && heartbeats_.all_have_ended(ended)) {
+  if (leaving && heartbeats_.all_have_ended(ended, deadline_ / heartbeat_)) {
     lock.lock();
     all_ended_ = true;
     changed_.notify_all();

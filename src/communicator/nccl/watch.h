@@ -84,8 +84,8 @@ class NcclWatch {
   std::chrono::milliseconds heartbeat_;
   std::function<void()> on_failure_;
   LivedClock lived_;              ///< advanced by the watcher
-  LivedClock::Time next_sign_{};  ///< of the watcher alone, as is:
-  int64_t told_ = 0;              ///< how many have ended, by the last sign
+  LivedClock::Time next_sign_{};  ///< of the watcher alone, as is
+  bool said_good_bye_ = false;    ///< the last sign, for which the others may be waiting
   std::timed_mutex group_mutex_;  ///< held by whoever calls the group
   std::mutex mutex_;              ///< guards what follows
   std::condition_variable changed_;

@@ -97,21 +97,21 @@ TEST_F(HeartbeatsTest, WhoLeavesLearnsThatAllHaveEnded) {
   ASSERT_EQ(heartbeats.obstacle(), "");
   const bool last = world_->rank() == world_->size() - 1;
   const auto all_have_ended = [&](int64_t wanted) {
-    for (int i = 0; i < 400 && !heartbeats.all_have_ended(wanted); ++i) {
+    for (int i = 0; i < 400 && !heartbeats.all_have_ended(wanted, 1000); ++i) {
       heartbeats.listen();
       std::this_thread::sleep_for(milliseconds(5));
     }
-    return heartbeats.all_have_ended(wanted);
+    return heartbeats.all_have_ended(wanted, 1000);
   };
   heartbeats.publish(7, last ? 6 : 7);
   EXPECT_TRUE(all_have_ended(6));
-  EXPECT_EQ(heartbeats.all_have_ended(7), last);
+  EXPECT_EQ(heartbeats.all_have_ended(7, 1000), last);
   world_->barrier();
   if (last) {
     heartbeats.publish(7, 7);
   }
   EXPECT_TRUE(all_have_ended(7));
-  EXPECT_FALSE(heartbeats.all_have_ended(8));
+  EXPECT_FALSE(heartbeats.all_have_ended(8, 1000));
   world_->barrier();
 }
 
@@ -121,11 +121,11 @@ TEST_F(HeartbeatsTest, WhoLeavesDoesNotWaitForASilentRank) {
   ASSERT_EQ(heartbeats.obstacle(), "");
   if (world_->rank() == 0) {
     heartbeats.publish(7, 7);
-    EXPECT_FALSE(heartbeats.all_have_ended(7));
+    EXPECT_FALSE(heartbeats.all_have_ended(7, 20));
     for (int i = 0; i < 20; ++i) {
       heartbeats.publish(7, 7);
     }
-    EXPECT_TRUE(heartbeats.all_have_ended(7));
+    EXPECT_TRUE(heartbeats.all_have_ended(7, 20));
   }
   world_->barrier();
 }
