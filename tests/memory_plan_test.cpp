@@ -54,11 +54,14 @@ torch::Tensor evenly_choosing(Random& random, const torch::Tensor& router, int64
   return torch::cat(blocks);
 }
 
-/// What the most wasteful of an expert's products takes beside its result. On a CPU that cannot multiply bf16, the
-/// library of products makes copies in fp32.
+/// What the most wasteful of an expert's products takes beside its result: on a CPU that cannot multiply bf16, the
+/// library of products makes copies in fp32. The plan knows what a GPU's take.
 int64_t scratch_of_a_product(const MoEOptions& options, int64_t rows) {
+  if (!options.device.is_cpu()) {
+    return 0;
+  }
   const auto made = [&](int64_t height, int64_t width) {
-    return torch::zeros({height, width}, torch::dtype(options.dtype).device(options.device));
+    return torch::zeros({height, width}, torch::dtype(options.dtype));
   };
   MemoryMeter meter(options.device);
   int64_t most = 0;
