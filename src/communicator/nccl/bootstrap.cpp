@@ -52,7 +52,7 @@ class Joining {
       throw CommunicationError(failure->text, failure->culprits);
     }
     if (waiting_.so_far() > deadline_) {
-      const std::vector<int> missing = heartbeats_.missing(0, heartbeat_);
+      const std::vector<int> missing = heartbeats_.missing(0, 0, heartbeat_);
       fail(c10::str("NCCL's initialisation did not end within ", in_seconds(deadline_),
                     blame(missing, heartbeats_)),
            missing);

@@ -206,27 +206,32 @@ void NcclHeartbeats::listen() {
   }
 }
 
-std::vector<int> NcclHeartbeats::missing(int64_t sequence, std::chrono::milliseconds heartbeat) {
+std::vector<int> NcclHeartbeats::missing(int64_t first, int64_t last,
+                                         std::chrono::milliseconds heartbeat) {
   if (!obstacle_.empty()) {
     return {};
   }
   listen();
   const std::vector<State> before = states_;
   for (int i = 0; i < 6; ++i) {
-    publish(sequence, 0);  // this rank is alive
+    publish(last, 0);  // this rank is alive
     std::this_thread::sleep_for(heartbeat / 2);
     listen();
   }
-  std::vector<int> silent;
-  std::vector<int> behind;
-  for (int rank = 0; rank < static_cast<int>(states_.size()); ++rank) {
-    if (rank != rank_ && states_[rank].number == before[rank].number) {
-      silent.push_back(rank);
-    } else if (rank != rank_ && states_[rank].started < sequence) {
-      behind.push_back(rank);
+  const auto others = [&](const auto& condition) {
+    std::vector<int> ranks;
+    for (int rank = 0; rank < static_cast<int>(states_.size()); ++rank) {
+      if (rank != rank_ && condition(rank)) {
+        ranks.push_back(rank);
+      }
     }
+    return ranks;
+  };
+  auto found = others([&](int rank) { return states_[rank].number == before[rank].number; });
+  for (int64_t sequence = first; found.empty() && sequence <= last; ++sequence) {
+    found = others([&](int rank) { return states_[rank].started < sequence; });
   }
-  return silent.empty() ? behind : silent;
+  return found;
 }
 
 bool NcclHeartbeats::all_have_ended(int64_t sequence, int64_t silence) const {

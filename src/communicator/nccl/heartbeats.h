@@ -36,10 +36,11 @@ class NcclHeartbeats {
   void publish(int64_t started, int64_t ended);
   /// Takes in what the others have told, at most so much as leaves the thread free.
   void listen();
-  /// Ranks that are dead or stalled, or else, where all live, those that have not come to the
-  /// `sequence`th collective: beside a dead rank these may be waiting for it, too. Takes three
+  /// Whom a rank waits for that is in the `first`th collective, or in one behind it up to the `last`th, where it
+  /// cannot tell which. Ranks that are dead or stalled, or else, where all live, those that have not come to the
+  /// first of these to which not all have: beside a dead rank these may be waiting for it, too. Takes three
   /// `heartbeat`s: who does not publish in that time is dead or stalled.
-  std::vector<int> missing(int64_t sequence, std::chrono::milliseconds heartbeat);
+  std::vector<int> missing(int64_t first, int64_t last, std::chrono::milliseconds heartbeat);
   /// Whether every other rank has seen the end of the `sequence`th collective, or has been silent while this one
   /// has published `silence` times: it is dead, or has left.
   bool all_have_ended(int64_t sequence, int64_t silence) const;

@@ -92,7 +92,7 @@ void NcclWatch::run(const char* name, cudaStream_t stream,
     running_.push_back({name, sequence, std::move(begin), std::move(*end), std::nullopt});
     return;
   }
-  trouble_ = Trouble{c10::str(name, ": ", error), sequence};
+  trouble_ = Trouble{c10::str(name, ": ", error), sequence, sequence};
   changed_.wait(lock, [&] { return failure_.has_value(); });
   lock.unlock();
   check();
@@ -129,7 +129,7 @@ void NcclWatch::follow_streams(int device) {
       look_at_streams();
     } catch (const std::runtime_error& error) {  // of this rank's own GPU
       const std::lock_guard lock(mutex_);
-      trouble_ = Trouble{error.what(), started_};
+      trouble_ = Trouble{error.what(), started_, started_};
     }
     const std::lock_guard lock(mutex_);
     looked_ = lived_.now();
@@ -219,7 +219,7 @@ std::optional<NcclWatch::Trouble> NcclWatch::look() {
   if (launching_.has_value() && now - launching_->begun > deadline_) {
     return Trouble{
         c10::str(launching_->name, " was not launched within ", deadline_.count(), " ms"),
-        launching_->sequence};
+        launching_->sequence, launching_->sequence};
   }
   if (running_.empty()) {
     return std::nullopt;
@@ -227,12 +227,12 @@ std::optional<NcclWatch::Trouble> NcclWatch::look() {
   const Collective& oldest = running_.front();
   if (oldest.begun.has_value() && now - *oldest.begun > deadline_) {
     return Trouble{c10::str(oldest.name, " did not end within ", deadline_.count(), " ms"),
-                   oldest.sequence};
+                   oldest.sequence, oldest.sequence};
   }
   if (now - looked_ > deadline_) {
     return Trouble{c10::str("CUDA has not said for ", deadline_.count(), " ms whether ",
-                            oldest.name, " has ended"),
-                   oldest.sequence};
+                            oldest.name, " has ended, or what was called after it"),
+                   oldest.sequence, started_};
   }
   const int64_t sequence = oldest.sequence;
   const std::string name = oldest.name;
@@ -241,7 +241,7 @@ std::optional<NcclWatch::Trouble> NcclWatch::look() {
   if (const std::unique_lock group_lock(group_mutex_, std::try_to_lock); group_lock) {
     const std::string error = group_.asynchronous_error();
     if (!error.empty()) {
-      return Trouble{c10::str(name, " failed: ", error), sequence};
+      return Trouble{c10::str(name, " failed: ", error), sequence, sequence};
     }
   }
   return std::nullopt;
@@ -249,7 +249,7 @@ std::optional<NcclWatch::Trouble> NcclWatch::look() {
 
 void NcclWatch::fail(const Trouble& trouble) {
   NcclFailure failure{c10::str("rank ", heartbeats_.rank(), ": ", trouble.reason),
-                      heartbeats_.missing(trouble.sequence, heartbeat_)};
+                      heartbeats_.missing(trouble.first, trouble.last, heartbeat_)};
   failure.text += blame(failure.culprits, heartbeats_);
   announce(failure);
 }

@@ -62,7 +62,8 @@ class NcclWatch {
   /// What makes the watch give up.
   struct Trouble {
     std::string reason;
-    int64_t sequence;
+    int64_t first;  ///< collective that may be the one
+    int64_t last;
   };
 
   void follow_streams(int device);
