@@ -43,6 +43,10 @@ void add_bytes(CLI::App& app, const std::string& name, Arguments& arguments) {
   app.add_option("--" + name, arguments.bytes, "mean bytes from a rank to another")->delimiter(',');
 }
 
+void add_shapes(CLI::App& app, const std::string& name, Arguments& arguments) {
+  app.add_option("--" + name, arguments.shapes, "of these names only")->delimiter(',');
+}
+
 const std::map<std::string, AddOption>& known_options() {
   static const std::map<std::string, AddOption> options = {
       {"json", option(&Arguments::json, "file for the results")},
@@ -72,6 +76,7 @@ const std::map<std::string, AddOption>& known_options() {
        option(&Arguments::receive_rows_limit, "rows that a rank receives at a time; 0: any number",
               CLI::NonNegativeNumber)},
       {"bytes", add_bytes},
+      {"shapes", add_shapes},
   };
   return options;
 }

@@ -17,6 +17,7 @@ struct Arguments {
   int rounds = 7;      ///< timed, after those that warm up
   int threads = 0;     ///< of LibTorch; 0: its default
   std::string engine = "auto";
+  std::vector<std::string> shapes;  ///< by their names; none: all
 
   // One layer on each of several ranks, and what travels between them.
   int64_t tokens = 512;

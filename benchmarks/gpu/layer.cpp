@@ -2,6 +2,7 @@
 // torch._grouped_mm and index operations, in the same rounds; with routing that is nearly even and with
 // skewed routing, with many tokens and with few; launched one by one and as a CUDA graph; and where the
 // layer's time goes, on the GPU and on the host. layer.py measures it as Python calls it.
+#include <ATen/cuda/CUDAContextLight.h>
 #include <anabranch/anabranch.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <torch/torch.h>
@@ -11,6 +12,7 @@
 #include <cstdio>
 #include <numbers>
 #include <optional>
+#include <stdexcept>
 
 #include "gpu/measure.h"
 #include "gpu/shape.h"
@@ -30,8 +32,9 @@ constexpr Shape kShapes[] = {
     {"fine", 24576, 1536, 256, 128, 8, true},
 };
 
-/// The shapes, the skewed ones among them, and those of few tokens, where the host is what a step waits for.
-std::vector<Shape> cases() {
+/// The shapes, or those with one of `names`, the skewed ones among them, and those of few tokens, where the host is
+/// what a step waits for.
+std::vector<Shape> cases(const std::vector<std::string>& names) {
   std::vector<Shape> all(std::begin(kShapes), std::end(kShapes));
   for (const Shape& shape : kShapes) {
     if (shape.glu) all.push_back(shape.with_skew(1));
@@ -40,6 +43,13 @@ std::vector<Shape> cases() {
     for (const int64_t tokens : {64, 512, 4096}) {
       all.push_back(shape.with_tokens(tokens));
     }
+  }
+  const auto is_wanted = [&](const Shape& shape) {
+    return names.empty() || std::find(names.begin(), names.end(), shape.name) != names.end();
+  };
+  std::erase_if(all, [&](const Shape& shape) { return !is_wanted(shape); });
+  if (all.empty()) {
+    throw std::invalid_argument("--shapes: no shape has one of these names");
   }
   return all;
 }
@@ -184,8 +194,9 @@ void measure(const Shape& shape, const Arguments& arguments, Json& results) {
 
 void run(const Arguments& arguments) {
   Json results = Json::array();
-  for (const Shape& shape : cases()) {
+  for (const Shape& shape : cases(arguments.shapes)) {
     measure(shape, arguments, results);
+    at::cuda::clearCublasWorkspaces();  // of the graph's stream: they are in no other shape's peak
     c10::cuda::CUDACachingAllocator::emptyCache();
     if (arguments.quick) {
       break;
@@ -202,6 +213,6 @@ int main(int argc, char** argv) {
   using namespace anabranch::benchmark;
   return run_benchmark(argc, argv,
                        {"MoE layer on a GPU beside torch._grouped_mm and index operations, bf16",
-                        {"json", "commit", "quick", "engine"}},
+                        {"json", "commit", "quick", "engine", "shapes"}},
                        run);
 }
