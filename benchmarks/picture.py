@@ -1,4 +1,6 @@
-"""README's picture: one layer on a GPU beside torch's grouped products, from benchmarks/results/gpu_layer.json."""
+"""README's picture: one layer on a GPU beside torch's grouped products, from benchmarks/results/gpu_layer.json: each shape
+with all its tokens and load that is nearly even.
+"""
 
 import argparse
 import json
@@ -8,13 +10,15 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from report import few_tokens  # noqa: E402
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 WAYS = {"TFLOP_per_s": ("anabranch", "#2563eb"), "grouped_mm_TFLOP_per_s": ("torch._grouped_mm", "#98a2b3")}
 
 
 def draw(measured, output):
-    cases, about = measured["results"], measured["provenance"]
+    few, about = few_tokens(measured), measured["provenance"]
+    cases = [case for case in measured["results"] if case not in few and case.get("zipf", 0) == 0]
     figure, axes = plt.subplots(figsize=(9, 3.2), layout="constrained")
     for number, (field, (name, colour)) in enumerate(WAYS.items()):
         places = [place + 0.4 * (number - 0.5) for place in range(len(cases))]

@@ -143,7 +143,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", required=True, help="train_lm")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--rounds", type=int, default=3, help="that are counted, of each")
+    parser.add_argument("--rounds", type=int, default=6, help="that are counted, of each: in the first ones engines may still be measured")
     parser.add_argument("--steps", type=int, default=4, help="of a round")
     parser.add_argument("--quick", action="store_true", help="a small model, to see whether it runs")
     parser.add_argument("--json", help="file for the results")

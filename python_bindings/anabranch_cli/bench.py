@@ -81,6 +81,24 @@ def _compare(name: str, found: Any, expected: Any) -> None:
         raise Problem(f"{name} differs from torch by {worst}, more than {allowed}: please report it")
 
 
+def _has_grouped_products(arguments: argparse.Namespace) -> bool:
+    """Whether torch multiplies all experts at once at these sizes: rows of whole 16 bytes, on a GPU of bf16 alone."""
+    import torch
+    import torch.nn.functional as F
+
+    dtype = getattr(torch, arguments.dtype)
+    aligned = all(size * dtype.itemsize % 16 == 0 for size in (arguments.hidden, arguments.expert_hidden))
+    return hasattr(F, "grouped_mm") and aligned and (arguments.device == "cpu" or dtype == torch.bfloat16)
+
+
+def _of_torch(arguments: argparse.Namespace, loop: Callable[[], Any], grouped: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    """The ways of torch, of which the one named torch is what the others are compared with."""
+    if not _has_grouped_products(arguments):
+        return {"torch": loop}
+    _compare("torch's grouped product", grouped(), loop())
+    return {"torch": grouped, "torch, an expert at a time": loop}
+
+
 def _layer(arguments: argparse.Namespace) -> list[Row]:
     import anabranch
     import torch
@@ -97,11 +115,14 @@ def _layer(arguments: argparse.Namespace) -> list[Row]:
     x = torch.randn(arguments.tokens, arguments.hidden, device=arguments.device, dtype=dtype, requires_grad=True)
     dy = torch.randn_like(x)
 
-    def loop() -> Any:
-        """An expert after the other, as one writes it first."""
+    def route() -> Any:
         logits = x.float() @ weights["router.weight"].float().T
         share, chosen = logits.softmax(-1).topk(arguments.top_k)
-        share = share / share.sum(-1, keepdim=True)
+        return share / share.sum(-1, keepdim=True), chosen
+
+    def loop() -> Any:
+        """An expert after the other, as one writes it first."""
+        share, chosen = route()
         y = torch.zeros_like(x, dtype=torch.float32)
         for expert in range(arguments.experts):
             token, slot = (chosen == expert).nonzero(as_tuple=True)
@@ -110,17 +131,28 @@ def _layer(arguments: argparse.Namespace) -> list[Row]:
             y = y.index_add(0, token, result.float() * share[token, slot, None])
         return y.to(dtype)
 
+    def grouped() -> Any:
+        share, chosen = route()
+        order = chosen.flatten().argsort(stable=True)
+        token = order // arguments.top_k
+        ends = chosen.flatten().bincount(minlength=arguments.experts).cumsum(0).to(torch.int32)
+        gate, up = F.grouped_mm(x[token], weights["experts.up_weight"].mT, offs=ends).chunk(2, -1)
+        result = F.grouped_mm(F.silu(gate) * up, weights["experts.down_weight"].mT, offs=ends)
+        weighted = result.float() * share.flatten()[order, None]
+        return torch.zeros_like(x, dtype=torch.float32).index_add(0, token, weighted).to(dtype)
+
+    def step(way: Callable[[], Any]) -> Any:
+        return torch.autograd.grad(way(), [x, *weights.values()], dy)
+
     _compare("the layer", layer(x).output, loop())
-    ways = {
-        "anabranch": lambda: torch.autograd.grad(layer(x).output, [x, *weights.values()], dy),
-        "torch": lambda: torch.autograd.grad(loop(), [x, *weights.values()], dy),
-    }
-    return _timed(ways, arguments.device, arguments.seconds)
+    ways = {"anabranch": lambda: layer(x).output, **_of_torch(arguments, loop, grouped)}
+    return _timed({name: functools.partial(step, way) for name, way in ways.items()}, arguments.device, arguments.seconds)
 
 
 def _gemm(arguments: argparse.Namespace) -> list[Row]:
     import anabranch
     import torch
+    import torch.nn.functional as F
     from anabranch import functional
 
     dtype = getattr(torch, arguments.dtype)
@@ -130,9 +162,13 @@ def _gemm(arguments: argparse.Namespace) -> list[Row]:
     x = torch.randn(len(chosen), arguments.hidden, device=arguments.device, dtype=dtype)
     weight = torch.randn(arguments.experts, arguments.expert_hidden, arguments.hidden, device=arguments.device, dtype=dtype)
     sizes = counts.tolist()
+    ends = counts.cumsum(0).to(device=arguments.device, dtype=torch.int32)
 
     def loop() -> Any:
         return torch.cat([rows @ w.T for rows, w in zip(x.split(sizes), weight)])
+
+    def grouped() -> Any:
+        return F.grouped_mm(x, weight.mT, offs=ends)
 
     ways: dict[str, Callable[[], Any]] = {}
     for engine in ["auto", *anabranch.grouped_gemm_engines(arguments.device)]:
@@ -142,7 +178,7 @@ def _gemm(arguments: argparse.Namespace) -> list[Row]:
             continue
         _compare(f"engine {engine}", found, loop())
         ways[f"anabranch, {engine}"] = functools.partial(functional.grouped_gemm, x, weight, counts, engine)
-    ways["torch"] = loop
+    ways |= _of_torch(arguments, loop, grouped)
     return _timed(ways, arguments.device, arguments.seconds)
 
 

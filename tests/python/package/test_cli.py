@@ -203,6 +203,15 @@ def test_bench(shown, what):
     (torch_row,) = [row for row in rows if row["what"] == "torch"]
     assert torch_row["of_torch"] == 1.0 and all(row["ms"] > 0 for row in rows)
     assert all(row["of_torch"] == pytest.approx(torch_row["ms"] / row["ms"]) for row in rows)
+    at_once = what != "exchange" and hasattr(torch.nn.functional, "grouped_mm")
+    assert ("torch, an expert at a time" in names) == at_once
+
+
+def test_bench_of_rows_that_torch_does_not_multiply_at_once(shown):
+    """An odd width is no whole number of 16 bytes."""
+    odd = "--tokens 24 --hidden 7 --expert-hidden 12 --experts 4 --top-k 2 --seconds 0.01 --device cpu".split()
+    for what in ("layer", "gemm"):
+        assert [row["what"] for row in shown("bench", what, *odd, "--json") if "torch" in row["what"]] == ["torch"]
 
 
 def test_programs_get_their_options_and_their_exit_code_comes_back():
