@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""A language model trained by examples/train_lm and by transformers, one after the other on this GPU: tokens/s of whole
-steps, optimizer included.
+"""A language model trained by examples/train_lm, by its twin in Python and by transformers, one after the other on this
+GPU: tokens/s of whole steps, optimizer included.
 
     PYTHONPATH=build/release/python benchmarks/gpu/training.py --program build/release/examples/train_lm
 
 Four layers of Qwen3-30B-A3B, random tokens, the same number a step. transformers has its experts by torch._grouped_mm,
 attention by SDPA, torch's fused AdamW and parameters of bf16 alone: less work than train_lm's fp32 masters and main
-gradients are. Of the micro-batches that divide a step it takes the largest that fit into memory.
+gradients are. Of the micro-batches that divide a step it takes the largest that fit into memory. The twin, whose logits are
+there all at once, takes a quarter of a step at a time; its dense part is compiled.
 """
 
 import argparse
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from layer import provenance
 
 GIB = 1 << 30
+TWIN = [sys.executable, str(Path(__file__).resolve().parents[2] / "examples/train_lm.py")]
 
 
 @dataclasses.dataclass
@@ -58,20 +60,21 @@ class Shape:
 SMALL = Shape(2, 40, 32, 4, 2, 16, 8, 2, 16, 4, 16)
 
 
-def by_train_lm(shape, program, device, rounds, steps):
-    """The rates of `rounds` times `steps` steps, behind as many that are not counted."""
+def by_train_lm(shape, program, further, device, rounds, steps):
+    """The rates of `rounds` times `steps` steps, behind as many that are not counted. `program`: words of a command."""
     with tempfile.TemporaryDirectory() as output:
         options = {name.replace("_", "-"): value for name, value in dataclasses.asdict(shape).items()}
         options |= {"data": f"synthetic:{shape.vocabulary}", "device": device, "output": output, "log-interval": steps}
-        options |= {"steps": steps * (rounds + 1), "validation-interval": 10**9, "validation-sequences": 1, "sample-length": 0}
+        options |= {"steps": steps * (rounds + 1), "validation-interval": 10**9, "validation-sequences": 1} | further
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        subprocess.run([program, "--preset", "qwen3-30b-a3b", *words, "--no-save"], check=True)
+        subprocess.run([*program, "--preset", "qwen3-30b-a3b", *words], check=True)
         lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()][1:]
     counted = lines[0]["model_tflops"] * 1e12 / lines[0]["tokens_per_second"]
     if abs(counted / shape.flops_per_token - 1) > 1e-6:
         raise RuntimeError(f"train_lm counts {counted:.6g} FLOPs a token, this benchmark {shape.flops_per_token:.6g}")
     peak = max(line["memory"] for line in lines)
-    return {"rates": [line["tokens_per_second"] for line in lines], "peak_GiB": peak / GIB, "loss": lines[-1]["loss"]}
+    found = {"rates": [line["tokens_per_second"] for line in lines], "peak_GiB": peak / GIB, "loss": lines[-1]["loss"]}
+    return found | ({"micro_batch": further["micro-batch"]} if "micro-batch" in further else {})
 
 
 def make_model(shape, device):
@@ -150,10 +153,13 @@ def main():
     parser.add_argument("--commit", default="unknown", help="of the measured sources")
     arguments = parser.parse_args()
     shape = SMALL if arguments.quick else Shape()
+    measured = arguments.device, arguments.rounds, arguments.steps
+    compiled = {"compile": "inductor"} if arguments.device == "cuda" else {}
     ways = {
         # Each in a process of its own or gone before the next, so that it has the GPU to itself.
-        "train_lm": by_train_lm(shape, arguments.program, arguments.device, arguments.rounds, arguments.steps),
-        "transformers": by_transformers(shape, arguments.device, arguments.rounds, arguments.steps),
+        "train_lm": by_train_lm(shape, [arguments.program, "--no-save"], {"sample-length": 0}, *measured),
+        "train_lm.py": by_train_lm(shape, TWIN, {"micro-batch": shape.batch_size // 4} | compiled, *measured),
+        "transformers": by_transformers(shape, *measured),
     }
     results = []
     for name, way in ways.items():
@@ -161,7 +167,7 @@ def main():
         results.append({**dataclasses.asdict(shape), "way": name, "tokens_per_second": rate, **way})
         results[-1]["model_TFLOP_per_s"] = rate * shape.flops_per_token / 1e12
         print(f"{name}: {rate:,.0f} tokens/s, {results[-1]['model_TFLOP_per_s']:.0f} model TFLOP/s, {way['peak_GiB']:.1f} GiB")
-    ratio = results[0]["tokens_per_second"] / results[1]["tokens_per_second"]
+    ratio = results[0]["tokens_per_second"] / results[-1]["tokens_per_second"]
     print(f"train_lm is {ratio:.2f} times as fast as transformers {transformers.__version__}")
     if arguments.json:
         about = provenance(arguments.commit) | {"transformers": transformers.__version__}

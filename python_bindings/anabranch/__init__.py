@@ -9,14 +9,14 @@ from __future__ import annotations
 from . import _library  # noqa: F401  first: it says what does not fit
 from . import functional
 from ._build import VERSION as __version__
-from ._loading import from_pretrained
-from .checkpoint import load_checkpoint, save_checkpoint
+from .huggingface.loading import from_pretrained
+from .training.checkpoint import load_checkpoint, save_checkpoint
 from .discovery import RankInfo, discover_rank
 from .engines import grouped_gemm_engines
-from .expert_bias import set_expert_bias_rate
-from .expert_mover import ExpertMover, ExpertMoves
-from .gradient_reducer import GradientReducer
-from .gradients import (
+from .training.expert_bias import set_expert_bias_rate
+from .training.expert_mover import ExpertMover, ExpertMoves
+from .training.gradient_reducer import GradientReducer
+from .training.gradients import (
     ParallelGroups,
     clip_gradient_norm,
     expert_parameters,
@@ -27,14 +27,14 @@ from .gradients import (
 from .groups import Group, as_group, hierarchical
 from .huggingface import convert
 from .memory import MemoryPlan, plan_memory
-from .metrics import RouterMetrics, log_to_tensorboard, log_to_trainer, log_to_wandb
-from .moe import MoE, MoEOutput, check, run
-from .muon import Muon
-from .plots import plot_load
-from .replay import RoutingRecord, record_routing, replay_routing, trace_routing
-from .stats import LayerStats, imbalance
-from .step_ends import set_expert_replicas
-from .upcycling import upcycle
+from .watching.metrics import RouterMetrics, log_to_tensorboard, log_to_trainer, log_to_wandb
+from .layer.moe import MoE, MoEOutput, check, run
+from .training.muon import Muon
+from .watching.plots import plot_load
+from .watching.replay import RoutingRecord, record_routing, replay_routing, trace_routing
+from .layer.stats import LayerStats, imbalance
+from .training.step_ends import set_expert_replicas
+from .huggingface.upcycling import upcycle
 
 __all__ = [
     "ExpertMover",

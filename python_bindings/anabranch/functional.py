@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _fakes  # noqa: F401
-from ._plan import PlanTensors
+from .layer import fakes  # noqa: F401
+from .layer.plan import PlanTensors
 from .groups import as_group
 
 __all__ = [

@@ -12,8 +12,8 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
 
-from .activations import activation_name
-from .moe import MoE
+from .layer.activations import activation_name
+from .layer.moe import MoE
 
 
 class MoELayer(BaseMoELayer):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .moe import _to_json
+from .layer.moe import _to_json
 
 
 @dataclass(frozen=True)

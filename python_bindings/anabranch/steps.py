@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from ._spread import rows_of
+from .layer.spread import rows_of
 
 REFUSE = True
 """Whether a step with experts' gradients that `finish_gradients` has not finished is a RuntimeError. False for

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtitan.models.common import moe as torchtitan
 
-from ._held import first_expert
+from .layer.held import first_expert
 from .groups import as_group
-from .moe import MoE
+from .layer.moe import MoE
 
 
 class RoutedExperts(torchtitan.RoutedExperts):

@@ -11,10 +11,10 @@ from typing import Any
 
 import transformers
 
-from ._saving import CollectiveSaving
-from ._wrappers import ddp_around
-from .checkpoint import load_checkpoint, save_checkpoint
-from .gradients import ParallelGroups, clip_gradient_norm, finish_gradients, ignore_expert_parameters
+from .huggingface.saving import CollectiveSaving
+from .layer.wrappers import ddp_around
+from .training.checkpoint import load_checkpoint, save_checkpoint
+from .training.gradients import ParallelGroups, clip_gradient_norm, finish_gradients, ignore_expert_parameters
 
 FOLDER = "anabranch"
 """Within a Trainer's checkpoint: model and optimizer, for any number of ranks."""

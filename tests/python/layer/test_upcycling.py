@@ -76,8 +76,8 @@ def test_some_layers_and_a_checkpoint(seed, tmp_path):
     batch = a_batch(seed)
     before = model(batch, labels=batch).loss.item()
     anabranch.upcycle(model, 4, 2, layers=["model.layers.1.mlp"])
-    assert not isinstance(model.model.layers[0].mlp, anabranch.upcycling.UpcycledFeedForward)
-    assert isinstance(model.model.layers[1].mlp, anabranch.upcycling.UpcycledFeedForward)
+    assert not isinstance(model.model.layers[0].mlp, anabranch.huggingface.upcycling.UpcycledFeedForward)
+    assert isinstance(model.model.layers[1].mlp, anabranch.huggingface.upcycling.UpcycledFeedForward)
     assert model(batch, labels=batch).loss.item() == pytest.approx(before, rel=1e-5)
 
 

@@ -12,7 +12,7 @@ import re
 import anabranch
 import pytest
 import torch
-from anabranch.configuration import Configuration
+from anabranch.dialects.configuration import Configuration
 from anabranch.dialects import DIALECTS, options_from
 
 EXPERTS, TOKENS = 12, 40

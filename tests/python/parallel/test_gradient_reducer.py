@@ -70,7 +70,7 @@ def test_gives_the_bits_of_finish_gradients(kind, seed):
 
 def test_with_replicas_of_experts(seed):
     run_ranks(4, steps, seed, "plain", 64, 2)
-    run_ranks(2, steps, seed, "plain", anabranch.gradients.BUCKET_BYTES, 1)
+    run_ranks(2, steps, seed, "plain", anabranch.training.gradients.BUCKET_BYTES, 1)
 
 
 def scaled(rank, size, seed, reduced):

@@ -3,7 +3,7 @@
 import anabranch
 import pytest
 import torch
-from anabranch._held import held_experts
+from anabranch.layer.held import held_experts
 from ranks import run_ranks
 from small import EXPERTS, INNER, Small, batch_of, expected_gradients
 from torch import nn

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library  # noqa: F401
+from .. import _library  # noqa: F401
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DeviceMesh, DTensor, Shard
 
-from .groups import Group
+from ..groups import Group
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ import json
 import torch
 from torch import Tensor
 
-from . import _library  # noqa: F401
-from ._plan import PlanTensors
-from ._wrappers import refuse_active_ddp
+from .. import _library  # noqa: F401
+from .plan import PlanTensors
+from .wrappers import refuse_active_ddp
 
 
 def _gate_type(dtype: torch.dtype) -> torch.dtype:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .moe import MoE, MoEOutput
+from ..layer.moe import MoE, MoEOutput
 from .replay import is_recomputing
 
 LOSSES = {

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._fakes import BIAS_BINS
-from .moe import MoE, MoEOutput
-from .replay import is_recomputing
+from ..layer.fakes import BIAS_BINS
+from ..layer.moe import MoE, MoEOutput
+from ..watching.replay import is_recomputing
 
 if TYPE_CHECKING:
     from .gradients import ParallelGroups

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .moe import MoE
+from ..layer.moe import MoE
 
 
 @dataclass

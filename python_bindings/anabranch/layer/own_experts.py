@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import functional as F
-from .groups import Group
+from .. import functional as F
+from ..groups import Group
 
 
 def route(x: Tensor, parts: dict[str, Tensor], options: str, group: str, training: bool, **given: Any) -> tuple[Any, ...]:

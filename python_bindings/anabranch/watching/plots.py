@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .moe import MoE
-from .stats import imbalance
+from ..layer.moe import MoE
+from ..layer.stats import imbalance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

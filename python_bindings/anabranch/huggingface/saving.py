@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._held import first_expert
-from ._shards import Shards, dtypes, weight_files
-from ._spread import rows_of
+from ..layer.held import first_expert
+from .shards import Shards, dtypes, weight_files
+from ..layer.spread import rows_of
 
 if TYPE_CHECKING:
-    from .huggingface import ConvertedExperts
+    from . import ConvertedExperts
 
 
 class CollectiveSaving:
@@ -78,7 +78,7 @@ class CollectiveSaving:
 
 
 def _converted(model: Any) -> list[tuple[str, ConvertedExperts]]:
-    from .huggingface import ConvertedExperts
+    from . import ConvertedExperts
 
     return [(name, module) for name, module in model.named_modules() if isinstance(module, ConvertedExperts)]
 

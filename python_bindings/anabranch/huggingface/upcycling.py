@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._held import first_expert
-from .activations import activation_name
-from .groups import Group, as_group
-from .moe import MoE
+from ..layer.held import first_expert
+from ..layer.activations import activation_name
+from ..groups import Group, as_group
+from ..layer.moe import MoE
 
 
 class UpcycledFeedForward(nn.Module):

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DeviceMesh
 
-from ._spread import mesh_of, spread
-from .groups import Group, as_group
-from .huggingface import convert, stacked_experts
+from ..layer.spread import mesh_of, spread
+from ..groups import Group, as_group
+from . import convert
+from . import stacked_experts
 from .stacked_experts import recognised
 
 if TYPE_CHECKING:

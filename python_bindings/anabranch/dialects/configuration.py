@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from .activations import activation_name
+from ..layer.activations import activation_name
 
 _ABSENT = object()
 

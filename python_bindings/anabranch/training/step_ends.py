@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .expert_bias import update_biases
-from .moe import MoE
+from ..layer.moe import MoE
 
 if TYPE_CHECKING:
     from .gradients import ParallelGroups

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from .activations import ACTIVATIONS, activation_name
+from ..layer.activations import ACTIVATIONS, activation_name
 
 @dataclasses.dataclass(frozen=True)
 class Layout:

@@ -13,12 +13,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ._factors import by_expert
-from ._held import first_expert, held_experts
-from ._spread import rows_of
-from ._wrappers import managed_by_fsdp1
+from ..layer.factors import by_expert
+from ..layer.held import first_expert, held_experts
+from ..layer.spread import rows_of
+from ..layer.wrappers import managed_by_fsdp1
 from .gradients import ParallelGroups, only_group
-from .moe import MoE
+from ..layer.moe import MoE
 
 Optimizers = Optimizer | Iterable[Optimizer] | None
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .configuration import Configuration, normalised
-from .hf_dialect import hf
-from .megatron_dialect import megatron
+from .hf import hf
+from .megatron import megatron
 
 
 def _megablocks(of: Configuration) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from .moe import MoE, MoEOutput
+from ..layer.moe import MoE, MoEOutput
 
 OWN_CHOICE = -2
 """In the first place of a token's ids: the router chooses for it."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._held import check_held, held
-from ._parts import Experts
+from .held import check_held, held
+from .parts import Experts
 
 _REMEDY = "anabranch.lora.save_adapters, called on every rank, keeps all ranks' adapters, for any number of ranks"
 

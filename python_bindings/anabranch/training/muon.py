@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from . import _library  # noqa: F401
-from .steps import refuse_slices
+from .. import _library  # noqa: F401
+from ..steps import refuse_slices
 
 
 def _of_this_rank(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import own_experts
-from ._wrappers import refuse_active_ddp
+from .wrappers import refuse_active_ddp
 
 if TYPE_CHECKING:
     from .moe import MoE

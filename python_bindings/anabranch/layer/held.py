@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .groups import Group
+from ..groups import Group
 
 _REMEDY = (
     "anabranch.save_checkpoint keeps all ranks' experts, for any number of ranks; else each rank saves a file of its own "

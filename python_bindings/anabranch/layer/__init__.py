@@ -1,0 +1,1 @@
+"""The layer as a module, and what it is made of."""

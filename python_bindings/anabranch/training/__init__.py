@@ -1,0 +1,1 @@
+"""What a training loop does with a model's layers: gradients, steps, balance, checkpoints."""

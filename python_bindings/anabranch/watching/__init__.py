@@ -1,0 +1,1 @@
+"""What layers do, for people to see; and routing that is kept."""
