@@ -9,10 +9,16 @@ from __future__ import annotations
 from . import _library  # noqa: F401  first: it says what does not fit
 from . import functional
 from ._build import VERSION as __version__
-from .huggingface.loading import from_pretrained
-from .training.checkpoint import load_checkpoint, save_checkpoint
 from .discovery import RankInfo, discover_rank
 from .engines import grouped_gemm_engines
+from .groups import Group, as_group, hierarchical
+from .huggingface import convert
+from .huggingface.loading import from_pretrained
+from .huggingface.upcycling import upcycle
+from .layer.moe import MoE, MoEOutput, check, run
+from .layer.stats import LayerStats, imbalance
+from .memory import MemoryPlan, plan_memory
+from .training.checkpoint import load_checkpoint, save_checkpoint
 from .training.expert_bias import set_expert_bias_rate
 from .training.expert_mover import ExpertMover, ExpertMoves
 from .training.gradient_reducer import GradientReducer
@@ -24,17 +30,11 @@ from .training.gradients import (
     ignore_expert_parameters,
     make_parallel_groups,
 )
-from .groups import Group, as_group, hierarchical
-from .huggingface import convert
-from .memory import MemoryPlan, plan_memory
-from .watching.metrics import RouterMetrics, log_to_tensorboard, log_to_trainer, log_to_wandb
-from .layer.moe import MoE, MoEOutput, check, run
 from .training.muon import Muon
+from .training.step_ends import set_expert_replicas
+from .watching.metrics import RouterMetrics, log_to_tensorboard, log_to_trainer, log_to_wandb
 from .watching.plots import plot_load
 from .watching.replay import RoutingRecord, record_routing, replay_routing, trace_routing
-from .layer.stats import LayerStats, imbalance
-from .training.step_ends import set_expert_replicas
-from .huggingface.upcycling import upcycle
 
 __all__ = [
     "ExpertMover",

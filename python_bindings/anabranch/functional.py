@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .groups import as_group
 from .layer import fakes  # noqa: F401
 from .layer.plan import PlanTensors
-from .groups import as_group
 
 __all__ = [
     "Plan",

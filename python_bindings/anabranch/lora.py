@@ -15,11 +15,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from . import functional as F
+from .layer.activations import ACTIVATIONS
 from .layer.factors import Factors, like_linear
+from .layer.moe import MoE
 from .layer.parts import Experts
 from .layer.through import MoEOutput, Through
-from .layer.activations import ACTIVATIONS
-from .layer.moe import MoE
 
 
 def lora_config(**options: Any) -> peft.LoraConfig:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtitan.models.common import moe as torchtitan
 
-from .layer.held import first_expert
 from .groups import as_group
+from .layer.held import first_expert
 from .layer.moe import MoE
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DeviceMesh, DTensor
 
-from ..layer.held import first_expert
-from .saving import CollectiveSaving
-from ..layer.spread import check_equal_shares, mesh_of, rows_of
 from ..groups import Group, as_group
+from ..layer.held import first_expert
 from ..layer.moe import MoE
+from ..layer.spread import check_equal_shares, mesh_of, rows_of
+from .saving import CollectiveSaving
 from .stacked_experts import Layout, recognised
 
 if TYPE_CHECKING:

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DeviceMesh
 
-from ..layer.spread import mesh_of, spread
 from ..groups import Group, as_group
-from . import convert
-from . import stacked_experts
+from ..layer.spread import mesh_of, spread
+from . import convert, stacked_experts
 from .stacked_experts import recognised
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..layer.held import first_expert
-from .shards import Shards, dtypes, weight_files
 from ..layer.spread import rows_of
+from .shards import Shards, dtypes, weight_files
 
 if TYPE_CHECKING:
     from . import ConvertedExperts

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..layer.activations import ACTIVATIONS, activation_name
 
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How a family's weights lie. The layer's are [E, out, in], rows of the gate before those of up."""

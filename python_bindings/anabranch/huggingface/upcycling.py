@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layer.held import first_expert
-from ..layer.activations import activation_name
 from ..groups import Group, as_group
+from ..layer.activations import activation_name
+from ..layer.held import first_expert
 from ..layer.moe import MoE
 
 

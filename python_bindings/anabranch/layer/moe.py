@@ -11,16 +11,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..dialects import options_from
+from ..groups import alone, as_group
+from ..steps import watch
 from . import fakes  # noqa: F401
 from .held import check_held, held, held_experts, warn_of_unnamed
 from .parts import Experts, Part
 from .spread import mesh_of, spread
+from .stats import LayerStats, Probe
 from .through import Given, MoEOutput, Through, checked_routing
 from .wrappers import SpreadExperts
-from ..dialects import options_from
-from ..groups import alone, as_group
-from .stats import LayerStats, Probe
-from ..steps import watch
 
 _SEEDS = 2**63 - 1
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .spread import local_part
 from ..groups import Group
+from .spread import local_part
 
 Through = Callable[[Tensor, dict[str, Tensor]], Any]
 

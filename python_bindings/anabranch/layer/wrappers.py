@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .parts import Experts
 from ..steps import is_watched
+from .parts import Experts
 
 _seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 

@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from ..layer.factors import by_expert
 from ..layer.held import first_expert, held_experts
+from ..layer.moe import MoE
 from ..layer.spread import rows_of
 from ..layer.wrappers import managed_by_fsdp1
 from .gradients import ParallelGroups, only_group
-from ..layer.moe import MoE
 
 Optimizers = Optimizer | Iterable[Optimizer] | None
 

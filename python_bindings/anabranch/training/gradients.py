@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .drift import digest, drift_of
-from ..layer.spread import rows_of
-from ..layer.wrappers import averaged_by_ddp, ddp_refusal, fsdp_refusal, managed_by_fsdp1, spread_over
 from ..groups import Group, alone, as_group, split_group
 from ..layer.moe import MoE
+from ..layer.spread import rows_of
+from ..layer.wrappers import averaged_by_ddp, ddp_refusal, fsdp_refusal, managed_by_fsdp1, spread_over
+from .drift import digest, drift_of
 from .step_ends import end_step
 
 BUCKET_BYTES = 16 << 20

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .expert_bias import update_biases
 from ..layer.moe import MoE
+from .expert_bias import update_biases
 
 if TYPE_CHECKING:
     from .gradients import ParallelGroups
