@@ -24,6 +24,7 @@ from machine import Link, Machine, Model, Refused  # noqa: E402
 from network import Fabric, take_turns  # noqa: E402
 from timeline import Layout, Planner, layouts_of, memory_of  # noqa: E402
 
+RESULTS = ROOT / "benchmarks/results"
 SEED = random.randrange(2**32)
 
 
@@ -226,8 +227,31 @@ def test_memory():
     layout = Layout(16, 4)
     dense, expert = 4 * 512**2, 3 * 512 * 1024
     states = 4 * (dense + 4 * expert) * 16
-    saved = 4 * (3000 * 512 + 5000 * 2048 + 8 * 2048 * 512) * 2
-    assert memory_of(MODEL, layout, 3000, 5000) == states + saved
+    saved = 4 * (3000 * 512 + 5000 * 2048 + 10 * 2048 * 512) * 2
+    backward = 5000 * (512 + 2048 + 1024) * 2
+    assert memory_of(MODEL, layout, 3000, 5000) == states + saved + backward
+    few_keys = dataclasses.replace(MODEL, attention_hidden=1024, key_hidden=128)
+    more = 4 * 2048 * (3 * (1024 - 512) + 3 * (128 - 512)) * 2
+    assert memory_of(few_keys, layout, 3000, 5000) == states + saved + backward + more
+    alone = memory_of(MODEL, Layout(4, 1), 2048, 4096)
+    assert alone == 4 * (dense + 16 * expert) * 16 + 4 * (4096 * 2048 + 10 * 2048 * 512) * 2 + 4096 * (512 + 2048 + 1024) * 2
+
+
+def test_memory_of_runs_that_were_measured():
+    """train_lm on a GPU, with gradients and optimizer's states in fp32, or the latter in bf16."""
+    run = json.loads((RESULTS / "gpu_training.json").read_text())["results"][0]
+    tokens = run["batch_size"] * run["sequence_length"]
+    heads, keys = (run[name] * run["head_size"] for name in ("heads", "kv_heads"))
+    qwen = Model(
+        layers=run["layers"], hidden=run["hidden"], expert_hidden=run["expert_hidden"], experts=run["experts"], top_k=run["top_k"],
+        tokens=tokens, attention_hidden=heads, key_hidden=keys, vocabulary=run["vocabulary"], optimizer_bytes=14,
+        dense_parameters_per_layer=run["hidden"] * (2 * heads + 2 * keys + run["experts"]),
+    )  # fmt: skip
+    assert memory_of(qwen, Layout(1, 1), tokens, tokens * run["top_k"]) == pytest.approx(run["peak_GiB"] * 2**30, rel=0.1)
+    (peak,) = set(re.findall(r"([\d.]+) GiB", (RESULTS / "gpu_train_olmoe.txt").read_text()))
+    published = json.loads((ROOT / "tools/plan/models/olmoe.json").read_text())
+    olmoe = Model(**published | {"tokens": 4 * 4096, "optimizer_bytes": 10})  # a micro-batch
+    assert memory_of(olmoe, Layout(1, 1), olmoe.tokens, olmoe.tokens * 8) == pytest.approx(float(peak) * 2**30, rel=0.1)
 
 
 def test_layouts():

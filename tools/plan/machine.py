@@ -54,10 +54,11 @@ class Model:
     dense_parameters_per_layer: int = -1  # attention and the like, replicated; -1: 4 hidden²
     sequence: int = 0  # tokens of a sequence, each attending to those before it; 0: no attention scores
     attention_hidden: int = 0  # heads × size of one, the mean of keys' and values'; 0: hidden
+    key_hidden: int = 0  # of keys, where several heads share them; 0: attention_hidden
     vocabulary: int = 0  # of the layers at both ends, replicated; 0: none
     routed: bool = True  # has a gate; False: the routing is handed in
     recompute: bool = False  # backward runs each layer's forward again, exchanges and all
-    optimizer_bytes: int = 12  # of a parameter: fp32 copy and Adam's two moments
+    optimizer_bytes: int = 12  # of a parameter: fp32 copy and Adam's two moments; 14 with gradients in fp32
 
     @property
     def projections(self):
@@ -78,6 +79,10 @@ class Model:
     @property
     def attention_width(self):
         return self.attention_hidden or self.hidden
+
+    @property
+    def key_width(self):
+        return self.key_hidden or self.attention_width
 
     @property
     def replicated_parameters(self):

@@ -258,14 +258,21 @@ class LayerTimeline:
 
 
 def memory_of(model, layout, received_rows, assignments):
-    """Bytes of the fullest rank: parameters, gradients and optimizer, and what forward saves."""
+    """Bytes of the fullest rank: parameters, gradients and optimizer, what forward saves, and what backward of a layer's
+    experts takes beside it."""
     experts = model.layers * model.expert_parameters * -(-model.experts // layout.expert_parallel)
     states = (model.replicated_parameters + experts) * (2 * model.bytes + model.optimizer_bytes)
     hidden_values = model.expert_hidden * (2 if model.glu else 1)
-    saved = received_rows * model.hidden + assignments * hidden_values + 8 * model.tokens * model.hidden
+    # What enters attention and experts, and both normalised; heads and keys, before and after their norms and positions;
+    # what attention gives; values.
+    dense = model.tokens * (4 * model.hidden + 3 * model.attention_width + 3 * model.key_width)
+    received = received_rows if layout.expert_parallel > 1 else 0  # a rank alone has them at its experts' door
+    saved = received * model.hidden + assignments * hidden_values + dense
+    # Gradients of outputs and of what was saved, and the activations once more.
+    backward = assignments * (model.hidden + hidden_values + model.expert_hidden)
     if model.recompute:
-        return states + (model.layers * model.tokens * model.hidden + saved) * model.bytes
-    return states + model.layers * saved * model.bytes
+        return states + (model.layers * model.tokens * model.hidden + saved + backward) * model.bytes
+    return states + (model.layers * saved + backward) * model.bytes
 
 
 class Planner:
