@@ -191,7 +191,8 @@ def test_attention_and_the_output_layer_cost_what_they_compute():
     # Forward and twice that backward; two products of half the sequence; and wider rows to move.
     attention = 4 * 3 * 2048 * (2 * 2 * 500 * 640 / 1e12 + 7 * (640 - 512) * 2 / 1e11)
     assert found.compute - plain.compute == pytest.approx(attention + 3 * 2 * 2048 * 5000 * 512 / 1e12, rel=1e-6)
-    assert found.memory - plain.memory == 2 * 5000 * 512 * 16
+    wider = 4 * 2048 * 6 * (640 - 512) * 2  # heads and keys, three times each, of every layer
+    assert found.memory - plain.memory == 2 * 5000 * 512 * 16 + wider
 
 
 def test_recomputation_runs_forward_once_more_and_saves_memory():
