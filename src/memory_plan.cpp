@@ -63,7 +63,8 @@ struct Sizes {
   int64_t inner;        // expert_hidden_size, of a slice its width
   int64_t assignments;  // P
   int64_t rows;         // R, and on average as many are sent
-  int64_t part;         // rows of P that are in work at a time
+  int64_t part;         // rows of P whose backward is in work at a time: of whole experts
+  int64_t piece;        // rows of P, of a part, that are multiplied at a time
   int64_t up;           // width of hidden
   int64_t element;      // bytes of a number of the layer's type
   int64_t wide;         // of the router's
@@ -82,13 +83,14 @@ struct Sizes {
   int64_t workspace() const {
     return options.device.is_cuda() && !ours() && rows > 0 ? int64_t{32} << 20 : 0;
   }
-  /// Those rows of a part, where they are copied to be multiplied.
-  int64_t copied(GatheredRows which) const {
+  int64_t of_piece(int64_t width) const { return piece * width * element; }
+  /// So many of those rows, where they are copied to be multiplied.
+  int64_t copied(GatheredRows which, int64_t some) const {
     const bool down = which == GatheredRows::kBackwardDy;
     const bool read_in_place =
         ours() && (down ? !options.bias && hopper::gains_by_index(which, options.hidden_size, inner)
                         : hopper::gains_by_index(which, up, options.hidden_size));
-    return read_in_place ? 0 : of_part(options.hidden_size);
+    return read_in_place ? 0 : some * options.hidden_size * element;
   }
   int64_t up_weight() const { return experts * up * options.hidden_size * element; }
   int64_t down_weight() const { return experts * options.hidden_size * inner * element; }
@@ -146,9 +148,10 @@ Sizes::Sizes(const MoEOptions& given, int64_t tokens, int64_t ranks, double load
          : bounded  ? std::min(assignments, tokens * ranks)
                     : std::min({std::lround(load * all * chance_of_rank(options, experts)),
                                 assignments, tokens * ranks});
-  const int64_t parts =
-      std::min(most_parts(options.device, assignments), std::max<int64_t>(1, experts));
+  const int64_t most = most_parts(options.device, assignments);
+  const int64_t parts = std::min(most, std::max<int64_t>(1, experts));
   part = assignments * ((experts + parts - 1) / parts) / std::max<int64_t>(1, experts);
+  piece = longest_piece(part, most_pieces(most, experts));
   up = (options.glu ? 2 : 1) * inner;
   element = static_cast<int64_t>(c10::elementSize(options.dtype));
   wide = static_cast<int64_t>(c10::elementSize(at::toOpMathType(options.dtype)));
@@ -240,28 +243,29 @@ void feed_forward(Ledger& memory, const Sizes& z) {
   if (!z.options.recompute) {
     memory.hold("hidden", z.of_assignments(z.up));
   }
-  // Of the last part: the results are there, unless it is the first as well.
-  if (z.part < z.assignments) {
+  // Of the last piece: the results are there, unless it is the first as well.
+  if (z.piece < z.assignments) {
     memory.hold("results", z.of_assignments(h));
   }
-  memory.hold("a part's rows", z.copied(GatheredRows::kForwardX));
+  memory.hold("a piece's rows", z.copied(GatheredRows::kForwardX, z.piece));
   if (z.options.recompute) {
-    memory.hold("a part's hidden", z.of_part(z.up));
+    memory.hold("a piece's hidden", z.of_piece(z.up));
   }
-  memory.hold("a part's activation", z.of_part(z.inner));
-  memory.release("a part's rows");
-  memory.release("a part's hidden");
-  if (z.part == z.assignments) {
+  memory.hold("a piece's activation", z.of_piece(z.inner));
+  memory.release("a piece's rows");
+  memory.release("a piece's hidden");
+  if (z.piece == z.assignments) {
     memory.hold("results", z.of_assignments(h));
   }
-  memory.release("a part's activation");
+  memory.release("a piece's activation");
   memory.release("engine's workspace");
 }
 
 void shared_expert(Ledger& memory, const Sizes& z) {
   if (!z.has_shared()) return;
+  const int64_t piece = longest_piece(z.tokens, most_parts(z.options.device, z.tokens));
   memory.hold("shared: hidden", z.of_tokens(z.shared_up()));
-  memory.hold("shared: activation", z.of_tokens(z.shared_width()));
+  memory.hold("shared: activation", piece * z.shared_width() * z.element);
   memory.hold("shared: output", z.of_tokens(z.options.hidden_size));
   memory.release("shared: activation");
 }
@@ -327,11 +331,11 @@ void feed_forward_backward(Ledger& memory, const Sizes& z) {
   const bool several = z.part < z.assignments;
   const auto down = [&] {
     if (z.options.recompute) {
-      memory.hold("a part's rows", z.copied(GatheredRows::kForwardX));
       memory.hold("a part's hidden", z.of_part(z.up));
-      memory.release("a part's rows");
+      memory.hold("a piece's rows", z.copied(GatheredRows::kForwardX, z.piece));
+      memory.release("a piece's rows");
     }
-    memory.hold("a part's gradient", z.copied(GatheredRows::kBackwardDy));
+    memory.hold("a part's gradient", z.copied(GatheredRows::kBackwardDy, z.part));
     memory.hold("a part's activation", z.of_part(z.inner));
   };
   const auto end_of_down = [&] {
@@ -344,14 +348,14 @@ void feed_forward_backward(Ledger& memory, const Sizes& z) {
   memory.hold("gradients", z.down_weight());
   end_of_down();
   memory.hold("gradients", z.up_weight());
-  memory.hold("a part's rows", z.copied(GatheredRows::kWgradX));
+  memory.hold("a part's rows", z.copied(GatheredRows::kWgradX, z.part));
   memory.release("a part's rows");
   memory.hold("gradient of the experts' rows", z.of_assignments(h));
   if (several) {
     memory.release("a part's hidden");
     down();
     end_of_down();
-    memory.hold("a part's rows", z.copied(GatheredRows::kWgradX));
+    memory.hold("a part's rows", z.copied(GatheredRows::kWgradX, z.part));
     memory.release("a part's rows");
   }
   memory.release("a part's hidden");

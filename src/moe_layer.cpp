@@ -103,7 +103,7 @@ Pipeline<Output> pipeline_between(const Step& step, const char* name, Dispatchin
                                   const GoOn& go_on) {
   Pipeline<Output> pipeline;
   for (const ExchangeChunk& chunk : chunks_of(step.plan)) {
-    pipeline.experts.push_back(chunk.experts);
+    pipeline.chunks.push_back({chunk.first_assignment, chunk.assignments});
   }
   pipeline.wait_for_next = [&dispatching, name] {
     stage(name, [&] { dispatching.wait_for_next(); });

@@ -4,6 +4,7 @@
 #include <anabranch/moe_layer.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <functional>
 #include <thread>
@@ -205,6 +206,22 @@ TEST(Overlap, GivesTheSameBitsWhereIdsAreNone) {
   }
 }
 
+/// Few experts a rank, so that one is in several chunks, with rows enough for a CPU to multiply it in pieces, whose
+/// ends are not those of the chunks.
+TEST(Overlap, GivesTheSameBitsWhereAnExpertIsInSeveralChunks) {
+  Random random(test_seed());
+  for (int64_t i = effort(12); i > 0; --i) {
+    MoEOptions options = small_options(random);
+    options.num_experts = world()->size() * random.pick<int64_t>({1, 1, 2, 3, 4});
+    options.top_k = random.integer(1, std::min<int64_t>(options.num_experts, 3));
+    options.renormalize = options.top_k > 1;
+    const auto layer_case =
+        draw_layer_case(random, world()->size(), options, random.integer(0, 600) * world()->size(),
+                        random.pick(all_skews()), random.pick(all_splits()), random.chance());
+    expect_the_same_at_all_degrees(layer_case, world());
+  }
+}
+
 /// A token still crosses to a rank once, whatever the chunks of its experts are.
 TEST(Overlap, SendsTheSameBytesInMoreCalls) {
   ANABRANCH_NEEDS_RANKS(2);
@@ -239,13 +256,19 @@ TEST(Overlap, SendsTheSameBytesInMoreCalls) {
   }
 }
 
+/// Whether element `i` of so many is in that one of `parts` nearly equal parts.
+bool is_in_part(int64_t i, int64_t elements, int64_t part, int64_t parts) {
+  const auto begin = [&](int64_t p) { return elements / parts * p + elements % parts * p / parts; };
+  return begin(part) <= i && i < begin(part + 1);
+}
+
 /// Against the definition, row by row.
 TEST(Overlap, SendsARowWithTheFirstChunkThatNeedsItAndBackWithTheLast) {
   ANABRANCH_NEEDS_RANKS(2);
   Random random(test_seed());
   const int ranks = world()->size();
   for (int64_t i = effort(10); i > 0; --i) {
-    const int64_t experts = random.integer(ranks, 6 * ranks);
+    const int64_t experts = random.integer(1, 6 * ranks);
     const int64_t top_k = random.integer(1, experts);
     const int64_t chunks = random.pick<int64_t>({2, 4, 8});
     const auto ids = random_expert_ids(random, 30 * ranks, experts, top_k, Skew::kZipf)
@@ -266,9 +289,20 @@ TEST(Overlap, SendsARowWithTheFirstChunkThatNeedsItAndBackWithTheLast) {
         for (int64_t slot = 0; slot < top_k; ++slot) {
           const int64_t local = id[token][slot] - exchange.placement().first_place(rank);
           const int64_t here = exchange.placement().local_experts(rank);
-          for (int64_t c = 0; local >= 0 && local < here && c < chunks; ++c) {
-            const bool own = local >= here / chunks * c + here % chunks * c / chunks &&
-                             local < here / chunks * (c + 1) + here % chunks * (c + 1) / chunks;
+          if (local < 0 || local >= here) continue;
+          // Blocks of ranks whose rows for an expert come apart; the destination's own come first.
+          const int64_t blocks = std::clamp<int64_t>(chunks / here, 1, ranks);
+          int64_t turn = 0;
+          for (int64_t own = 0; own < blocks; ++own) {
+            for (int64_t source = 0; source < blocks; ++source) {
+              if (is_in_part(rank, ranks, own, blocks) &&
+                  is_in_part(world()->rank(), ranks, source, blocks)) {
+                turn = (source + blocks - own) % blocks;
+              }
+            }
+          }
+          for (int64_t c = 0; c < chunks; ++c) {
+            const bool own = is_in_part(local * blocks + turn, here * blocks, c, chunks);
             first = own ? std::min(first, c) : first;
             last = own ? std::max(last, c) : last;
           }

@@ -27,9 +27,9 @@ import planner  # noqa: E402
 import scaling  # noqa: E402
 from machine import machine_from  # noqa: E402
 
-# Mb/s of a host's link: tokens of a rank, hidden
-LINKS = {100: (1024, 256), 1000: (4096, 256)}
-EXPERTS, TOP_K = 16, 2
+# Mb/s of a host's link, tokens of a rank, hidden, experts, experts a token. Chunks of whole experts, or, of one expert a
+# rank, of ranks.
+SETTINGS = [(100, 1024, 256, 16, 2), (100, 1024, 256, 2, 1), (1000, 4096, 256, 16, 2), (1000, 4096, 256, 2, 1)]
 WAYS = ("off", "1", "2", "4", "8")
 PRODUCTS = ("experts", "experts_backward")
 
@@ -43,23 +43,23 @@ def seconds(record, stages):
     return sum(record["stage_ms_least"][stage] for stage in stages) / 1e3
 
 
-def balanced(launcher, tokens, hidden, rounds):
+def balanced(launcher, tokens, hidden, experts, top_k, rounds):
     """The inner width of an expert at which products take as long as exchanges, in steps of 32."""
     inner = 256
     for _ in range(3):
-        record = measure(launcher, (tokens, hidden, inner, EXPERTS, TOP_K), rounds)
+        record = measure(launcher, (tokens, hidden, inner, experts, top_k), rounds)
         ratio = seconds(record, calibrate.EXCHANGES) / seconds(record, PRODUCTS)
         inner = min(4096, max(32, 32 * round(inner * ratio / 32)))
     return inner
 
 
-def run(megabits, rounds, turns):
-    tokens, hidden = LINKS[megabits]
+def run(setting, rounds, turns):
+    megabits, tokens, hidden, experts, top_k = setting
     with planner.launcher_for(2, 1, megabits) as launcher:
-        inner = balanced(launcher, tokens, hidden, rounds)
-        size = (tokens, hidden, inner, EXPERTS, TOP_K)
-        sizes = [size, (tokens // 2, hidden, inner, EXPERTS, TOP_K), (tokens, hidden, 2 * inner, EXPERTS, TOP_K)]
-        sizes += [(tokens, hidden // 2, inner, EXPERTS, TOP_K), (tokens, hidden, inner, 4 * EXPERTS, TOP_K)]
+        inner = balanced(launcher, tokens, hidden, experts, top_k, rounds)
+        size = (tokens, hidden, inner, experts, top_k)
+        sizes = [size, (tokens // 2, hidden, inner, experts, top_k), (tokens, hidden, 2 * inner, experts, top_k)]
+        sizes += [(tokens, hidden // 2, inner, experts, top_k), (tokens, hidden, inner, 4 * experts, top_k)]
         calibration = [measure(launcher, one, rounds) for one in sizes]
         records = {way: [] for way in WAYS}
         for _ in range(turns):
@@ -86,7 +86,7 @@ def write(settings, provenance, folder):
         exchange = statistics.median(seconds(r, calibrate.EXCHANGES) for r in setting["records"]["off"])
         products = statistics.median(seconds(r, PRODUCTS) for r in setting["records"]["off"])
         text += f"{setting['name']}: T {first['tokens_per_rank']}, h {first['hidden']}, n {first['expert_hidden']}, "
-        text += f"E {EXPERTS}, k {TOP_K}; in turn {exchange * 1e3:.0f} ms of exchange, {products * 1e3:.0f} of products\n\n"
+        text += f"E {first['experts']}, k {first['top_k']}; in turn {exchange * 1e3:.0f} ms of exchange, {products * 1e3:.0f} of products\n\n"
         text += "| overlap | step, ms | in turn / this | predicted, ms | predicted / measured |\n|---|---|---|---|---|\n"
         lines = list(rows(setting))
         for way, measured, predicted in lines:
@@ -111,8 +111,8 @@ def main():
     os.environ.update(all_to_all_hosts.ENVIRONMENT)
     tempfile.tempdir = str(ROOT / "build")  # all hosts see it
     settings, provenance = [], scaling.provenance(["benchmarks/ranks/overlap.py"])
-    for megabits in tqdm(LINKS, unit="link"):
-        settings.append(run(megabits, arguments.rounds, arguments.turns))
+    for setting in tqdm(SETTINGS, unit="setting"):
+        settings.append(run(setting, arguments.rounds, arguments.turns))
         write(settings, provenance, arguments.output)  # what there is, should the rest fail
 
 

@@ -13,9 +13,11 @@
 
 namespace anabranch {
 
-/// What of a plan's rows goes at once: those of whole local experts, see `exchange/chunks.h`.
+/// What of a plan's rows goes at once: those of neighbouring local experts, or of one expert from some of the
+/// ranks, see `exchange/chunks.h`.
 struct ExchangeChunk {
-  int64_t experts;                     ///< local experts in this chunk and those before it
+  int64_t first_assignment;            ///< in the order of experts
+  int64_t assignments;                 ///< of this rank's experts
   std::vector<int64_t> send_rows;      ///< [W] tokens to each rank of their experts
   std::vector<int64_t> receive_rows;   ///< [W]
   std::vector<int64_t> return_rows;    ///< [W] results to each rank of their tokens

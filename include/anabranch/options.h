@@ -144,10 +144,11 @@ struct MoEOptions {
   std::string engine = "auto";
   Errors errors = Errors::kLate;  ///< when a refused routing is one
   /// How rows travel between ranks: "off", while a step waits for them; or beside its products, all at once
-  /// ("1") or in chunks of whole experts ("2", "4", "8"), of which some travel while others are computed
-  /// (Tutel's pipelining degree). Results and gradients are the same; backward keeps more for longer. "auto": the
-  /// first steps, and some of every 2,000, take off, 1, 2 and 4 in turn, the others what was the quickest for the
-  /// slowest rank; not with engine "deterministic".
+  /// ("1") or in chunks ("2", "4", "8"), of which some travel while others are computed: of whole experts (Tutel's
+  /// pipelining degree), or, where a rank has few, of what some of the ranks send to one (FasterMoE's smart schedule).
+  /// Results and gradients are the same; backward keeps more for longer. "auto": the first steps, and some of every
+  /// 2,000, take off, 1, 2 and 4 in turn, the others what was the quickest for the slowest rank; not with engine
+  /// "deterministic".
   std::string overlap = "off";
   /// Several ranks with late errors, on CPUs or on GPUs that map each other's memory: what a rank has room to
   /// receive in a step, in multiples of its own tokens' assignments, which is the balanced load where all

@@ -1,26 +1,78 @@
 #include "exchange/chunks.h"
 
+#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
 
 #include "communicator/chunks.h"
 #include "exchange/arrange.h"
 #include "kernels/plan.h"
+#include "support/numbers_on.h"
 
 namespace anabranch {
 namespace {
 
-/// [places] on the host: the chunk of each.
-torch::Tensor chunk_of_experts(const ExpertPlacement& placement, int64_t chunks) {
+/// The part of 0..elements−1, cut into `parts`, that an element is in.
+int64_t part_of(int64_t element, int64_t elements, int64_t parts) {
+  int part = 0;
+  while (chunk_begin(elements, part + 1, static_cast<int>(parts)) <= element) {
+    ++part;
+  }
+  return part;
+}
+
+/// In which chunks a rank receives what, by its experts and where that comes from.
+class ChunksOfRank {
+ public:
+  ChunksOfRank(const ExpertPlacement& placement, int64_t rank, int64_t chunks)
+      : ranks_(placement.num_ranks),
+        experts_(placement.local_experts(rank)),
+        blocks_(std::clamp<int64_t>(chunks / std::max<int64_t>(experts_, 1), 1, ranks_)),
+        own_block_(part_of(rank, ranks_, blocks_)),
+        chunks_(chunks) {}
+
+  /// Of the assignments of local `expert` that come from `source`.
+  int64_t chunk_of(int64_t expert, int64_t source) const {
+    const int64_t turn = (part_of(source, ranks_, blocks_) - own_block_ + blocks_) % blocks_;
+    return part_of(expert * blocks_ + turn, experts_ * blocks_, chunks_);
+  }
+  int64_t experts() const { return experts_; }
+
+ private:
+  int64_t ranks_;
+  int64_t experts_;
+  int64_t blocks_;  ///< of ranks, whose rows for an expert come apart
+  int64_t own_block_;
+  int64_t chunks_;
+};
+
+/// [places] on the host: the chunk in which each receives what `source` sends.
+torch::Tensor chunk_of_places(const ExpertPlacement& placement, int64_t chunks, int64_t source) {
   std::vector<int64_t> chunk;
-  for (int64_t r = 0; r < placement.num_ranks; ++r) {
-    const int64_t local = placement.local_experts(r);
-    for (int64_t c = 0; c < chunks; ++c) {
-      const auto experts = chunk_length(local, static_cast<int>(c), static_cast<int>(chunks));
-      chunk.insert(chunk.end(), experts, c);
+  for (int64_t rank = 0; rank < placement.num_ranks; ++rank) {
+    const ChunksOfRank of_rank(placement, rank, chunks);
+    for (int64_t expert = 0; expert < of_rank.experts(); ++expert) {
+      chunk.push_back(of_rank.chunk_of(expert, source));
     }
   }
   return at::tensor(chunk, at::kLong);
+}
+
+/// [local experts, W] on the host: the chunk in which this rank receives what each rank sends to each.
+torch::Tensor chunk_of_received(const ExpertPlacement& placement, int64_t chunks, int64_t rank) {
+  const ChunksOfRank own(placement, rank, chunks);
+  std::vector<int64_t> chunk;
+  for (int64_t expert = 0; expert < own.experts(); ++expert) {
+    for (int64_t source = 0; source < placement.num_ranks; ++source) {
+      chunk.push_back(own.chunk_of(expert, source));
+    }
+  }
+  return at::tensor(chunk, at::kLong).view({own.experts(), placement.num_ranks});
 }
 
 /// Rows by the first and by the last chunk of their assignments, which `by_row` names in the order of
@@ -40,29 +92,43 @@ struct FirstAndLast {
 };
 
 /// Of the rows that are sent: their assignments lie by (expert, token).
-FirstAndLast sent_rows(const ExchangePlan& plan, const torch::Tensor& chunk_of_expert,
-                       int64_t chunks, int64_t ranks) {
+FirstAndLast sent_rows(const ExchangePlan& plan, int64_t chunks, const ExpertPlacement& placement,
+                       int64_t own_rank) {
   const auto options = plan.send_tokens.options();
   const auto rank = rank_of_rows(plan.send_rows, options);
   const Csr by_row =
       PlanKernels::on(options.device()).group(sent_row_of_assignments(plan), rank.size(0));
   const auto chunk_of_assignment =
-      repeated(chunk_of_expert.to(options.device()), plan.source_counts, plan.send_order.size(0));
-  return {by_row, chunk_of_assignment, rank, chunks, ranks};
+      repeated(chunk_of_places(placement, chunks, own_rank).to(options.device()),
+               plan.source_counts, plan.send_order.size(0));
+  return {by_row, chunk_of_assignment, rank, chunks, placement.num_ranks};
 }
 
-FirstAndLast received_rows(const ExchangePlan& plan, const torch::Tensor& chunk_of_expert,
-                           int64_t chunks, const ExpertPlacement& placement, int64_t own_rank) {
+/// [P] of the received assignments, on their device.
+torch::Tensor chunk_of_assignments(const ExchangePlan& plan, int64_t chunks,
+                                   const ExpertPlacement& placement, int64_t own_rank) {
   const auto options = plan.assignment_rows.options();
-  const auto own =
-      chunk_of_expert.narrow(0, placement.first_place(own_rank), placement.local_experts(own_rank));
-  const auto chunk_of_assignment =
-      repeated(own, at::tensor(plan.expert_counts.on_host(), at::kLong), plan.assignments());
-  return {{plan.row_offsets, plan.row_assignments},
-          chunk_of_assignment.to(options.device()),
-          rank_of_rows(plan.receive_rows, options),
-          chunks,
-          placement.num_ranks};
+  const auto source =
+      rank_of_rows(plan.receive_rows, options).index_select(0, plan.assignment_rows);
+  const auto expert =
+      repeated(at::arange(placement.local_experts(own_rank), options),
+               numbers_on(options.device(), plan.expert_counts.on_host()), plan.assignments());
+  return chunk_of_received(placement, chunks, own_rank)
+      .view({-1})
+      .to(options.device())
+      .index_select(0, expert * placement.num_ranks + source);
+}
+
+/// [2 · chunks] the first assignment of each chunk, and how many it has: they lie side by side.
+torch::Tensor first_and_count(const torch::Tensor& chunk_of_assignment, int64_t chunks) {
+  const auto options = chunk_of_assignment.options();
+  const int64_t assignments = chunk_of_assignment.size(0);
+  const auto first = at::full({chunks}, assignments, options)
+                         .scatter_reduce_(0, chunk_of_assignment, at::arange(assignments, options),
+                                          "amin", /*include_self=*/true);
+  const auto count = at::zeros({chunks}, options)
+                         .scatter_add_(0, chunk_of_assignment, at::ones_like(chunk_of_assignment));
+  return at::cat({first, count});
 }
 
 }  // namespace
@@ -74,20 +140,23 @@ ExchangePlan in_chunks(ExchangePlan plan, int64_t chunks, const ExpertPlacement&
     return plan;
   }
   const torch::NoGradGuard no_grad;
-  const auto chunk_of_expert = chunk_of_experts(placement, chunks);
-  const FirstAndLast sent = sent_rows(plan, chunk_of_expert, chunks, ranks);
-  const FirstAndLast received = received_rows(plan, chunk_of_expert, chunks, placement, rank);
-  const auto counts =
-      at::cat({sent.first.counts, received.first.counts, received.last.counts, sent.last.counts})
-          .cpu();
-  const auto rows = [&, next = counts.const_data_ptr<int64_t>()](int64_t list, int64_t chunk) {
-    const auto* begin = next + (list * chunks + chunk) * ranks;
+  const FirstAndLast sent = sent_rows(plan, chunks, placement, rank);
+  const auto chunk_of_assignment = chunk_of_assignments(plan, chunks, placement, rank);
+  const FirstAndLast received({plan.row_offsets, plan.row_assignments}, chunk_of_assignment,
+                              rank_of_rows(plan.receive_rows, chunk_of_assignment.options()),
+                              chunks, ranks);
+  const auto counts = at::cat({sent.first.counts, received.first.counts, received.last.counts,
+                               sent.last.counts, first_and_count(chunk_of_assignment, chunks)})
+                          .cpu();
+  const auto* numbers = counts.const_data_ptr<int64_t>();
+  const auto rows = [&](int64_t list, int64_t chunk) {
+    const auto* begin = numbers + (list * chunks + chunk) * ranks;
     return std::vector<int64_t>(begin, begin + ranks);
   };
+  const auto* assignments = numbers + 4 * chunks * ranks;
   for (int64_t c = 0; c < chunks; ++c) {
-    plan.chunks.push_back({chunk_begin(placement.local_experts(rank), static_cast<int>(c) + 1,
-                                       static_cast<int>(chunks)),
-                           rows(0, c), rows(1, c), rows(2, c), rows(3, c)});
+    plan.chunks.push_back(
+        {assignments[c], assignments[chunks + c], rows(0, c), rows(1, c), rows(2, c), rows(3, c)});
   }
   const auto back = received.last.place.index_select(0, plan.assignment_rows);
   const Csr by_row = PlanKernels::on(back.device()).group(back, plan.rows());
@@ -103,7 +172,7 @@ std::vector<ExchangeChunk> chunks_of(const ExchangePlan& plan) {
   if (!plan.chunks.empty()) {
     return plan.chunks;
   }
-  return {{plan.expert_counts.experts(), plan.send_rows, plan.receive_rows, plan.receive_rows,
+  return {{0, plan.expert_counts.rows(), plan.send_rows, plan.receive_rows, plan.receive_rows,
            plan.send_rows}};
 }
 

@@ -5,15 +5,16 @@
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
-#include <numeric>
 #include <utility>
 
+#include "communicator/chunks.h"
 #include "experts/parts.h"
 #include "kernels/activation.h"
 #include "kernels/bias.h"
 #include "kernels/rows.h"
 #include "support/large_pages.h"
 #include "support/stage.h"
+#include "support/sum.h"
 
 namespace anabranch {
 namespace {
@@ -23,7 +24,7 @@ torch::Tensor narrowed(const torch::Tensor& tensor, int64_t first, int64_t count
   return !tensor.defined() || tensor.size(0) == count ? tensor : tensor.narrow(0, first, count);
 }
 
-/// Neighbouring experts and their rows.
+/// Neighbouring experts and their rows, or some of one expert's.
 struct Part {
   int64_t first_expert = 0;
   int64_t first_row = 0;
@@ -32,6 +33,11 @@ struct Part {
 
   torch::Tensor rows_of(const torch::Tensor& tensor) const {
     return narrowed(tensor, first_row, rows);
+  }
+  RowRange range() const { return {first_row, rows}; }
+  /// Of a tensor with the rows of `all`, of which this is some.
+  torch::Tensor rows_within(const Part& all, const torch::Tensor& tensor) const {
+    return narrowed(tensor, first_row - all.first_row, rows);
   }
   /// This part's of `from`: copied, unless whoever multiplies them `gathers`.
   ProductRows take(const IndexedRows& from, bool gathers) const {
@@ -55,80 +61,175 @@ struct Part {
   }
 };
 
-/// On a CPU: whole experts in parts of about equal rows (an expert is never cut), at least one, also of no
-/// experts.
-std::vector<Part> cut(const std::vector<int64_t>& counts) {
-  const int64_t rows = std::accumulate(counts.begin(), counts.end(), int64_t{0});
-  const int64_t parts = most_parts(torch::kCPU, rows);
-  if (parts == 1) {
-    return {{0, 0, rows, counts}};
-  }
-  std::vector<Part> result;
-  int64_t row = 0;
-  std::vector<int64_t> own;
-  const auto finish = [&](int64_t end) {
-    const int64_t first_row = result.empty() ? 0 : result.back().first_row + result.back().rows;
-    result.push_back({end - static_cast<int64_t>(own.size()), first_row, row - first_row, own});
-    own.clear();
-  };
-  for (int64_t e = 0; e < static_cast<int64_t>(counts.size()); ++e) {
-    // A new part begins where the ones before it have had their share.
-    const auto made = static_cast<int64_t>(result.size()) + 1;
-    const int64_t before = result.empty() ? 0 : result.back().first_row + result.back().rows;
-    if (row > before && row * parts >= rows * made) {
-      finish(e);
-    }
-    own.push_back(counts[e]);
-    row += own.back();
-  }
-  finish(static_cast<int64_t>(counts.size()));
-  return result;
+bool overlap(const RowRange& a, const RowRange& b) {
+  return std::max(a.first, b.first) < std::min(a.first + a.count, b.first + b.count);
 }
 
-/// One for each chunk that has experts, and at least one.
-std::vector<Part> parts_of_chunks(const ExpertCounts& counts, const std::vector<int64_t>& chunks) {
-  std::vector<Part> parts;
-  for (const int64_t end : chunks) {
-    const int64_t first =
-        parts.empty() ? 0 : parts.back().first_expert + parts.back().counts.experts();
-    if (end > first || (parts.empty() && end == chunks.back())) {
-      const auto begin = counts.on_host().begin();
-      ExpertCounts own(std::vector<int64_t>(begin + first, begin + end));
-      parts.push_back(
-          {first, parts.empty() ? 0 : parts.back().first_row + parts.back().rows, own.rows(), own});
+/// Number of the last chunk that has some of these rows; −1: none has.
+int64_t last_chunk_of(const RowRange& rows, const std::vector<RowRange>& chunks) {
+  auto chunk = static_cast<int64_t>(chunks.size()) - 1;
+  while (chunk >= 0 && !overlap(rows, chunks[chunk])) {
+    --chunk;
+  }
+  return chunk;
+}
+
+/// Whole experts, whose weights' gradients are found at once.
+struct WholeExperts {
+  Part all;
+  std::vector<Part>
+      pieces;  ///< what is found of rows, one by one: all, or of one expert some at a time
+
+  explicit WholeExperts(Part part, const std::vector<RowRange>& ranges = {})
+      : all(std::move(part)) {
+    for (const auto& [first, count] : ranges) {
+      pieces.push_back({all.first_expert, first, count, std::vector<int64_t>{count}});
+    }
+    if (pieces.empty()) {
+      pieces.push_back(all);
     }
   }
-  return parts;
+};
+
+/// Takes experts one after another, and makes of them what goes together.
+class Cutting {
+ public:
+  void take(int64_t rows) {
+    own_.push_back(rows);
+    row_ += rows;
+  }
+  /// Those taken since the last time, if of one expert in pieces.
+  void finish(const std::vector<RowRange>& pieces = {}) {
+    const auto experts = static_cast<int64_t>(own_.size());
+    parts_.emplace_back(Part{first_expert_, first_row_, row_ - first_row_, std::exchange(own_, {})},
+                        pieces);
+    first_expert_ += experts;
+    first_row_ = row_;
+  }
+  /// With at least one part, also of no experts.
+  std::vector<WholeExperts> parts() && {
+    if (!own_.empty() || parts_.empty()) {
+      finish();
+    }
+    return std::move(parts_);
+  }
+
+  bool is_empty() const { return own_.empty(); }
+  bool has_rows() const { return row_ > first_row_; }
+  int64_t row() const { return row_; }  ///< behind the last
+  int64_t finished() const { return static_cast<int64_t>(parts_.size()); }
+
+ private:
+  std::vector<WholeExperts> parts_;
+  std::vector<int64_t> own_;
+  int64_t first_expert_ = 0;
+  int64_t first_row_ = 0;
+  int64_t row_ = 0;
+};
+
+/// Experts in parts of about equal rows.
+std::vector<WholeExperts> in_equal_parts(const std::vector<int64_t>& counts, int64_t parts) {
+  const int64_t rows = sum(counts);
+  Cutting cutting;
+  for (const int64_t count : counts) {
+    // A new part begins where the ones before it have had their share.
+    if (cutting.has_rows() && cutting.row() * parts >= rows * (cutting.finished() + 1)) {
+      cutting.finish();
+    }
+    cutting.take(count);
+  }
+  return std::move(cutting).parts();
+}
+
+/// Every expert by itself, in at most so many pieces of equal rows: first those whose last rows come first.
+std::vector<WholeExperts> in_pieces(const std::vector<int64_t>& counts, int64_t most,
+                                    const std::vector<RowRange>& chunks) {
+  Cutting cutting;
+  for (const int64_t count : counts) {
+    std::vector<RowRange> pieces;
+    const auto number = static_cast<int>(pieces_of(count, most));
+    for (int piece = 0; piece < number; ++piece) {
+      pieces.push_back(
+          {cutting.row() + chunk_begin(count, piece, number), chunk_length(count, piece, number)});
+    }
+    std::stable_sort(pieces.begin(), pieces.end(), [&](const auto& a, const auto& b) {
+      return last_chunk_of(a, chunks) < last_chunk_of(b, chunks);
+    });
+    cutting.take(count);
+    cutting.finish(pieces);
+  }
+  return std::move(cutting).parts();
+}
+
+/// As they come: the experts of a chunk together, one that comes in several chunks in these pieces.
+std::vector<WholeExperts> as_in_chunks(const std::vector<int64_t>& counts,
+                                       const std::vector<RowRange>& chunks) {
+  Cutting cutting;
+  for (size_t e = 0; e < counts.size(); ++e) {
+    const RowRange rows{cutting.row(), counts[e]};
+    std::vector<RowRange> pieces;
+    bool ends = false;
+    for (const RowRange& chunk : chunks) {
+      if (overlap(chunk, rows)) {
+        if (chunk.count < rows.count) {
+          pieces.push_back(chunk);
+        }
+        ends = ends || chunk.first + chunk.count == rows.first + rows.count;
+      }
+    }
+    if (!pieces.empty() && !cutting.is_empty()) {
+      cutting.finish();
+    }
+    cutting.take(counts[e]);
+    // Experts without rows go with whole ones before them.
+    if (!pieces.empty() || (ends && (e + 1 == counts.size() || counts[e + 1] > 0))) {
+      cutting.finish(pieces);
+    }
+  }
+  return std::move(cutting).parts();
 }
 
 /// On a CPU the same whatever the chunks of an exchange are, and whatever there is room for, since a product may
-/// be cut otherwise, and so rounded otherwise, beside other experts'; on a GPU one a chunk, where there are several.
-std::vector<Part> parts_of(const ExpertCounts& counts, torch::Device device,
-                           const std::vector<int64_t>& chunks) {
+/// be cut otherwise, and so rounded otherwise, beside other rows; on a GPU one a chunk, where there are several.
+std::vector<WholeExperts> parts_of(const ExpertCounts& counts, torch::Device device,
+                                   const std::vector<RowRange>& chunks) {
   if (device.is_cpu()) {
-    return cut(counts.on_host());
+    const auto& on_host = counts.on_host();
+    const int64_t parts = most_parts(device, sum(on_host));
+    const int64_t pieces = most_pieces(parts, counts.experts());
+    return pieces > 1 ? in_pieces(on_host, pieces, chunks) : in_equal_parts(on_host, parts);
   }
   if (chunks.size() > 1) {
-    return parts_of_chunks(counts, chunks);
+    return as_in_chunks(counts.on_host(), chunks);
   }
-  return {{0, 0, counts.rows(), counts}};
+  return {WholeExperts({0, 0, counts.rows(), counts})};
 }
 
-/// Where a feed-forward that works through its parts is in a pipeline.
+/// Where a feed-forward that works through its pieces is in a pipeline.
 template <typename Output>
 class Turns {
  public:
-  explicit Turns(const Pipeline<Output>& pipeline) : pipeline_(pipeline) {}
+  Turns(const Pipeline<Output>& pipeline, const std::vector<WholeExperts>& parts)
+      : pipeline_(pipeline), pieces_left_(pipeline.chunks.size(), 0) {
+    for (const WholeExperts& part : parts) {
+      for (const Part& piece : part.pieces) {
+        for_each_chunk_of(piece, [&](size_t chunk) { ++pieces_left_[chunk]; });
+      }
+    }
+  }
 
-  void wait_for(const Part& part) {
-    while (waited_ < chunks() && (waited_ == 0 || pipeline_.experts[waited_ - 1] < end_of(part))) {
+  /// The first chunk is waited for also for no rows.
+  void wait_for(const Part& piece) {
+    const int64_t last = std::max<int64_t>(last_chunk_of(piece.range(), pipeline_.chunks), 0);
+    while (waited_ < chunks() && waited_ <= static_cast<size_t>(last)) {
       wait_for_next();
     }
   }
   /// Whether a chunk has gone on.
-  bool go_on_after(const Part& part, const Output& output) {
+  bool go_on_after(const Part& piece, const Output& output) {
+    for_each_chunk_of(piece, [&](size_t chunk) { --pieces_left_[chunk]; });
     const size_t before = gone_;
-    for (; gone_ < chunks() && pipeline_.experts[gone_] <= end_of(part); ++gone_) {
+    for (; gone_ < chunks() && pieces_left_[gone_] == 0; ++gone_) {
       if (waited_ == gone_) {
         wait_for_next();  // for no rows
       }
@@ -138,14 +239,22 @@ class Turns {
   }
 
  private:
-  static int64_t end_of(const Part& part) { return part.first_expert + part.counts.experts(); }
-  size_t chunks() const { return pipeline_.experts.size(); }
+  template <typename Visit>
+  void for_each_chunk_of(const Part& piece, const Visit& visit) const {
+    for (size_t chunk = 0; chunk < chunks(); ++chunk) {
+      if (overlap(piece.range(), pipeline_.chunks[chunk])) {
+        visit(chunk);
+      }
+    }
+  }
+  size_t chunks() const { return pipeline_.chunks.size(); }
   void wait_for_next() {
     pipeline_.wait_for_next();
     ++waited_;
   }
 
   const Pipeline<Output>& pipeline_;
+  std::vector<int64_t> pieces_left_;  ///< of each chunk
   size_t waited_ = 0;
   size_t gone_ = 0;
 };
@@ -176,14 +285,6 @@ torch::Tensor project_activated(const FeedForward& expert, const ProductRows& ro
   return ActivationKernels::on(hidden.device()).activate(hidden, expert.activation);
 }
 
-torch::Tensor up_projection(const FeedForward& expert, const Part& part, const IndexedRows& x,
-                            const Projection& up) {
-  auto hidden = at::empty({part.rows, up.weight.size(1)}, up.weight.options());
-  project(expert, part.take(x, gathers(expert, GatheredRows::kForwardX, up)), part.experts_of(up),
-          part.counts, hidden);
-  return hidden;
-}
-
 /// Makes room for a parameter's gradient where one is wanted. Not before it is found: until then
 /// other values are alive.
 void make_room(torch::Tensor& gradient, const torch::Tensor& parameter, bool wanted) {
@@ -203,40 +304,57 @@ void weight_gradient(const FeedForward& expert, const ProductRows& dy, const Pro
   }
 }
 
-/// A part's way upstream, whose results it writes to their places in `gradient`. What the weights' gradients
-/// are made of lives until they are.
+/// The way upstream of some experts, whose results are written to their places in `gradient`. What the weights'
+/// gradients are made of lives until they are.
 class PartBackward {
  public:
-  PartBackward(const Part& part, const FeedForward& expert, const ExpertProjections& parameters,
+  /// `hidden` [P, n or 2n], whose gradient takes its place where it may be overwritten; undefined: it is computed
+  /// again, of `x`.
+  PartBackward(const WholeExperts& part, const FeedForward& expert, const IndexedRows& x,
+               const torch::Tensor& hidden, bool overwrite_hidden,
+               const torch::Tensor& routing_weights, const ExpertProjections& parameters,
                const WantedGradients& wanted, FeedForwardGradient& gradient)
-      : part_(part),
+      : part_(part.all),
+        in_pieces_(part.pieces.size() > 1),
         expert_(expert),
+        x_(x),
+        routing_weights_(part_.rows_of(routing_weights)),
         parameters_(parameters),
         wanted_(wanted),
-        gradient_(gradient) {}
+        gradient_(gradient),
+        recomputes_(!hidden.defined()),
+        hidden_(recomputes_ ? room(parameters.up.weight.size(1)) : part_.rows_of(hidden)),
+        dhidden_(recomputes_ || overwrite_hidden ? hidden_ : at::empty_like(hidden_)) {}
 
-  /// Through the down-projection and the activation. `hidden` is the part's own, and so is `dhidden`,
-  /// which receives its gradient and may be the same.
-  void through_down(const IndexedRows& dy, const torch::Tensor& hidden,
-                    const torch::Tensor& dhidden, const torch::Tensor& routing_weights) {
-    // Biases read copied rows.
-    const bool by_index = !parameters_.down.bias.defined() &&
-                          gathers(expert_, GatheredRows::kBackwardDy, parameters_.down);
-    dresults_ = part_.take(dy, by_index);
+  /// Through the down-projection and the activation.
+  void through_down(const Part& piece, const IndexedRows& dy) {
+    const auto hidden = piece.rows_within(part_, hidden_);
+    if (recomputes_) {
+      const auto& up = parameters_.up;
+      auto result = hidden;
+      project(expert_, piece.take(x_, gathers(expert_, GatheredRows::kForwardX, up)),
+              piece.experts_of(up), piece.counts, result);
+    }
+    const ProductRows dresults = take_dresults(piece, dy);
     const Stage named("anabranch.down.backward");
-    routing_weights_ = routing_weights;
-    const Projection down = part_.experts_of(parameters_.down);
-    auto drouting_weights = part_.rows_of(gradient_.drouting_weights);
+    const Projection down = piece.experts_of(parameters_.down);
+    if (!activated_.defined()) {
+      activated_ = room(down.weight.size(2));
+    }
+    auto drouting_weights = piece.rows_of(gradient_.drouting_weights);
     GroupedGemmEngine::ActivatedGradient activation = {
-        dhidden, drouting_weights, at::empty({part_.rows, down.weight.size(2)}, hidden.options())};
-    expert_.engine->dgrad_activated(dresults_, down.weight, part_.counts, expert_.activation,
-                                    hidden, routing_weights, activation);
+        piece.rows_within(part_, dhidden_), drouting_weights, piece.rows_within(part_, activated_)};
+    expert_.engine->dgrad_activated(dresults, down.weight, piece.counts, expert_.activation, hidden,
+                                    piece.rows_within(part_, routing_weights_), activation);
     if (down.bias.defined()) {
       drouting_weights.add_(
-          BiasKernels::on(hidden.device()).bias_dot(dresults_.rows, down.bias, part_.counts));
+          BiasKernels::on(hidden.device()).bias_dot(dresults.rows, down.bias, piece.counts));
     }
-    dhidden_ = dhidden;
-    activated_ = activation.activated;
+  }
+
+  void find_weights() {
+    down_weights();
+    up_weights();
   }
 
   void down_weights() {
@@ -258,14 +376,14 @@ class PartBackward {
     activated_.reset();
   }
 
-  void up_weights(const IndexedRows& x) {
+  void up_weights() {
     const Stage named("anabranch.up.backward");
     auto& [dweight, dbias] = gradient_.parameters.up;
     make_room(dweight, parameters_.up.weight, wanted_.up_weight && !wanted_.sums.up.defined());
     make_room(dbias, parameters_.up.bias, wanted_.up_bias);
     if (wanted_.up_weight) {
       weight_gradient(expert_, dhidden_,
-                      part_.take(x, gathers(expert_, GatheredRows::kWgradX, parameters_.up)),
+                      part_.take(x_, gathers(expert_, GatheredRows::kWgradX, parameters_.up)),
                       part_.counts, part_.experts_of(dweight), part_.experts_of(wanted_.sums.up));
     }
     if (dbias.defined()) {
@@ -274,27 +392,57 @@ class PartBackward {
     }
   }
 
-  void through_up() {
+  void through_up(const Part& piece) {
     const Stage named("anabranch.up.backward");
     const auto& weight = parameters_.up.weight;
     if (!gradient_.dx.defined()) {  // not sooner: another part's rows may have left their memory
       gradient_.dx = on_large_pages(
           at::empty({gradient_.drouting_weights.size(0), weight.size(2)}, weight.options()));
     }
-    auto dx = part_.rows_of(gradient_.dx);
-    expert_.engine->dgrad(dhidden_, part_.experts_of(weight), part_.counts, dx);
+    auto dx = piece.rows_of(gradient_.dx);
+    expert_.engine->dgrad(piece.rows_within(part_, dhidden_), piece.experts_of(weight),
+                          piece.counts, dx);
   }
 
  private:
+  torch::Tensor room(int64_t columns) const {
+    return at::empty({part_.rows, columns}, parameters_.up.weight.options());
+  }
+
+  /// A piece's rows of `dy`, which are kept with the others for the weights' gradient.
+  ProductRows take_dresults(const Part& piece, const IndexedRows& dy) {
+    // Biases read copied rows.
+    const bool by_index = !parameters_.down.bias.defined() &&
+                          gathers(expert_, GatheredRows::kBackwardDy, parameters_.down);
+    if (!in_pieces_ || by_index || !dy.index.defined()) {
+      dresults_ = part_.take(dy, by_index);
+    } else {
+      if (!dresults_.rows.defined()) {
+        dresults_ = room(dy.rows.size(1));
+      }
+      const Stage named("anabranch.permute");
+      RowKernels::on(dy.rows.device())
+          .gather_rows_into(piece.rows_within(part_, dresults_.rows), dy.rows,
+                            piece.rows_of(dy.index));
+    }
+    return dresults_.index.defined()
+               ? ProductRows{dresults_.rows, piece.rows_within(part_, dresults_.index)}
+               : ProductRows(piece.rows_within(part_, dresults_.rows));
+  }
+
   Part part_;
+  bool in_pieces_;
   const FeedForward& expert_;
+  const IndexedRows& x_;
+  torch::Tensor routing_weights_;
   const ExpertProjections& parameters_;
   const WantedGradients& wanted_;
   FeedForwardGradient& gradient_;
-  torch::Tensor routing_weights_;
+  bool recomputes_;
+  torch::Tensor hidden_;                    ///< [part's rows, n or 2n]
+  torch::Tensor dhidden_;                   ///< the same, or hidden itself
   ProductRows dresults_ = torch::Tensor();  ///< [part's rows, h]
   torch::Tensor activated_;                 ///< [part's rows, n]
-  torch::Tensor dhidden_;                   ///< [part's rows, n or 2n]
 };
 
 }  // namespace
@@ -308,8 +456,9 @@ FeedForwardOutput feed_forward(const FeedForward& expert, const IndexedRows& x,
   if (keep_hidden) {
     output.hidden = on_large_pages(at::empty({rows, parameters.up.weight.size(1)}, options));
   }
-  Turns turns(pipeline);
-  for (const Part& part : parts_of(counts, x.rows.device(), pipeline.experts)) {
+  const auto parts = parts_of(counts, x.rows.device(), pipeline.chunks);
+  Turns turns(pipeline, parts);
+  const auto compute = [&](const Part& part) {
     turns.wait_for(part);
     auto hidden = keep_hidden ? part.rows_of(output.hidden)
                               : at::empty({part.rows, parameters.up.weight.size(1)}, options);
@@ -326,6 +475,9 @@ FeedForwardOutput feed_forward(const FeedForward& expert, const IndexedRows& x,
     });
     activated.reset();
     turns.go_on_after(part, output);
+  };
+  for (const WholeExperts& experts : parts) {
+    std::for_each(experts.pieces.begin(), experts.pieces.end(), compute);
   }
   return output;
 }
@@ -342,37 +494,49 @@ FeedForwardGradient feed_forward_backward(const FeedForward& expert, const Index
   FeedForwardGradient gradient;
   gradient.drouting_weights =
       at::empty({rows}, options.dtype(at::toOpMathType(options.dtype().toScalarType())));
-  const auto begin = [&](const Part& part) {
-    const auto own =
-        hidden.defined() ? part.rows_of(hidden) : up_projection(expert, part, x, parameters.up);
-    const auto dhidden = hidden.defined() && !overwrite_hidden ? at::empty_like(own) : own;
-    PartBackward backward(part, expert, parameters, wanted, gradient);
-    backward.through_down(dy, own, dhidden, part.rows_of(routing_weights));
-    return backward;
-  };
-  Turns turns(pipeline);
+  const auto parts = parts_of(counts, x.rows.device(), pipeline.chunks);
+  Turns turns(pipeline, parts);
   std::vector<PartBackward> without_weights;
-  for (const Part& part : parts_of(counts, x.rows.device(), pipeline.experts)) {
-    turns.wait_for(part);
+  const auto find_weights = [&] {
+    for (PartBackward& part : std::exchange(without_weights, {})) {
+      part.find_weights();
+    }
+  };
+  const auto begin = [&](const WholeExperts& part) {
+    return PartBackward(part, expert, x, hidden, overwrite_hidden, routing_weights, parameters,
+                        wanted, gradient);
+  };
+  for (const WholeExperts& part : parts) {
     if (!pipeline.weights_last) {
       {
         PartBackward backward = begin(part);
-        backward.down_weights();
-        backward.up_weights(x);
-        backward.through_up();
+        for (const Part& piece : part.pieces) {
+          turns.wait_for(piece);
+          backward.through_down(piece, dy);
+        }
+        backward.find_weights();
+        for (const Part& piece : part.pieces) {
+          backward.through_up(piece);
+        }
       }
-      turns.go_on_after(part, gradient);
+      for (const Part& piece : part.pieces) {
+        turns.go_on_after(piece, gradient);
+      }
       continue;
     }
+    bool gone = false;
     without_weights.push_back(begin(part));
-    without_weights.back().through_up();
-    if (turns.go_on_after(part, gradient)) {
-      for (PartBackward& waiting : std::exchange(without_weights, {})) {
-        waiting.down_weights();
-        waiting.up_weights(x);
-      }
+    for (const Part& piece : part.pieces) {
+      turns.wait_for(piece);
+      without_weights.back().through_down(piece, dy);
+      without_weights.back().through_up(piece);
+      gone = turns.go_on_after(piece, gradient) || gone;
+    }
+    if (gone) {
+      find_weights();
     }
   }
+  find_weights();
   return gradient;
 }
 

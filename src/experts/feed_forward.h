@@ -30,11 +30,17 @@ inline auto tensors_of(ExpertProjections& experts) {
   return std::tie(experts.up.weight, experts.up.bias, experts.down.weight, experts.down.bias);
 }
 
-/// How a feed-forward takes turns with an exchange, whose chunks of experts come before it and go on behind
+/// Neighbours among rows.
+struct RowRange {
+  int64_t first = 0;
+  int64_t count = 0;
+};
+
+/// How a feed-forward takes turns with an exchange, whose chunks of rows come before it and go on behind
 /// it. All of the chunks are asked for, and gone on with, in their order.
 template <typename Output>
 struct Pipeline {
-  std::vector<int64_t> experts;  ///< [chunks] of a chunk and those before it
+  std::vector<RowRange> chunks;  ///< of the rows [P]: of whole experts, or in one expert
   /// Waits for the rows of the next chunk, before they are read.
   std::function<void()> wait_for_next;
   /// The rows of the next chunk in the output are done.

@@ -99,16 +99,17 @@ std::shared_ptr<Communicator> share(Communicator& communicator) {
 struct Way {
   std::string overlap = "off";
   std::string balance = "off";
-  bool sliced = false;  ///< two experts, and rows in rounds
+  int64_t num_experts = layer_options().num_experts;
+  bool sliced = false;  ///< and rows in rounds
 };
 
 void killed_in_a_training_step(Communicator& communicator, const Way& way) {
   anabranch::MoEOptions options = layer_options();
   options.overlap = way.overlap;
   options.balance = way.balance;
+  options.num_experts = way.num_experts;
   if (way.sliced) {
     options.placement = "sliced";
-    options.num_experts = 2;
     options.receive_rows_limit = 50;
   }
   anabranch::MoELayer layer(options, share(communicator));
@@ -323,6 +324,10 @@ const std::map<std::string, std::function<void(Communicator&)>> scenarios = {
     {"killed_in_a_training_step", [](Communicator& c) { killed_in_a_training_step(c, {}); }},
     {"killed_in_a_step_in_chunks",
      [](Communicator& c) { killed_in_a_training_step(c, {.overlap = "2"}); }},
+    {"killed_in_a_step_in_pairs",
+     [](Communicator& c) {
+       killed_in_a_training_step(c, {.overlap = "4", .num_experts = c.size()});
+     }},
     {"killed_while_weights_travel",
      [](Communicator& c) { killed_in_a_training_step(c, {.balance = "gather"}); }},
     {"killed_while_weights_travel_beside",
@@ -330,7 +335,7 @@ const std::map<std::string, std::function<void(Communicator&)>> scenarios = {
        killed_in_a_training_step(c, {.overlap = "1", .balance = "gather:2"});
      }},
     {"killed_in_rounds_of_slices",
-     [](Communicator& c) { killed_in_a_training_step(c, {.sliced = true}); }},
+     [](Communicator& c) { killed_in_a_training_step(c, {.num_experts = 2, .sliced = true}); }},
     {"killed_while_gradients_are_summed", killed_while_gradients_are_summed},
     {"stalled", stalled},
     {"late", late},

@@ -207,7 +207,7 @@ STEPS = ["killed_in_a_training_step", "killed_in_a_step_in_chunks", "killed_whil
 WEIGHTS = ["killed_while_weights_travel", "killed_while_weights_travel_beside"]
 
 
-@pytest.mark.parametrize("scenario", [*STEPS, *WEIGHTS, "killed_in_rounds_of_slices"])
+@pytest.mark.parametrize("scenario", [*STEPS, "killed_in_a_step_in_pairs", *WEIGHTS, "killed_in_rounds_of_slices"])
 def test_killed_in_a_training_step(start, scenario):
     outcome = start(scenario).outcome(DEADLINE + MARGIN)
     check_survivors(outcome)

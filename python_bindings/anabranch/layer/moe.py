@@ -106,8 +106,9 @@ class MoE(nn.Module):
             comes from the layer's next forward, `check` or `finish_gradients`; or "at_call", which waits once a step.
             On CPUs, and on several ranks without a `receive_capacity`, always at the call.
         overlap: how rows travel between ranks: "off", while a step waits for them; or beside its products, all at
-            once ("1") or in chunks of whole experts ("2", "4", "8"). Results and gradients are the same. "auto": the first
-            steps, and some of every 2,000, take off, 1, 2 and 4 in turn, the others what was the quickest.
+            once ("1") or in chunks ("2", "4", "8") of whole experts or, where a rank has few, of some ranks' tokens.
+            Results and gradients are the same. "auto": the first steps, and some of every 2,000, take off, 1, 2 and 4 in
+            turn, the others what was the quickest.
         receive_capacity: on several ranks, CPUs or GPUs that map each other's memory: what a rank has room to receive in
             a step, in multiples of its own tokens' assignments, which is the balanced load where all ranks have as
             many tokens; the number of ranks is enough for any routing then. Counts stay on the device, for which nothing
