@@ -22,7 +22,7 @@ import plots  # noqa: E402
 import routing  # noqa: E402
 from machine import Link, Machine, Model, Refused  # noqa: E402
 from network import Fabric, take_turns  # noqa: E402
-from timeline import Layout, Planner, layouts_of, memory_of  # noqa: E402
+from timeline import Layout, Planner, chunks_of, layouts_of, memory_of  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 SEED = random.randrange(2**32)
@@ -214,8 +214,33 @@ def test_stages_of_a_rank_do_not_overlap_within_their_kind():
 
 
 def test_overlap_hides_communication():
-    steps = [planner(cluster()).predict(Layout(16, 16, "flat", parts)).step for parts in (1, 2, 4)]
-    assert steps[1] < steps[0]
+    steps = [planner(cluster()).predict(Layout(16, 8, "flat", chunks)).step for chunks in (0, 1, 2)]
+    assert steps == sorted(steps, reverse=True) and steps[2] < 0.98 * steps[1] < 0.96 * steps[0]
+
+
+def test_overlap_of_one_expert_a_rank_exchanges_in_pairs():
+    """Four nodes of a rank each: blocks of two, of which a rank's own comes first."""
+    model = dataclasses.replace(MODEL, experts=4, top_k=1)
+    described = cluster(gpus_per_node=1)
+    events = planner(described, model).predict(Layout(4, 4, "flat", 2)).events
+    forward = [event for event in events if event.name in ("dispatch", "experts", "combine")]
+    assert [event.name for event in forward] == ["dispatch", "dispatch", "experts", "combine", "experts", "combine"]
+    own, others = (event.end - event.begin for event in forward[:2])
+    rows = 512 * 512 * 2 / 1e8  # a quarter of 2,048 tokens, from each of two ranks, one of which is this one
+    assert own == pytest.approx(rows, rel=0.1) and 1.9 * rows < others.min() and others.max() < 3.2 * rows
+    assert all(forward[2].begin < forward[1].end)  # while others' rows travel
+    backward = [event.name for event in events if event.name.endswith("s backward")]
+    assert backward == ["experts backward", "experts backward", "weights backward"]
+
+
+@pytest.mark.parametrize(("ranks", "experts", "chunks"), itertools.product((1, 2, 3, 8), (1, 2, 3, 8), (0, 1, 2, 4, 8)))
+def test_chunks_have_all_rows_once(ranks, experts, chunks):
+    parts, turns = chunks_of(ranks, experts, chunks)
+    assert sum(parts) == pytest.approx(numpy.ones((ranks, ranks)))
+    assert len(parts) % turns == 0 and len(parts) <= max(chunks, 1)
+    for part in parts:  # all send and receive as much, as far as blocks are equal
+        if ranks % turns == 0:
+            assert part.sum(axis=0) == pytest.approx(ranks / len(parts)) and part.sum(axis=1) == pytest.approx(ranks / len(parts))
 
 
 def test_skew_makes_the_busiest_rank_slower():
@@ -453,7 +478,7 @@ def test_a_step_with_its_timeline(tmp_path):
 
 
 def test_json_in_the_place_of_text(tmp_path):
-    step = json.loads(plan("step", "--gpus", 64, "--json"))
+    step = json.loads(plan("step", "--gpus", 64, "--overlap", 1, "--json"))
     found = json.loads(plan("layouts", "--gpus", "8,64", "--json"))
     assert {one["gpus"] for one in found} == {8, 64} and any(one == step for one in found)
     rows = json.loads(plan("check", "--json"))

@@ -159,8 +159,8 @@ def predict_record(machine, record, seed=0):
     planner = Planner(machine, model_of(record), [chosen], seed, record.get("counts"))
     # One expert-parallel group of all ranks, whose gradients are nobody else's.
     overlap = record.get("overlap", "off")
-    parts = 1 if overlap == "off" else int(overlap)
-    layout = Layout(record["ranks"], record["ranks"], record["all_to_all"], parts, record.get("balance", "off"))
+    chunks = 0 if overlap == "off" else int(overlap)
+    layout = Layout(record["ranks"], record["ranks"], record["all_to_all"], chunks, record.get("balance", "off"))
     return planner.predict(layout).step
 
 

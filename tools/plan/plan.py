@@ -61,7 +61,7 @@ def table(predictions, machine):
         fits = " " if p.memory <= machine.memory else "!"
         lines.append(
             f"{layout.gpus:6d} {layout.expert_parallel:4d} {layout.gpus // layout.expert_parallel:5d}  "
-            f"{layout.all_to_all:12s} {layout.overlap:8d} {p.step:9.4f} {p.compute / p.step:8.0%} "
+            f"{layout.all_to_all:12s} {layout.overlap or 'off':>8} {p.step:9.4f} {p.compute / p.step:8.0%} "
             f"{p.exchange / p.step:9.0%} {p.all_reduce / p.step:11.0%} {p.memory / 1e9:10.1f}{fits} {p.rank_imbalance:9.2f}"
         )
     if any(p.memory > machine.memory for p in predictions):
@@ -110,7 +110,8 @@ def run_step(arguments):
             f"--expert-parallel {group}: expected at most {planner.model.experts} GPUs, whole nodes or a part of "
             f"one that divides it, and a divisor of {gpus}"
         )
-    prediction = planner.predict(Layout(gpus, group, arguments.all_to_all, arguments.overlap, arguments.balance))
+    overlap = 0 if arguments.overlap == "off" else int(arguments.overlap)
+    prediction = planner.predict(Layout(gpus, group, arguments.all_to_all, overlap, arguments.balance))
     tell(arguments, table([prediction], planner.machine), prediction.summary())
     if arguments.plot:
         plots.timeline(prediction, arguments.plot)
@@ -218,7 +219,7 @@ def parse(argv):
     of_a_model(sub, [64])
     sub.add_argument("--expert-parallel", type=int, help="GPUs of a group (default: as many as possible)")
     sub.add_argument("--all-to-all", choices=["flat", "hierarchical"], default="flat")
-    sub.add_argument("--overlap", type=int, choices=range(1, 17), default=1, metavar="PARTS")
+    sub.add_argument("--overlap", choices=["off", "1", "2", "4", "8"], default="off", help="MoEOptions::overlap")
     sub.add_argument("--plot", type=Path, help="file for the timeline")
 
     sub = command("scale", run_scale, "best layouts over GPUs and networks, with plots")

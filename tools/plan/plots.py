@@ -42,7 +42,7 @@ def timeline(prediction, path):
     layout = prediction.layout
     axes.set_title(
         f"One layer, forward and backward: {layout.gpus} GPUs, expert parallel {layout.expert_parallel}, "
-        f"{layout.all_to_all}, overlap {layout.overlap}"
+        f"{layout.all_to_all}, overlap {layout.overlap or 'off'}"
     )
     save(figure, path)
 

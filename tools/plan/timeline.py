@@ -31,7 +31,7 @@ class Layout:
     gpus: int
     expert_parallel: int  # consecutive GPUs that share one set of experts; the rest is data parallel
     all_to_all: str = "flat"
-    overlap: int = 1  # chunks of the experts whose rows travel beside others' products, taken to be equal
+    overlap: int = 0  # chunks whose rows travel beside products (MoEOptions::overlap); 0: in turn
     balance: str = "off"  # what travels where load is skewed (MoEOptions::balance)
 
 
@@ -83,8 +83,28 @@ class Work:
     assignments: numpy.ndarray  # [ranks]
     experts: numpy.ndarray  # [ranks] that have any of them
     local: numpy.ndarray  # [ranks] all that are there
-    parts: int  # whose rows travel beside others' products
+    chunks: list  # of [from, to]: each one's part of the rows
+    turns: int = 1  # chunks that one after another have each expert, of some ranks' rows
     alone: bool = False  # all ranks compute their own tokens: rows are handed on as they are
+
+
+def begin_of(elements, part, parts):
+    """The first element of a part, where elements are cut into nearly equal ones."""
+    return elements // parts * part + elements % parts * part // parts
+
+
+def chunks_of(ranks, experts, chunks):
+    """What Work has of chunks, by the rule of src/exchange/chunks.h: whole experts, or, of `experts` a rank that are at most
+    half as many, blocks of ranks that exchange in turn. Experts have equal rows."""
+    experts = max(1, experts)
+    blocks = min(max(chunks // experts, 1), ranks)
+    if blocks == 1:
+        number = max(1, min(chunks, experts))
+        return [numpy.full((ranks, ranks), 1 / number)] * number, 1
+    begins = [begin_of(ranks, block, blocks) for block in range(blocks)]
+    block = numpy.searchsorted(begins, numpy.arange(ranks), side="right") - 1
+    turn = (block[:, None] - block[None, :]) % blocks
+    return [(turn == number) / experts for _ in range(experts) for number in range(blocks)], blocks
 
 
 class LayerTimeline:
@@ -100,7 +120,7 @@ class LayerTimeline:
         owner = routing.owners(model.experts, self.ranks)
         local = numpy.bincount(owner, minlength=self.ranks)
         used = numpy.bincount(owner[numpy.unique(chosen)], minlength=self.ranks)
-        self.works = [Work(self.rows, self.assignments, used, local, layout.overlap)]
+        self.works = [Work(self.rows, self.assignments, used, local, *chunks_of(self.ranks, local.max(), layout.overlap))]
         self.lent = self.borrowed = numpy.zeros(self.ranks)
         self.borrowers = []
         if layout.balance != "off":
@@ -129,7 +149,10 @@ class LayerTimeline:
         used = numpy.bincount(loads.owner, weights=loads.left.sum(axis=0) > 0, minlength=self.ranks)
         self.works = [
             dataclasses.replace(all_owned, rows=left, assignments=owned.sum(axis=0), experts=used),
-            Work(rows, rows.sum(axis=0), self.borrowed, self.borrowed, parts=1, alone=not (rows - numpy.diag(rows.diagonal())).any()),
+            Work(
+                rows, rows.sum(axis=0), self.borrowed, self.borrowed, *chunks_of(self.ranks, 1, 0),
+                alone=not (rows - numpy.diag(rows.diagonal())).any(),
+            ),
         ]
         self.rows, self.assignments = left + rows, loads.computed.astype(float)
 
@@ -189,24 +212,31 @@ class LayerTimeline:
             self._compute(f"owners' and borrowers' rows{suffix}", rows / self.machine.copy, ready)
 
     def _through(self, work, suffix, ready, factor):
-        """Parts in turn: while one part's experts compute, the next is dispatched and the last combined."""
-        parts = work.parts
+        """Chunks are dispatched one after another, and go back when they are computed. In backward the gradients of the
+        weights are found before rows go back, or, with overlap, beside their way."""
         there = self.model.dispatch_bytes or self.model.bytes
-        arrived, computed = [], []
-        order = [("dispatch", 0)]
-        for part in range(parts):
-            if part + 1 < parts:
-                order.append(("dispatch", part + 1))
-            order.append(("combine", part))
-        for stage, part in order:
-            if stage == "dispatch":
-                size = work.rows / parts * self.model.hidden * (there if factor == 1 else self.model.bytes)
-                arrived.append(self._exchange(f"dispatch{suffix}", size, ready, self._move(work)))
-            else:
-                seconds = self._experts(work, factor) / parts + self.machine.stage * (1 - 1 / parts)
-                computed.append(self._compute(f"experts{suffix}", seconds, arrived[part]))
-                size = work.rows.T / parts * self.model.hidden * self.model.bytes
-                self._exchange(f"combine{suffix}", size, computed[part], self._move(work))
+        beside = self.layout.overlap > 0
+        arrived = []
+        for part in work.chunks:
+            rows = work.rows * part
+            size = rows * self.model.hidden * (there if factor == 1 else self.model.bytes)
+            arrived.append(self._exchange(f"dispatch{suffix}", size, ready, self._move(work, rows)))
+        waiting = numpy.zeros(self.ranks)  # rows whose part in the weights' gradients is yet to be found
+        for number, part in enumerate(work.chunks):
+            rows = work.rows * part
+            # Of assignments, as of rows.
+            share = rows.sum(axis=0) / numpy.maximum(work.rows.sum(axis=0), 1)
+            waiting = waiting + share
+            last = (number + 1) % work.turns == 0  # of its experts
+            found = self._gradients(work, waiting) if factor == 2 and last else 0.0
+            seconds = self._products(work, share) + (0.0 if beside else found)
+            computed = self._compute(f"experts{suffix}", seconds, arrived[number])
+            size = rows.T * self.model.hidden * self.model.bytes
+            self._exchange(f"combine{suffix}", size, computed, self._move(work, rows))
+            if factor == 2 and last:
+                waiting = numpy.zeros(self.ranks)
+                if beside:
+                    self._compute(f"weights{suffix}", found, computed)
 
     def _dense(self, factor):
         if not self.model.routed:
@@ -216,21 +246,34 @@ class LayerTimeline:
         seconds = model.dense_flops / self.machine.flops + passes * model.bytes / self.machine.copy
         return factor * model.tokens * seconds + self.machine.stage
 
-    def _experts(self, work, factor):
-        """GEMMs, the rows that permutation and activation read and write, and the weights."""
-        moved = ROW_PASSES * work.assignments * (self.model.hidden + self.model.expert_hidden) * self.model.bytes
-        flops = self.model.expert_flops(work.assignments)
-        seconds = flops / self.machine.flops + moved / self.machine.copy + work.experts * self.machine.expert
-        weights = work.experts + (GRADIENT_PASSES * work.local if factor == 2 else 0)
-        weights = weights * self.model.expert_parameters * self.model.bytes / self.machine.weight_rate
-        return factor * seconds + weights + self.machine.stage
+    def _of_rows(self, work, share, experts):
+        """GEMMs of a share [ranks] of the rows through so many experts, and the rows that permutation and activation read
+        and write."""
+        assignments = work.assignments * share
+        moved = ROW_PASSES * assignments * (self.model.hidden + self.model.expert_hidden) * self.model.bytes
+        flops = self.model.expert_flops(assignments)
+        return flops / self.machine.flops + moved / self.machine.copy + experts * self.machine.expert
 
-    def _move(self, work):
-        """Gathering rows to send them, or summing those that have come."""
+    def _passes(self, experts):
+        """Over the weights of so many experts."""
+        return experts * self.model.expert_parameters * self.model.bytes / self.machine.weight_rate
+
+    def _products(self, work, share):
+        """Of a chunk forward, or of dX."""
+        experts = work.experts * work.turns / len(work.chunks)
+        return self._of_rows(work, share, experts) + self._passes(experts) + self.machine.stage
+
+    def _gradients(self, work, share):
+        """Of a chunk's weights, or of all that have come in turns."""
+        chunks = len(work.chunks) / work.turns
+        return self._of_rows(work, share, work.experts / chunks) + self._passes(GRADIENT_PASSES * work.local / chunks)
+
+    def _move(self, work, rows):
+        """Gathering rows [from, to] to send them, or summing those that have come."""
         if self.ranks == 1 or work.alone:
             return 0.0
-        moved = GATHER_PASSES * work.rows.sum(axis=1) * self.model.hidden * self.model.bytes
-        return self.machine.stage + moved / work.parts / self.machine.copy
+        moved = GATHER_PASSES * rows.sum(axis=1) * self.model.hidden * self.model.bytes
+        return self.machine.stage + moved / self.machine.copy
 
     def _compute(self, name, seconds, ready):
         begin = numpy.maximum(ready, self.compute_free)
@@ -355,5 +398,5 @@ def layouts_of(machine, model, gpus, overlaps):
             continue
         ways = ("flat", "hierarchical") if group > machine.gpus_per_node else ("flat",)
         for way in ways:
-            for overlap in overlaps if group > 1 else (1,):
+            for overlap in overlaps if group > 1 else (0,):
                 yield Layout(gpus, group, way, overlap)
