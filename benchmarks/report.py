@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 import re
+import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -424,6 +425,45 @@ as many tokens a second.
 """
 
 
+def gpu_training_ranks(measured):
+    alone = {(case["model"], case["scaling"]): case for case in measured["results"] if case["ranks"] == 1}
+    rows = []
+    for case in measured["results"]:
+        rate, first = case["tokens_per_second"] / case["ranks"], alone.get((case["model"], case["scaling"]))
+        apart = None
+        if first and case["scaling"] == "strong":  # of the same tokens
+            apart = 100 * max(abs(a / b - 1) for a, b in zip(case["losses"], first["losses"], strict=True))
+        exposed = case.get("exposed_communication_seconds")
+        rows.append((
+            f"{case['model']}, {case['scaling']}", str(case["ranks"]), str(case["options"]["batch-size"]),
+            f"{case['step_seconds']:.3f}", f"{rate:,.0f}", f"{case['model_TFLOP_per_s']:.0f}",
+            given(first and rate / (first["tokens_per_second"] / first["ranks"]), 2),
+            given(exposed and 100 * exposed / case["step_seconds"], 1), f"{case['peak_GiB']:.1f}", given(apart, 3),
+        ))  # fmt: skip
+    header = ("model, scaling", "GPUs", "sequences a step", "s a step", "tokens/s a GPU", "model TFLOP/s a GPU",
+              "of one GPU's", "of a step exposed, %", "peak GiB", "losses apart from one GPU's, %")
+    return f"""## Training over the GPUs of a host
+
+Whole steps of `train_lm`, bf16, random tokens, optimizer included. Weak: as many sequences a GPU; strong: as many in all, and
+the same. Qwen3-30B-A3B as others have published it (8 H100, not H200: NeMo AutoModel 12,040 tokens/s and 277 TFLOP/s a GPU
+with a balanced gate; LigerCute 36.3 s a step of 512 sequences with its own).
+
+{table(header, rows)}
+
+{gpu_provenance(measured, 'benchmarks/ranks/training.py')}
+"""
+
+
+def gpu_balance(*measured):
+    """Of one file for each number of ranks."""
+    folders = ("benchmarks/ranks", "tools/plan", "tests/support", "launch")
+    sys.path[:0] = [str(ROOT / folder) for folder in folders]
+    import balance  # needs the planner, and what that needs
+
+    of_ranks = [balance.described(file["settings"], file["calibration"], file["provenance"])[1] for file in measured]
+    return "## Skewed load over the GPUs of a host\n\n" + "\n".join(of_ranks)
+
+
 def train_provenance(measured):
     """Of runs of train_lm on a CPU."""
     about = measured["provenance"]
@@ -554,6 +594,8 @@ SECTIONS = {
     "gpu_exchange_*.json": gpu_exchange,
     "gpu_expert_parallel_*.json": gpu_expert_parallel,
     "gpu_training.json": gpu_training,
+    "gpu_training_ranks.json": gpu_training_ranks,
+    "gpu_balance_*.json": gpu_balance,
     "gpu_learning_curves.json": learning_curves,
     "cpu_learning_curves*.json": learning_curves,
     "cpu_gates*.json": gates,

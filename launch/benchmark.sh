@@ -9,6 +9,7 @@
 #                     gpu_grouped_gemm gpu_kernels gpu_exchange gpu_expert_parallel (from 2 GPUs on)
 #                   and, if it is named: gpu_training (train_lm beside transformers: a GPU with 141 GB)
 #                     gpu_learning_curves (train_lm in fp32, bf16, resumed, with Muon)
+#                     gpu_training_ranks (train_lm on 1, 2, 4, ... GPUs) gpu_balance (skewed load; from 2 GPUs on)
 #                     cpu_layer cpu_grouped_gemm (where there is no GPU)
 #   --output DIR    where NAME.json, or NAME_RANKS.json, and performance.md go (default: runs/benchmark)
 #   --quick         a few cases of each, to see whether it runs
@@ -42,7 +43,7 @@ while (($#)); do
     --no-build) build_first=false ;;
     --publish) publish=true ;;
     gpu_layer | gpu_layer_python | gpu_grouped_gemm | gpu_kernels | gpu_exchange | gpu_expert_parallel | \
-      gpu_training | gpu_learning_curves | cpu_layer | cpu_grouped_gemm)
+      gpu_training | gpu_learning_curves | gpu_training_ranks | gpu_balance | cpu_layer | cpu_grouped_gemm)
       names+=("$1")
       ;;
     *) die "unknown argument '$1' (try --help)" ;;
@@ -84,6 +85,8 @@ if $build_first; then
     case $name in
       gpu_layer_python | gpu_expert_parallel) targets+=(anabranch_operators) ;;
       gpu_training | gpu_learning_curves) targets+=(anabranch_operators train_lm) ;;
+      gpu_training_ranks) targets+=(train_lm) ;;
+      gpu_balance) targets+=(benchmark_step) ;;
       *) targets+=("benchmark_$name") ;;
     esac
   done
@@ -110,6 +113,14 @@ measure() {
     gpu_training | gpu_learning_curves)
       program=("${package[@]}" "$python" "$project_root/benchmarks/gpu/${name#gpu_}.py"
         --program "$project_root/build/$preset/examples/train_lm" "${@:3}")
+      ;;
+    gpu_training_ranks)
+      program=("$python" "$project_root/benchmarks/ranks/training.py"
+        --program "$project_root/build/$preset/examples/train_lm" "${@:3}")
+      ;;
+    gpu_balance)
+      program=("$python" "$project_root/benchmarks/ranks/balance.py" --device cuda
+        --program "$project_root/build/$preset/benchmarks/benchmark_step" "${@:3}")
       ;;
     *) program=("${@:3}" "${program[@]}") ;;
   esac
@@ -146,6 +157,10 @@ for name in "${names[@]}"; do
     gpu_learning_curves)
       find "$project_root"/{docs,src,include,tests} -type f -name '*.[mchp]*' | sort | xargs cat >"$output/text.txt"
       measure "$name" "$name" --data "$output/text.txt"
+      ;;
+    gpu_training_ranks) mapfile -t ranks < <(numbers_of_gpus) && measure "$name" "$name" --ranks 1 "${ranks[@]}" ;;
+    gpu_balance)
+      for ranks in $(numbers_of_gpus); do measure "$name" "${name}_$ranks" --ranks "$ranks"; done
       ;;
     *) measure "$name" "$name" ;;
   esac

@@ -39,11 +39,12 @@ class Case:
     top_k: int
     glu: bool
     zipf: float = 0.0
+    shared: int = 0  # inner width of an expert that sees every token
 
     @property
     def flops(self):
         """Exact, forward and backward."""
-        return 3 * 2 * self.tokens * self.top_k * self.hidden * self.inner * (3 if self.glu else 2)
+        return 3 * 2 * self.tokens * (self.top_k * self.inner + self.shared) * self.hidden * (3 if self.glu else 2)
 
 
 SEED = Case("seed 16x1024 h512 k3", 16384, 512, 2048, 8, 3, False)
@@ -187,6 +188,7 @@ def make_layer(case, x, **options):
         case.top_k,
         activation="silu" if case.glu else "gelu_tanh",
         glu=case.glu,
+        shared_expert_hidden_size=case.shared,
         seed=1,
         device=x.device,
         dtype=x.dtype,

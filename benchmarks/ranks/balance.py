@@ -2,7 +2,7 @@
 """What skewed load costs a layer's step, with tokens that travel and with weights that do (MoEOptions::balance).
 
     benchmarks/ranks/balance.py                         # as root, on an idle machine; minutes
-    benchmarks/ranks/balance.py --device cuda --ranks 2 # on the GPUs of this host
+    benchmarks/ranks/balance.py --device cuda --ranks 2 # on the GPUs of this host; so launch/benchmark.sh gpu_balance
     benchmarks/ranks/balance.py --name gather --ways off gather auto --experts 2 --size 8192 256 128 1
     benchmarks/ranks/balance.py --name weights_beside --ways off off/1 replicas replicas/1 --experts 8
 
@@ -77,7 +77,7 @@ def run(arguments, launcher, experts, options, idleness):
         balance, _, overlap = way.partition("/")
         travel = {"balance": balance, "overlap": overlap or "off"}
         (record,) = calibrate.measure(
-            planner.PROGRAM, launcher, arguments.ranks, [size], arguments.rounds, skew, **travel, **options
+            arguments.program, launcher, arguments.ranks, [size], arguments.rounds, skew, **travel, **options
         )
         record["slowdown"] = max(before, idleness.slowdown())
         counts[f"{skew:g}"] = record.pop("counts")  # the same in all ways and turns
@@ -150,12 +150,13 @@ class Table:
                 yield f"- {name}, {way}: {record['explain']}{lent}\n"
 
 
-def write(settings, calibration, provenance, file):
-    about, text, all_ratios = provenance, "# Skewed load, measured\n\n", []
-    described = machine = None
+def described(settings, calibration, provenance):
+    """All that was measured, and in words."""
+    about, text, all_ratios = provenance, "", []
+    fitted = machine = None
     if calibration:
-        described = calibrate.fit(calibration, "balance.py", 0.0 if calibration[0]["device"] == "cuda" else 1.0)
-        machine = machine_from(described, "balance.py")
+        fitted = calibrate.fit(calibration, "balance.py", 0.0 if calibration[0]["device"] == "cuda" else 1.0)
+        machine = machine_from(fitted, "balance.py")
     for setting in settings:
         first = setting["records"]["0 off"][0]
         links = f", links of {setting['megabits']} Mb/s" if first["device"] == "cpu" else ""
@@ -179,15 +180,26 @@ def write(settings, calibration, provenance, file):
         text += f"at most {max(slowdowns):.2f}.\n\n"
     text += f"Medians of {len(settings[0]['records']['0 off'])} turns. {about['processor']}, {about['cores']} cores, "
     text += f"commit {about['commit'][:10]}, {about['date']}: `{about['command']}`\n"
+    return {"provenance": provenance, "machine": fitted, "calibration": calibration, "settings": settings}, text
+
+
+def write(settings, calibration, provenance, arguments):
+    """Where the arguments say."""
+    whole, text = described(settings, calibration, provenance)
+    results = json.dumps(whole, indent=1) + "\n"
+    if arguments.json:
+        arguments.json.write_text(results)
+        return
+    file = arguments.output / arguments.name
     file.parent.mkdir(parents=True, exist_ok=True)
-    whole = {"provenance": provenance, "machine": described, "calibration": calibration, "settings": settings}
-    file.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
-    file.with_suffix(".md").write_text(text)
+    file.with_suffix(".json").write_text(results)
+    file.with_suffix(".md").write_text("# Skewed load, measured\n\n" + text)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="folder")
+    parser.add_argument("--program", type=Path, default=planner.PROGRAM, help="benchmark_step")
     parser.add_argument("--device", choices=SIZES, default="cpu")
     parser.add_argument("--ranks", type=int, default=int(planner.cores()))
     parser.add_argument("--megabits", type=int, default=1000, help="of a virtual host's link, on CPUs")
@@ -198,17 +210,24 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--again", action="store_true", help="only predict anew, from what is there")
+    parser.add_argument("--quick", action="store_true", help="a few small cases, to see whether it runs")
+    parser.add_argument("--json", type=Path, help="file for the results in the place of all others")
+    parser.add_argument("--commit", help="of the measured sources")
     arguments = parser.parse_args()
     os.environ.update(all_to_all_hosts.ENVIRONMENT)
     tempfile.tempdir = str(ROOT / "build")  # all hosts see it
     provenance = scaling.provenance(["benchmarks/ranks/balance.py", *sys.argv[1:]])
-    name = arguments.name or ("balance" if arguments.device == "cpu" else "balance_gpu")
+    if arguments.commit:
+        provenance["commit"] = arguments.commit
+    arguments.name = arguments.name or ("balance" if arguments.device == "cpu" else "balance_gpu")
     if arguments.again:
-        whole = json.loads((arguments.output / name).with_suffix(".json").read_text())
+        whole = json.loads((arguments.output / arguments.name).with_suffix(".json").read_text())
         calibration = whole["calibration"] if foreseen(whole["settings"][0]["ways"]) else []
-        write(whole["settings"], calibration, whole["provenance"], arguments.output / name)
+        write(whole["settings"], calibration, whole["provenance"], arguments)
         return
     arguments.size = arguments.size or SIZES[arguments.device]
+    if arguments.quick:
+        arguments.size, arguments.experts, arguments.rounds, arguments.turns = (256, 64, 128, 1), [8], 1, 1
     options = {"device": arguments.device} | ({"dtype": "bf16"} if arguments.device == "cuda" else {})
     settings, calibration, idleness = [], [], planner.Idleness()
     with launcher_of(arguments) as launcher:
@@ -216,12 +235,13 @@ def main():
         sizes = other_sizes(*arguments.size[:3]) if own_cores and foreseen(arguments.ways) else []
         for size in tqdm(sizes, desc="calibration", leave=False):
             # Whose times a fit takes one by one: a size that others' work fell on would spoil all predictions.
-            (record,) = planner.measure_idle(idleness, launcher, arguments.ranks, [size], arguments.rounds, **options)
+            measured = arguments.ranks, [size], arguments.rounds
+            (record,) = planner.measure_idle(idleness, launcher, *measured, program=arguments.program, **options)
             record.pop("counts")
             calibration.append(record)
         for experts in arguments.experts:
             settings.append(run(arguments, launcher, experts, options, idleness))
-            write(settings, calibration, provenance, arguments.output / name)  # what there is, should the rest fail
+            write(settings, calibration, provenance, arguments)  # what there is, should the rest fail
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ same layer by torch.distributed's all_to_all_single and torch._grouped_mm, in tu
 
     PYTHONPATH=build/release/python torchrun --nproc-per-node 2 benchmarks/ranks/expert_parallel.py
 
-Each rank has the same number of tokens and computes a share of the experts. `alone` is a rank that computes its tokens by
+Rows travel in turn, beside the products, or as `auto` finds it. The last two shapes are those of Megatron-Core's table of
+layers. Each rank has the same number of tokens and computes a share of the experts. `alone` is a rank that computes its tokens by
 itself, all experts at hand: in balance the same products without an exchange, so that what a step takes longer is
 communication that shows. `exchange` are its rows' ways alone, there and back, for both passes.
 """
@@ -32,6 +33,11 @@ from peers import choose, grouped_experts, leaf  # noqa: E402
 TOKENS = 8192  # of a rank, as LigerCute's figures have them
 ROUNDS = 9
 STEPS = 3  # timed in a round
+WARM = 18  # steps, behind which auto has chosen
+MEGATRON = [
+    Case("Mixtral proxy", 4096, 4096, 14336, 8, 2, False),
+    Case("DeepSeek proxy", 4096, 7168, 2048, 32, 8, False, shared=2048),
+]
 
 
 class AllToAll(torch.autograd.Function):
@@ -50,9 +56,9 @@ class AllToAll(torch.autograd.Function):
         return AllToAll.apply(drows, back, there), None, None
 
 
-def by_torch(case: Case, gate: Tensor, up: Tensor, down: Tensor):
+def by_torch(case: Case, gate: Tensor, up: Tensor, down: Tensor, *shared: Tensor):
     """What one writes by hand: a row an assignment through all_to_all_single, the experts by torch._grouped_mm."""
-    gate, up, down = leaf(gate), leaf(up), leaf(down)
+    gate, up, down, *shared = parameters = [leaf(each) for each in (gate, up, down, *shared)]
     ranks, local = dist.get_world_size(), up.shape[0]
 
     def forward(x: Tensor) -> Tensor:
@@ -70,9 +76,10 @@ def by_torch(case: Case, gate: Tensor, up: Tensor, down: Tensor):
         ends = received.view(ranks, local).sum(0).cumsum(0).int()
         results = grouped_experts(case, rows[by_expert], up, down, ends)
         back = AllToAll.apply(results[by_expert.argsort()], sizes[1], sizes[0])
-        return torch.zeros_like(x).index_add(0, token, back * weights.flatten()[order, None].to(x.dtype))
+        y = torch.zeros_like(x).index_add(0, token, back * weights.flatten()[order, None].to(x.dtype))
+        return y + grouped_experts(case, x, *shared, ends=torch.tensor([len(x)]).to(ends)) if shared else y
 
-    return forward, [gate, up, down]
+    return forward, parameters
 
 
 class Clock:
@@ -167,10 +174,10 @@ def agreeing(case: Case, x: Tensor, dy: Tensor, variants: dict[str, dict]) -> di
         name: Step(lambda x, layer=layer: layer(x).output, layer.parameters(), x, dy) for name, layer in layers.items()
     }
     ours = next(iter(layers.values()))
-    gate, up, down = (
-        each.detach() for each in (ours.router.weight.to(x.dtype), ours.experts.up_weight, ours.experts.down_weight)
-    )
-    ways["torch"] = Step(*by_torch(case, gate, up, down), x, dy)
+    parameters = [ours.router.weight.to(x.dtype), ours.experts.up_weight, ours.experts.down_weight]
+    if case.shared:
+        parameters += [ours.shared_expert.up_weight, ours.shared_expert.down_weight]
+    ways["torch"] = Step(*by_torch(case, *(each.detach() for each in parameters)), x, dy)
     with torch.no_grad():
         expected = ways["alone"].forward(x)
         for name, way in ways.items():
@@ -187,6 +194,9 @@ def measure(case: Case, device: torch.device, variants: dict[str, dict], rounds:
     ways = agreeing(case, x, dy, variants)
     share = case.flops / 3 / 1e9  # of a rank, forward
     about = {**dataclasses.asdict(case), "ranks": dist.get_world_size()}
+    for _ in range(WARM):
+        for way in ways.values():
+            way(Clock(device))
     times = measure_ways(ways, device, rounds)
     alone = sum(times["alone"])
     for name, (forward, backward) in times.items():
@@ -225,7 +235,7 @@ def main():
         "--layers",
         nargs="+",
         type=variant,
-        default=[variant("anabranch")],
+        default=[variant("anabranch"), variant("anabranch,overlap=2"), variant("anabranch,overlap=auto")],
         help="with options: anabranch,overlap=2",
     )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -235,7 +245,7 @@ def main():
     if arguments.device == "cuda":
         torch.cuda.set_device(device)
     shapes = [dataclasses.replace(shape, tokens=TOKENS) for shape in (QWEN3, OLMOE, MIXTRAL, FINE)]
-    cases = [dataclasses.replace(shape, zipf=zipf) for zipf in (0.0, 1.0) for shape in shapes]
+    cases = [dataclasses.replace(shape, zipf=zipf) for zipf in (0.0, 1.0) for shape in shapes] + MEGATRON
     if arguments.quick:
         cases = [dataclasses.replace(SEED, tokens=64, hidden=32, inner=16)]
     results = []

@@ -78,7 +78,7 @@ def unsteady(record):
     return record["slowdown"] > BUSY or record["step_ms"] > UNEVEN * record["step_ms_least"]
 
 
-def measure_idle(idleness, launcher, ranks, sizes, rounds, skew=0.0, pause=5, **more):
+def measure_idle(idleness, launcher, ranks, sizes, rounds, skew=0.0, pause=5, program=PROGRAM, **more):
     """calibrate.measure for each of `sizes`, with `more` options, again while the machine is busy."""
     found = []
     for size in sizes:
@@ -86,7 +86,7 @@ def measure_idle(idleness, launcher, ranks, sizes, rounds, skew=0.0, pause=5, **
         while not attempts or (unsteady(attempts[-1]) and len(attempts) < ATTEMPTS):
             time.sleep(pause if attempts else 0)
             before = idleness.slowdown()
-            (record,) = calibrate.measure(PROGRAM, launcher, ranks, [size], rounds, skew, **more)
+            (record,) = calibrate.measure(program, launcher, ranks, [size], rounds, skew, **more)
             attempts.append({**record, "slowdown": max(before, idleness.slowdown())})
         found.append(least_of(attempts))
     return found

@@ -17,6 +17,7 @@ RANKS_NAMES = ["gpu_exchange", "gpu_expert_parallel"]  # once for each number of
 GPU_NAMES = ["gpu_layer", "gpu_layer_python", "gpu_grouped_gemm", "gpu_kernels"]
 CPU_NAMES = ["cpu_layer", "cpu_grouped_gemm"]
 PROGRAMS = Path(os.environ.get("ANABRANCH_STEP", ROOT / "build/release/benchmarks/benchmark_step")).parent
+TRAIN_LM = PROGRAMS.parent / "examples/train_lm"
 needs_programs = pytest.mark.skipif(not (PROGRAMS / "benchmark_cpu_layer").exists(), reason="no benchmarks are built")
 
 
@@ -49,6 +50,15 @@ def over_ranks():
     }
 
 
+def training_over_ranks():
+    """Results of benchmarks/ranks/training.py."""
+    about = {"model": "OLMoE-1B-7B", "steps": 2, "options": {"batch-size": 32}, "peak_GiB": 110.4, "step_seconds": 2.0}
+    row = {**about, "scaling": "strong", "ranks": 1, "tokens_per_second": 50000.0, "model_TFLOP_per_s": 400.0}
+    spread = {"ranks": 2, "tokens_per_second": 90000.0, "losses": [4.0, 3.003], "exposed_communication_seconds": 0.03}
+    results = [{**row, "losses": [4.0, 3.0]}, {**row, **spread}]
+    return {"provenance": in_python()["provenance"], "results": results}
+
+
 @pytest.fixture
 def machine(project, tmp_path):
     """The project with stand-ins, on a machine with as many GPUs as its environment says."""
@@ -72,15 +82,18 @@ def machine(project, tmp_path):
     for name, path, results in (
         ("gpu_layer_python", "gpu/layer.py", in_python()),
         ("gpu_expert_parallel", "ranks/expert_parallel.py", over_ranks()),
+        ("gpu_training_ranks", "ranks/training.py", training_over_ranks()),
+        ("gpu_balance", "ranks/balance.py", {"settings": [], "calibration": [], "provenance": {}}),
     ):
         executable(
             project.root / "benchmarks" / path,
             "import json, os, sys\n"
-            'if os.environ.get("RANK", "0") != "0":\n    sys.exit()\n'
-            'ranks = os.environ.get("WORLD_SIZE")\n'
-            f'with open("{project.log}", "a") as log:\n'
-            f'    print("cuda/{name}", *(["-n", ranks] if ranks else []), *sys.argv[1:], file=log)\n'
-            f'json.dump({results!r}, open(sys.argv[sys.argv.index("--json") + 1], "w"))\n',
+            'def described(*_):\n    return {}, "what balance.py says"\n'  # to report.py
+            'if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":\n'
+            '    ranks = os.environ.get("WORLD_SIZE")\n'
+            f'    with open("{project.log}", "a") as log:\n'
+            f'        print("cuda/{name}", *(["-n", ranks] if ranks else []), *sys.argv[1:], file=log)\n'
+            f'    json.dump({results!r}, open(sys.argv[sys.argv.index("--json") + 1], "w"))\n',
         )
     (project.root / "docs").mkdir()
 
@@ -123,6 +136,20 @@ def test_on_a_machine_with_gpus(machine, gpus, ranks):
     assert not any(call.startswith(("setup", "cmake")) for call in machine.project.calls())
 
 
+def test_what_is_measured_over_gpus_if_it_is_named(machine):
+    machine("--commit", "0123abcd", "--no-build", "gpu_training_ranks", "gpu_balance", gpus=4)
+    calls = [call.split(" --commit ")[0] for call in machine.project.calls() if call.startswith("cuda/")]
+    programs = machine.project.root / "build/cuda"
+    step = f"cuda/gpu_balance --device cuda --program {programs}/benchmarks/benchmark_step --ranks"
+    assert calls == [
+        f"cuda/gpu_training_ranks --program {programs}/examples/train_lm --ranks 1 2 4",
+        f"{step} 2",
+        f"{step} 4",
+    ]
+    report = (machine.results / "performance.md").read_text()
+    assert "Training over the GPUs of a host" in report and report.count("what balance.py says") == 2
+
+
 def report_of(folder, **results):
     for name, measured in results.items():
         (folder / f"{name}.json").write_text(json.dumps(measured))
@@ -153,6 +180,38 @@ def test_ranks_beside_torch(tmp_path):
     assert (row["both"], row["over torch"], row["of the exchange exposed"]) == ("500", "2.50", "25 %")
     assert cells(text, "GPUs", "| OLMoE | 2 | exchange ")["both"] == "–"
     assert "torchrun --nproc-per-node 2 benchmarks/ranks/expert_parallel.py" in text
+
+
+def test_training_beside_one_gpu(tmp_path):
+    text = report_of(tmp_path, gpu_training_ranks=training_over_ranks())
+    lines = text.splitlines()
+    header = next(line for line in lines if line.startswith("| model, scaling |"))
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| OLMoE-1B-7B, strong |")]
+    alone, both = (dict(zip(header.strip("| ").split(" | "), row, strict=True)) for row in rows)
+    assert (alone["of one GPU's"], alone["of a step exposed, %"]) == ("1.00", "–")
+    assert (both["tokens/s a GPU"], both["of one GPU's"], both["of a step exposed, %"]) == ("45,000", "0.90", "1.5")
+    assert both["losses apart from one GPU's, %"] == "0.100"
+
+
+def test_skewed_load_is_told_as_balance_py_does(tmp_path):
+    measured = json.loads((ROOT / "benchmarks/results/balance.json").read_text())
+    said = (ROOT / "benchmarks/results/balance.md").read_text().partition("\n\n")[2]
+    assert said in report_of(tmp_path, gpu_balance_2=measured)
+
+
+@pytest.mark.skipif(not TRAIN_LM.exists(), reason="train_lm is not built")
+def test_training_over_ranks_for_real(tmp_path):
+    file = tmp_path / "gpu_training_ranks.json"
+    command = [sys.executable, ROOT / "benchmarks/ranks/training.py", "--program", TRAIN_LM, "--device", "cpu", "--quick"]
+    launcher = f"{ROOT}/launch/mpirun.sh -n {{ranks}} --no-bind"
+    subprocess.run([*command, "--ranks", "1", "2", "--launcher", launcher, "--json", file], check=True, timeout=300)
+    measured = json.loads(file.read_text())
+    assert [(row["scaling"], row["ranks"]) for row in measured["results"]] == [
+        ("weak", 1), ("strong", 1), ("weak", 2), ("strong", 2)
+    ]  # fmt: skip
+    strong = [row["losses"] for row in measured["results"] if row["scaling"] == "strong"]
+    assert strong[1] == pytest.approx(strong[0], rel=1e-4) and len(set(strong[0])) > 4
+    assert "losses apart" in report_of(tmp_path, gpu_training_ranks=measured)
 
 
 def test_few_tokens_have_a_table_of_their_own(tmp_path):
