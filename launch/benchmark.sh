@@ -84,8 +84,7 @@ if $build_first; then
   for name in "${names[@]}"; do
     case $name in
       gpu_layer_python | gpu_expert_parallel) targets+=(anabranch_operators) ;;
-      gpu_training | gpu_learning_curves) targets+=(anabranch_operators train_lm) ;;
-      gpu_training_ranks) targets+=(train_lm) ;;
+      gpu_training | gpu_learning_curves | gpu_training_ranks) targets+=(anabranch_operators train_lm) ;;
       gpu_balance) targets+=(benchmark_step) ;;
       *) targets+=("benchmark_$name") ;;
     esac
@@ -115,7 +114,7 @@ measure() {
         --program "$project_root/build/$preset/examples/train_lm" "${@:3}")
       ;;
     gpu_training_ranks)
-      program=("$python" "$project_root/benchmarks/ranks/training.py"
+      program=("${package[@]}" "$python" "$project_root/benchmarks/ranks/training.py"
         --program "$project_root/build/$preset/examples/train_lm" "${@:3}")
       ;;
     gpu_balance)

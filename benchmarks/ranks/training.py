@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """examples/train_lm over more and more GPUs of a host: tokens/s and model TFLOP/s of each, optimizer included.
 
-    benchmarks/ranks/training.py --program build/release/examples/train_lm --launcher "launch/mpirun.sh -n {ranks}"
+    PYTHONPATH=build/release/python benchmarks/ranks/training.py --program build/release/examples/train_lm --ranks 1 2 4
 
 OLMoE-1B-7B, in weak scaling, with as many sequences a GPU, and in strong scaling, with as many in all; Qwen3-30B-A3B where
 there are 8 GPUs, as others have published it: 512 sequences of 4,096 tokens a step, experts over all GPUs, with a balanced

@@ -204,7 +204,9 @@ def test_training_over_ranks_for_real(tmp_path):
     file = tmp_path / "gpu_training_ranks.json"
     command = [sys.executable, ROOT / "benchmarks/ranks/training.py", "--program", TRAIN_LM, "--device", "cpu", "--quick"]
     launcher = f"{ROOT}/launch/mpirun.sh -n {{ranks}} --no-bind"
-    subprocess.run([*command, "--ranks", "1", "2", "--launcher", launcher, "--json", file], check=True, timeout=300)
+    words = ["--ranks", "1", "2", "--launcher", launcher, "--json", file]
+    environment = {**os.environ, "PYTHONPATH": str(PROGRAMS.parent / "python")}
+    subprocess.run([*command, *words], check=True, timeout=300, env=environment)
     measured = json.loads(file.read_text())
     assert [(row["scaling"], row["ranks"]) for row in measured["results"]] == [
         ("weak", 1), ("strong", 1), ("weak", 2), ("strong", 2)
