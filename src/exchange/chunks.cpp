@@ -4,7 +4,6 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones_like.h>
-#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -36,14 +35,21 @@ class ChunksOfRank {
         own_block_(part_of(rank, ranks_, blocks_)),
         chunks_(chunks) {}
 
-  /// Of the assignments of local `expert` that come from `source`.
+  /// Behind `chunks`, of each of its experts: that of the assignments from each of so many ranks.
+  void append_to(std::vector<int64_t>& chunks, int64_t first_source, int64_t sources) const {
+    for (int64_t expert = 0; expert < experts_; ++expert) {
+      for (int64_t source = first_source; source < first_source + sources; ++source) {
+        chunks.push_back(chunk_of(expert, source));
+      }
+    }
+  }
+
+ private:
   int64_t chunk_of(int64_t expert, int64_t source) const {
     const int64_t turn = (part_of(source, ranks_, blocks_) - own_block_ + blocks_) % blocks_;
     return part_of(expert * blocks_ + turn, experts_ * blocks_, chunks_);
   }
-  int64_t experts() const { return experts_; }
 
- private:
   int64_t ranks_;
   int64_t experts_;
   int64_t blocks_;  ///< of ranks, whose rows for an expert come apart
@@ -51,28 +57,14 @@ class ChunksOfRank {
   int64_t chunks_;
 };
 
-/// [places] on the host: the chunk in which each receives what `source` sends.
-torch::Tensor chunk_of_places(const ExpertPlacement& placement, int64_t chunks, int64_t source) {
+/// [places] The chunk in which each receives what `source` sends.
+std::vector<int64_t> chunk_of_places(const ExpertPlacement& placement, int64_t chunks,
+                                     int64_t source) {
   std::vector<int64_t> chunk;
   for (int64_t rank = 0; rank < placement.num_ranks; ++rank) {
-    const ChunksOfRank of_rank(placement, rank, chunks);
-    for (int64_t expert = 0; expert < of_rank.experts(); ++expert) {
-      chunk.push_back(of_rank.chunk_of(expert, source));
-    }
+    ChunksOfRank(placement, rank, chunks).append_to(chunk, source, 1);
   }
-  return at::tensor(chunk, at::kLong);
-}
-
-/// [local experts, W] on the host: the chunk in which this rank receives what each rank sends to each.
-torch::Tensor chunk_of_received(const ExpertPlacement& placement, int64_t chunks, int64_t rank) {
-  const ChunksOfRank own(placement, rank, chunks);
-  std::vector<int64_t> chunk;
-  for (int64_t expert = 0; expert < own.experts(); ++expert) {
-    for (int64_t source = 0; source < placement.num_ranks; ++source) {
-      chunk.push_back(own.chunk_of(expert, source));
-    }
-  }
-  return at::tensor(chunk, at::kLong).view({own.experts(), placement.num_ranks});
+  return chunk;
 }
 
 /// Rows by the first and by the last chunk of their assignments, which `by_row` names in the order of
@@ -99,7 +91,7 @@ FirstAndLast sent_rows(const ExchangePlan& plan, int64_t chunks, const ExpertPla
   const Csr by_row =
       PlanKernels::on(options.device()).group(sent_row_of_assignments(plan), rank.size(0));
   const auto chunk_of_assignment =
-      repeated(chunk_of_places(placement, chunks, own_rank).to(options.device()),
+      repeated(numbers_on(options.device(), chunk_of_places(placement, chunks, own_rank)),
                plan.source_counts, plan.send_order.size(0));
   return {by_row, chunk_of_assignment, rank, chunks, placement.num_ranks};
 }
@@ -113,10 +105,9 @@ torch::Tensor chunk_of_assignments(const ExchangePlan& plan, int64_t chunks,
   const auto expert =
       repeated(at::arange(placement.local_experts(own_rank), options),
                numbers_on(options.device(), plan.expert_counts.on_host()), plan.assignments());
-  return chunk_of_received(placement, chunks, own_rank)
-      .view({-1})
-      .to(options.device())
-      .index_select(0, expert * placement.num_ranks + source);
+  std::vector<int64_t> chunk;  // [local experts · W]
+  ChunksOfRank(placement, own_rank, chunks).append_to(chunk, 0, placement.num_ranks);
+  return numbers_on(options.device(), chunk).index_select(0, expert * placement.num_ranks + source);
 }
 
 /// [2 · chunks] the first assignment of each chunk, and how many it has: they lie side by side.
