@@ -5,9 +5,9 @@ same layer by torch.distributed's all_to_all_single and torch._grouped_mm, in tu
     PYTHONPATH=build/release/python torchrun --nproc-per-node 2 benchmarks/ranks/expert_parallel.py
 
 Rows travel in turn, beside the products, or as `auto` finds it. The last two shapes are those of Megatron-Core's table of
-layers. Each rank has the same number of tokens and computes a share of the experts. `alone` is a rank that computes its tokens by
-itself, all experts at hand: in balance the same products without an exchange, so that what a step takes longer is
-communication that shows. `exchange` are its rows' ways alone, there and back, for both passes.
+layers. Each rank has the same number of tokens and computes a share of the experts. `alone` is a rank that computes its
+tokens by itself, all experts at hand: in balance the same products without an exchange, so that what a step takes longer
+is communication that shows. `exchange` are its rows' ways alone, there and back, for both passes.
 """
 
 import argparse
@@ -35,8 +35,8 @@ ROUNDS = 9
 STEPS = 3  # timed in a round
 WARM = 18  # steps, behind which auto has chosen
 MEGATRON = [
-    Case("Mixtral proxy", 4096, 4096, 14336, 8, 2, False),
-    Case("DeepSeek proxy", 4096, 7168, 2048, 32, 8, False, shared=2048),
+    Case("Mixtral proxy, 4,096 tokens", 4096, 4096, 14336, 8, 2, False),
+    Case("DeepSeek proxy, 4,096 tokens", 4096, 7168, 2048, 32, 8, False, shared=2048),
 ]
 
 

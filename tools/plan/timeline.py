@@ -88,21 +88,15 @@ class Work:
     alone: bool = False  # all ranks compute their own tokens: rows are handed on as they are
 
 
-def begin_of(elements, part, parts):
-    """The first element of a part, where elements are cut into nearly equal ones."""
-    return elements // parts * part + elements % parts * part // parts
-
-
 def chunks_of(ranks, experts, chunks):
-    """What Work has of chunks, by the rule of src/exchange/chunks.h: whole experts, or, of `experts` a rank that are at most
+    """What Work has of chunks, as src/exchange/chunks.h cuts them: whole experts, or, of `experts` a rank that are at most
     half as many, blocks of ranks that exchange in turn. Experts have equal rows."""
     experts = max(1, experts)
     blocks = min(max(chunks // experts, 1), ranks)
     if blocks == 1:
         number = max(1, min(chunks, experts))
         return [numpy.full((ranks, ranks), 1 / number)] * number, 1
-    begins = [begin_of(ranks, block, blocks) for block in range(blocks)]
-    block = numpy.searchsorted(begins, numpy.arange(ranks), side="right") - 1
+    block = routing.owners(ranks, blocks)
     turn = (block[:, None] - block[None, :]) % blocks
     return [(turn == number) / experts for _ in range(experts) for number in range(blocks)], blocks
 
